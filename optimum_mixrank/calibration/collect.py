@@ -1,0 +1,183 @@
+"""Collect the statistics of many layers while a model runs over calibration images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.utils import logging
+
+from ..decomposition.statistics import LayerStatistics, Statistic
+from ..inference import evaluation_mode
+from .moments import MeanInputAccumulator, MomentAccumulator
+
+
+Accumulator = MomentAccumulator | MeanInputAccumulator
+
+_NEW_ACCUMULATOR: dict[Statistic, Callable[[], Accumulator]] = {
+    Statistic.INPUT_MEAN: lambda: MomentAccumulator(products=False),
+    Statistic.INPUT_VARIANCE: lambda: MomentAccumulator(full=False),
+    Statistic.INPUT_COVARIANCE: MomentAccumulator,
+    Statistic.OUTPUT_COVARIANCE: MomentAccumulator,
+    Statistic.REPRESENTATIVE_INPUT: MeanInputAccumulator,
+}
+
+
+class ImageBatch(Protocol):
+    """What calibration needs of a batch."""
+
+    @property
+    def pixel_values(self) -> Tensor:
+        """`[batch, channels, height, width]`."""
+
+
+class StatisticsCollector:
+    """Context manager that listens to linear layers; on leaving it, also by an exception, no hook remains.
+
+    Layers that are called with the same tensor, such as query, key and value, share their input statistics.
+
+    Args:
+        model: The model that will run.
+        required: Statistics to collect, by module name.
+    """
+
+    def __init__(self, model: nn.Module, required: Mapping[str, frozenset[Statistic]]) -> None:
+        self._layers = {name: model.get_submodule(name) for name in required}
+        self._required = {name: sorted(statistics) for name, statistics in required.items()}
+        self._handles: list[RemovableHandle] = []
+        self._accumulators: dict[tuple[str, Statistic], Accumulator] = {}
+        self._leaders: dict[str, str] = {}
+        self._last_input: Tensor | None = None
+        self._last_leader = ""
+        self._taken_in: set[Statistic] = set()
+
+    def __enter__(self) -> StatisticsCollector:
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._last_input = None
+
+    def check_finite(self) -> None:
+        """Check all statistics so far.
+
+        Raises:
+            ValueError: names the first layer, in forward order, that saw NaN or Inf.
+        """
+        for (name, statistic), accumulator in self._accumulators.items():
+            if not accumulator.is_finite:
+                side = "outputs" if statistic is Statistic.OUTPUT_COVARIANCE else "inputs"
+                raise ValueError(
+                    f"NaN or Inf in the {side} of layer {name!r}. Check the calibration images and the weights up to "
+                    "this layer; a half-precision model may overflow, load it with dtype='float32'."
+                )
+
+    def result(self) -> dict[str, LayerStatistics]:
+        """The statistics by module name; layers that share an input share its tensors.
+
+        Raises:
+            ValueError: if a layer was never called, or saw NaN or Inf.
+        """
+        silent = [name for name in self._layers if name not in self._leaders]
+        if silent:
+            raise ValueError(
+                f"{len(silent)} targeted layers were not called by the model's forward pass, the first is "
+                f"{silent[0]!r}. Leave them out with exclude_modules."
+            )
+        self.check_finite()
+        tensors: dict[tuple[str, Statistic], Tensor] = {}
+        for key, accumulator in self._accumulators.items():
+            tensors[key] = _finish(key[1], accumulator)
+        return {
+            name: LayerStatistics(
+                num_tokens=self._accumulators[self._owner(name, required[0]), required[0]].count if required else 0,
+                **{statistic.value: tensors[self._owner(name, statistic), statistic] for statistic in required},
+            )
+            for name, required in self._required.items()
+        }
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self._follow(name, args[0])
+            for statistic in self._required[name]:
+                if statistic is Statistic.OUTPUT_COVARIANCE:
+                    self._update(name, statistic, output)
+                elif statistic not in self._taken_in:
+                    self._taken_in.add(statistic)
+                    self._update(self._last_leader, statistic, args[0])
+
+        return hook
+
+    def _follow(self, name: str, tensor: Tensor) -> None:
+        """Find the first of the layers that are called one after another with this very tensor: it leads."""
+        if tensor is not self._last_input:
+            self._last_input, self._last_leader = tensor, name
+            self._taken_in.clear()
+        leader = self._leaders.setdefault(name, self._last_leader)
+        if leader != self._last_leader:
+            raise RuntimeError(
+                f"Layer {name!r} was called with the input of {leader!r} at first and with that of "
+                f"{self._last_leader!r} later; its statistics cannot be shared. Exclude it with exclude_modules."
+            )
+
+    def _owner(self, name: str, statistic: Statistic) -> str:
+        return name if statistic is Statistic.OUTPUT_COVARIANCE else self._leaders[name]
+
+    def _update(self, owner: str, statistic: Statistic, tensor: Tensor) -> None:
+        if (owner, statistic) not in self._accumulators:
+            self._accumulators[owner, statistic] = _NEW_ACCUMULATOR[statistic]()
+        self._accumulators[owner, statistic].update(tensor)
+
+
+def _finish(statistic: Statistic, accumulator: Accumulator) -> Tensor:
+    if isinstance(accumulator, MomentAccumulator) and statistic is not Statistic.INPUT_MEAN:
+        return accumulator.covariance()
+    return accumulator.mean()
+
+
+def collect_statistics(
+    model: nn.Module,
+    batches: Iterable[ImageBatch],
+    required: Mapping[str, frozenset[Statistic]],
+    num_images: int | None = None,
+) -> tuple[dict[str, LayerStatistics], int]:
+    """Run a model over images and collect statistics of its layers.
+
+    One forward pass over the images, without gradients, in evaluation mode; the model is left as it was.
+
+    Args:
+        model: A model that takes `pixel_values`.
+        batches: Batches of images.
+        required: Statistics to collect, by module name.
+        num_images: Their number, where known, for the progress bar.
+
+    Returns:
+        The statistics by module name, and the number of images seen.
+
+    Raises:
+        ValueError: if there is no image, a layer is never called, or NaN or Inf occur.
+    """
+    parameter = next(model.parameters())
+    device = getattr(model, "device", parameter.device)
+    seen = 0
+    progress = logging.tqdm(total=num_images, desc="Calibrating", unit="img")
+    with evaluation_mode(model), StatisticsCollector(model, required) as collector, progress:
+        for batch in batches:
+            pixel_values = batch.pixel_values.to(device=device, dtype=parameter.dtype)
+            model(pixel_values=pixel_values)
+            if seen == 0:
+                collector.check_finite()
+            seen += len(pixel_values)
+            progress.update(len(pixel_values))
+        if seen == 0:
+            raise ValueError("The calibration dataset holds no image; a few hundred are needed.")
+        return collector.result(), seen

@@ -1,0 +1,499 @@
+"""`MixRankCompressor`: reads like the method. Calibrate, decompose, allocate ranks, factorize, report, save."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from optimum.quantization_base import OptimumQuantizer
+from transformers import AutoImageProcessor, PreTrainedModel
+from transformers.utils import logging
+
+from .calibration.collect import collect_statistics
+from .calibration.images import ImageBatches
+from .calibration.result import Calibration
+from .calibration.sources import load_image_dataset
+from .checkpoint import push_checkpoint, save_checkpoint, writable_directory
+from .configuration import MixRankConfig
+from .decomposition import Decomposition, LayerStatistics, Metric, Statistic, corrected_bias, get_metric
+from .inference import evaluation_mode
+from .layout import FactoredLayer
+from .modeling import LowRankLinear, replace_module
+from .original import load_image_processor, load_original
+from .planning import LayerSpec, RankPlan
+from .quantizer import MixRankHfQuantizer, attach
+from .reporting.build import build_report
+from .targets import Target, encoder_linears, find_targets, match_values
+
+
+if TYPE_CHECKING:
+    import datasets
+
+    from .evaluation.evaluate import EvaluationResult
+    from .reporting.report import CompressionReport
+
+
+logger = logging.get_logger(__name__)
+
+
+class MixRankCompressor(OptimumQuantizer):
+    """Compresses the encoder of a Vision Transformer into mixed-rank factors, guided by its activations.
+
+    Args:
+        model: A Transformers model with a ViT-like encoder and any head.
+        image_processor: Its image processor; needed wherever images rather than `pixel_values` are given.
+
+    Attributes:
+        model: The original model; `compress` leaves it alone unless asked for `inplace=True`.
+        image_processor: As given.
+        report: `CompressionReport` of the last compression, or None.
+
+    Example:
+        ```python
+        compressor = MixRankCompressor.from_pretrained("facebook/deit-base-patch16-224")
+        images = compressor.get_calibration_dataset("path/to/images", num_samples=512)
+        model = compressor.compress(MixRankConfig(compression_ratio=0.6), images, save_directory="out")
+        ```
+    """
+
+    def __init__(self, model: PreTrainedModel, image_processor: Any = None) -> None:
+        super().__init__()
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"model is a {type(model).__name__}, not a Transformers model; use "
+                "`MixRankCompressor.from_pretrained(path_or_hub_id)` for a path or Hub id."
+            )
+        self.model = model
+        self.image_processor = image_processor
+        self.report: CompressionReport | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_or_path: str | Path | PreTrainedModel,
+        *,
+        image_processor: Any = None,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device | None = None,
+        auto_class: Any = None,
+        **hub_kwargs: Any,
+    ) -> MixRankCompressor:
+        """Load the model to compress, with its image processor.
+
+        Args:
+            model_or_path: A local folder, a Hub id, or a model in memory (taken as it is).
+            image_processor: For a model in memory, or to replace the one that belongs to the checkpoint.
+            dtype: Precision of the loaded weights and of the compressed checkpoint, float32 whatever the file holds;
+                `"auto"` keeps the file's.
+            device: Where to put the model, such as `"cuda"`. Default: a checkpoint goes to the CPU, a model in memory
+                stays where it is.
+            auto_class: Class to load with, such as `AutoModelForSemanticSegmentation`; default: the architecture
+                that the checkpoint names.
+            **hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, `trust_remote_code`, … as
+                for Transformers' `from_pretrained`.
+
+        Raises:
+            OSError: if there is no such checkpoint.
+            TypeError: if Hub arguments are given for a model in memory.
+        """
+        if isinstance(model_or_path, PreTrainedModel):
+            if hub_kwargs or auto_class is not None:
+                surplus = ", ".join([*hub_kwargs, *(["auto_class"] if auto_class is not None else [])])
+                raise TypeError(f"A model in memory takes no {surplus}; they belong to a path or Hub id.")
+            model = model_or_path
+        else:
+            model = load_original(model_or_path, dtype, auto_class, hub_kwargs)
+            if image_processor is None:
+                image_processor = load_image_processor(AutoImageProcessor, model_or_path, hub_kwargs)
+        return cls(model if device is None else model.to(device), image_processor)
+
+    def get_calibration_dataset(
+        self,
+        dataset: str | Path | datasets.Dataset,
+        *,
+        num_samples: int | None = 512,
+        split: str | None = None,
+        image_column: str | None = None,
+        seed: int = 42,
+        **hub_kwargs: Any,
+    ) -> datasets.Dataset:
+        """Draw calibration images; labels are never looked at.
+
+        Args:
+            dataset: A folder of images, a parquet file or folder, a Hub id or a `datasets.Dataset`.
+            num_samples: How many images to draw without replacement, None for all.
+            split: Default: `train`, or the only one there is.
+            image_column: Default: the one image column there is.
+            seed: Seed of the draw.
+            **hub_kwargs: `revision`, `token`, `cache_dir`, `name` as for `datasets.load_dataset`.
+
+        Raises:
+            ValueError: if there is no such data, split or column.
+        """
+        return load_image_dataset(
+            dataset, split=split, image_column=image_column, num_samples=num_samples, seed=seed, **hub_kwargs
+        )
+
+    def calibrate(
+        self,
+        calibration_dataset: Any,
+        metric: str | Sequence[str] = "second_moment",
+        *,
+        batch_size: int = 32,
+        target_modules: str | list[str] | None = None,
+        exclude_modules: str | list[str] | None = None,
+        max_broken_share: float = 0.05,
+    ) -> Calibration:
+        """Collect the statistics that one or several metrics need, in one forward pass over the images.
+
+        `compress` does this itself; call it to try several ratios or metrics on the same statistics.
+
+        Args:
+            calibration_dataset: See `compress`.
+            metric: One or several metrics.
+            batch_size: Images per forward pass.
+            target_modules: As in `MixRankConfig`.
+            exclude_modules: As in `MixRankConfig`.
+            max_broken_share: Tolerated share of images that cannot be decoded.
+
+        Raises:
+            ValueError: for unusable images, NaN or Inf, or layers that never run.
+        """
+        metrics = [get_metric(name) for name in ([metric] if isinstance(metric, str) else metric)]
+        targets = find_targets(self.model, target_modules, exclude_modules)
+        return self._calibrate(calibration_dataset, metrics, targets, batch_size, max_broken_share)
+
+    def compress(
+        self,
+        config: MixRankConfig | None = None,
+        calibration_dataset: Any = None,
+        save_directory: str | Path | None = None,
+        *,
+        batch_size: int = 32,
+        calibration: Calibration | None = None,
+        inplace: bool = False,
+        overwrite: bool = False,
+        max_broken_share: float = 0.05,
+    ) -> PreTrainedModel:
+        """Compress the model.
+
+        Args:
+            config: What to do; default `MixRankConfig()`.
+            calibration_dataset: Images without need of labels: what `get_calibration_dataset` returns, a folder, a
+                Hub id, a list of PIL images or paths, or any iterable or `DataLoader` of `pixel_values`. Of a folder
+                or Hub id, `config.num_samples` images are drawn with `config.seed`. Not needed for `metric="svd"`.
+            save_directory: Where to save the compressed model, its image processor and the report.
+            batch_size: Images per forward pass.
+            calibration: Statistics from `calibrate`, in place of a calibration dataset.
+            inplace: False compresses a copy, so that the original stays for comparison; True compresses
+                `self.model` itself and needs no memory for a second model.
+            overwrite: Whether `save_directory` may hold files already.
+            max_broken_share: Tolerated share of images that cannot be decoded.
+
+        Returns:
+            The compressed model, a Transformers model of the same class; `self.report` describes it.
+
+        Raises:
+            ValueError: for a ratio that cannot be reached, patterns that match nothing, missing or unusable
+                calibration data, NaN or Inf in weights or activations; before the model is changed.
+            FileExistsError: if `save_directory` holds files and `overwrite` is False.
+        """
+        config = config or MixRankConfig()
+        config.validate()
+        if save_directory is not None:
+            writable_directory(save_directory, overwrite)
+        metric = get_metric(config.metric)
+        linears = encoder_linears(self.model)
+        targets = find_targets(self.model, config.target_modules, config.exclude_modules)
+        _check_weights(targets)
+        plan = self._plan(config, metric, targets)
+        plan.check()
+
+        if metric.uses_data and calibration is None:
+            if calibration_dataset is None:
+                raise ValueError(
+                    f"metric={config.metric!r} needs calibration images: pass `calibration_dataset`, or use "
+                    "metric='svd', which needs none and loses far more accuracy."
+                )
+            if isinstance(calibration_dataset, str | Path):
+                calibration_dataset = self.get_calibration_dataset(
+                    calibration_dataset, num_samples=config.num_samples, seed=config.seed
+                )
+            calibration = self._calibrate(calibration_dataset, [metric], targets, batch_size, max_broken_share)
+        if not metric.uses_data:
+            calibration = None
+
+        start = time.perf_counter()
+        decompositions = _decompose(metric, targets, calibration)
+        decomposed = time.perf_counter()
+        losses = {name: decomposition.losses().cpu().numpy() for name, decomposition in decompositions.items()}
+        ranks = plan.allocate(losses, config.allocation)
+        allocated = time.perf_counter()
+        model = self.model if inplace else copy.deepcopy(self.model)
+        rank_map = _factorize(model, targets, decompositions, ranks, calibration)
+        config = dataclasses.replace(config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
+        attach(model, MixRankHfQuantizer(config, pre_quantized=True))
+        factorized = time.perf_counter()
+
+        self.report = build_report(
+            config=config,
+            linears=linears,
+            targets=targets,
+            ranks=ranks,
+            rank_map=rank_map,
+            losses=losses,
+            original_parameters=plan.model_parameters,
+            model=model,
+            calibration=calibration,
+            seconds={
+                "calibrate": calibration.seconds if calibration else 0.0,
+                "decompose": decomposed - start,
+                "allocate": allocated - decomposed,
+                "factorize": factorized - allocated,
+            },
+        )
+        if save_directory is not None:
+            self.save_pretrained(model, save_directory, overwrite=overwrite)
+        return model
+
+    def quantize(
+        self,
+        save_dir: str | Path,
+        file_prefix: str | None = None,
+        *,
+        quantization_config: MixRankConfig | None = None,
+        calibration_dataset: Any = None,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        """Compress and save: Optimum's interface, the same as `compress`.
+
+        Args:
+            save_dir: Where to save.
+            file_prefix: Not supported: Transformers finds weights by their standard names.
+            quantization_config: See `compress`.
+            calibration_dataset: See `compress`.
+            **kwargs: See `compress`.
+
+        Raises:
+            ValueError: if `file_prefix` is given, and as `compress`.
+        """
+        if file_prefix is not None:
+            raise ValueError(
+                f"file_prefix={file_prefix!r} is not supported: `from_pretrained` finds weights by their standard "
+                "names. Leave it out, or use one directory per model."
+            )
+        return self.compress(quantization_config, calibration_dataset, save_dir, **kwargs)
+
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        dataset: Any,
+        *,
+        batch_size: int = 32,
+        split: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        num_samples: int | None = None,
+        seed: int = 42,
+    ) -> EvaluationResult:
+        """Measure what a compressed model has lost against the original, `self.model`.
+
+        Args:
+            model: The compressed model, in memory or reloaded.
+            dataset: Images as for `compress`; with labels, accuracy is measured too.
+            batch_size: Images per forward pass.
+            split: Split of a named dataset; default: `validation`, `test` or the only one there is.
+            image_column: Default: the one image column there is.
+            label_column: Default: `label` or `labels`, where there is one.
+            num_samples: Draw so many images; None for all.
+            seed: Seed of that draw.
+
+        Returns:
+            Accuracy of both models, agreement, and KL from the original in nats; also kept in `self.report`.
+        """
+        from .evaluation.evaluate import evaluate_model
+
+        batches = self._labelled_batches(
+            dataset, batch_size, split, image_column, label_column, num_samples, seed
+        )
+        result = evaluate_model(model, batches, reference=self.model)
+        if self.report is not None:
+            self.report = dataclasses.replace(self.report, evaluation=dataclasses.asdict(result))
+        return result
+
+    def save_pretrained(
+        self,
+        model: PreTrainedModel,
+        save_directory: str | Path,
+        *,
+        overwrite: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save a compressed model with its image processor and the report.
+
+        The checkpoint is written beside its destination and moved there when it is complete.
+
+        Args:
+            model: The compressed model; saved in the dtype that it has.
+            save_directory: A new or empty folder.
+            overwrite: Whether the folder may hold files already; they are replaced.
+            **kwargs: `max_shard_size`, … as for Transformers' `save_pretrained`.
+
+        Raises:
+            FileExistsError: if the folder holds files and `overwrite` is False.
+        """
+        report = save_checkpoint(
+            model, save_directory, self.image_processor, self.report, overwrite=overwrite, **kwargs
+        )
+        self.report = report
+
+    def push_to_hub(self, model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
+        """Upload a compressed model with its image processor and the report.
+
+        Args:
+            model: The compressed model.
+            repo_id: `user/name` on the Hub; made if it does not exist.
+            **kwargs: `token`, `private`, `revision`, `commit_message`, and `max_shard_size`.
+
+        Returns:
+            What `huggingface_hub.upload_folder` returns.
+        """
+        return push_checkpoint(model, repo_id, self.image_processor, self.report, **kwargs)
+
+    def _plan(self, config: MixRankConfig, metric: Metric, targets: Sequence[Target]) -> RankPlan:
+        rank_pattern = match_values(targets, config.rank_pattern, "rank_pattern")
+        ratio_pattern = match_values(targets, config.ratio_pattern, "ratio_pattern")
+        specs = [
+            LayerSpec(
+                name=target.canonical_name,
+                out_features=target.shape[0],
+                in_features=target.shape[1],
+                extra_cost=target.shape[0] if metric.uses_data and target.module.bias is None else 0,
+                rank=rank_pattern.get(target.canonical_name),
+                ratio=ratio_pattern.get(target.canonical_name),
+            )
+            for target in targets
+        ]
+        return RankPlan(
+            specs,
+            model_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            compression_ratio=config.compression_ratio,
+            compression_scope=config.compression_scope,
+            rank_multiple=config.rank_multiple,
+            min_rank=config.min_rank,
+            min_rank_ratio=config.min_rank_ratio,
+        )
+
+    def _calibrate(
+        self,
+        dataset: Any,
+        metrics: Iterable[Metric],
+        targets: Sequence[Target],
+        batch_size: int,
+        max_broken_share: float,
+    ) -> Calibration:
+        required: dict[str, frozenset[Statistic]] = {}
+        for target in targets:
+            union = frozenset().union(*(metric.required_statistics(*target.shape) for metric in metrics))
+            if union:
+                required[target.name] = union
+        if not required:
+            return Calibration({}, 0)
+        batches = ImageBatches(
+            dataset,
+            image_processor=self.image_processor,
+            batch_size=batch_size,
+            max_broken_share=max_broken_share,
+            num_channels=getattr(self.model.config, "num_channels", 3),
+        )
+        start = time.perf_counter()
+        layers, num_images = collect_statistics(self.model, batches, required, batches.num_images)
+        return Calibration(layers, num_images, tuple(batches.broken), time.perf_counter() - start)
+
+    def _labelled_batches(
+        self,
+        dataset: Any,
+        batch_size: int,
+        split: str | None,
+        image_column: str | None,
+        label_column: str | None,
+        num_samples: int | None,
+        seed: int,
+    ) -> ImageBatches:
+        raise NotImplementedError
+
+
+def _check_weights(targets: Sequence[Target]) -> None:
+    for target in targets:
+        if not torch.isfinite(target.module.weight).all():
+            raise ValueError(f"The weight of layer {target.name!r} holds NaN or Inf; the checkpoint is damaged.")
+
+
+def _decompose(
+    metric: Metric, targets: Sequence[Target], calibration: Calibration | None
+) -> dict[str, Decomposition]:
+    """Decompose every layer in float64; what is kept of it has the layer's precision and pays off only."""
+    decompositions = {}
+    for target in logging.tqdm(targets, desc="Decomposing", unit="layer"):
+        weight = _float64(target.module.weight)
+        statistics = _to(calibration.layers[target.name], weight) if calibration is not None else None
+        decomposition = metric.decompose(weight, statistics)
+        m, n = target.shape
+        # From the break-even rank on a layer stays dense; no more components can be asked for.
+        keep = max(1, m * n // (m + n))
+        dtype = torch.promote_types(target.module.weight.dtype, torch.float32)
+        decompositions[target.canonical_name] = decomposition.truncated(keep, dtype)
+    return decompositions
+
+
+def _factorize(
+    model: PreTrainedModel,
+    targets: Sequence[Target],
+    decompositions: dict[str, Decomposition],
+    ranks: dict[str, int | None],
+    calibration: Calibration | None,
+) -> dict[str, FactoredLayer]:
+    rank_map = {}
+    for target in logging.tqdm(targets, desc="Factorizing", unit="layer"):
+        rank = ranks[target.canonical_name]
+        decomposition = decompositions.pop(target.canonical_name)
+        if rank is None:
+            continue
+        dense = target.module
+        A, B = (factor.to(dense.weight) for factor in decomposition.factors(rank))
+        bias = dense.bias
+        if calibration is not None:
+            mean = calibration.layers[target.name].require(Statistic.INPUT_MEAN)
+            weight = _float64(dense.weight)
+            bias = corrected_bias(
+                weight,
+                None if bias is None else bias.detach().to(weight),
+                A.to(weight),
+                B.to(weight),
+                mean.to(weight),
+            ).to(dense.weight)
+        layer = LowRankLinear.from_factors(A, B, bias)
+        layer.requires_grad_(dense.weight.requires_grad)
+        layer.weight.requires_grad_(False)
+        replace_module(model, target.name, layer.train(dense.training))
+        rank_map[target.canonical_name] = FactoredLayer(rank, bias is not None, bias is not None and dense.bias is None)
+    return rank_map
+
+
+def _float64(tensor: torch.Tensor) -> torch.Tensor:
+    # Apple's GPUs have no float64.
+    return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
+
+
+def _to(statistics: LayerStatistics, tensor: torch.Tensor) -> LayerStatistics:
+    moved = {
+        statistic.value: value.to(tensor.device)
+        for statistic in Statistic
+        if (value := getattr(statistics, statistic.value)) is not None
+    }
+    return dataclasses.replace(statistics, **moved)

@@ -1,0 +1,219 @@
+"""`MixRankConfig`: what was asked of a compression, and the rank map that a compressed checkpoint needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ._registration import QUANT_METHOD
+from .layout import LAYOUT_VERSION, FactoredLayer, parse_rank_map
+from .version import __version__
+
+
+logger = logging.get_logger(__name__)
+
+SCOPES = ("model", "targets")
+
+
+@dataclass(kw_only=True, repr=False)
+class MixRankConfig(QuantizationConfigMixin):
+    """Configuration of a mixed-rank compression, stored as `quantization_config` in a checkpoint's `config.json`.
+
+    Args:
+        compression_ratio (`float`): Fraction of parameters to **remove**, in (0, 1).
+        compression_scope (`str`): What the ratio counts: `"model"` counts all parameters of the model, as the paper's
+            headline does; `"targets"` counts the weights of the targeted layers alone.
+        metric (`str`): How the error of a layer is measured: `"svd"`, `"diagonal"`, `"mean_input"` (the paper's
+            representative input) or `"second_moment"`. See `optimum_mixrank.decomposition`.
+        allocation (`str`): How ranks are distributed: `"uniform"`, `"greedy"` (the paper's gradual search) or
+            `"global"` (a global optimum of the summed, normalised energy loss). See `optimum_mixrank.allocation`.
+        target_modules (`str`, `list[str]`, *optional*): Layers to compress, as in PEFT: a string is a regular
+            expression that must match the whole name; a list holds names or their last parts. Names of Transformers
+            4.x (`attention.attention.query`) and 5.x (`attention.q_proj`) both match. Default: all linear layers of
+            the encoder.
+        exclude_modules (`str`, `list[str]`, *optional*): Layers to leave alone, in the same form.
+        rank_pattern (`dict[str, int]`): Ranks of single layers; keys are names, last parts of names or regular
+            expressions, as in PEFT. The first matching key wins.
+        ratio_pattern (`dict[str, float]`): Fraction of the layer's own parameters to remove, in [0, 1), for single
+            layers; 0 leaves a layer dense.
+        rank_multiple (`int`): Ranks are multiples of this number (hardware likes 8, 16 or 32).
+        min_rank (`int`): No layer gets a smaller rank.
+        min_rank_ratio (`float`): No layer gets less than this share of its break-even rank `mn / (m + n)`, in [0, 1].
+        num_samples (`int`): Number of calibration images to draw where a dataset is named rather than passed.
+        seed (`int`): Seed of that draw.
+        rank_map (`dict[str, dict]`): Written by the compressor: the factored layers by their canonical name (relative
+            to the base model, in the names that checkpoints have on disk), each `{"rank": int, "bias": bool,
+            "added_bias": bool}`. Do not set it by hand.
+        layout_version (`int`): Version of the stored layout.
+        library_version (`str`): Version of optimum-mixrank that wrote the checkpoint.
+
+    Raises:
+        TypeError: for an argument that does not exist.
+        ValueError: for a value that cannot be right; the message names field, value and remedy.
+    """
+
+    quant_method: str = QUANT_METHOD
+    compression_ratio: float = 0.5
+    compression_scope: str = "model"
+    metric: str = "second_moment"
+    allocation: str = "global"
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    ratio_pattern: dict[str, float] = field(default_factory=dict)
+    rank_multiple: int = 1
+    min_rank: int = 1
+    min_rank_ratio: float = 0.1
+    num_samples: int = 512
+    seed: int = 42
+    rank_map: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layout_version: int = LAYOUT_VERSION
+    library_version: str = __version__
+
+    def __new__(cls, *args: object, **kwargs: object) -> MixRankConfig:
+        """Refuse unknown arguments with the name that was probably meant."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean `{close[0]}`?" if close else f"known are: {', '.join(known)}."
+                raise TypeError(f"MixRankConfig has no argument `{name}`; {hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field on its own and against the others; called on construction.
+
+        Raises:
+            ValueError: names the field, its value and the remedy.
+        """
+        if self.quant_method != QUANT_METHOD:
+            raise ValueError(f"quant_method={self.quant_method!r} is not {QUANT_METHOD!r}; leave the field out.")
+        _check_fraction("compression_ratio", self.compression_ratio, "It is the fraction of parameters to remove, 0.6 for -60 %.")
+        _check_choice("compression_scope", self.compression_scope, SCOPES)
+        _check_choice("metric", self.metric, _metric_names())
+        _check_choice("allocation", self.allocation, _allocator_names())
+        _check_patterns("target_modules", self.target_modules)
+        _check_patterns("exclude_modules", self.exclude_modules)
+        _check_mapping("rank_pattern", self.rank_pattern)
+        for key, rank in self.rank_pattern.items():
+            _check_integer(f"rank_pattern[{key!r}]", rank, 1)
+        _check_mapping("ratio_pattern", self.ratio_pattern)
+        for key, ratio in self.ratio_pattern.items():
+            if not _is_number(ratio) or not 0 <= ratio < 1:
+                raise ValueError(
+                    f"ratio_pattern[{key!r}]={ratio!r} is not in [0, 1); it is the fraction of the layer's parameters "
+                    "to remove, 0 leaves the layer dense."
+                )
+        _check_integer("rank_multiple", self.rank_multiple, 1)
+        _check_integer("min_rank", self.min_rank, 1)
+        if not _is_number(self.min_rank_ratio) or not 0 <= self.min_rank_ratio <= 1:
+            raise ValueError(
+                f"min_rank_ratio={self.min_rank_ratio!r} is not in [0, 1]; it is a share of the break-even rank, "
+                "the default is 0.1."
+            )
+        _check_integer("num_samples", self.num_samples, 1)
+        _check_integer("seed", self.seed, 0)
+        if self.layout_version != LAYOUT_VERSION:
+            raise ValueError(
+                f"layout_version={self.layout_version!r} is unknown to optimum-mixrank {__version__}, which reads "
+                f"version {LAYOUT_VERSION}. The checkpoint was written by optimum-mixrank {self.library_version!r}; "
+                "upgrade with `pip install --upgrade optimum-mixrank`."
+            )
+        parse_rank_map(self.rank_map)
+
+    @property
+    def factored_layers(self) -> dict[str, FactoredLayer]:
+        """The rank map as objects, by canonical name."""
+        return parse_rank_map(self.rank_map)
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Read a stored configuration, which may come from another version of this library.
+
+        Keys that this version does not know are dropped with one warning that names them; an unknown layout version
+        is refused, since its weights would be misread.
+
+        Raises:
+            ValueError: for an unknown `layout_version` or a value out of range.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(config_dict) - known)
+        stored = {key: value for key, value in config_dict.items() if key in known}
+        config = cls(**stored)
+        if unknown:
+            logger.warning(
+                f"Dropped keys of the stored MixRankConfig that optimum-mixrank {__version__} does not know: "
+                f"{', '.join(unknown)}. The checkpoint was written by optimum-mixrank {config.library_version}; "
+                "upgrade with `pip install --upgrade optimum-mixrank` if you miss something."
+            )
+        overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in known}
+        if overrides:
+            config = dataclasses.replace(config, **overrides)
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+def _metric_names() -> tuple[str, ...]:
+    from .decomposition import METRICS
+
+    return tuple(METRICS)
+
+
+def _allocator_names() -> tuple[str, ...]:
+    from .allocation import ALLOCATORS
+
+    return tuple(ALLOCATORS)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_fraction(name: str, value: object, remedy: str) -> None:
+    if not _is_number(value) or not 0 < value < 1:  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r} is not in (0, 1). {remedy}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+
+
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name}={value!r} is not an integer of at least {minimum}.")
+
+
+def _check_mapping(name: str, value: object) -> None:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name}={value!r} is not a dict with layer names or regular expressions as keys.")
+    for key in value:
+        _check_regex(name, key)
+
+
+def _check_patterns(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, str):
+        _check_regex(name, value)
+    elif not isinstance(value, list) or not value or not all(isinstance(entry, str) for entry in value):
+        raise ValueError(
+            f"{name}={value!r} is neither None, a regular expression nor a non-empty list of layer names."
+        )
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} has {pattern!r}, which is no valid regular expression: {error}.") from error

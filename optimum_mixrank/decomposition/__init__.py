@@ -1,0 +1,31 @@
+"""Decomposition of linear layers: tensors in, tensors out.
+
+A metric says how the error of a layer is measured and which calibration statistics it needs; from them it derives the
+best approximations of all ranks at once (`Decomposition`). A new metric is one file with one class that is registered
+here.
+"""
+
+from .diagonal import DiagonalMetric
+from .factorization import Decomposition, balance, corrected_bias
+from .mean_input import MeanInputMetric
+from .metric import METRICS, Metric, get_metric, register_metric
+from .second_moment import SecondMomentMetric
+from .statistics import LayerStatistics, Statistic
+from .svd import SvdMetric
+
+
+__all__ = [
+    "METRICS",
+    "Decomposition",
+    "DiagonalMetric",
+    "LayerStatistics",
+    "MeanInputMetric",
+    "Metric",
+    "SecondMomentMetric",
+    "Statistic",
+    "SvdMetric",
+    "balance",
+    "corrected_bias",
+    "get_metric",
+    "register_metric",
+]

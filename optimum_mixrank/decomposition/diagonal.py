@@ -1,0 +1,30 @@
+"""Every input feature weighed by its own spread (ASVD-like diagonal scaling)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .factorization import Decomposition, decompose_by_input
+from .metric import Metric, register_metric
+from .statistics import LayerStatistics, Statistic
+
+
+@register_metric
+class DiagonalMetric(Metric):
+    """Output error as if input features were uncorrelated, `‖(W - Ŵ) diag(σ)‖²_F`.
+
+    `σ` is the standard deviation of each input feature. ASVD (arXiv 2312.05821) scales by a power of the mean
+    absolute value instead; the standard deviation is what remains once the bias has absorbed the mean.
+    """
+
+    name = "diagonal"
+
+    def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:
+        """Mean and variance of the inputs."""
+        return frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_VARIANCE})
+
+    def decompose(self, weight: Tensor, statistics: LayerStatistics | None) -> Decomposition:
+        """See `Metric.decompose`."""
+        statistics = statistics or LayerStatistics(0)
+        return decompose_by_input(weight, torch.diag(statistics.require(Statistic.INPUT_VARIANCE).sqrt()))

@@ -1,0 +1,31 @@
+"""The paper's representative input: calibration data condensed into one mean image."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .factorization import Decomposition, decompose_by_input
+from .metric import Metric, register_metric
+from .statistics import LayerStatistics, Statistic
+
+
+@register_metric
+class MeanInputMetric(Metric):
+    """Output error on the representative input `X̄`, `‖(W - Ŵ)(X̄ - μ)ᵀ‖²_F / tokens` (arXiv 2402.06004).
+
+    `X̄`, `[tokens, in_features]`, is the mean over images of the layer's inputs. It has no more directions than there
+    are tokens; in the others the weight itself is approximated.
+    """
+
+    name = "mean_input"
+
+    def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:
+        """Mean and representative input."""
+        return frozenset({Statistic.INPUT_MEAN, Statistic.REPRESENTATIVE_INPUT})
+
+    def decompose(self, weight: Tensor, statistics: LayerStatistics | None) -> Decomposition:
+        """See `Metric.decompose`."""
+        statistics = statistics or LayerStatistics(0)
+        inputs = statistics.require(Statistic.REPRESENTATIVE_INPUT)
+        centred = inputs - inputs.mean(dim=0)
+        return decompose_by_input(weight, centred.T / len(inputs) ** 0.5)

@@ -1,0 +1,65 @@
+"""What a metric is, and the registry of metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, TypeVar
+
+from torch import Tensor
+
+from .factorization import Decomposition
+from .statistics import LayerStatistics, Statistic
+
+
+class Metric(ABC):
+    """A measure of a layer's error, under which it is decomposed.
+
+    Attributes:
+        name: Value of `MixRankConfig.metric`.
+        uses_data: Whether calibration images are needed. If so, the metric is centred: the mean of the error is not
+            counted, since the bias absorbs it (`corrected_bias`).
+    """
+
+    name: ClassVar[str]
+    uses_data: ClassVar[bool] = True
+
+    @abstractmethod
+    def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:
+        """The statistics that `decompose` needs for a layer of this shape."""
+
+    @abstractmethod
+    def decompose(self, weight: Tensor, statistics: LayerStatistics | None) -> Decomposition:
+        """Best approximations of all ranks.
+
+        Args:
+            weight: `[out_features, in_features]`, float64.
+            statistics: What `required_statistics` asked for; None for a metric without data.
+        """
+
+
+METRICS: dict[str, type[Metric]] = {}
+
+MetricClass = TypeVar("MetricClass", bound=type[Metric])
+
+
+def register_metric(cls: MetricClass) -> MetricClass:
+    """Class decorator: make a metric known under its name.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    if cls.name in METRICS:
+        raise ValueError(f"A metric called {cls.name!r} is registered already; choose another name.")
+    METRICS[cls.name] = cls
+    return cls
+
+
+def get_metric(name: str) -> Metric:
+    """An instance of the metric with this name.
+
+    Raises:
+        ValueError: if there is none; the message lists those there are.
+    """
+    if name not in METRICS:
+        raise ValueError(f"metric={name!r} is unknown; choose one of {', '.join(map(repr, METRICS))}.")
+    return METRICS[name]()

@@ -1,0 +1,52 @@
+"""The calibration statistics of one layer that metrics ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+
+class Statistic(str, Enum):
+    """Kinds of statistics over all calibration tokens of a layer with weight `W`, `[out_features, in_features]`."""
+
+    INPUT_MEAN = "input_mean"
+    """`E[x]`, `[in_features]`."""
+
+    INPUT_VARIANCE = "input_variance"
+    """Variance of every input feature, `[in_features]`."""
+
+    INPUT_COVARIANCE = "input_covariance"
+    """`E[x xᵀ] - E[x] E[x]ᵀ`, `[in_features, in_features]`."""
+
+    OUTPUT_COVARIANCE = "output_covariance"
+    """The same of the output `W x`, `[out_features, out_features]`; a bias does not change it."""
+
+    REPRESENTATIVE_INPUT = "representative_input"
+    """Mean over images of the inputs, `[tokens, in_features]` (arXiv 2402.06004)."""
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of one layer, in float64; those that were not asked for are None. See `Statistic` for shapes."""
+
+    num_tokens: int
+    input_mean: Tensor | None = None
+    input_variance: Tensor | None = None
+    input_covariance: Tensor | None = None
+    output_covariance: Tensor | None = None
+    representative_input: Tensor | None = None
+
+    def require(self, statistic: Statistic) -> Tensor:
+        """The statistic's tensor.
+
+        Raises:
+            ValueError: if it was not collected.
+        """
+        tensor = getattr(self, statistic.value)
+        if tensor is None:
+            raise ValueError(
+                f"The statistic {statistic.value!r} was not collected; calibrate with the metric that needs it."
+            )
+        return tensor

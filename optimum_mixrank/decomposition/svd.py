@@ -1,0 +1,27 @@
+"""Plain truncated SVD of the weight; knows nothing of the data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .factorization import Decomposition
+from .metric import Metric, register_metric
+from .statistics import LayerStatistics, Statistic
+
+
+@register_metric
+class SvdMetric(Metric):
+    """Error of the weight itself, `‖W - Ŵ‖²_F` (Eckart and Young, 1936)."""
+
+    name = "svd"
+    uses_data = False
+
+    def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:
+        """None."""
+        return frozenset()
+
+    def decompose(self, weight: Tensor, statistics: LayerStatistics | None) -> Decomposition:
+        """See `Metric.decompose`."""
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        return Decomposition(U, S[:, None] * Vh, S.square())

@@ -1,0 +1,54 @@
+"""Insert empty factored layers into a model that is about to be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from transformers.utils import logging
+
+from .layout import FactoredLayer
+from .modeling import LowRankLinear, replace_module
+from .targets import canonical_names
+
+
+logger = logging.get_logger(__name__)
+
+
+def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]) -> None:
+    """Replace, on the meta device, every linear layer that the rank map names by an empty `LowRankLinear`.
+
+    Layers of the map that this model lacks (it was opened with fewer blocks, say) are named in a warning.
+
+    Raises:
+        ValueError: if none of the map's layers is in the model, if an entry names something else than a linear layer,
+            or a rank is larger than its layer.
+    """
+    names = {canonical: name for name, canonical in canonical_names(model).items()}
+    missing = [canonical for canonical in layers if canonical not in names]
+    if layers and len(missing) == len(layers):
+        raise ValueError(
+            f"None of the {len(layers)} factored layers of the checkpoint exists in {type(model).__name__}; the first "
+            f"is {missing[0]!r}. The checkpoint belongs to another architecture."
+        )
+    if missing:
+        logger.warning(
+            f"{len(missing)} factored layers of the checkpoint do not exist in this {type(model).__name__} and are "
+            f"left out: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}."
+        )
+    for canonical, layer in layers.items():
+        if canonical in missing:
+            continue
+        linear = model.get_submodule(names[canonical])
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"rank_map entry {canonical!r} names a {type(linear).__name__}, not a linear layer.")
+        limit = min(linear.in_features, linear.out_features)
+        if layer.rank > limit:
+            raise ValueError(
+                f"rank_map entry {canonical!r} has rank {layer.rank}, but the layer of shape "
+                f"[{linear.out_features}, {linear.in_features}] allows {limit} at most. The checkpoint is damaged."
+            )
+        factored = LowRankLinear(
+            linear.in_features, linear.out_features, layer.rank, layer.bias, device="meta", dtype=linear.weight.dtype
+        )
+        replace_module(model, names[canonical], factored.train(linear.training))

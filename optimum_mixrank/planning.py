@@ -1,0 +1,161 @@
+"""From a configuration and the shapes of layers to an allocation problem; tensors and models are not needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .allocation import AllocationProblem, BudgetError, LayerProfile, get_allocator
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What the plan knows of a targeted layer before any data is seen.
+
+    Attributes:
+        name: Canonical name.
+        out_features: `m`.
+        in_features: `n`.
+        extra_cost: Values that factoring adds whatever the rank: `m` where centring gives a bias to a layer without.
+        rank: Rank that the user asked for (`rank_pattern`).
+        ratio: Fraction to remove that the user asked for (`ratio_pattern`).
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    extra_cost: int = 0
+    rank: int | None = None
+    ratio: float | None = None
+
+    @property
+    def dense_cost(self) -> int:
+        """Stored values of the dense weight."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The constraints under which ranks are sought.
+
+    Args:
+        layers: The targeted layers.
+        model_parameters: Parameters of the whole model.
+        compression_ratio: Fraction to remove, in (0, 1).
+        compression_scope: `"model"` or `"targets"`.
+        rank_multiple: Ranks are multiples of it.
+        min_rank: Smallest rank.
+        min_rank_ratio: Smallest share of the break-even rank.
+
+    Raises:
+        ValueError: if a rank or a ratio that was asked for does not fit its layer.
+    """
+
+    layers: Sequence[LayerSpec]
+    model_parameters: int
+    compression_ratio: float
+    compression_scope: str = "model"
+    rank_multiple: int = 1
+    min_rank: int = 1
+    min_rank_ratio: float = 0.1
+    _free: list[LayerSpec] = field(init=False, repr=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        for layer in self.layers:
+            limit = min(layer.out_features, layer.in_features)
+            if layer.rank is not None and layer.rank > limit:
+                raise ValueError(
+                    f"rank_pattern gives rank {layer.rank} to layer {layer.name!r} of shape [{layer.out_features}, "
+                    f"{layer.in_features}], whose largest rank is {limit}. Choose {limit} or less."
+                )
+            if layer.rank is not None and layer.ratio is not None:
+                raise ValueError(
+                    f"Both rank_pattern and ratio_pattern match layer {layer.name!r}. Narrow one of the two."
+                )
+        # A ratio of 0 leaves a layer dense: nothing is left to decide there.
+        self._free.extend(layer for layer in self.layers if layer.ratio != 0)
+
+    @property
+    def budget(self) -> int:
+        """Stored values that all targeted layers together may take."""
+        targeted = sum(layer.dense_cost for layer in self.layers)
+        base = self.model_parameters if self.compression_scope == "model" else targeted
+        # A tolerance, so that a ratio like 0.6 of a round number is not missed by rounding.
+        return math.floor(targeted - self.compression_ratio * base + 1e-6)
+
+    def check(self) -> None:
+        """Check that the budget can be met at all; needs no losses.
+
+        Raises:
+            ValueError: says which ratio would be reached.
+        """
+        minimum = self._problem({}).min_cost + self._dense_cost
+        if minimum > self.budget:
+            raise ValueError(self._unreachable(minimum))
+
+    def allocate(self, losses: Mapping[str, np.ndarray], allocation: str) -> dict[str, int | None]:
+        """Find the ranks.
+
+        Args:
+            losses: By canonical name, the loss of a layer at rank 0, …, min(m, n), `[min(m, n) + 1]`.
+            allocation: Name of the allocator.
+
+        Returns:
+            The rank of every layer, None where it stays dense.
+
+        Raises:
+            ValueError: if the budget cannot be met.
+        """
+        problem = self._problem(losses)
+        try:
+            ranks = get_allocator(allocation).allocate(problem)
+        except BudgetError as error:
+            raise ValueError(self._unreachable(problem.min_cost + self._dense_cost)) from error
+        return {layer.name: ranks.get(layer.name) for layer in self.layers}
+
+    @property
+    def _dense_cost(self) -> int:
+        return sum(layer.dense_cost for layer in self.layers if layer.ratio == 0)
+
+    def _problem(self, losses: Mapping[str, np.ndarray]) -> AllocationProblem:
+        profiles = tuple(self._profile(layer, losses.get(layer.name)) for layer in self._free)
+        return AllocationProblem(profiles, self.budget - self._dense_cost)
+
+    def _profile(self, layer: LayerSpec, losses: np.ndarray | None) -> LayerProfile:
+        m, n = layer.out_features, layer.in_features
+        break_even = m * n / (m + n)
+        fixed = layer.rank
+        if layer.ratio is not None:
+            share = (1 - layer.ratio) * m * n - layer.extra_cost
+            multiples = int(share // ((m + n) * self.rank_multiple))
+            fixed = multiples * self.rank_multiple
+            if fixed < 1:
+                raise ValueError(
+                    f"ratio_pattern removes {layer.ratio:.2%} of layer {layer.name!r}, which leaves no rank of "
+                    f"{self.rank_multiple}. Remove less, or exclude the layer."
+                )
+        return LayerProfile(
+            name=layer.name,
+            out_features=m,
+            in_features=n,
+            losses=np.zeros(min(m, n) + 1) if losses is None else losses,
+            extra_cost=layer.extra_cost,
+            min_rank=max(self.min_rank, math.ceil(self.min_rank_ratio * break_even), 1),
+            rank_multiple=self.rank_multiple,
+            fixed_rank=fixed,
+        )
+
+    def _unreachable(self, minimum: int) -> str:
+        targeted = sum(layer.dense_cost for layer in self.layers)
+        base = self.model_parameters if self.compression_scope == "model" else targeted
+        largest = math.floor(max(targeted - minimum, 0) / base * 1000) / 1000
+        return (
+            f"compression_ratio={self.compression_ratio} (of the {self.compression_scope}) cannot be reached: the "
+            f"targeted layers hold {targeted:,} of the model's {self.model_parameters:,} parameters and keep at least "
+            f"{minimum:,} under min_rank={self.min_rank}, min_rank_ratio={self.min_rank_ratio}, "
+            f"rank_multiple={self.rank_multiple} and the patterns. The largest ratio that can be reached is "
+            f"{largest}; lower the ratio or these floors, or target more layers."
+        )

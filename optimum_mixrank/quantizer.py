@@ -1,0 +1,95 @@
+"""The hook through which `from_pretrained` and `save_pretrained` know compressed checkpoints.
+
+Transformers calls such a hook a quantizer. This one swaps the layers of the rank map for factored ones while the model
+is still on the meta device; the ordinary loading code (shards, dtypes, device maps, offload) then fills them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from ._registration import QUANT_METHOD
+from .configuration import MixRankConfig
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+logger = logging.get_logger(__name__)
+
+
+class MixRankHfQuantizer(HfQuantizer):
+    """Loads, saves and turns dense again models that `MixRankCompressor` has compressed."""
+
+    # Compressing while loading is another matter than opening a compressed checkpoint; the check is ours, with advice.
+    requires_calibration = False
+    quantization_config: MixRankConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a model that is not compressed yet.
+
+        Raises:
+            ValueError: if the checkpoint to load is dense.
+        """
+        if not self.pre_quantized:
+            raise ValueError(
+                "`quantization_config=MixRankConfig(...)` was passed for a checkpoint that is not compressed, and "
+                "compression needs calibration images. Compress it with "
+                "`MixRankCompressor.from_pretrained(...).compress(config, calibration_dataset=...)`."
+            )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from .loading import insert_factored_layers
+
+        insert_factored_layers(model, self.quantization_config.factored_layers)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        attach(model, self)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        from .dense import replace_by_dense
+
+        replace_by_dense(model)
+        # Transformers 4.57 deletes this attribute and sets it only for quantizers that change the dtype.
+        model.config._pre_quantization_dtype = model.dtype
+        return model if dtype is None else model.to(dtype)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Factors are ordinary tensors: they can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Factors are ordinary parameters: they can be trained."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """See `is_trainable`; `Trainer` asks for both."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """`torch.compile` sees two ordinary linear layers."""
+        return True
+
+
+def attach(model: PreTrainedModel, quantizer: MixRankHfQuantizer) -> None:
+    """Give a compressed model the attributes that a reloaded one has, whichever way it came to be.
+
+    `is_quantized` stays False: with it Transformers forbids `.half()` and `.float()` and `Trainer` refuses, for the
+    sake of integer weights. Factors are ordinary floating point numbers.
+    """
+    model.hf_quantizer = quantizer
+    model.quantization_method = QUANT_METHOD
+    model.config.quantization_config = quantizer.quantization_config
+    model.is_quantized = False
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_is_quantized", False):
+            config._is_quantized = False
