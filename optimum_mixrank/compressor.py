@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from optimum.quantization_base import OptimumQuantizer
-from transformers import AutoImageProcessor, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 from .calibration.collect import collect_statistics
 from .calibration.images import ImageBatches
@@ -20,14 +19,12 @@ from .calibration.result import Calibration
 from .calibration.sources import load_image_dataset
 from .checkpoint import push_checkpoint, save_checkpoint, writable_directory
 from .configuration import MixRankConfig
-from .decomposition import Decomposition, LayerStatistics, Metric, Statistic, corrected_bias, get_metric
-from .inference import evaluation_mode
-from .layout import FactoredLayer
-from .modeling import LowRankLinear, replace_module
+from .decomposition import Metric, Statistic, get_metric
 from .original import load_image_processor, load_original
 from .planning import LayerSpec, RankPlan
 from .quantizer import MixRankHfQuantizer, attach
 from .reporting.build import build_report
+from .stages import check_weights, decompose_layers, factorize_layers
 from .targets import Target, encoder_linears, find_targets, match_values
 
 
@@ -36,9 +33,6 @@ if TYPE_CHECKING:
 
     from .evaluation.evaluate import EvaluationResult
     from .reporting.report import CompressionReport
-
-
-logger = logging.get_logger(__name__)
 
 
 class MixRankCompressor(OptimumQuantizer):
@@ -109,7 +103,7 @@ class MixRankCompressor(OptimumQuantizer):
         else:
             model = load_original(model_or_path, dtype, auto_class, hub_kwargs)
             if image_processor is None:
-                image_processor = load_image_processor(AutoImageProcessor, model_or_path, hub_kwargs)
+                image_processor = load_image_processor(model_or_path, hub_kwargs)
         return cls(model if device is None else model.to(device), image_processor)
 
     def get_calibration_dataset(
@@ -210,7 +204,7 @@ class MixRankCompressor(OptimumQuantizer):
         metric = get_metric(config.metric)
         linears = encoder_linears(self.model)
         targets = find_targets(self.model, config.target_modules, config.exclude_modules)
-        _check_weights(targets)
+        check_weights(targets)
         plan = self._plan(config, metric, targets)
         plan.check()
 
@@ -229,13 +223,13 @@ class MixRankCompressor(OptimumQuantizer):
             calibration = None
 
         start = time.perf_counter()
-        decompositions = _decompose(metric, targets, calibration)
+        decompositions = decompose_layers(metric, targets, calibration)
         decomposed = time.perf_counter()
         losses = {name: decomposition.losses().cpu().numpy() for name, decomposition in decompositions.items()}
         ranks = plan.allocate(losses, config.allocation)
         allocated = time.perf_counter()
         model = self.model if inplace else copy.deepcopy(self.model)
-        rank_map = _factorize(model, targets, decompositions, ranks, calibration)
+        rank_map = factorize_layers(model, targets, decompositions, ranks, calibration)
         config = dataclasses.replace(config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
         attach(model, MixRankHfQuantizer(config, pre_quantized=True))
         factorized = time.perf_counter()
@@ -243,7 +237,6 @@ class MixRankCompressor(OptimumQuantizer):
         self.report = build_report(
             config=config,
             linears=linears,
-            targets=targets,
             ranks=ranks,
             rank_map=rank_map,
             losses=losses,
@@ -426,74 +419,3 @@ class MixRankCompressor(OptimumQuantizer):
         seed: int,
     ) -> ImageBatches:
         raise NotImplementedError
-
-
-def _check_weights(targets: Sequence[Target]) -> None:
-    for target in targets:
-        if not torch.isfinite(target.module.weight).all():
-            raise ValueError(f"The weight of layer {target.name!r} holds NaN or Inf; the checkpoint is damaged.")
-
-
-def _decompose(
-    metric: Metric, targets: Sequence[Target], calibration: Calibration | None
-) -> dict[str, Decomposition]:
-    """Decompose every layer in float64; what is kept of it has the layer's precision and pays off only."""
-    decompositions = {}
-    for target in logging.tqdm(targets, desc="Decomposing", unit="layer"):
-        weight = _float64(target.module.weight)
-        statistics = _to(calibration.layers[target.name], weight) if calibration is not None else None
-        decomposition = metric.decompose(weight, statistics)
-        m, n = target.shape
-        # From the break-even rank on a layer stays dense; no more components can be asked for.
-        keep = max(1, m * n // (m + n))
-        dtype = torch.promote_types(target.module.weight.dtype, torch.float32)
-        decompositions[target.canonical_name] = decomposition.truncated(keep, dtype)
-    return decompositions
-
-
-def _factorize(
-    model: PreTrainedModel,
-    targets: Sequence[Target],
-    decompositions: dict[str, Decomposition],
-    ranks: dict[str, int | None],
-    calibration: Calibration | None,
-) -> dict[str, FactoredLayer]:
-    rank_map = {}
-    for target in logging.tqdm(targets, desc="Factorizing", unit="layer"):
-        rank = ranks[target.canonical_name]
-        decomposition = decompositions.pop(target.canonical_name)
-        if rank is None:
-            continue
-        dense = target.module
-        A, B = (factor.to(dense.weight) for factor in decomposition.factors(rank))
-        bias = dense.bias
-        if calibration is not None:
-            mean = calibration.layers[target.name].require(Statistic.INPUT_MEAN)
-            weight = _float64(dense.weight)
-            bias = corrected_bias(
-                weight,
-                None if bias is None else bias.detach().to(weight),
-                A.to(weight),
-                B.to(weight),
-                mean.to(weight),
-            ).to(dense.weight)
-        layer = LowRankLinear.from_factors(A, B, bias)
-        layer.requires_grad_(dense.weight.requires_grad)
-        layer.weight.requires_grad_(False)
-        replace_module(model, target.name, layer.train(dense.training))
-        rank_map[target.canonical_name] = FactoredLayer(rank, bias is not None, bias is not None and dense.bias is None)
-    return rank_map
-
-
-def _float64(tensor: torch.Tensor) -> torch.Tensor:
-    # Apple's GPUs have no float64.
-    return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
-
-
-def _to(statistics: LayerStatistics, tensor: torch.Tensor) -> LayerStatistics:
-    moved = {
-        statistic.value: value.to(tensor.device)
-        for statistic in Statistic
-        if (value := getattr(statistics, statistic.value)) is not None
-    }
-    return dataclasses.replace(statistics, **moved)

@@ -1,0 +1,74 @@
+"""Checkpoints written under one release of Transformers must load under another.
+
+    python .ci/exchange.py write FOLDER     # under one release
+    python .ci/exchange.py check FOLDER     # under another one (or the same)
+
+`check` asks for bit-identical logits for ViT and DeiT; for Swin, whose dense model itself differs between the releases,
+for a difference no larger than the dense model's, within a factor of four.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from models import tiny_deit, tiny_swin, tiny_vit
+
+from optimum_mixrank import LowRankLinear, MixRankCompressor, MixRankConfig
+
+
+MODELS = {"vit": tiny_vit, "deit": tiny_deit, "swin": tiny_swin}
+DTYPES = (torch.float32, torch.float16)
+
+
+def logits(model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(pixel_values=pixels.to(model.dtype)).logits.contiguous()
+
+
+def write(folder: Path) -> None:
+    pixels = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for name, build in MODELS.items():
+        original = build()
+        config = MixRankConfig(
+            compression_ratio=0.3,
+            compression_scope="targets",
+            rank_pattern={r"0.*(intermediate\.dense|key)": 5},
+            ratio_pattern={r"1.*attention\.output\.dense": 0},
+        )
+        compressed = MixRankCompressor(original).compress(config, [pixels])
+        for kind, model in (("dense", original), ("compressed", compressed)):
+            for dtype in DTYPES:
+                target = folder / f"{name}-{kind}-{str(dtype).removeprefix('torch.')}"
+                model.to(dtype).save_pretrained(target, max_shard_size="20KB")
+                save_file({"pixels": pixels, "logits": logits(model, pixels)}, target / "expected.tensors")
+                model.to(torch.float32)
+    print(f"transformers {transformers.__version__} wrote {len(list(folder.iterdir()))} checkpoints")
+
+
+def check(folder: Path) -> None:
+    differences = {}
+    for target in sorted(folder.iterdir()):
+        name, kind, dtype = target.name.split("-")
+        architecture = transformers.AutoConfig.from_pretrained(target).architectures[0]
+        model = getattr(transformers, architecture).from_pretrained(target, dtype=getattr(torch, dtype))
+        factored = any(isinstance(module, LowRankLinear) for module in model.modules())
+        if factored != (kind == "compressed"):
+            sys.exit(f"{target.name}: factored layers are there when they should not be, or the other way round")
+        expected = load_file(target / "expected.tensors")
+        difference = (logits(model, expected["pixels"]) - expected["logits"]).abs().max().item()
+        differences[name, kind, dtype] = difference
+        print(f"transformers {transformers.__version__}: {target.name:28} largest difference {difference:.2e}")
+    for (name, kind, dtype), difference in differences.items():
+        allowed = 4 * differences[name, "dense", dtype] if name == "swin" else 0.0
+        if kind == "compressed" and difference > allowed:
+            sys.exit(f"{name} in {dtype}: logits differ by {difference:.2e}, allowed are {allowed:.2e}")
+
+
+if __name__ == "__main__":
+    {"write": write, "check": check}[sys.argv[1]](Path(sys.argv[2]))

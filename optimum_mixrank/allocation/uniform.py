@@ -1,0 +1,42 @@
+"""Every layer keeps the same share of its parameters."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .allocator import Allocator, register_allocator
+from .problem import AllocationProblem, RankAllocation
+from .remainder import spend_remainder
+
+
+@register_allocator
+class UniformAllocator(Allocator):
+    """The largest share of its dense cost that every layer may keep alike, bisected to the budget.
+
+    Floors, ceilings and multiples bound the share of single layers; the remainder is spent by best return.
+    """
+
+    name = "uniform"
+
+    def allocate(self, problem: AllocationProblem) -> RankAllocation:
+        """See `Allocator.allocate`."""
+        problem.check()
+        low, high = 0.0, 1.0
+        if self._cost(problem, high) <= problem.budget:
+            low = high
+        # 60 halvings resolve the share beyond the precision of a float64.
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._cost(problem, middle) <= problem.budget else (low, middle)
+        return problem.to_ranks(spend_remainder(problem, self._choice(problem, low)))
+
+    def _choice(self, problem: AllocationProblem, share: float) -> np.ndarray:
+        indices = [
+            max(0, int(np.searchsorted(layer.option_costs, share * layer.dense_cost, side="right")) - 1)
+            for layer in problem.layers
+        ]
+        return np.array(indices, dtype=np.int64)
+
+    def _cost(self, problem: AllocationProblem, share: float) -> int:
+        choice = self._choice(problem, share)
+        return sum(int(layer.option_costs[i]) for layer, i in zip(problem.layers, choice, strict=True))

@@ -1,0 +1,62 @@
+"""Load the model that is to be compressed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def load_original(
+    path: str | Path, dtype: str | torch.dtype, auto_class: Any, hub_kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """Load a dense checkpoint with the class that it names, so that its head is kept.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+        ValueError: if the dtype is unknown or the checkpoint is compressed already.
+    """
+    config = AutoConfig.from_pretrained(path, **hub_kwargs)
+    if getattr(config, "quantization_config", None) is not None:
+        method = dict(config.quantization_config).get("quant_method")
+        raise ValueError(
+            f"{str(path)!r} is compressed or quantized already (quant_method={method!r}); start from the original "
+            "checkpoint. Quantization is applied after compression, not before."
+        )
+    if auto_class is None:
+        architectures = getattr(config, "architectures", None) or [None]
+        auto_class = getattr(transformers, architectures[0] or "", AutoModel)
+    return auto_class.from_pretrained(path, dtype=parse_dtype(dtype), **hub_kwargs)
+
+
+def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A torch dtype from its name; `"auto"` stays.
+
+    Raises:
+        ValueError: if it is no floating point dtype.
+    """
+    if dtype == "auto":
+        return "auto"
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is no floating point dtype; choose 'float32', 'float16', 'bfloat16' or 'auto'.")
+    return parsed
+
+
+def load_image_processor(path: str | Path, hub_kwargs: dict[str, Any]) -> Any:
+    """The image processor of a checkpoint; None, with a warning, where it has none."""
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(path, **hub_kwargs)
+    except (OSError, ValueError) as error:
+        logger.warning(
+            f"{str(path)!r} has no usable image processor ({error}). Images cannot be prepared; pass "
+            "`image_processor=…`, or calibrate with batches of `pixel_values`."
+        )
+        return None

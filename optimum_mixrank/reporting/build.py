@@ -1,0 +1,105 @@
+"""Put together the report of a compression."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..calibration.result import Calibration
+from ..configuration import MixRankConfig
+from ..layout import FactoredLayer
+from ..targets import Target
+from .report import CompressionReport, LayerReport
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+_PACKAGES = ("optimum-mixrank", "torch", "transformers", "optimum", "datasets", "safetensors")
+
+
+def build_report(
+    config: MixRankConfig,
+    linears: Sequence[Target],
+    ranks: Mapping[str, int | None],
+    rank_map: Mapping[str, FactoredLayer],
+    losses: Mapping[str, np.ndarray],
+    original_parameters: int,
+    model: PreTrainedModel,
+    calibration: Calibration | None,
+    seconds: Mapping[str, float],
+) -> CompressionReport:
+    """Describe what was done to every linear layer of the encoder, targeted or not.
+
+    Args:
+        config: As it is stored with the model.
+        linears: All linear layers of the encoder, as they were.
+        ranks: By canonical name of every targeted layer.
+        rank_map: The factored layers.
+        losses: Share of the energy lost at rank 0, 1, …, by canonical name.
+        original_parameters: Of the whole model.
+        model: The compressed model.
+        calibration: None where no data was used.
+        seconds: Wall time by phase.
+    """
+    layers = []
+    for linear in linears:
+        name, (m, n) = linear.canonical_name, linear.shape
+        factored = rank_map.get(name)
+        after = m * n if factored is None else factored.rank * (m + n) + m * factored.added_bias
+        kept = None if factored is None else float(1 - losses[name][factored.rank])
+        layers.append(
+            LayerReport(
+                name=name,
+                shape=(m, n),
+                rank=factored.rank if factored else None,
+                kept_energy=kept,
+                targeted=name in ranks,
+                parameters_before=m * n,
+                parameters_after=after,
+            )
+        )
+    settings = {key: value for key, value in config.to_dict().items() if key != "rank_map"}
+    return CompressionReport(
+        layers=layers,
+        settings=settings,
+        environment=environment(),
+        model_parameters_before=original_parameters,
+        model_parameters_after=sum(parameter.numel() for parameter in model.parameters()),
+        calibration=_describe(calibration),
+        seconds={phase: round(value, 3) for phase, value in seconds.items()},
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine: what a reader needs to reproduce or to judge a figure."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "system": platform.system(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _describe(calibration: Calibration | None) -> dict[str, Any]:
+    if calibration is None:
+        return {"num_images": 0, "num_tokens": 0, "num_broken": 0}
+    return {
+        "num_images": calibration.num_images,
+        "num_tokens": calibration.num_tokens,
+        "num_broken": len(calibration.broken),
+    }
