@@ -22,9 +22,7 @@ SHIPPED = Path(__file__).parent / "fashion_mnist"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(SHIPPED / "model"), help="local folder or Hub id")
     parser.add_argument("--calibration-data", default=str(SHIPPED / "data"), help="local folder or Hub id")
     parser.add_argument("--calibration-split", default=None)

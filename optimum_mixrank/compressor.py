@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
@@ -20,17 +21,16 @@ from .calibration.sources import load_image_dataset
 from .checkpoint import push_checkpoint, save_checkpoint, writable_directory
 from .configuration import MixRankConfig
 from .decomposition import Metric, Statistic, get_metric
+from .evaluation.labels import find_label_column, map_labels
 from .original import load_image_processor, load_original
 from .planning import LayerSpec, RankPlan
 from .quantizer import MixRankHfQuantizer, attach
-from .reporting.build import build_report
+from .reporting.build import build_report, measure
 from .stages import check_weights, decompose_layers, factorize_layers
 from .targets import Target, encoder_linears, find_targets, match_values
 
 
 if TYPE_CHECKING:
-    import datasets
-
     from .evaluation.evaluate import EvaluationResult
     from .reporting.report import CompressionReport
 
@@ -222,6 +222,7 @@ class MixRankCompressor(OptimumQuantizer):
         if not metric.uses_data:
             calibration = None
 
+        original = measure(self.model)
         start = time.perf_counter()
         decompositions = decompose_layers(metric, targets, calibration)
         decomposed = time.perf_counter()
@@ -240,7 +241,7 @@ class MixRankCompressor(OptimumQuantizer):
             ranks=ranks,
             rank_map=rank_map,
             losses=losses,
-            original_parameters=plan.model_parameters,
+            original=original,
             model=model,
             calibration=calibration,
             seconds={
@@ -311,9 +312,7 @@ class MixRankCompressor(OptimumQuantizer):
         """
         from .evaluation.evaluate import evaluate_model
 
-        batches = self._labelled_batches(
-            dataset, batch_size, split, image_column, label_column, num_samples, seed
-        )
+        batches = self._labelled_batches(dataset, batch_size, split, image_column, label_column, num_samples, seed)
         result = evaluate_model(model, batches, reference=self.model)
         if self.report is not None:
             self.report = dataclasses.replace(self.report, evaluation=dataclasses.asdict(result))
@@ -418,4 +417,26 @@ class MixRankCompressor(OptimumQuantizer):
         num_samples: int | None,
         seed: int,
     ) -> ImageBatches:
-        raise NotImplementedError
+        if isinstance(dataset, str | Path | datasets.DatasetDict):
+            dataset = load_image_dataset(
+                dataset,
+                split=split,
+                default_splits=("validation", "test"),
+                image_column=image_column,
+                num_samples=num_samples,
+                seed=seed,
+            )
+        label_map = None
+        if isinstance(dataset, datasets.Dataset):
+            label_column = label_column or find_label_column(dataset)
+            if label_column is not None:
+                label_map = map_labels(dataset, label_column, self.model.config.label2id)
+        return ImageBatches(
+            dataset,
+            image_processor=self.image_processor,
+            batch_size=batch_size,
+            image_column=image_column,
+            label_column=label_column,
+            label_map=label_map,
+            num_channels=getattr(self.model.config, "num_channels", 3),
+        )

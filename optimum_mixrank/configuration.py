@@ -97,7 +97,9 @@ class MixRankConfig(QuantizationConfigMixin):
         """
         if self.quant_method != QUANT_METHOD:
             raise ValueError(f"quant_method={self.quant_method!r} is not {QUANT_METHOD!r}; leave the field out.")
-        _check_fraction("compression_ratio", self.compression_ratio, "It is the fraction of parameters to remove, 0.6 for -60 %.")
+        _check_fraction(
+            "compression_ratio", self.compression_ratio, "It is the fraction of parameters to remove, 0.6 for -60 %."
+        )
         _check_choice("compression_scope", self.compression_scope, SCOPES)
         _check_choice("metric", self.metric, _metric_names())
         _check_choice("allocation", self.allocation, _allocator_names())
@@ -136,9 +138,7 @@ class MixRankConfig(QuantizationConfigMixin):
         return parse_rank_map(self.rank_map)
 
     @classmethod
-    def from_dict(
-        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Read a stored configuration, which may come from another version of this library.
 
         Keys that this version does not know are dropped with one warning that names them; an unknown layout version

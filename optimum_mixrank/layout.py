@@ -37,7 +37,9 @@ def parse_rank_map(rank_map: object) -> dict[str, FactoredLayer]:
         ValueError: names the entry that is malformed.
     """
     if not isinstance(rank_map, Mapping):
-        raise ValueError(f"rank_map is a {type(rank_map).__name__}, not a mapping from layer names; do not set it by hand.")
+        raise ValueError(
+            f"rank_map is a {type(rank_map).__name__}, not a mapping from layer names; do not set it by hand."
+        )
     return {name: _parse_entry(name, entry) for name, entry in rank_map.items()}
 
 

@@ -57,7 +57,17 @@ class LowRankLinear(nn.Module):
             A: `[rank, in_features]`.
             B: `[out_features, rank]`.
             bias: `[out_features]`.
+
+        Raises:
+            ValueError: if the shapes do not fit each other.
         """
+        fits = A.ndim == B.ndim == 2 and len(A) == B.shape[1] and (bias is None or bias.shape == B.shape[:1])
+        if not fits:
+            raise ValueError(
+                f"The factors do not fit: A is {list(A.shape)}, B is {list(B.shape)}, the bias is "
+                f"{None if bias is None else list(bias.shape)}. Expected are [rank, in_features], [out_features, rank] "
+                "and [out_features] or None."
+            )
         layer = cls(A.shape[1], B.shape[0], A.shape[0], bias=bias is not None, device="meta", dtype=A.dtype)
         # Contiguous, so that the same kernels run before saving and after loading: bit-identical results.
         layer.factor_a.weight = nn.Parameter(A.detach().contiguous())

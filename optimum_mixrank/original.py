@@ -46,7 +46,9 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
         return "auto"
     parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} is no floating point dtype; choose 'float32', 'float16', 'bfloat16' or 'auto'.")
+        raise ValueError(
+            f"dtype={dtype!r} is no floating point dtype; choose 'float32', 'float16', 'bfloat16' or 'auto'."
+        )
     return parsed
 
 

@@ -159,7 +159,7 @@ def _encoder_tensors(model):
 def test_disk_offload(model, pixels, tmp_path):
     model.save_pretrained(tmp_path / "checkpoint")
     names = [name for name, _ in model.named_children()]
-    device_map = {name: "cpu" for name in names}
+    device_map = dict.fromkeys(names, "cpu")
     device_map[model.base_model_prefix] = "disk"
     offloaded = load(tmp_path / "checkpoint", device_map=device_map, offload_folder=tmp_path / "offload")
     assert "meta" in {parameter.device.type for parameter in offloaded.parameters()}

@@ -134,9 +134,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=20)
@@ -166,9 +164,7 @@ def main() -> None:
         label2id={label: index for index, label in enumerate(LABELS)},
     )
     model = ViTForImageClassification(config)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay), lr=args.learning_rate, betas=(0.9, 0.98)
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, betas=(0.9, 0.98))
     steps_per_epoch = len(pixels["train"]) // args.batch_size
     total, warmup = args.epochs * steps_per_epoch, steps_per_epoch
 
@@ -219,9 +215,7 @@ def main() -> None:
 
     model.load_state_dict(best_state)
     test_images, test_labels = load_split(args.data, "t10k")
-    log["test_accuracy"] = accuracy(
-        model, to_pixels(test_images), torch.from_numpy(test_labels.astype(np.int64))
-    )
+    log["test_accuracy"] = accuracy(model, to_pixels(test_images), torch.from_numpy(test_labels.astype(np.int64)))
     model.save_pretrained(args.output)
     write_preprocessor(args.output)
     (args.output / "training_log.json").write_text(json.dumps(log, indent=2) + "\n")

@@ -7,6 +7,7 @@ from .allocator import ALLOCATORS, Allocator, get_allocator, register_allocator
 from .global_optimum import GlobalAllocator
 from .greedy import GreedyAllocator
 from .problem import AllocationProblem, BudgetError, LayerProfile, RankAllocation
+from .remainder import raise_evenly, spend_remainder
 from .uniform import UniformAllocator
 
 
@@ -21,5 +22,7 @@ __all__ = [
     "RankAllocation",
     "UniformAllocator",
     "get_allocator",
+    "raise_evenly",
     "register_allocator",
+    "spend_remainder",
 ]

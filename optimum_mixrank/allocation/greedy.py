@@ -15,11 +15,11 @@ from .remainder import spend_remainder
 class GreedyAllocator(Allocator):
     """Gradual greedy search (arXiv 2402.06004).
 
-    All layers start at their break-even rank, which costs what the dense layer does. The number of values to keep falls
-    as `τ(t) = N_target + (N_0 - N_target) exp(-t / γ)`. At step t every layer is asked for the rank at which it alone
-    would give up the values that are still above `τ(t)`, `r' = ⌊r - Δ / (m + n)⌋`, bounded below by its smallest rank;
-    the layer whose loss at `r'` is the lowest is shrunk. After the last step the search goes on with `τ = N_target`
-    until the budget holds.
+    All layers start at their break-even rank, which costs what the dense layer does. The number of values to keep
+    falls as `τ(t) = N_target + (N_0 - N_target) exp(-t / gamma)`. At step t every layer is asked for the rank at which
+    it alone would give up the values that are still above `τ(t)`, `r' = ⌊r - Δ / (m + n)⌋`, bounded below by its
+    smallest rank; the layer whose loss at `r'` is the lowest is shrunk, the earlier one of equals. After the last step
+    the search goes on with `τ = N_target` until the budget holds; then the remainder is spent by best return.
 
     Args:
         gamma: Time constant of the schedule, in steps.

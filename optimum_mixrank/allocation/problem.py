@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +19,7 @@ class BudgetError(ValueError):
     """The budget cannot be met even with the smallest ranks.
 
     Attributes:
+        budget: Stored values that the layers may take.
         min_cost: What the smallest ranks cost.
     """
 
@@ -25,12 +28,16 @@ class BudgetError(ValueError):
             f"A budget of {budget:,} stored values cannot be met: the smallest allowed ranks take {min_cost:,}. "
             "Allow smaller ranks or raise the budget."
         )
+        self.budget = budget
         self.min_cost = min_cost
 
 
 @dataclass(frozen=True, eq=False)
 class LayerProfile:
     """What an allocator knows of a layer of shape `[out_features, in_features]`.
+
+    Another way to count cost (another layout, FLOPs, latency) overrides `cost`, which must increase with the rank, and
+    `dense_cost`; break-even, candidates and options follow from these two.
 
     Attributes:
         name: Its name.
@@ -39,12 +46,12 @@ class LayerProfile:
         losses: `[min(m, n) + 1]`, float64, non-increasing: the loss if rank 0, 1, … is kept. Dense, it is 0.
         extra_cost: Stored values that a factored layer adds whatever its rank.
         min_rank: Smallest rank, rounded up to the multiple.
-        max_rank: Largest rank, or None for the layer's own limit.
+        max_rank: Largest rank of a factored layer, or None for break-even. Staying dense remains possible.
         rank_multiple: Ranks are multiples of it, except a fixed one.
         fixed_rank: The one rank that is allowed. If it saves nothing, the layer stays dense.
 
     Raises:
-        ValueError: if the losses do not fit the shape or the fixed rank exceeds it.
+        ValueError: if a bound is impossible, or the losses do not fit the shape, are not finite or increase.
     """
 
     name: str
@@ -59,15 +66,34 @@ class LayerProfile:
 
     def __post_init__(self) -> None:
         limit = min(self.out_features, self.in_features)
+        for field, least in (("extra_cost", 0), ("min_rank", 1), ("rank_multiple", 1)):
+            if getattr(self, field) < least:
+                raise ValueError(
+                    f"{field}={getattr(self, field)} of layer {self.name!r} is too small; give at least {least}."
+                )
+        if self.max_rank is not None and self.max_rank < self._lowest_rank:
+            raise ValueError(
+                f"max_rank={self.max_rank} of layer {self.name!r} is below its smallest rank {self._lowest_rank} "
+                f"(min_rank={self.min_rank}, rank_multiple={self.rank_multiple}); raise it or lower these."
+            )
         if self.losses.shape != (limit + 1,):
             raise ValueError(
-                f"Layer {self.name!r} of shape [{self.out_features}, {self.in_features}] needs {limit + 1} losses, for "
-                f"ranks 0 to {limit}; there are {self.losses.shape}."
+                f"Layer {self.name!r} of shape [{self.out_features}, {self.in_features}] needs {limit + 1} losses, "
+                f"for ranks 0 to {limit}; there are {self.losses.shape}."
             )
         if self.fixed_rank is not None and not 1 <= self.fixed_rank <= limit:
             raise ValueError(
                 f"fixed_rank={self.fixed_rank} of layer {self.name!r} is outside [1, {limit}]; its shape is "
                 f"[{self.out_features}, {self.in_features}]."
+            )
+        if not np.isfinite(self.losses).all():
+            raise ValueError(f"Losses of layer {self.name!r} hold NaN or Inf; check its weight and its statistics.")
+        # Sums of squared singular values may round upwards in their last digits.
+        rise = float(np.diff(self.losses).max())
+        if rise > 1e-9 * float(np.abs(self.losses).max()):
+            raise ValueError(
+                f"Losses of layer {self.name!r} increase with the rank, by up to {rise:.3g}; order them from rank 0 "
+                f"to rank {limit}, none above the one before."
             )
 
     @property
@@ -88,17 +114,27 @@ class LayerProfile:
     @property
     def break_even(self) -> int:
         """Largest rank that costs less than the dense layer; 0 if there is none."""
-        return max(0, (self.dense_cost - self.extra_cost - 1) // (self.out_features + self.in_features))
+        ranks = range(min(self.out_features, self.in_features) + 1)
+        return max(0, bisect_left(ranks, self.dense_cost, key=self.cost) - 1)
+
+    @cached_property
+    def candidate_ranks(self) -> tuple[int, ...]:
+        """The ranks at which the layer may be factored, ascending; empty if it has to stay dense."""
+        if self.fixed_rank is not None:
+            return (self.fixed_rank,) if self.cost(self.fixed_rank) < self.dense_cost else ()
+        highest = self.break_even if self.max_rank is None else min(self.break_even, self.max_rank)
+        return tuple(range(self._lowest_rank, highest + 1, self.rank_multiple))
 
     @cached_property
     def options(self) -> tuple[int | None, ...]:
-        """Everything the layer may become, by ascending cost: ranks, then dense."""
-        if self.fixed_rank is not None:
-            return (self.fixed_rank,) if self.cost(self.fixed_rank) < self.dense_cost else (None,)
-        multiple = self.rank_multiple
-        highest = self.break_even if self.max_rank is None else min(self.break_even, self.max_rank)
-        lowest = -(-max(self.min_rank, 1) // multiple) * multiple
-        return (*range(lowest, highest + 1, multiple), None)
+        """Everything the layer may become, by ascending cost: candidate ranks, then dense unless a rank is fixed."""
+        if self.fixed_rank is not None and self.candidate_ranks:
+            return self.candidate_ranks
+        return (*self.candidate_ranks, None)
+
+    @property
+    def _lowest_rank(self) -> int:
+        return -(-self.min_rank // self.rank_multiple) * self.rank_multiple
 
     @cached_property
     def option_costs(self) -> np.ndarray:
@@ -113,15 +149,34 @@ class LayerProfile:
 
 @dataclass(frozen=True, eq=False)
 class AllocationProblem:
-    """Layers and the stored values that they may take together."""
+    """Layers and the stored values that they may take together.
+
+    Raises:
+        ValueError: if two layers have the same name.
+    """
 
     layers: tuple[LayerProfile, ...]
     budget: int
+
+    def __post_init__(self) -> None:
+        counts = Counter(layer.name for layer in self.layers)
+        repeated = [name for name, count in counts.items() if count > 1]
+        if repeated:
+            raise ValueError(f"The names {repeated} belong to several layers each; give every layer its own name.")
 
     @property
     def min_cost(self) -> int:
         """Stored values with the smallest option everywhere."""
         return sum(int(layer.option_costs[0]) for layer in self.layers)
+
+    @property
+    def dense_cost(self) -> int:
+        """Stored values with every layer dense."""
+        return sum(layer.dense_cost for layer in self.layers)
+
+    def left(self, choice: np.ndarray) -> int:
+        """Stored values that a choice (see `to_ranks`) leaves of the budget; negative if it exceeds it."""
+        return self.budget - sum(int(layer.option_costs[i]) for layer, i in zip(self.layers, choice, strict=True))
 
     def total_cost(self, ranks: Mapping[str, int | None]) -> int:
         """Stored values of an allocation."""

@@ -6,14 +6,15 @@ import numpy as np
 
 from .allocator import Allocator, register_allocator
 from .problem import AllocationProblem, RankAllocation
-from .remainder import spend_remainder
+from .remainder import raise_evenly
 
 
 @register_allocator
 class UniformAllocator(Allocator):
     """The largest share of its dense cost that every layer may keep alike, bisected to the budget.
 
-    Floors, ceilings and multiples bound the share of single layers; the remainder is spent by best return.
+    Floors, ceilings and multiples bound the share of single layers; the remainder is spent
+    step by step on the layers that keep the least (`raise_evenly`). Losses play no part.
     """
 
     name = "uniform"
@@ -28,7 +29,7 @@ class UniformAllocator(Allocator):
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if self._cost(problem, middle) <= problem.budget else (low, middle)
-        return problem.to_ranks(spend_remainder(problem, self._choice(problem, low)))
+        return problem.to_ranks(raise_evenly(problem, self._choice(problem, low)))
 
     def _choice(self, problem: AllocationProblem, share: float) -> np.ndarray:
         indices = [

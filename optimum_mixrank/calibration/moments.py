@@ -29,6 +29,8 @@ class MomentAccumulator:
     def update(self, vectors: Tensor) -> None:
         """Take in vectors, `[..., n]`, of any floating point dtype."""
         vectors = vectors.detach().reshape(-1, vectors.shape[-1])
+        if len(vectors) == 0:
+            return
         if vectors.dtype != torch.float64:
             vectors = vectors.float()
         if self._shift is None:
@@ -36,7 +38,9 @@ class MomentAccumulator:
         centred = vectors - self._shift
         self._sum = _add(self._sum, centred.sum(dim=0))
         if self._products:
-            product = centred.T @ centred if self._full else centred.square().sum(dim=0)
+            # Autocast, under which the model may run, would multiply in half precision.
+            with torch.autocast(vectors.device.type, enabled=False):
+                product = centred.T @ centred if self._full else centred.square().sum(dim=0)
             self._product = _add(self._product, product)
         self.count += len(vectors)
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ..calibration.result import Calibration
 from ..configuration import MixRankConfig
+from ..evaluation.flops import flops_per_image
+from ..evaluation.size import count_parameters
 from ..layout import FactoredLayer
 from ..targets import Target
 from .report import CompressionReport, LayerReport
@@ -21,7 +25,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+logger = logging.get_logger(__name__)
+
 _PACKAGES = ("optimum-mixrank", "torch", "transformers", "optimum", "datasets", "safetensors")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Size and cost of a model.
+
+    Attributes:
+        parameters: Stored values.
+        bytes: What they take in their present precision.
+        flops: FLOPs per image, or None where the model cannot be run on an image of its size.
+    """
+
+    parameters: int
+    bytes: int
+    flops: int | None
+
+
+def measure(model: PreTrainedModel) -> Measurement:
+    """Measure a model as it is now."""
+    try:
+        flops = flops_per_image(model)
+    except Exception as error:
+        # A count that some architecture does not support must not stop a compression.
+        logger.warning(f"The FLOPs of {type(model).__name__} could not be counted: {error}")
+        flops = None
+    stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return Measurement(count_parameters(model), stored, flops)
 
 
 def build_report(
@@ -30,7 +63,7 @@ def build_report(
     ranks: Mapping[str, int | None],
     rank_map: Mapping[str, FactoredLayer],
     losses: Mapping[str, np.ndarray],
-    original_parameters: int,
+    original: Measurement,
     model: PreTrainedModel,
     calibration: Calibration | None,
     seconds: Mapping[str, float],
@@ -43,7 +76,7 @@ def build_report(
         ranks: By canonical name of every targeted layer.
         rank_map: The factored layers.
         losses: Share of the energy lost at rank 0, 1, …, by canonical name.
-        original_parameters: Of the whole model.
+        original: The model as it was.
         model: The compressed model.
         calibration: None where no data was used.
         seconds: Wall time by phase.
@@ -65,13 +98,17 @@ def build_report(
                 parameters_after=after,
             )
         )
+    compressed = measure(model)
     settings = {key: value for key, value in config.to_dict().items() if key != "rank_map"}
     return CompressionReport(
         layers=layers,
         settings=settings,
         environment=environment(),
-        model_parameters_before=original_parameters,
-        model_parameters_after=sum(parameter.numel() for parameter in model.parameters()),
+        model_parameters_before=original.parameters,
+        model_parameters_after=compressed.parameters,
+        bytes_before=original.bytes,
+        flops_before=original.flops,
+        flops_after=compressed.flops,
         calibration=_describe(calibration),
         seconds={phase: round(value, 3) for phase, value in seconds.items()},
     )

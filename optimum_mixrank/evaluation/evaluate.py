@@ -1,0 +1,195 @@
+"""Run a compressed model, and its original beside it, over images and measure both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..inference import evaluation_mode
+from .fidelity import agreement, kl_divergence, relative_error
+from .top_k import label_ranks
+
+
+class LabelledBatch(Protocol):
+    """What an evaluation needs of a batch."""
+
+    @property
+    def pixel_values(self) -> Tensor:
+        """`[batch, channels, height, width]`."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """`[batch]`, class indices of the model; None if they are not known."""
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Means over images; None where a measure does not apply.
+
+    Attributes:
+        num_images: Images that were seen.
+        top1: Share of images whose class comes first, in [0, 1]. Needs labels and a class head.
+        top5: Share of images whose class is among the first five.
+        reference_top1: `top1` of the original model.
+        reference_top5: `top5` of the original model.
+        agreement: Share of images on which both models predict the same class. Needs the original and a class head.
+        kl: KL(original ‖ compressed) of the predicted distributions, in nats.
+        feature_error: Relative squared error of the output, `‖f − f_ref‖² / ‖f_ref‖²`, of models without a class head.
+    """
+
+    num_images: int
+    top1: float | None = None
+    top5: float | None = None
+    reference_top1: float | None = None
+    reference_top5: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    feature_error: float | None = None
+
+
+def evaluate_model(
+    model: nn.Module,
+    batches: Iterable[LabelledBatch],
+    reference: nn.Module | None = None,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Measure a model on images; with its original, also what was lost against it.
+
+    Every image goes once through each model, without gradients and in evaluation mode, on the model's device and in
+    its dtype. Afterwards both models are as they were. Models with one softmax over classes are compared by their
+    predictions. All others (encoders, backbones, dense, multi-label or regression heads) are compared by the relative
+    error of their output: feature maps, else the last hidden state, else what the head gives.
+
+    Args:
+        model: The compressed model.
+        batches: Batches with `pixel_values` and `labels` (or None).
+        reference: The original model.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Means over all images.
+
+    Raises:
+        ValueError: if there is nothing to measure (no image; neither original nor labels), labels do not fit the
+            model or only some batches have them, the models' outputs differ in shape, or an output is NaN or Inf.
+    """
+    means = _Means()
+    bar = logging.tqdm(total=getattr(batches, "num_images", None), desc="Evaluating", unit="img", disable=not progress)
+    with ExitStack() as stack:
+        stack.enter_context(bar)
+        for each in (model,) if reference is None else (model, reference):
+            stack.enter_context(evaluation_mode(each))
+        for batch in batches:
+            output = _run(model, batch.pixel_values, "The model")
+            original = None if reference is None else _run(reference, batch.pixel_values, "The original model")
+            means.add(_measure(output, original, batch.labels), len(batch.pixel_values))
+            bar.update(len(batch.pixel_values))
+    return means.result()
+
+
+@dataclass
+class _Output:
+    """What a model says about a batch: logits `[batch, classes]`, else features `[batch, ...]`."""
+
+    logits: Tensor | None = None
+    features: Sequence[Tensor] = ()
+
+
+@dataclass
+class _Means:
+    num_images: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, values: dict[str, Tensor], num_images: int) -> None:
+        if not values:
+            raise ValueError(
+                "There is nothing to measure: give labels (and a model with a class head) for accuracy, or the original "
+                "as `reference`."
+            )
+        if self.num_images and values.keys() != self.sums.keys():
+            raise ValueError("Some batches have labels and some have none; give labels for all images or for none.")
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.double().sum().item()
+        self.num_images += num_images
+
+    def result(self) -> EvaluationResult:
+        if not self.num_images:
+            raise ValueError("There is no image to evaluate; the dataset is empty or has been used up.")
+        return EvaluationResult(
+            self.num_images, **{name: total / self.num_images for name, total in self.sums.items()}
+        )
+
+
+def _measure(output: _Output, original: _Output | None, labels: Tensor | None) -> dict[str, Tensor]:
+    """The measures that apply, by field of `EvaluationResult`; one value per image, `[batch]`."""
+    values = {}
+    if labels is not None:
+        labels = torch.as_tensor(labels).cpu()
+        for prefix, each in (("", output), ("reference_", original)):
+            if each is not None and each.logits is not None:
+                ranks = label_ranks(each.logits, labels)
+                values[f"{prefix}top1"] = ranks < 1
+                values[f"{prefix}top5"] = ranks < 5
+    if original is None:
+        return values
+    if output.logits is not None and original.logits is not None:
+        values["agreement"] = agreement(original.logits, output.logits)
+        values["kl"] = kl_divergence(original.logits, output.logits)
+    elif output.logits is None and original.logits is None and len(output.features) == len(original.features):
+        errors = [relative_error(*pair) for pair in zip(original.features, output.features, strict=True)]
+        values["feature_error"] = torch.stack(errors).mean(dim=0)
+    else:
+        raise ValueError(
+            "The model and its original have different heads, so their outputs cannot be compared; load both with the "
+            "same class."
+        )
+    return values
+
+
+def _run(model: nn.Module, pixel_values: Tensor, who: str) -> _Output:
+    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    # Parameters that are offloaded to disk are on the meta device; Accelerate then moves the input itself.
+    device = next((parameter.device for parameter in parameters if not parameter.is_meta), pixel_values.device)
+    dtype = parameters[0].dtype if parameters else pixel_values.dtype
+    output = _select(model(pixel_values=pixel_values.to(device, dtype)), getattr(model, "config", None))
+    for tensor in (*output.features, *(() if output.logits is None else (output.logits,))):
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{who} gives NaN or Inf. Check its weights and the images; a half-precision model may overflow, load it "
+                "with dtype='float32'."
+            )
+    return output
+
+
+def _select(output: Any, config: Any) -> _Output:
+    """Take logits or features out of whatever a model returns; on the CPU, where two models can be compared."""
+    logits = _field(output, "logits")
+    if logits is not None and logits.ndim == 2 and logits.shape[1] > 1:
+        # Labels that do not exclude one another have no common distribution.
+        if getattr(config, "problem_type", None) not in ("multi_label_classification", "regression"):
+            return _Output(logits=logits.cpu())
+    for name in ("feature_maps", "last_hidden_state", "logits", "reconstruction", "pooler_output"):
+        features = _field(output, name)
+        if features is not None:
+            break
+    else:
+        features = output
+    if isinstance(features, Tensor):
+        features = (features,)
+    if not isinstance(features, list | tuple) or not features or not all(isinstance(f, Tensor) for f in features):
+        raise ValueError(
+            f"A {type(output).__name__} holds neither logits nor features (`feature_maps`, `last_hidden_state`, "
+            "`pooler_output`); evaluate a model for image classification, an encoder or a backbone."
+        )
+    return _Output(features=[feature.cpu() for feature in features])
+
+
+def _field(output: Any, name: str) -> Any:
+    # Transformers' outputs are mappings too. As attributes, some have deprecated names that warn.
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)

@@ -1,0 +1,72 @@
+"""Arithmetic of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from ..inference import evaluation_mode
+
+
+# Fused attention that torch's own counter does not know; on a CPU it would count no attention at all.
+_FUSED_ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_attention_math_for_mps",
+)
+
+
+def flops_per_image(model: nn.Module, pixel_values_shape: Sequence[int] | None = None) -> int:
+    """FLOPs of one forward pass over one image.
+
+    A multiply-add counts as two FLOPs. Counted are the products of linear layers (dense or factored), convolutions and
+    attention; biases, norms, softmax and activations, which compression does not change, are not. The model runs once,
+    on a black image, and is left as it was.
+
+    Args:
+        model: A model that takes `pixel_values`.
+        pixel_values_shape: `(channels, height, width)`; default: what `model.config` says.
+
+    Raises:
+        ValueError: if the shape is not given and the configuration does not tell it, or is not of that form.
+    """
+    shape = _configured_shape(model) if pixel_values_shape is None else tuple(pixel_values_shape)
+    if len(shape) != 3 or any(size < 1 for size in shape):
+        raise ValueError(f"pixel_values_shape={shape} is not (channels, height, width).")
+    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    # Parameters that are offloaded to disk are on the meta device; Accelerate then moves the input itself.
+    device = next((parameter.device for parameter in parameters if not parameter.is_meta), torch.device("cpu"))
+    pixel_values = torch.zeros(1, *shape, device=device, dtype=parameters[0].dtype if parameters else None)
+    with evaluation_mode(model), FlopCounterMode(display=False, custom_mapping=_attention_mapping()) as counter:
+        model(pixel_values=pixel_values)
+    return counter.get_total_flops()
+
+
+def _configured_shape(model: nn.Module) -> tuple[int, ...]:
+    config = getattr(model, "config", None)
+    size = getattr(config, "image_size", None)
+    if isinstance(size, int):
+        size = (size, size)
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise ValueError(
+            f"The configuration of {type(model).__name__} has image_size={size!r}, no size of images; pass "
+            "`pixel_values_shape=(channels, height, width)`."
+        )
+    return getattr(config, "num_channels", 3), *size
+
+
+def _attention_mapping() -> dict[Any, Callable[..., int]]:
+    return {
+        getattr(torch.ops.aten, name): _attention_flops for name in _FUSED_ATTENTION if hasattr(torch.ops.aten, name)
+    }
+
+
+def _attention_flops(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """FLOPs of `softmax(Q Kᵀ) V` from shapes `[batch, heads, tokens, features]`."""
+    return sdpa_flop_count(query, key, value)

@@ -1,0 +1,155 @@
+"""A report as text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from .report import CompressionReport, LayerReport
+
+
+_HEADER = ("layer", "out x in", "rank", "energy", "before", "after", "kept")
+_GAP = "  "
+_SHORTEST_NAME = 16
+
+
+def format_table(report: CompressionReport, width: int = 100) -> str:
+    """The report as a table of layers and a summary.
+
+    Args:
+        report: What to show.
+        width: Columns of the terminal; longer layer names lose their middle.
+
+    Returns:
+        Lines of text without a trailing newline.
+    """
+    prefix = _common_prefix([layer.name for layer in report.layers])
+    rows = [_layer_row(layer, layer.name.removeprefix(prefix)) for layer in report.layers]
+    totals = [_total_row("targeted layers", [layer for layer in report.layers if layer.targeted])]
+    if not all(layer.targeted for layer in report.layers):
+        totals.append(_total_row("all encoder linears", report.layers))
+    lines = _aligned([_HEADER, *rows, *totals], width)
+    rule = "-" * max(len(line) for line in lines)
+    head, body, foot = lines[:1], lines[1 : 1 + len(rows)], lines[1 + len(rows) :]
+    table = [*head, rule, *body, rule, *foot]
+    if prefix:
+        table.insert(0, f"Names are relative to {prefix.removesuffix('.')!r}.")
+    return "\n".join([*table, "", *_summary(report), *_evaluation(report)])
+
+
+def format_count(count: int) -> str:
+    """A number of parameters or FLOPs in at most six characters and a unit: `85.8 M`."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        # Rounded first, so that 999,999 is 1 M rather than 1000 k.
+        if round(count / size, 1) >= 1:
+            digits = 1 if count / size >= 10 else 2
+            return f"{count / size:.{digits}f} {unit}"
+    return str(count)
+
+
+def _layer_row(layer: LayerReport, name: str) -> tuple[str, ...]:
+    dense = "dense" if layer.targeted else "excluded"
+    return (
+        name,
+        f"{layer.shape[0]} x {layer.shape[1]}",
+        dense if layer.rank is None else str(layer.rank),
+        "" if layer.kept_energy is None else f"{layer.kept_energy:.2%}",
+        f"{layer.parameters_before:,}",
+        f"{layer.parameters_after:,}",
+        f"{layer.kept:.1%}",
+    )
+
+
+def _total_row(name: str, layers: Sequence[LayerReport]) -> tuple[str, ...]:
+    before = sum(layer.parameters_before for layer in layers)
+    after = sum(layer.parameters_after for layer in layers)
+    factored = sum(layer.rank is not None for layer in layers)
+    kept = f"{after / before:.1%}" if before else ""
+    return f"{name} ({factored} of {len(layers)} factored)", "", "", "", f"{before:,}", f"{after:,}", kept
+
+
+def _aligned(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Columns under each other, names to the left and figures to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    others = sum(widths[1:]) + len(_GAP) * (len(widths) - 1)
+    widths[0] = min(widths[0], max(width - others, _SHORTEST_NAME))
+    lines = []
+    for name, *cells in rows:
+        figures = [cell.rjust(size) for cell, size in zip(cells, widths[1:], strict=True)]
+        lines.append(_GAP.join([_shortened(name, widths[0]).ljust(widths[0]), *figures]))
+    return lines
+
+
+def _shortened(name: str, width: int) -> str:
+    if len(name) <= width:
+        return name
+    # The end says what kind of layer it is, the beginning where it stands; both are needed.
+    tail = (width - 1) * 2 // 3
+    return f"{name[: width - 1 - tail]}…{name[-tail:]}"
+
+
+def _summary(report: CompressionReport) -> list[str]:
+    lines = [
+        _change("Parameters of the model", report.model_parameters_before, report.model_parameters_after),
+        _fact("  removed of the model", f"{report.removed_of_model:.2%}"),
+        _fact("  removed of the targeted layers", f"{report.removed_of_targets:.2%}"),
+        _fact("  kept of all encoder linears", f"{report.kept_of_encoder:.2%}"),
+    ]
+    if report.flops_before is not None and report.flops_after is not None:
+        lines.append(_change("FLOPs per image", report.flops_before, report.flops_after))
+    if report.bytes_on_disk_after is not None:
+        lines.append(_fact("Bytes on disk", _bytes(report.bytes_on_disk_before, report.bytes_on_disk_after)))
+    if report.calibration:
+        images, broken = report.calibration.get("num_images", 0), report.calibration.get("num_broken", 0)
+        tokens = report.calibration.get("num_tokens", 0)
+        lines.append(_fact("Calibration", f"{images:,} images ({broken:,} broken ones left out), {tokens:,} tokens"))
+    if report.seconds:
+        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items())
+        lines.append(_fact("Time", phases))
+    return lines
+
+
+def _evaluation(report: CompressionReport) -> list[str]:
+    evaluation = report.evaluation
+    if evaluation is None:
+        return []
+    lines = ["", f"Evaluation on {evaluation.get('num_images', 0):,} images"]
+    for name in ("top1", "top5"):
+        after, before = evaluation.get(name), evaluation.get(f"reference_{name}")
+        if after is None:
+            continue
+        label = f"  top-{name.removeprefix('top')} accuracy"
+        if before is None:
+            lines.append(_fact(label, f"{after:.2%}"))
+        else:
+            points = 100 * (after - before)
+            lines.append(_fact(label, f"{before:.2%} -> {after:.2%}  ({points:+.2f} points)"))
+    for name, label, form in (
+        ("agreement", "  agreement with the original", ".2%"),
+        ("kl", "  KL(original || compressed)", ".4f"),
+        ("feature_error", "  relative error of the features", ".4g"),
+    ):
+        if evaluation.get(name) is not None:
+            unit = " nats" if name == "kl" else ""
+            lines.append(_fact(label, f"{evaluation[name]:{form}}{unit}"))
+    return lines
+
+
+def _change(label: str, before: int, after: int) -> str:
+    return _fact(label, f"{format_count(before)} -> {format_count(after)}  ({after / before - 1:+.1%})")
+
+
+def _bytes(before: int | None, after: int) -> str:
+    if before is None:
+        return f"{after:,}"
+    return f"{before:,} -> {after:,}  ({after / before - 1:+.1%})"
+
+
+def _fact(label: str, value: str) -> str:
+    return f"{label:<33}{value}"
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """What all names begin with, up to and with a dot; never a whole name."""
+    common = os.path.commonprefix(list(names)) if len(names) > 1 else ""
+    return common[: common.rfind(".") + 1]

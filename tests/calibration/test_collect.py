@@ -1,0 +1,325 @@
+"""Statistics of layers against explicitly captured activations, and what a run leaves behind."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import AWKWARD, pixels, tiny_deit, tiny_swin, tiny_vit
+from torch import nn
+from transformers.utils import logging
+
+from optimum_mixrank.calibration.collect import StatisticsCollector, collect_statistics
+from optimum_mixrank.decomposition import Statistic
+from optimum_mixrank.targets import encoder_linears
+
+
+MODELS = {
+    "vit": tiny_vit,
+    "awkward vit": lambda: tiny_vit(**AWKWARD),
+    "vit without qkv bias": lambda: tiny_vit(qkv_bias=False),
+    "deit": tiny_deit,
+    "swin": tiny_swin,
+}
+ALL = frozenset(Statistic)
+
+
+def batches(*sizes):
+    return [SimpleNamespace(pixel_values=batch) for batch in pixels(sum(sizes)).split(list(sizes))]
+
+
+def required_for(model, statistics=ALL):
+    return {target.name: frozenset(statistics) for target in encoder_linears(model)}
+
+
+def hook_count(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def capture(model, images):
+    """Inputs and outputs (less the bias) of every encoder linear, in float64, by module name."""
+    captured = {}
+    for target in encoder_linears(model):
+
+        def hook(module, args, output, name=target.name):
+            bias = 0 if module.bias is None else module.bias.double()
+            captured[name] = (args[0].double(), output.double() - bias)
+
+        target.module.register_forward_hook(hook)
+    with torch.no_grad():
+        model(pixel_values=images)
+    return captured
+
+
+def covariance(tensor):
+    vectors = tensor.reshape(-1, tensor.shape[-1])
+    centred = vectors - vectors.mean(0)
+    return centred.T @ centred / len(vectors)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_statistics_are_those_of_the_captured_activations(make):
+    model = make()
+    collected, seen = collect_statistics(model, batches(5, 1, 2), required_for(model))
+    captured = capture(make(), pixels(8))
+    assert seen == 8
+    assert collected.keys() == captured.keys()
+    for name, (inputs, outputs) in captured.items():
+        statistics = collected[name]
+        vectors = inputs.reshape(-1, inputs.shape[-1])
+        assert statistics.num_tokens == len(vectors)
+        expected = {
+            "input_mean": vectors.mean(0),
+            "input_variance": vectors.var(0, correction=0),
+            "input_covariance": covariance(inputs),
+            "output_covariance": covariance(outputs),
+            "representative_input": inputs.reshape(-1, *inputs.shape[-2:]).mean(0),
+        }
+        for field, tensor in expected.items():
+            ours = getattr(statistics, field)
+            assert ours.dtype == torch.float64
+            scale = tensor.abs().max().item()
+            torch.testing.assert_close(ours, tensor, rtol=0, atol=1e-5 * scale)
+
+
+def test_what_was_not_asked_for_is_none():
+    model = tiny_vit()
+    collected, _ = collect_statistics(model, batches(2), required_for(model, {Statistic.INPUT_MEAN}))
+    for statistics in collected.values():
+        assert statistics.input_mean is not None
+        assert statistics.input_covariance is statistics.output_covariance is statistics.representative_input is None
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_query_key_and_value_share_their_input_statistics(make):
+    model = make()
+    names = {target.name: target.canonical_name.rpartition(".")[2] for target in encoder_linears(model)}
+    collected, _ = collect_statistics(model, batches(2), required_for(model))
+    of = {kind: [collected[name] for name in names if names[name] == kind] for kind in ("query", "key", "value")}
+    assert len(of["query"]) == sum(kind == "query" for kind in names.values()) > 0
+    for query, key, value in zip(of["query"], of["key"], of["value"], strict=True):
+        for field in ("input_mean", "input_variance", "input_covariance", "representative_input"):
+            assert getattr(query, field) is getattr(key, field) is getattr(value, field)
+        assert query.output_covariance is not key.output_covariance
+    # One Gram for the three, so four inputs of a block and that of a patch merging.
+    grams = {id(statistics.input_covariance) for statistics in collected.values()}
+    assert len(grams) == len(collected) - 2 * len(of["query"])
+
+
+def test_a_layer_that_asks_for_more_than_its_sharers():
+    model = tiny_vit()
+    names = [
+        t.name for t in encoder_linears(model) if t.canonical_name.startswith("encoder.layer.0.attention.attention")
+    ]
+    fields = [{Statistic.INPUT_MEAN}, {Statistic.INPUT_COVARIANCE}, {Statistic.INPUT_MEAN, Statistic.INPUT_VARIANCE}]
+    required = {name: frozenset(field) for name, field in zip(names, fields, strict=True)}
+    collected, _ = collect_statistics(model, batches(3, 4), required)
+    everything, _ = collect_statistics(model, batches(3, 4), dict.fromkeys(names, ALL))
+    for name in names:
+        assert collected[name].num_tokens == everything[name].num_tokens == 7 * 17
+        for statistic in required[name]:
+            ours, theirs = getattr(collected[name], statistic.value), getattr(everything[name], statistic.value)
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["normal", "exception"])
+def test_no_hook_of_ours_remains_and_the_users_survive(fails):
+    model = tiny_vit()
+    calls = []
+    layer = encoder_linears(model)[0].module
+    layer.register_forward_hook(lambda *_: calls.append("layer"))
+    model.register_forward_pre_hook(lambda *_: calls.append("model"))
+    before = hook_count(model)
+
+    def images():
+        yield from batches(2)
+        assert hook_count(model) > before
+        if fails:
+            raise OSError("disk is gone")
+
+    if fails:
+        with pytest.raises(OSError, match="disk is gone"):
+            collect_statistics(model, images(), required_for(model))
+    else:
+        collect_statistics(model, images(), required_for(model))
+    assert hook_count(model) == before
+    calls.clear()
+    model(pixel_values=pixels(1))
+    assert calls == ["model", "layer"]
+
+
+def test_no_hook_remains_where_the_forward_pass_fails():
+    model = tiny_vit()
+    with pytest.raises(ValueError, match="channel"):
+        collect_statistics(model, [SimpleNamespace(pixel_values=torch.zeros(2, 1, 32, 32))], required_for(model))
+    assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["normal", "exception"])
+def test_modes_are_restored_module_by_module(fails):
+    model = tiny_vit(hidden_dropout_prob=0.5).train()
+    frozen = encoder_linears(model)[2].module.eval()
+    model.base_model.embeddings.eval()
+    before = [module.training for module in model.modules()]
+    assert len(set(before)) == 2
+
+    def images():
+        yield from batches(2)
+        assert not any(module.training for module in model.modules())
+        if fails:
+            raise OSError("disk is gone")
+
+    if fails:
+        with pytest.raises(OSError, match="disk is gone"):
+            collect_statistics(model, images(), required_for(model))
+    else:
+        collect_statistics(model, images(), required_for(model))
+    assert [module.training for module in model.modules()] == before
+    assert not frozen.training
+    assert torch.is_grad_enabled()
+
+
+def test_dropout_is_off():
+    model = tiny_vit(hidden_dropout_prob=0.5).train()
+    ours, _ = collect_statistics(model, batches(4), required_for(model, {Statistic.INPUT_MEAN}))
+    theirs, _ = collect_statistics(tiny_vit(), batches(4), required_for(model, {Statistic.INPUT_MEAN}))
+    assert all(torch.equal(ours[name].input_mean, theirs[name].input_mean) for name in ours)
+
+
+def test_the_model_is_not_changed():
+    model = tiny_swin()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    collect_statistics(model, batches(2), required_for(model))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_nan_in_the_images_names_the_first_layer(value):
+    model = tiny_vit()
+    batch = pixels(3)
+    batch[1, 0, 5, 5] = value
+    first = encoder_linears(model)[0].name
+    for images in ([batch], [pixels(3), batch]):
+        with pytest.raises(ValueError, match=f"NaN or Inf in the inputs of layer '{first}'.*calibration images"):
+            collect_statistics(model, [SimpleNamespace(pixel_values=b) for b in images], required_for(model))
+    assert hook_count(model) == 0
+
+
+def test_nan_in_the_images_is_reported_after_the_first_batch():
+    model = tiny_vit()
+
+    def images():
+        yield SimpleNamespace(pixel_values=torch.full((1, 3, 32, 32), float("nan")))
+        pytest.fail("went on after a batch of NaN")
+
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        collect_statistics(model, images(), required_for(model))
+
+
+@pytest.mark.parametrize("index", [0, 3, 4, 7], ids=lambda index: f"layer {index}")
+def test_nan_in_a_weight_names_the_first_layer_that_shows_it(index):
+    model = tiny_vit()
+    targets = encoder_linears(model)
+    with torch.no_grad():
+        targets[index].module.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"NaN or Inf in the outputs of layer '{targets[index].name}'"):
+        collect_statistics(model, batches(2), required_for(model, {Statistic.OUTPUT_COVARIANCE}))
+
+
+def test_float16_overflow_is_an_error_with_advice():
+    model = tiny_vit().half()
+    required = required_for(model)
+    with torch.no_grad():
+        encoder_linears(model)[4].module.weight.fill_(3e4)
+    with pytest.raises(ValueError, match="a half-precision model may overflow, load it with dtype='float32'"):
+        collect_statistics(model, batches(2), required)
+
+
+def test_images_are_cast_to_the_dtype_of_the_model():
+    collected, _ = collect_statistics(tiny_vit().double(), batches(2), required_for(tiny_vit()))
+    reference, _ = collect_statistics(tiny_vit(), batches(2), required_for(tiny_vit()))
+    for name in reference:
+        torch.testing.assert_close(collected[name].input_mean, reference[name].input_mean, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_is_never_called_is_named():
+    model = tiny_vit()
+    model.unused = nn.Linear(3, 4)
+    with pytest.raises(
+        ValueError, match="1 targeted layers were not called .* 'unused'. Leave them out with exclude_modules"
+    ):
+        collect_statistics(model, batches(2), {**required_for(model), "unused": ALL})
+
+
+def test_a_layer_that_is_called_twice_counts_both_calls():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, pixel_values):
+            return self.linear(self.linear(pixel_values))
+
+    model = Twice()
+    inputs = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    collected, _ = collect_statistics(model, [SimpleNamespace(pixel_values=inputs)], {"linear": ALL})
+    with torch.no_grad():
+        both = torch.cat([inputs, model.linear(inputs)]).double()
+    assert collected["linear"].num_tokens == 20
+    torch.testing.assert_close(collected["linear"].input_covariance, covariance(both), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_share_an_input_only_at_times_are_refused():
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.calls = 0
+
+        def forward(self, pixel_values):
+            self.calls += 1
+            return self.one(pixel_values) + self.two(pixel_values if self.calls == 1 else pixel_values + 1)
+
+    batch = SimpleNamespace(pixel_values=torch.ones(2, 4))
+    required = {"one": frozenset({Statistic.INPUT_MEAN}), "two": frozenset({Statistic.INPUT_MEAN})}
+    with pytest.raises(RuntimeError, match=r"'two' was called with the input of 'one' at first .* exclude_modules"):
+        collect_statistics(Fickle(), [batch, batch], required)
+
+
+def test_images_of_several_sizes_are_refused_by_mean_input_alone():
+    def images():
+        yield SimpleNamespace(pixel_values=torch.ones(1, 3, 32, 32))
+        yield SimpleNamespace(pixel_values=torch.ones(1, 3, 64, 32))
+
+    model = tiny_swin()
+    collect_statistics(model, images(), required_for(model, {Statistic.INPUT_MEAN}))
+    message = r"number of tokens changed from 64 to 128.*metric='second_moment'"
+    with pytest.raises(ValueError, match=message):
+        collect_statistics(model, images(), required_for(model, {Statistic.REPRESENTATIVE_INPUT}))
+
+
+def test_no_images():
+    model = tiny_vit()
+    with pytest.raises(ValueError, match="calibration dataset holds no image"):
+        collect_statistics(model, [], required_for(model))
+    assert hook_count(model) == 0
+
+
+def test_collector_is_a_context_manager():
+    model = tiny_vit()
+    with StatisticsCollector(model, required_for(model, {Statistic.INPUT_MEAN})) as collector, torch.no_grad():
+        model(pixel_values=pixels(2))
+    assert hook_count(model) == 0
+    assert collector.result().keys() == required_for(model).keys()
+
+
+@pytest.mark.parametrize("switch", [logging.enable_progress_bar, logging.disable_progress_bar])
+def test_progress_bar_can_be_switched_off(switch, capfd):
+    model = tiny_vit()
+    enabled = logging.is_progress_bar_enabled()
+    try:
+        switch()
+        collect_statistics(model, batches(2, 2), required_for(model), num_images=4)
+    finally:
+        (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
+    assert ("Calibrating" in capfd.readouterr().err) == (switch is logging.enable_progress_bar)

@@ -1,0 +1,71 @@
+import pytest
+import torch
+from models import tiny_deit, tiny_swin, tiny_vit
+from torch import nn
+
+from optimum_mixrank import LowRankLinear
+from optimum_mixrank.evaluation.flops import flops_per_image
+from optimum_mixrank.modeling import replace_module
+
+
+def vit_flops(tokens, hidden=32, mlp=64, blocks=2, patches=16, patch=8, classes=5):
+    """By hand: a multiply-add is two FLOPs."""
+    embedding = patches * hidden * 3 * patch**2
+    linears = tokens * (4 * hidden**2 + 2 * hidden * mlp)
+    attention = 2 * tokens**2 * hidden
+    return 2 * (embedding + blocks * (linears + attention) + hidden * classes)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("tiny", "tokens"), [(tiny_vit, 17), (tiny_deit, 18)], ids=["vit", "deit"])
+def test_by_hand(tiny, tokens, attention):
+    model = tiny()
+    model.set_attn_implementation(attention)
+    assert flops_per_image(model) == vit_flops(tokens)
+
+
+def test_swin_by_hand():
+    def block(tokens, width, window=16):
+        return tokens * (4 * width**2 + 2 * width * 2 * width) + 2 * tokens * window * width
+
+    stages = 2 * block(64, 16) + 16 * 64 * 32 + 2 * block(16, 32)
+    assert flops_per_image(tiny_swin()) == 2 * (64 * 16 * 3 * 16 + stages + 32 * 5)
+
+
+def test_factored_layer():
+    model = tiny_vit()
+    name = next(name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 64)
+    replace_module(model, name, LowRankLinear(32, 64, rank=5))
+    assert vit_flops(17) - flops_per_image(model) == 2 * 17 * (32 * 64 - 5 * (32 + 64))
+
+
+def test_rectangular_images():
+    model = tiny_vit(image_size=[16, 32])
+    assert flops_per_image(model) == vit_flops(9, patches=8)
+
+
+def test_given_shape():
+    class Convolution(nn.Conv2d):
+        def forward(self, pixel_values):
+            return super().forward(pixel_values)
+
+    model = Convolution(1, 4, kernel_size=2, stride=2)
+    assert flops_per_image(model, (1, 8, 6)) == 2 * (4 * 3) * 4 * 4
+
+
+def test_model_is_left_as_it_was():
+    model = tiny_vit().train()
+    flops_per_image(model.half())
+    assert model.training
+    assert model.dtype == torch.float16
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (3, 0, 32), (1, 3, 32, 32)], ids=str)
+def test_wrong_shape(shape):
+    with pytest.raises(ValueError, match=r"is not \(channels, height, width\)"):
+        flops_per_image(tiny_vit(), shape)
+
+
+def test_configuration_without_size():
+    with pytest.raises(ValueError, match="The configuration of Linear has image_size=None.*pass `pixel_values_shape"):
+        flops_per_image(nn.Linear(1, 1))

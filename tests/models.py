@@ -1,0 +1,97 @@
+"""Tiny models of the three families, with the same weights under every release of Transformers.
+
+Random weights are drawn by the name that a tensor has on disk, and are larger than a fresh initialization, so that every
+layer matters to the output.
+"""
+
+import copy
+import functools
+import json
+import tempfile
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+
+IMAGE_SIZE = 32
+AWKWARD = {"hidden_size": 36, "intermediate_size": 60, "num_attention_heads": 3}
+"""Sizes that no power of two divides well; for ViT and DeiT."""
+
+
+def tiny_vit(cls=ViTForImageClassification, **changes) -> PreTrainedModel:
+    """Two blocks of width 32 with an MLP of 64, 16 patches; 5 classes."""
+    return _model(cls, ViTConfig, _columnar(changes))
+
+
+def tiny_deit(cls=DeiTForImageClassification, **changes) -> PreTrainedModel:
+    """As `tiny_vit`, with a distillation token."""
+    return _model(cls, DeiTConfig, _columnar(changes))
+
+
+def tiny_swin(cls=SwinForImageClassification, **changes) -> PreTrainedModel:
+    """Two stages of width 16 and 32 with two blocks each, windows of 4 by 4 patches, one patch merging."""
+    sizes = {
+        "image_size": IMAGE_SIZE,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "window_size": 4,
+        "mlp_ratio": 2.0,
+        "num_labels": 5,
+    }
+    return _model(cls, SwinConfig, {**sizes, **changes})
+
+
+def pixels(count=4, seed=0) -> torch.Tensor:
+    """Random images, `[count, 3, 32, 32]`."""
+    return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def _columnar(changes):
+    sizes = {
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_labels": 5,
+    }
+    return {**sizes, **changes}
+
+
+def _model(cls, config_cls, arguments):
+    return copy.deepcopy(_template(cls, config_cls, json.dumps(arguments, sort_keys=True)))
+
+
+@functools.cache
+def _template(cls, config_cls, arguments):
+    with tempfile.TemporaryDirectory() as folder:
+        cls(config_cls(**json.loads(arguments))).save_pretrained(folder)
+        file = Path(folder) / "model.safetensors"
+        tensors = {name: _random(name, tensor) for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+        return cls.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _random(name, tensor):
+    if not tensor.is_floating_point():
+        return tensor
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    if tensor.ndim < 2:
+        return 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
+    if name.endswith("weight"):
+        return noise * (2 / tensor[0].numel() ** 0.5)
+    return 0.5 * noise

@@ -1,0 +1,58 @@
+"""Reports of compressions that never took place."""
+
+from optimum_mixrank.reporting import CompressionReport, LayerReport
+
+
+LINEARS = {
+    "attention.attention.query": (1, 1),
+    "attention.attention.key": (1, 1),
+    "attention.attention.value": (1, 1),
+    "attention.output.dense": (1, 1),
+    "intermediate.dense": (4, 1),
+    "output.dense": (1, 4),
+}
+
+
+def layer(name, shape, rank, targeted=True):
+    m, n = shape
+    after = m * n if rank is None else rank * (m + n)
+    return LayerReport(name, shape, rank, None if rank is None else 0.9, targeted, m * n, after)
+
+
+def block(prefix, width, share, **special):
+    for name, (m, n) in LINEARS.items():
+        shape = (m * width, n * width)
+        rank = max(1, int(share * shape[0] * shape[1] / sum(shape)))
+        yield layer(f"{prefix}.{name}", shape, rank, **special)
+
+
+def vit_report(depth=12, width=768, **changes):
+    layers = []
+    for index in range(depth):
+        layers += block(f"encoder.layer.{index}", width, 0.3 + 0.5 * index / depth)
+    layers[2] = layer(layers[2].name, layers[2].shape, None)
+    layers[-1] = layer(layers[-1].name, layers[-1].shape, None, targeted=False)
+    return report(layers, **changes)
+
+
+def swin_report(depths=(2, 2, 6, 2), width=96, **changes):
+    layers = []
+    for stage, depth in enumerate(depths):
+        for index in range(depth):
+            layers += block(f"encoder.layers.{stage}.blocks.{index}", width * 2**stage, 0.5)
+        if stage < len(depths) - 1:
+            size = width * 2**stage
+            layers.append(layer(f"encoder.layers.{stage}.downsample.reduction", (2 * size, 4 * size), size // 2))
+    return report(layers, **changes)
+
+
+def report(layers, **changes):
+    before, after = (sum(getattr(each, f"parameters_{when}") for each in layers) for when in ("before", "after"))
+    fields = {
+        "layers": layers,
+        "settings": {},
+        "environment": {},
+        "model_parameters_before": before + 1000,
+        "model_parameters_after": after + 1000,
+    }
+    return CompressionReport(**{**fields, **changes})

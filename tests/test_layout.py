@@ -1,0 +1,63 @@
+import json
+
+import pytest
+
+from optimum_mixrank.layout import FactoredLayer, parse_rank_map
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [FactoredLayer(1, False), FactoredLayer(8, True), FactoredLayer(300, True, added_bias=True)],
+    ids=["no bias", "bias", "added bias"],
+)
+def test_round_trip_through_json(layer):
+    stored = json.loads(json.dumps({"encoder.layer.0.output.dense": layer.to_dict()}))
+    assert parse_rank_map(stored) == {"encoder.layer.0.output.dense": layer}
+
+
+def test_empty_map():
+    assert parse_rank_map({}) == {}
+
+
+def test_added_bias_may_be_left_out():
+    assert parse_rank_map({"query": {"rank": 3, "bias": True}}) == {"query": FactoredLayer(3, True)}
+
+
+@pytest.mark.parametrize("rank_map", [None, [], ["query"], "query", 3], ids=repr)
+def test_not_a_mapping(rank_map):
+    with pytest.raises(ValueError, match=f"rank_map is a {type(rank_map).__name__}, not a mapping from layer names"):
+        parse_rank_map(rank_map)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (8, "must have the keys `rank`, `bias` and `added_bias`"),
+        ([8, True], "must have the keys"),
+        (None, "must have the keys"),
+        ({}, "must have the keys"),
+        ({"rank": 8}, "must have the keys"),
+        ({"bias": True}, "must have the keys"),
+        ({"rank": 8, "bias": True, "more": 1}, "must have the keys"),
+        ({"rank": 0, "bias": True}, "rank=0 is not a positive integer"),
+        ({"rank": -4, "bias": True}, "rank=-4 is not a positive integer"),
+        ({"rank": True, "bias": True}, "rank=True is not a positive integer"),
+        ({"rank": "8", "bias": True}, "rank='8' is not a positive integer"),
+        ({"rank": 8.0, "bias": True}, r"rank=8\.0 is not a positive integer"),
+        ({"rank": None, "bias": True}, "rank=None is not a positive integer"),
+        ({"rank": [8], "bias": True}, r"rank=\[8\] is not a positive integer"),
+        ({"rank": 8, "bias": 1}, "bias=1, added_bias=False do not go together"),
+        ({"rank": 8, "bias": None}, "bias=None"),
+        ({"rank": 8, "bias": True, "added_bias": "no"}, "added_bias='no'"),
+        ({"rank": 8, "bias": False, "added_bias": True}, "bias=False, added_bias=True do not go together"),
+    ],
+    ids=repr,
+)
+def test_malformed_entry_is_named(entry, message):
+    with pytest.raises(ValueError, match=f"rank_map entry 'query'.*{message}"):
+        parse_rank_map({"fine": {"rank": 1, "bias": False}, "query": entry})
+
+
+def test_name_that_is_no_string():
+    with pytest.raises(ValueError, match="rank_map entry 3"):
+        parse_rank_map({3: {"rank": 1, "bias": False}})
