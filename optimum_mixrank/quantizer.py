@@ -51,12 +51,17 @@ class MixRankHfQuantizer(HfQuantizer):
         attach(model, self)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+    def dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        """Turn the model, in place, into a dense one without any trace of compression; `model.dequantize()` calls this.
+
+        Args:
+            model: The compressed model.
+            dtype: Precision of the result; default: the model's.
+        """
         from .dense import replace_by_dense
 
         replace_by_dense(model)
-        # Transformers 4.57 deletes this attribute and sets it only for quantizers that change the dtype.
-        model.config._pre_quantization_dtype = model.dtype
+        self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -91,5 +96,5 @@ def attach(model: PreTrainedModel, quantizer: MixRankHfQuantizer) -> None:
     model.is_quantized = False
     for module in model.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "_is_quantized", False):
+        if config is not None and getattr(config, "_is_quantized", False):
             config._is_quantized = False

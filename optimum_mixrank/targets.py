@@ -143,7 +143,7 @@ def _renaming_to_disk(model: nn.Module) -> Callable[[str], str]:
     try:
         from transformers.core_model_loading import PrefixChange
     except ImportError:
-        PrefixChange = ()  # type: ignore[assignment, misc]
+        PrefixChange = ()
     # The same steps, in the same order, as `save_pretrained` takes in `revert_weight_conversion`.
     transforms = get_model_conversion_mapping(model, add_legacy=False)
     reverse = [

@@ -121,9 +121,9 @@ def test_opens_as_bare_backbone(model, pixels, tmp_path):
 def test_opens_as_auto_backbone(pixels, tmp_path):
     model = compress(tiny_swin())
     model.save_pretrained(tmp_path)
-    backbone = AutoBackbone.from_pretrained(tmp_path, out_features=["stage1", "stage2"]).eval()
+    backbone = AutoBackbone.from_pretrained(str(tmp_path), out_features=["stage1", "stage2"]).eval()
     assert len(factored(backbone)) == len(factored(model))
-    dense = AutoBackbone.from_pretrained(_save(to_dense(model), tmp_path / "dense"), out_features=["stage1", "stage2"])
+    dense = AutoBackbone.from_pretrained(_save(to_dense(model), str(tmp_path / "dense")), out_features=["stage1", "stage2"])
     with torch.no_grad():
         for ours, theirs in zip(backbone(pixels).feature_maps, dense.eval()(pixels).feature_maps, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -277,7 +277,7 @@ def test_dense_checkpoint_with_our_config_is_refused_with_advice(tmp_path):
 def test_a_damaged_rank_map_is_refused(tmp_path, change, message):
     compress(tiny_vit()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    name = "encoder.layer.0.attention.attention.query"
+    name = "encoder.layer.0.attention.attention.key"
     config["quantization_config"]["rank_map"][name].update(change)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):

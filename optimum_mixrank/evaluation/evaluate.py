@@ -40,7 +40,7 @@ class EvaluationResult:
         reference_top5: `top5` of the original model.
         agreement: Share of images on which both models predict the same class. Needs the original and a class head.
         kl: KL(original ‖ compressed) of the predicted distributions, in nats.
-        feature_error: Relative squared error of the output, `‖f − f_ref‖² / ‖f_ref‖²`, of models without a class head.
+        feature_error: Relative squared error of the output, `‖f - f_ref‖² / ‖f_ref‖²`, of models without a class head.
     """
 
     num_images: int
@@ -109,8 +109,8 @@ class _Means:
     def add(self, values: dict[str, Tensor], num_images: int) -> None:
         if not values:
             raise ValueError(
-                "There is nothing to measure: give labels (and a model with a class head) for accuracy, or the original "
-                "as `reference`."
+                "There is nothing to measure: give labels (and a model with a class head) for accuracy, or the "
+                "original as `reference`."
             )
         if self.num_images and values.keys() != self.sums.keys():
             raise ValueError("Some batches have labels and some have none; give labels for all images or for none.")
@@ -161,8 +161,8 @@ def _run(model: nn.Module, pixel_values: Tensor, who: str) -> _Output:
     for tensor in (*output.features, *(() if output.logits is None else (output.logits,))):
         if not torch.isfinite(tensor).all():
             raise ValueError(
-                f"{who} gives NaN or Inf. Check its weights and the images; a half-precision model may overflow, load it "
-                "with dtype='float32'."
+                f"{who} gives NaN or Inf. Check its weights and the images; a half-precision model may overflow, load "
+                "it with dtype='float32'."
             )
     return output
 
@@ -170,10 +170,10 @@ def _run(model: nn.Module, pixel_values: Tensor, who: str) -> _Output:
 def _select(output: Any, config: Any) -> _Output:
     """Take logits or features out of whatever a model returns; on the CPU, where two models can be compared."""
     logits = _field(output, "logits")
-    if logits is not None and logits.ndim == 2 and logits.shape[1] > 1:
-        # Labels that do not exclude one another have no common distribution.
-        if getattr(config, "problem_type", None) not in ("multi_label_classification", "regression"):
-            return _Output(logits=logits.cpu())
+    # Labels that do not exclude one another have no common distribution.
+    exclusive = getattr(config, "problem_type", None) not in ("multi_label_classification", "regression")
+    if exclusive and logits is not None and logits.ndim == 2 and logits.shape[1] > 1:
+        return _Output(logits=logits.cpu())
     for name in ("feature_maps", "last_hidden_state", "logits", "reconstruction", "pooler_output"):
         features = _field(output, name)
         if features is not None:

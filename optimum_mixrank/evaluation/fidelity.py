@@ -9,7 +9,7 @@ from torch import Tensor
 def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
     """Kullback-Leibler divergence KL(original ‖ compressed) of the predicted distributions.
 
-    `Σ_k p_k (log p_k − log q_k)` with `p = softmax(reference_logits)`, `q = softmax(logits)`.
+    `Σ_k p_k (log p_k - log q_k)` with `p = softmax(reference_logits)`, `q = softmax(logits)`.
 
     Args:
         reference_logits: Of the original model, `[images, classes]`.
@@ -46,7 +46,7 @@ def agreement(reference_logits: Tensor, logits: Tensor) -> Tensor:
 
 
 def relative_error(reference_features: Tensor, features: Tensor) -> Tensor:
-    """Squared error of the features of an image, relative to their energy: `‖f − f_ref‖² / ‖f_ref‖²`.
+    """Squared error of the features of an image, relative to their energy: `‖f - f_ref‖² / ‖f_ref‖²`.
 
     Args:
         reference_features: Of the original model, `[images, ...]`.

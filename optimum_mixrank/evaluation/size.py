@@ -45,10 +45,8 @@ def safetensors_files(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        files = [folder / name for name in _shard_names(index)]
-    else:
-        files = [folder / SAFE_WEIGHTS_NAME]
+    names = _shard_names(index) if index.is_file() else [SAFE_WEIGHTS_NAME]
+    files = [folder / name for name in names]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(

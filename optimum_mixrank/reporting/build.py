@@ -106,7 +106,7 @@ def build_report(
         environment=environment(),
         model_parameters_before=original.parameters,
         model_parameters_after=compressed.parameters,
-        bytes_before=original.bytes,
+        bytes_on_disk_before=original.bytes,
         flops_before=original.flops,
         flops_after=compressed.flops,
         calibration=_describe(calibration),

@@ -58,7 +58,7 @@ def plot_ranks(report: CompressionReport, path: str | Path) -> Path:
     style = {"svg.hashsalt": "mixrank", "font.size": 9, "hatch.linewidth": 0.6, "axes.edgecolor": _INK}
     with rc_context(style):
         figure = Figure(figsize=(width, height), dpi=150)
-        rows = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+        rows = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0].tolist()
         room = 72 * (width - 2.6) / num_slots
         for axes, (label, layers) in zip(rows, kinds.items(), strict=True):
             _draw_kind(axes, label, [(depths[layer.name], layer) for layer in layers], room)
@@ -101,8 +101,8 @@ class _Name:
 def _depths(layers: Sequence[LayerReport]) -> dict[str, int]:
     """Position of every layer on the axis of depth: the number of its block, counted over all stages.
 
-    A layer that belongs to a stage rather than to a block, such as the reduction of Swin's patch merging, stands at the
-    last block before it.
+    A layer that belongs to a stage rather than to a block, such as the reduction of Swin's patch merging, stands at
+    the last block before it.
     """
     names = {layer.name: _Name.parse(layer.name) for layer in layers}
     levels = max(len(name.numbers) for name in names.values())
@@ -182,7 +182,7 @@ def _write_on_bar(axes: Axes, depth: int, share: float, text: str, light: bool, 
 
 
 def _shapes(layers: Sequence[LayerReport]) -> str:
-    shapes = list(dict.fromkeys(f"{layer.shape[0]} × {layer.shape[1]}" for layer in layers))
+    shapes = list(dict.fromkeys(f"{layer.shape[0]} x {layer.shape[1]}" for layer in layers))
     return shapes[0] if len(shapes) == 1 else f"{shapes[0]} …\n{shapes[-1]}"
 
 

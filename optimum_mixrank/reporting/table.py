@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from .report import CompressionReport, LayerReport
@@ -10,7 +9,7 @@ from .report import CompressionReport, LayerReport
 
 _HEADER = ("layer", "out x in", "rank", "energy", "before", "after", "kept")
 _GAP = "  "
-_SHORTEST_NAME = 16
+_SHORTEST_NAME = len("all encoder linears")
 
 
 def format_table(report: CompressionReport, width: int = 100) -> str:
@@ -33,15 +32,15 @@ def format_table(report: CompressionReport, width: int = 100) -> str:
     head, body, foot = lines[:1], lines[1 : 1 + len(rows)], lines[1 + len(rows) :]
     table = [*head, rule, *body, rule, *foot]
     if prefix:
-        table.insert(0, f"Names are relative to {prefix.removesuffix('.')!r}.")
+        table.insert(0, _shortened(f"Names below {prefix.removesuffix('.')}", width))
     return "\n".join([*table, "", *_summary(report), *_evaluation(report)])
 
 
 def format_count(count: int) -> str:
     """A number of parameters or FLOPs in at most six characters and a unit: `85.8 M`."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        # Rounded first, so that 999,999 is 1 M rather than 1000 k.
-        if round(count / size, 1) >= 1:
+        # So that 999,999 is 1.00 M rather than 1000.0 k.
+        if count / size >= 0.99995:
             digits = 1 if count / size >= 10 else 2
             return f"{count / size:.{digits}f} {unit}"
     return str(count)
@@ -65,7 +64,7 @@ def _total_row(name: str, layers: Sequence[LayerReport]) -> tuple[str, ...]:
     after = sum(layer.parameters_after for layer in layers)
     factored = sum(layer.rank is not None for layer in layers)
     kept = f"{after / before:.1%}" if before else ""
-    return f"{name} ({factored} of {len(layers)} factored)", "", "", "", f"{before:,}", f"{after:,}", kept
+    return name, "", f"{factored} of {len(layers)}", "", f"{before:,}", f"{after:,}", kept
 
 
 def _aligned(rows: Sequence[Sequence[str]], width: int) -> list[str]:
@@ -151,5 +150,10 @@ def _fact(label: str, value: str) -> str:
 
 def _common_prefix(names: Sequence[str]) -> str:
     """What all names begin with, up to and with a dot; never a whole name."""
-    common = os.path.commonprefix(list(names)) if len(names) > 1 else ""
-    return common[: common.rfind(".") + 1]
+    common = ""
+    if len(names) > 1:
+        for column in zip(*(name.split(".")[:-1] for name in names), strict=False):
+            if len(set(column)) > 1:
+                break
+            common += f"{column[0]}."
+    return common

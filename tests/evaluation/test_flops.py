@@ -67,5 +67,5 @@ def test_wrong_shape(shape):
 
 
 def test_configuration_without_size():
-    with pytest.raises(ValueError, match="The configuration of Linear has image_size=None.*pass `pixel_values_shape"):
+    with pytest.raises(ValueError, match=r"The configuration of Linear has image_size=None.*pass `pixel_values_shape"):
         flops_per_image(nn.Linear(1, 1))

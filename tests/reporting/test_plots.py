@@ -14,7 +14,7 @@ from optimum_mixrank.reporting import plot_ranks
 REPORTS = {
     "vit": vit_report,
     "swin": swin_report,
-    "deep": lambda: vit_report(depth=96),
+    "deep": lambda: vit_report(depth=60),
     "one-layer": lambda: report([layer("encoder.fc", (4, 4), 1)]),
     "all-dense": lambda: report([layer(f"encoder.layer.{i}.fc", (4, 4), None) for i in range(2)]),
 }
@@ -38,7 +38,7 @@ def test_svg_says_every_rank_and_the_parameters(tmp_path):
     for each in made.layers:
         if each.rank is not None:
             assert f">{each.rank}</text>" in text
-    for words in ("dense", "excl.", "break-even rank", "query", "intermediate.dense", "768 × 768", "block"):
+    for words in ("dense", "excl.", "break-even rank", "query", "intermediate.dense", "768 x 768", "block"):
         assert words in text
     assert f"{made.removed_of_model:.1%} of the model removed" in text
 

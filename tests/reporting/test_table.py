@@ -46,7 +46,7 @@ def test_totals():
     before, after = (sum(getattr(each, f"parameters_{when}") for each in targeted) for when in ("before", "after"))
     (line,) = (line for line in text.splitlines() if line.startswith("targeted layers"))
     assert line.split()[-3:] == [f"{before:,}", f"{after:,}", f"{after / before:.1%}"]
-    assert "(70 of 71 factored)" in line
+    assert "  70 of 71  " in line
     (line,) = (line for line in text.splitlines() if line.startswith("all encoder linears"))
     assert line.split()[-1] == f"{made.kept_of_encoder:.1%}"
 

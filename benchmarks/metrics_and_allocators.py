@@ -1,0 +1,98 @@
+"""Compare all metrics and allocators on one model, with one calibration draw and one set of test images.
+
+    python benchmarks/metrics_and_allocators.py --model MODEL --calibration-data IMAGES --test-data LABELLED_IMAGES \
+        --ratios 0.5 0.6 --num-samples 512 --output results
+
+writes `results.md` and `results.json`. Ratios are fractions removed of the encoder's linear layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank.allocation import ALLOCATORS
+from optimum_mixrank.decomposition import METRICS
+from optimum_mixrank.reporting.build import environment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration-data", required=True)
+    parser.add_argument("--calibration-split", default=None)
+    parser.add_argument("--test-data", required=True)
+    parser.add_argument("--test-split", default=None)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.6])
+    parser.add_argument("--num-samples", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+
+    compressor = MixRankCompressor.from_pretrained(args.model)
+    images = compressor.get_calibration_dataset(
+        args.calibration_data, split=args.calibration_split, num_samples=args.num_samples, seed=args.seed
+    )
+    calibration = compressor.calibrate(images, list(METRICS), batch_size=args.batch_size)
+    rows = []
+    for ratio in args.ratios:
+        for metric in METRICS:
+            for allocation in ALLOCATORS:
+                start = time.perf_counter()
+                config = MixRankConfig(
+                    compression_ratio=ratio, compression_scope="targets", metric=metric, allocation=allocation
+                )
+                model = compressor.compress(config, calibration=calibration)
+                seconds = time.perf_counter() - start
+                result = compressor.evaluate(model, args.test_data, split=args.test_split, batch_size=args.batch_size)
+                rows.append(
+                    {
+                        "ratio": ratio,
+                        "kept": compressor.report.kept_of_encoder,
+                        "metric": metric,
+                        "allocation": allocation,
+                        "compress_seconds": round(seconds, 2),
+                        **dataclasses.asdict(result),
+                    }
+                )
+                print(json.dumps(rows[-1]), flush=True)
+
+    settings = {key: str(value) for key, value in vars(args).items() if key in ("num_samples", "batch_size", "seed")}
+    settings["calibration_images"] = str(calibration.num_images)
+    settings["calibration_seconds"] = f"{calibration.seconds:.1f}"
+    settings["test_images"] = str(rows[0]["num_images"])
+    settings["dtype"] = str(next(compressor.model.parameters()).dtype)
+    record = {"settings": settings, "environment": environment(), "threads": torch.get_num_threads(), "rows": rows}
+    args.output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    args.output.with_suffix(".md").write_text(markdown(record))
+
+
+def markdown(record: dict) -> str:
+    """The record as a Markdown table, with its settings above it."""
+    described = [f"{key} {value}" for part in ("settings", "environment") for key, value in record[part].items()]
+    first = record["rows"][0]
+    lines = [
+        ", ".join(described) + ".",
+        "",
+        f"Original: top-1 {first['reference_top1']:.1%}, top-5 {first['reference_top5']:.1%}.",
+        "",
+        "| kept of encoder linears | metric | allocation | top-1 | agreement | KL (nats) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['kept']:.1%} | `{row['metric']}` | `{row['allocation']}` | {row['top1']:.1%} | {row['agreement']:.1%} "
+        f"| {row['kl']:.3f} |"
+        for row in record["rows"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
