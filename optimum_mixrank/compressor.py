@@ -205,7 +205,7 @@ class MixRankCompressor(OptimumQuantizer):
         linears = encoder_linears(self.model)
         targets = find_targets(self.model, config.target_modules, config.exclude_modules)
         check_weights(targets)
-        plan = self._plan(config, metric, targets)
+        plan = self._plan(config, targets)
         plan.check()
 
         if metric.uses_data and calibration is None:
@@ -357,7 +357,7 @@ class MixRankCompressor(OptimumQuantizer):
         """
         return push_checkpoint(model, repo_id, self.image_processor, self.report, **kwargs)
 
-    def _plan(self, config: MixRankConfig, metric: Metric, targets: Sequence[Target]) -> RankPlan:
+    def _plan(self, config: MixRankConfig, targets: Sequence[Target]) -> RankPlan:
         rank_pattern = match_values(targets, config.rank_pattern, "rank_pattern")
         ratio_pattern = match_values(targets, config.ratio_pattern, "ratio_pattern")
         specs = [
@@ -365,7 +365,6 @@ class MixRankCompressor(OptimumQuantizer):
                 name=target.canonical_name,
                 out_features=target.shape[0],
                 in_features=target.shape[1],
-                extra_cost=target.shape[0] if metric.uses_data and target.module.bias is None else 0,
                 rank=rank_pattern.get(target.canonical_name),
                 ratio=ratio_pattern.get(target.canonical_name),
             )

@@ -132,6 +132,10 @@ class MixRankConfig(QuantizationConfigMixin):
             )
         parse_rank_map(self.rank_map)
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All fields, as `to_dict` gives them; the base class asks for it in `repr` and lacks it in 4.57."""
+        return self.to_dict()
+
     @property
     def factored_layers(self) -> dict[str, FactoredLayer]:
         """The rank map as objects, by canonical name."""

@@ -17,8 +17,8 @@ class FactoredLayer:
     Attributes:
         rank: Inner dimension of the two factors, `[rank, in_features]` and `[out_features, rank]`.
         bias: Whether the factored layer stores a bias `[out_features]`.
-        added_bias: Whether that bias exists only because centring gave one to a layer that had none; it then counts
-            as stored parameters of the compression.
+        added_bias: Whether that bias exists only because centring gave one to a layer that had none; it would count as
+            stored parameters of the compression. Layers without bias are decomposed uncentred and get none.
     """
 
     rank: int

@@ -11,6 +11,10 @@ import numpy as np
 from .allocation import AllocationProblem, BudgetError, LayerProfile, get_allocator
 
 
+# In stored values or ranks: a ratio like 0.6 of a round number is not missed by the rounding of floating point numbers.
+_TOLERANCE = 1e-6
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """What the plan knows of a targeted layer before any data is seen.
@@ -83,8 +87,7 @@ class RankPlan:
         """Stored values that all targeted layers together may take."""
         targeted = sum(layer.dense_cost for layer in self.layers)
         base = self.model_parameters if self.compression_scope == "model" else targeted
-        # A tolerance, so that a ratio like 0.6 of a round number is not missed by rounding.
-        return math.floor(targeted - self.compression_ratio * base + 1e-6)
+        return math.floor(targeted - self.compression_ratio * base + _TOLERANCE)
 
     def check(self) -> None:
         """Check that the budget can be met at all; needs no losses.
@@ -130,7 +133,7 @@ class RankPlan:
         fixed = layer.rank
         if layer.ratio is not None:
             share = (1 - layer.ratio) * m * n - layer.extra_cost
-            multiples = int(share // ((m + n) * self.rank_multiple))
+            multiples = int((share + _TOLERANCE) // ((m + n) * self.rank_multiple))
             fixed = multiples * self.rank_multiple
             if fixed < 1:
                 raise ValueError(
@@ -143,7 +146,7 @@ class RankPlan:
             in_features=n,
             losses=np.zeros(min(m, n) + 1) if losses is None else losses,
             extra_cost=layer.extra_cost,
-            min_rank=max(self.min_rank, math.ceil(self.min_rank_ratio * break_even), 1),
+            min_rank=max(self.min_rank, math.ceil(self.min_rank_ratio * break_even - _TOLERANCE), 1),
             rank_multiple=self.rank_multiple,
             fixed_rank=fixed,
         )
@@ -151,7 +154,7 @@ class RankPlan:
     def _unreachable(self, minimum: int) -> str:
         targeted = sum(layer.dense_cost for layer in self.layers)
         base = self.model_parameters if self.compression_scope == "model" else targeted
-        largest = math.floor(max(targeted - minimum, 0) / base * 1000) / 1000
+        largest = max(targeted - minimum, 0) * 1000 // base / 1000
         return (
             f"compression_ratio={self.compression_ratio} (of the {self.compression_scope}) cannot be reached: the "
             f"targeted layers hold {targeted:,} of the model's {self.model_parameters:,} parameters and keep at least "

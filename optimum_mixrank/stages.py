@@ -47,6 +47,8 @@ def decompose_layers(
     for target in logging.tqdm(targets, desc="Decomposing", unit="layer"):
         weight = _float64(target.module.weight)
         statistics = None if calibration is None else _to(_statistics(calibration, target), weight)
+        if statistics is not None and target.module.bias is None:
+            statistics = statistics.about_zero(weight)
         decomposition = metric.decompose(weight, statistics)
         m, n = target.shape
         # From the break-even rank on a layer stays dense; no more components can be asked for.
@@ -77,11 +79,13 @@ def factorize_layers(
         rank = ranks[target.canonical_name]
         if rank is None:
             continue
-        mean = None if calibration is None else _statistics(calibration, target).require(Statistic.INPUT_MEAN)
+        mean = None
+        # A layer without bias does not get one: the dense model that it may become again has no place for it.
+        if calibration is not None and target.module.bias is not None:
+            mean = _statistics(calibration, target).require(Statistic.INPUT_MEAN)
         layer = _factored(target.module, decompositions[target.canonical_name], rank, mean)
         replace_module(model, target.name, layer)
-        has_bias = layer.bias is not None
-        rank_map[target.canonical_name] = FactoredLayer(rank, has_bias, has_bias and target.module.bias is None)
+        rank_map[target.canonical_name] = FactoredLayer(rank, layer.bias is not None)
     return rank_map
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+
+from transformers.models.auto import auto_factory
 
 from optimum_mixrank import LowRankLinear, MixRankCompressor, MixRankConfig, to_dense
 
@@ -118,7 +121,10 @@ def test_opens_as_bare_backbone(model, pixels, tmp_path):
         assert torch.equal(bare(pixel_values=pixels).last_hidden_state, expected)
 
 
-def test_opens_as_auto_backbone(pixels, tmp_path):
+def test_opens_as_auto_backbone(pixels, tmp_path, monkeypatch):
+    # Transformers 5.23 asks the Hub whether the name exists before it looks for a local folder.
+    if hasattr(auto_factory, "hf_api"):
+        monkeypatch.setattr(auto_factory, "hf_api", lambda: SimpleNamespace(repo_exists=lambda name: True))
     model = compress(tiny_swin())
     model.save_pretrained(tmp_path)
     backbone = AutoBackbone.from_pretrained(str(tmp_path), out_features=["stage1", "stage2"]).eval()
@@ -307,12 +313,12 @@ def test_newer_checkpoints(tmp_path, caplog):
         load(tmp_path)
 
 
-def test_reduction_of_swin_gets_a_stored_bias(tmp_path):
+def test_reduction_of_swin_has_no_bias_before_and_after(tmp_path):
     model = compress(tiny_swin())
     entries = model.config.quantization_config.factored_layers
     reductions = {name: entry for name, entry in entries.items() if name.endswith("reduction")}
     assert reductions
-    assert all(entry.bias and entry.added_bias for entry in reductions.values())
+    assert not any(entry.bias or entry.added_bias for entry in reductions.values())
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert any(name.endswith("reduction.factor_b.bias") for name in file.keys())  # noqa: SIM118
+        assert not any(name.endswith("reduction.factor_b.bias") for name in file.keys())  # noqa: SIM118

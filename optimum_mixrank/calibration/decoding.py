@@ -13,7 +13,20 @@ from PIL import Image, ImageOps
 
 
 class BrokenImageError(ValueError):
-    """An image cannot be decoded; the message names it."""
+    """An image cannot be decoded.
+
+    Attributes:
+        name: The image's file, or its row.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, name: str, reason: object) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name} cannot be decoded: {self.reason}"
 
 
 def decode_image(item: Any, name: str = "image") -> Image.Image:
@@ -21,67 +34,75 @@ def decode_image(item: Any, name: str = "image") -> Image.Image:
 
     Args:
         item: A PIL image, a path, encoded bytes, a mapping with `bytes` or `path` (as `datasets` stores images), or an
-            array of bytes, `[height, width]` or `[height, width, 3 or 4]`.
-        name: What to call the image in errors; its path is used where it has one.
+            array of bytes, `[height, width]` or `[height, width, 1, 3 or 4]`. None, as a dataset holds for a missing
+            image, is a broken image.
+        name: What to call the image in errors, if it does not know its file.
 
     Returns:
-        An RGB image, with the orientation of its EXIF data applied. Grey, palette, CMYK and 16-bit images are converted;
-        transparency is dropped, as image pipelines do.
+        An RGB image, turned as its EXIF data say. Grey, palette, CMYK and 16-bit images are converted; transparency is
+        dropped, as image pipelines do.
 
     Raises:
-        BrokenImageError: if the image is damaged, truncated, empty, not an image or implausibly large.
+        BrokenImageError: if the image is missing, damaged, truncated, empty, not an image or implausibly large.
         TypeError: if the item is nothing that could hold an image.
     """
-    name = image_name(item) or name
+    if item is not None and not holds_image(item):
+        raise TypeError(
+            f"{name} is a {type(item).__name__}, which holds no image; give PIL images, paths, encoded bytes, uint8 "
+            "arrays [height, width, channels], or batches of `pixel_values`."
+        )
     try:
         image = _open(item)
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
-    except TypeError:
-        raise
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, … for damaged files.
-        raise BrokenImageError(f"{name} cannot be decoded: {error}") from error
-
-
-def image_name(item: Any) -> str | None:
-    """The file that an item comes from, if it says so."""
-    if isinstance(item, Mapping):
-        return item.get("path")
-    if isinstance(item, str | os.PathLike):
-        return str(item)
-    return getattr(item, "filename", None) or None
+        raise BrokenImageError(image_name(item) or name, error) from error
 
 
 def holds_image(item: Any) -> bool:
     """Whether an item is a single image in a form that `decode_image` knows."""
     if isinstance(item, Mapping):
-        return "pixel_values" not in item and ("bytes" in item or "path" in item)
-    is_array = isinstance(item, np.ndarray) and item.dtype == np.uint8
-    return is_array or isinstance(item, Image.Image | bytes | bytearray | str | os.PathLike)
+        return bool(item) and set(item) <= {"bytes", "path"}
+    if isinstance(item, np.ndarray):
+        has_channels = item.ndim == 3 and item.shape[2] in (1, 3, 4)
+        return item.dtype == np.uint8 and (item.ndim == 2 or has_channels)
+    return isinstance(item, Image.Image | bytes | bytearray | str | os.PathLike)
+
+
+def image_name(item: Any) -> str | None:
+    """The file that an item comes from, if it says so."""
+    if isinstance(item, Mapping):
+        return item.get("path") or None
+    if isinstance(item, str | os.PathLike):
+        return str(item)
+    return getattr(item, "filename", None) or None
 
 
 def _open(item: Any) -> Image.Image:
-    if isinstance(item, Mapping) and ("bytes" in item or "path" in item):
-        item = item.get("bytes") if item.get("bytes") is not None else item.get("path")
+    if isinstance(item, Mapping):
+        # Bytes go first: beside them, `path` is but the name that the file once had.
+        item = item["bytes"] if item.get("bytes") is not None else item.get("path")
+    if item is None:
+        raise ValueError("the dataset holds no image here")
     if isinstance(item, Image.Image):
         return item
-    if isinstance(item, bytes | bytearray):
-        return Image.open(io.BytesIO(item))
-    if isinstance(item, str | os.PathLike):
-        return Image.open(Path(item).expanduser())
-    if isinstance(item, np.ndarray) and item.dtype == np.uint8:
-        return Image.fromarray(item)
-    raise TypeError(
-        f"A {type(item).__name__} holds no image; give PIL images, paths, encoded bytes or uint8 arrays, or batches of "
-        "`pixel_values`."
-    )
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item.squeeze(2) if item.ndim == 3 and item.shape[2] == 1 else item)
+    # Read as a whole, so that no file stays open.
+    encoded = item if isinstance(item, bytes | bytearray) else Path(item).expanduser().read_bytes()
+    if not encoded:
+        raise ValueError("the file is empty")
+    return Image.open(io.BytesIO(encoded))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        # Pillow clips instead of scaling when it converts more than 8 bits.
-        values = np.asarray(image, dtype=np.float64)
-        scale = 255 / 65535 if values.max(initial=0) > 255 else 1.0
-        image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range; convert the file to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        # Pillow clips to 255 where it should scale. Mode "I" is 16 bits too: older releases open such PNG files so.
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("the pixels need more than 16 bits; convert the file to 8 or 16 bits")
+        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
     return image.convert("RGB")

@@ -27,5 +27,5 @@ class MeanInputMetric(Metric):
         """See `Metric.decompose`."""
         statistics = statistics or LayerStatistics(0)
         inputs = statistics.require(Statistic.REPRESENTATIVE_INPUT)
-        centred = inputs - inputs.mean(dim=0)
+        centred = inputs - inputs.mean(dim=0) if statistics.centred else inputs
         return decompose_by_input(weight, centred.T / len(inputs) ** 0.5)

@@ -17,7 +17,7 @@ class Metric(ABC):
     Attributes:
         name: Value of `MixRankConfig.metric`.
         uses_data: Whether calibration images are needed. If so, the metric is centred: the mean of the error is not
-            counted, since the bias absorbs it (`corrected_bias`).
+            counted, since the bias absorbs it (`corrected_bias`); a layer without bias gives statistics about zero.
     """
 
     name: ClassVar[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from enum import Enum
 
@@ -29,7 +30,10 @@ class Statistic(str, Enum):
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one layer, in float64; those that were not asked for are None. See `Statistic` for shapes."""
+    """Statistics of one layer, in float64; those that were not asked for are None. See `Statistic` for shapes.
+
+    `centred` says whether the mean of the error is free, since a bias absorbs it.
+    """
 
     num_tokens: int
     input_mean: Tensor | None = None
@@ -37,6 +41,26 @@ class LayerStatistics:
     input_covariance: Tensor | None = None
     output_covariance: Tensor | None = None
     representative_input: Tensor | None = None
+    centred: bool = True
+
+    def about_zero(self, weight: Tensor) -> LayerStatistics:
+        """The same statistics about zero instead of about the mean, for a layer that has no bias to absorb the mean.
+
+        Covariances become second moments, `E[x xᵀ] = Σ + μ μᵀ`.
+
+        Args:
+            weight: `W`, `[out_features, in_features]`.
+        """
+        mean = self.require(Statistic.INPUT_MEAN)
+        output_mean = weight @ mean
+        changes: dict[str, Tensor] = {}
+        if self.input_variance is not None:
+            changes["input_variance"] = self.input_variance + mean.square()
+        if self.input_covariance is not None:
+            changes["input_covariance"] = self.input_covariance + mean.outer(mean)
+        if self.output_covariance is not None:
+            changes["output_covariance"] = self.output_covariance + output_mean.outer(output_mean)
+        return dataclasses.replace(self, centred=False, **changes)  # type: ignore[arg-type]
 
     def require(self, statistic: Statistic) -> Tensor:
         """The statistic's tensor.

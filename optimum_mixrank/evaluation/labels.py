@@ -22,8 +22,13 @@ def find_label_column(data: datasets.Dataset) -> str | None:
 def map_labels(data: datasets.Dataset, label_column: str, label2id: Mapping[str, int]) -> list[int] | None:
     """Model label by dataset label.
 
-    By name, where the model knows all class names of the dataset (in any case of letters); by index, with a log message,
+    By name, where the model knows all class names of the dataset (in any case of letters); by index, with a warning,
     where it knows none and the numbers of classes agree.
+
+    Args:
+        data: The dataset.
+        label_column: Its column with labels.
+        label2id: Of the model's configuration.
 
     Returns:
         `[classes of the dataset]`; None where the column has no class names, so that its numbers are taken as they are.
@@ -34,15 +39,17 @@ def map_labels(data: datasets.Dataset, label_column: str, label2id: Mapping[str,
     feature = data.features[label_column]
     if not isinstance(feature, datasets.ClassLabel):
         return None
-    ids = {str(name).lower(): int(index) for name, index in label2id.items()}
-    known = [name for name in feature.names if name.lower() in ids]
-    if len(known) == len(feature.names):
-        return [ids[name.lower()] for name in feature.names]
-    if not known and len(feature.names) == len(ids):
-        logger.info("The dataset names its classes otherwise than the model; labels are matched by index.")
+    exact = {str(name): int(index) for name, index in label2id.items()}
+    any_case = {name.lower(): index for name, index in exact.items()}
+    ids = [exact.get(name, any_case.get(name.lower())) for name in feature.names]
+    known = [index for index in ids if index is not None]
+    if len(known) == len(ids):
+        return known
+    if not known and len(ids) == len(exact):
+        logger.warning("The dataset names its classes otherwise than the model; labels are matched by index.")
         return list(range(len(ids)))
-    unknown = [name for name in feature.names if name.lower() not in ids]
+    unknown = [name for name, index in zip(feature.names, ids, strict=True) if index is None]
     raise ValueError(
-        f"The dataset has {len(feature.names)} classes, the model {len(ids)}; the model does not know {unknown[:5]}. "
+        f"The dataset has {len(ids)} classes, the model {len(exact)}; the model does not know {unknown[:5]}. "
         "Rename or reorder the classes to match the model's `config.label2id`."
     )

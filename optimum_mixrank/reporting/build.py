@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers.utils import logging
 from ..calibration.result import Calibration
 from ..configuration import MixRankConfig
 from ..evaluation.flops import flops_per_image
-from ..evaluation.size import count_parameters
+from ..evaluation.size import count_parameters, safetensors_bytes
 from ..layout import FactoredLayer
 from ..targets import Target
 from .report import CompressionReport, LayerReport
@@ -36,12 +37,12 @@ class Measurement:
 
     Attributes:
         parameters: Stored values.
-        bytes: What they take in their present precision.
+        bytes: Bytes of the safetensors files it was loaded from; None where they are not in a local folder.
         flops: FLOPs per image, or None where the model cannot be run on an image of its size.
     """
 
     parameters: int
-    bytes: int
+    bytes: int | None
     flops: int | None
 
 
@@ -53,7 +54,8 @@ def measure(model: PreTrainedModel) -> Measurement:
         # A count that some architecture does not support must not stop a compression.
         logger.warning(f"The FLOPs of {type(model).__name__} could not be counted: {error}")
         flops = None
-    stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    folder = Path(model.name_or_path)
+    stored = safetensors_bytes(folder) if model.name_or_path and any(folder.glob("*.safetensors")) else None
     return Measurement(count_parameters(model), stored, flops)
 
 

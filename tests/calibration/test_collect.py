@@ -198,9 +198,10 @@ def test_nan_in_the_images_names_the_first_layer(value):
     model = tiny_vit()
     batch = pixels(3)
     batch[1, 0, 5, 5] = value
-    first = encoder_linears(model)[0].name
+    # Query, key and value share the first input; which of them runs first differs between releases of Transformers.
+    first = "|".join(target.name for target in encoder_linears(model)[:3])
     for images in ([batch], [pixels(3), batch]):
-        with pytest.raises(ValueError, match=f"NaN or Inf in the inputs of layer '{first}'.*calibration images"):
+        with pytest.raises(ValueError, match=f"NaN or Inf in the inputs of layer '({first})'.*calibration images"):
             collect_statistics(model, [SimpleNamespace(pixel_values=b) for b in images], required_for(model))
     assert hook_count(model) == 0
 

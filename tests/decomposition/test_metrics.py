@@ -171,6 +171,40 @@ def test_second_moment_has_the_least_output_error_of_all_metrics(layer):
         assert min(errors, key=errors.get) == "second_moment"
 
 
+def test_statistics_about_zero(layer):
+    weight, inputs, statistics = layer
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    outputs = flat @ weight.T
+    about_zero = statistics.about_zero(weight)
+    assert (about_zero.input_mean == 0).all()
+    torch.testing.assert_close(about_zero.input_variance, flat.square().mean(0))
+    torch.testing.assert_close(about_zero.input_covariance, flat.T @ flat / len(flat))
+    torch.testing.assert_close(about_zero.output_covariance, outputs.T @ outputs / len(flat))
+    assert about_zero.num_tokens == statistics.num_tokens
+    alone = LayerStatistics(3, input_mean=statistics.input_mean).about_zero(weight)
+    assert alone.input_variance is alone.input_covariance is alone.output_covariance is None
+
+
+def test_second_moment_about_zero_is_the_least_squares_solution_without_bias(layer):
+    weight, inputs, statistics = layer
+    decomposition = get_metric("second_moment").decompose(weight, statistics.about_zero(weight))
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    singular_values = torch.linalg.svdvals(flat @ weight.T)
+    for rank in range(min(weight.shape) + 1):
+        least = singular_values[rank:].square().sum().item() / len(flat)
+        error = output_error(weight, inputs, truncation(decomposition, rank))
+        assert error == pytest.approx(least, rel=1e-6, abs=1e-11 * singular_values[0].item() ** 2)
+
+
+def test_mean_input_about_zero_is_the_uncentred_svd(layer):
+    weight, inputs, statistics = layer
+    decomposition = get_metric("mean_input").decompose(weight, statistics.about_zero(weight))
+    expected = torch.zeros(min(weight.shape), dtype=torch.float64)
+    values = torch.linalg.svdvals(weight @ inputs.mean(0).T).square() / inputs.shape[1]
+    expected[: len(values)] = values[: len(expected)]
+    torch.testing.assert_close(decomposition.energies, expected, rtol=1e-6, atol=1e-9 * expected[0].item())
+
+
 def singular_inputs(kind, generator, n):
     inputs = correlated(generator, 30, 4, n)
     if kind == "fewer vectors than features":
@@ -210,13 +244,14 @@ def test_singular_data(generator, kind, metric, shape):
     inputs = singular_inputs(kind, generator, n)
     statistics = statistics_of(inputs, weight)
     if kind in ("constant inputs", "dead inputs", "one vector"):
-        # What real accumulators give for constants: exact zeros.
+        # The exact statistics: means of constants are rounded above.
         statistics = dataclasses.replace(
             statistics,
+            input_mean=inputs[0, 0],
             input_variance=torch.zeros(n, dtype=torch.float64),
             input_covariance=torch.zeros(n, n, dtype=torch.float64),
             output_covariance=torch.zeros(m, m, dtype=torch.float64),
-            representative_input=inputs[:1].mean(0)[:1].expand(4, -1),
+            representative_input=inputs[0, :1].expand(4, -1),
         )
     decomposition = get_metric(metric).decompose(weight, statistics)
     losses, size = decomposition.losses(), min(m, n)
