@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--test-data", required=True)
     parser.add_argument("--test-split", default=None)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.6])
+    parser.add_argument("--metrics", nargs="+", default=list(METRICS), choices=list(METRICS))
+    parser.add_argument("--allocations", nargs="+", default=list(ALLOCATORS), choices=list(ALLOCATORS))
     parser.add_argument("--num-samples", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=42)
@@ -40,11 +42,11 @@ def main() -> None:
     images = compressor.get_calibration_dataset(
         args.calibration_data, split=args.calibration_split, num_samples=args.num_samples, seed=args.seed
     )
-    calibration = compressor.calibrate(images, list(METRICS), batch_size=args.batch_size)
+    calibration = compressor.calibrate(images, args.metrics, batch_size=args.batch_size)
     rows = []
     for ratio in args.ratios:
-        for metric in METRICS:
-            for allocation in ALLOCATORS:
+        for metric in args.metrics:
+            for allocation in args.allocations:
                 start = time.perf_counter()
                 config = MixRankConfig(
                     compression_ratio=ratio, compression_scope="targets", metric=metric, allocation=allocation

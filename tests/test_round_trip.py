@@ -20,7 +20,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-
 from transformers.models.auto import auto_factory
 
 from optimum_mixrank import LowRankLinear, MixRankCompressor, MixRankConfig, to_dense
@@ -129,7 +128,9 @@ def test_opens_as_auto_backbone(pixels, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     backbone = AutoBackbone.from_pretrained(str(tmp_path), out_features=["stage1", "stage2"]).eval()
     assert len(factored(backbone)) == len(factored(model))
-    dense = AutoBackbone.from_pretrained(_save(to_dense(model), str(tmp_path / "dense")), out_features=["stage1", "stage2"])
+    dense = AutoBackbone.from_pretrained(
+        _save(to_dense(model), str(tmp_path / "dense")), out_features=["stage1", "stage2"]
+    )
     with torch.no_grad():
         for ours, theirs in zip(backbone(pixels).feature_maps, dense.eval()(pixels).feature_maps, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

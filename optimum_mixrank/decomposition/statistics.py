@@ -60,7 +60,7 @@ class LayerStatistics:
             changes["input_covariance"] = self.input_covariance + mean.outer(mean)
         if self.output_covariance is not None:
             changes["output_covariance"] = self.output_covariance + output_mean.outer(output_mean)
-        return dataclasses.replace(self, centred=False, **changes)  # type: ignore[arg-type]
+        return dataclasses.replace(self, centred=False, **changes)
 
     def require(self, statistic: Statistic) -> Tensor:
         """The statistic's tensor.
