@@ -69,12 +69,12 @@ class Collator:
         shape, dtype = tuple(pixel_values.shape), pixel_values.dtype
         if len(shape) != 4 or shape[1] != self.num_channels:
             raise ValueError(
-                f"`pixel_values` of {rows[0].name} have the shape {list(shape)}; the model takes [batch, "
+                f"`pixel_values` of {rows[0].name} have the shape {list(shape)}; the model needs [batch, "
                 f"{self.num_channels}, height, width]."
             )
         if not dtype.is_floating_point:
             raise ValueError(
-                f"`pixel_values` of {rows[0].name} have the dtype {dtype}; give floating-point values, rescaled and "
+                f"`pixel_values` of {rows[0].name} have the dtype {dtype}; give floating point values, rescaled and "
                 "normalized by the image processor."
             )
         pixel_values = pixel_values.to(self.dtype)

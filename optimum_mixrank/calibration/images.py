@@ -128,7 +128,7 @@ class ImageBatches:
         self._check_broken_share(usable + self.num_broken)
         if not usable:
             raise ValueError(
-                f"There is no usable image ({self.num_broken} broken ones were left out); check the source of images."
+                f"There is no image to use ({self.num_broken} broken ones were left out); check the source of images."
             )
 
     def _load(self, rows: ImageRows) -> Iterable[tuple[Batch | None, list[BrokenImageError]]]:

@@ -102,7 +102,7 @@ def read_row(item: Any, index: int, image_column: str | None, label_column: str 
         item, label = item[0], _class_indices(item[1]) if len(item) == 2 else None
     elif isinstance(item, Mapping) and not holds_image(item):
         has_pixels = image_column is None and "pixel_values" in item
-        key = "pixel_values" if has_pixels else find_image_column(item, image_column)
+        key = "pixel_values" if has_pixels else _image_key(item, image_column, name)
         if label_column is not None:
             label = _required_label(item, label_column, name)
         elif has_pixels:
@@ -128,6 +128,15 @@ def num_images(source: Any) -> int | None:
         rows = [read_row(item, index, None, None) for index, item in enumerate(source)]
         return sum(len(row.pixel_values) if row.is_batch and row.pixel_values is not None else 1 for row in rows)
     return None
+
+
+def _image_key(item: Mapping[str, Any], image_column: str | None, name: str) -> str:
+    try:
+        return find_image_column(item, image_column)
+    except ValueError as error:
+        if image_column is not None:
+            raise
+        raise ValueError(f"A batch has no `pixel_values` ({name}), nor can an image be found in it: {error}") from None
 
 
 def _required_label(item: Mapping[str, Any], label_column: str, name: str) -> Any:

@@ -190,9 +190,9 @@ def test_grey_models(mode):
 
 
 def test_wrong_channels():
-    with pytest.raises(ValueError, match=r"shape \[2, 3, 8, 8\]; the model takes \[batch, 1, height, width\]"):
+    with pytest.raises(ValueError, match=r"shape \[2, 3, 8, 8\]; the model needs \[batch, 1, height, width\]"):
         list(ImageBatches([expected(2)], num_channels=1))
-    with pytest.raises(ValueError, match=r"of item 0 have the shape \[1, 3, 8, 8\]; the model takes \[batch, 4"):
+    with pytest.raises(ValueError, match=r"of item 0 have the shape \[1, 3, 8, 8\]; the model needs \[batch, 4"):
         list(ImageBatches(pictures(1), image_processor=processor(), num_channels=4))
 
 
@@ -249,10 +249,10 @@ def test_share_is_compared_exactly(tmp_path):
 
 def test_nothing_usable(tmp_path):
     files = sorted(write(tmp_path / "images", 2, broken=[0, 1]).iterdir())
-    with pytest.raises(ValueError, match=r"no usable image \(2 broken ones were left out\)"):
+    with pytest.raises(ValueError, match=r"no image to use \(2 broken ones were left out\)"):
         list(ImageBatches(files, image_processor=processor(), max_broken_share=1))
     for source in ([], labelled(1).select([]), iter([]), [torch.zeros(0, 3, 8, 8)]):
-        with pytest.raises(ValueError, match=r"no usable image \(0 broken ones were left out\)"):
+        with pytest.raises(ValueError, match=r"no image to use \(0 broken ones were left out\)"):
             list(ImageBatches(source, image_processor=processor()))
 
 
@@ -296,9 +296,9 @@ def test_different_sizes(kind):
             torch.full((2, 3, 4, 4), torch.inf), "of item 1 hold NaN or Inf; check the image processor", id="inf"
         ),
         pytest.param(
-            torch.zeros(2, 3, 4, 4, dtype=torch.uint8), "dtype torch.uint8; give floating-point values", id="uint8"
+            torch.zeros(2, 3, 4, 4, dtype=torch.uint8), "dtype torch.uint8; give floating point values", id="uint8"
         ),
-        pytest.param(torch.zeros(2, 4), r"have the shape \[2, 4\]; the model takes", id="matrix"),
+        pytest.param(torch.zeros(2, 4), r"have the shape \[2, 4\]; the model needs", id="matrix"),
     ],
 )
 def test_unusable_pixel_values(values, message):
@@ -340,7 +340,9 @@ def test_columns():
         ImageBatches(labelled(2), image_processor=processor(), label_column="class")
     with pytest.raises(ValueError, match="image_column='photo' does not exist; the columns are image, label"):
         ImageBatches(labelled(2), image_processor=processor(), image_column="photo")
-    with pytest.raises(ValueError, match="no column holds images; .* The columns are pixels, labels"):
+    with pytest.raises(
+        ValueError, match=r"A batch has no `pixel_values` \(item 0\), .* no column holds images; .* are pixels, labels"
+    ):
         list(ImageBatches(iter([{"pixels": expected(1), "labels": 1}])))
     with pytest.raises(
         ValueError, match="label_column='class' does not exist in item 0; the columns are pixel_values"
