@@ -20,14 +20,14 @@ from .calibration.result import Calibration
 from .calibration.sources import load_image_dataset
 from .checkpoint import push_checkpoint, save_checkpoint, writable_directory
 from .configuration import MixRankConfig
-from .decomposition import Metric, Statistic, get_metric
+from .decomposition import METRICS, Metric, Statistic
 from .evaluation.labels import find_label_column, map_labels
 from .original import load_image_processor, load_original
 from .planning import LayerSpec, RankPlan
 from .quantizer import MixRankHfQuantizer, attach
 from .reporting.build import build_report, measure
 from .stages import check_weights, decompose_layers, factorize_layers
-from .targets import Target, encoder_linears, find_targets, match_values
+from .targets import Target, encoder_linears, find_targets, match_values, select_targets
 
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class MixRankCompressor(OptimumQuantizer):
         Raises:
             ValueError: for unusable images, NaN or Inf, or layers that never run.
         """
-        metrics = [get_metric(name) for name in ([metric] if isinstance(metric, str) else metric)]
+        metrics = [METRICS.create(name) for name in ([metric] if isinstance(metric, str) else metric)]
         targets = find_targets(self.model, target_modules, exclude_modules)
         return self._calibrate(calibration_dataset, metrics, targets, batch_size, max_broken_share)
 
@@ -201,9 +201,9 @@ class MixRankCompressor(OptimumQuantizer):
         config.validate()
         if save_directory is not None:
             writable_directory(save_directory, overwrite)
-        metric = get_metric(config.metric)
+        metric = METRICS.create(config.metric)
         linears = encoder_linears(self.model)
-        targets = find_targets(self.model, config.target_modules, config.exclude_modules)
+        targets = select_targets(linears, config.target_modules, config.exclude_modules)
         check_weights(targets)
         plan = self._plan(config, targets)
         plan.check()

@@ -48,8 +48,8 @@ class MixRankConfig(QuantizationConfigMixin):
         num_samples (`int`): Number of calibration images to draw where a dataset is named rather than passed.
         seed (`int`): Seed of that draw.
         rank_map (`dict[str, dict]`): Written by the compressor: the factored layers by their canonical name (relative
-            to the base model, in the names that checkpoints have on disk), each `{"rank": int, "bias": bool,
-            "added_bias": bool}`. Do not set it by hand.
+            to the base model, in the names that checkpoints have on disk), each `{"rank": int, "bias": bool}`. Do not
+            set it by hand.
         layout_version (`int`): Version of the stored layout.
         library_version (`str`): Version of optimum-mixrank that wrote the checkpoint.
 
@@ -145,8 +145,9 @@ class MixRankConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Read a stored configuration, which may come from another version of this library.
 
-        Keys that this version does not know are dropped with one warning that names them; an unknown layout version
-        is refused, since its weights would be misread.
+        Keys that this version does not know are dropped with one warning that names them; a metric or allocator that
+        it does not know is kept with a warning; an unknown layout version is refused, since its weights would be
+        misread.
 
         Raises:
             ValueError: for an unknown `layout_version` or a value out of range.
@@ -154,7 +155,18 @@ class MixRankConfig(QuantizationConfigMixin):
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(config_dict) - known)
         stored = {key: value for key, value in config_dict.items() if key in known}
+        # How a checkpoint was made need not be known to open it; the name is kept for the record.
+        foreign = {
+            key: stored.pop(key)
+            for key, names in (("metric", _metric_names()), ("allocation", _allocator_names()))
+            if isinstance(stored.get(key), str) and stored[key] not in names
+        }
         config = cls(**stored)
+        for key, value in foreign.items():
+            logger.warning(
+                f"The checkpoint was made with {key}={value!r}, which optimum-mixrank {__version__} does not know "
+                f"(it was written by {config.library_version}). It can be used, but not made again with this version."
+            )
         if unknown:
             logger.warning(
                 f"Dropped keys of the stored MixRankConfig that optimum-mixrank {__version__} does not know: "
@@ -164,6 +176,9 @@ class MixRankConfig(QuantizationConfigMixin):
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in known}
         if overrides:
             config = dataclasses.replace(config, **overrides)
+        for key, value in foreign.items():
+            if key not in overrides:
+                setattr(config, key, value)
         return (config, kwargs) if return_unused_kwargs else config
 
 

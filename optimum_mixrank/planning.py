@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from transformers.utils import logging
 
-from .allocation import AllocationProblem, BudgetError, LayerProfile, get_allocator
+from .allocation import ALLOCATORS, AllocationProblem, BudgetError, LayerProfile
 
+
+logger = logging.get_logger(__name__)
 
 # In stored values or ranks: a ratio like 0.6 of a round number is not missed by the rounding of floating point numbers.
 _TOLERANCE = 1e-6
@@ -23,7 +26,6 @@ class LayerSpec:
         name: Canonical name.
         out_features: `m`.
         in_features: `n`.
-        extra_cost: Values that factoring adds whatever the rank: `m` where centring gives a bias to a layer without.
         rank: Rank that the user asked for (`rank_pattern`).
         ratio: Fraction to remove that the user asked for (`ratio_pattern`).
     """
@@ -31,7 +33,6 @@ class LayerSpec:
     name: str
     out_features: int
     in_features: int
-    extra_cost: int = 0
     rank: int | None = None
     ratio: float | None = None
 
@@ -90,7 +91,7 @@ class RankPlan:
         return math.floor(targeted - self.compression_ratio * base + _TOLERANCE)
 
     def check(self) -> None:
-        """Check that the budget can be met at all; needs no losses.
+        """Check that the budget can be met at all; needs no losses. Warn of ranks that would save nothing.
 
         Raises:
             ValueError: says which ratio would be reached.
@@ -98,6 +99,14 @@ class RankPlan:
         minimum = self._problem({}).min_cost + self._dense_cost
         if minimum > self.budget:
             raise ValueError(self._unreachable(minimum))
+        for layer in self._free:
+            profile = self._profile(layer, None)
+            if layer.rank is not None and not profile.candidate_ranks:
+                logger.warning(
+                    f"rank_pattern gives rank {layer.rank} to layer {layer.name!r} of shape [{layer.out_features}, "
+                    f"{layer.in_features}], which takes no fewer parameters than the dense layer: it stays dense. "
+                    f"Ranks up to {profile.break_even} save parameters."
+                )
 
     def allocate(self, losses: Mapping[str, np.ndarray], allocation: str) -> dict[str, int | None]:
         """Find the ranks.
@@ -114,7 +123,7 @@ class RankPlan:
         """
         problem = self._problem(losses)
         try:
-            ranks = get_allocator(allocation).allocate(problem)
+            ranks = ALLOCATORS.create(allocation).allocate(problem)
         except BudgetError as error:
             raise ValueError(self._unreachable(problem.min_cost + self._dense_cost)) from error
         return {layer.name: ranks.get(layer.name) for layer in self.layers}
@@ -132,7 +141,7 @@ class RankPlan:
         break_even = m * n / (m + n)
         fixed = layer.rank
         if layer.ratio is not None:
-            share = (1 - layer.ratio) * m * n - layer.extra_cost
+            share = (1 - layer.ratio) * m * n
             multiples = int((share + _TOLERANCE) // ((m + n) * self.rank_multiple))
             fixed = multiples * self.rank_multiple
             if fixed < 1:
@@ -145,7 +154,6 @@ class RankPlan:
             out_features=m,
             in_features=n,
             losses=np.zeros(min(m, n) + 1) if losses is None else losses,
-            extra_cost=layer.extra_cost,
             min_rank=max(self.min_rank, math.ceil(self.min_rank_ratio * break_even - _TOLERANCE), 1),
             rank_multiple=self.rank_multiple,
             fixed_rank=fixed,
@@ -155,10 +163,14 @@ class RankPlan:
         targeted = sum(layer.dense_cost for layer in self.layers)
         base = self.model_parameters if self.compression_scope == "model" else targeted
         largest = max(targeted - minimum, 0) * 1000 // base / 1000
+        reachable = (
+            f"The largest ratio that can be reached is {largest}; lower the ratio or these floors, or target more layers."
+            if largest > 0
+            else "No layer can shrink at all; lower these floors, or change the patterns."
+        )
         return (
             f"compression_ratio={self.compression_ratio} (of the {self.compression_scope}) cannot be reached: the "
             f"targeted layers hold {targeted:,} of the model's {self.model_parameters:,} parameters and keep at least "
             f"{minimum:,} under min_rank={self.min_rank}, min_rank_ratio={self.min_rank_ratio}, "
-            f"rank_multiple={self.rank_multiple} and the patterns. The largest ratio that can be reached is "
-            f"{largest}; lower the ratio or these floors, or target more layers."
+            f"rank_multiple={self.rank_multiple} and the patterns. {reachable}"
         )

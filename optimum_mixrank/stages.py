@@ -94,9 +94,10 @@ def _factored(dense: nn.Linear, decomposition: Decomposition, rank: int, mean: t
     bias = dense.bias
     if mean is not None:
         weight = _float64(dense.weight)
-        old = None if bias is None else bias.detach().to(weight)
         # From the factors as they are stored, so that the bias absorbs the mean of their rounding too.
-        bias = corrected_bias(weight, old, A.to(weight), B.to(weight), mean.to(weight)).to(dense.weight)
+        bias = corrected_bias(weight, bias.detach().to(weight), A.to(weight), B.to(weight), mean.to(weight)).to(
+            dense.weight
+        )
     layer = LowRankLinear.from_factors(A, B, bias)
     for parameter in (*layer.factor_a.parameters(), *layer.factor_b.parameters()):
         parameter.requires_grad_(dense.weight.requires_grad)

@@ -82,17 +82,25 @@ def find_targets(
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
 ) -> list[Target]:
+    """The layers of a model that would be compressed: `select_targets` of its `encoder_linears`."""
+    return select_targets(encoder_linears(model), target_modules, exclude_modules)
+
+
+def select_targets(
+    linears: Sequence[Target],
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> list[Target]:
     """The layers to compress: encoder linears that the patterns include and do not exclude.
 
     Args:
-        model: Any Transformers model with a ViT-like encoder.
+        linears: What `encoder_linears` finds.
         target_modules: As in `MixRankConfig`.
         exclude_modules: As in `MixRankConfig`.
 
     Raises:
         ValueError: if a pattern matches nothing, or nothing is left; the message lists the names there are.
     """
-    linears = encoder_linears(model)
     included = _select(linears, target_modules, "target_modules") if target_modules is not None else linears
     excluded = _select(linears, exclude_modules, "exclude_modules") if exclude_modules is not None else []
     names = {target.name for target in excluded}

@@ -23,7 +23,7 @@ FULL = {
     "min_rank_ratio": 0.2,
     "num_samples": 64,
     "seed": 7,
-    "rank_map": {"encoder.layer.0.output.dense": {"rank": 16, "bias": True, "added_bias": False}},
+    "rank_map": {"encoder.layer.0.output.dense": {"rank": 16, "bias": True}},
 }
 
 
@@ -235,6 +235,17 @@ def test_unknown_layout_version_is_refused(config, version):
         MixRankConfig.from_dict(stored)
     assert f"layout_version={version!r} is unknown" in str(error.value)
     assert "written by optimum-mixrank '9.0'; upgrade with" in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["metric", "allocation"])
+def test_an_unknown_method_of_a_stored_checkpoint_is_kept_with_a_warning(config, warnings, field):
+    loaded = MixRankConfig.from_dict({**config.to_dict(), field: "better", "library_version": "9.0"})
+    assert loaded.to_dict()[field] == "better"
+    [record] = [record for record in warnings.records if record.levelno == logging.WARNING]
+    assert f"made with {field}='better'" in record.getMessage()
+    assert MixRankConfig.from_dict({**config.to_dict(), field: "better"}, seed=3).to_dict()[field] == "better"
+    with pytest.raises(ValueError, match=f"{field}='better' is unknown"):
+        loaded.validate()
 
 
 def test_from_dict_leaves_the_dict_alone(config):

@@ -7,8 +7,8 @@ from optimum_mixrank.layout import FactoredLayer, parse_rank_map
 
 @pytest.mark.parametrize(
     "layer",
-    [FactoredLayer(1, False), FactoredLayer(8, True), FactoredLayer(300, True, added_bias=True)],
-    ids=["no bias", "bias", "added bias"],
+    [FactoredLayer(1, False), FactoredLayer(8, True)],
+    ids=["no bias", "bias"],
 )
 def test_round_trip_through_json(layer):
     stored = json.loads(json.dumps({"encoder.layer.0.output.dense": layer.to_dict()}))
@@ -17,10 +17,6 @@ def test_round_trip_through_json(layer):
 
 def test_empty_map():
     assert parse_rank_map({}) == {}
-
-
-def test_added_bias_may_be_left_out():
-    assert parse_rank_map({"query": {"rank": 3, "bias": True}}) == {"query": FactoredLayer(3, True)}
 
 
 @pytest.mark.parametrize("rank_map", [None, [], ["query"], "query", 3], ids=repr)
@@ -32,7 +28,7 @@ def test_not_a_mapping(rank_map):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (8, "must have the keys `rank`, `bias` and `added_bias`"),
+        (8, "must have the keys `rank` and `bias`"),
         ([8, True], "must have the keys"),
         (None, "must have the keys"),
         ({}, "must have the keys"),
@@ -46,10 +42,8 @@ def test_not_a_mapping(rank_map):
         ({"rank": 8.0, "bias": True}, r"rank=8\.0 is not a positive integer"),
         ({"rank": None, "bias": True}, "rank=None is not a positive integer"),
         ({"rank": [8], "bias": True}, r"rank=\[8\] is not a positive integer"),
-        ({"rank": 8, "bias": 1}, "bias=1, added_bias=False do not go together"),
+        ({"rank": 8, "bias": 1}, "bias=1 is neither true nor false"),
         ({"rank": 8, "bias": None}, "bias=None"),
-        ({"rank": 8, "bias": True, "added_bias": "no"}, "added_bias='no'"),
-        ({"rank": 8, "bias": False, "added_bias": True}, "bias=False, added_bias=True do not go together"),
     ],
     ids=repr,
 )

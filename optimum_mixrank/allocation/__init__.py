@@ -3,7 +3,7 @@
 A new allocator is one file with one class that is registered here.
 """
 
-from .allocator import ALLOCATORS, Allocator, get_allocator, register_allocator
+from .allocator import ALLOCATORS, Allocator
 from .global_optimum import GlobalAllocator
 from .greedy import GreedyAllocator
 from .problem import AllocationProblem, BudgetError, LayerProfile, RankAllocation
@@ -21,8 +21,6 @@ __all__ = [
     "LayerProfile",
     "RankAllocation",
     "UniformAllocator",
-    "get_allocator",
     "raise_evenly",
-    "register_allocator",
     "spend_remainder",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
+from ..registry import Registry
 from .problem import AllocationProblem, RankAllocation
 
 
@@ -26,29 +27,4 @@ class Allocator(ABC):
         """
 
 
-ALLOCATORS: dict[str, type[Allocator]] = {}
-
-AllocatorClass = TypeVar("AllocatorClass", bound=type[Allocator])
-
-
-def register_allocator(cls: AllocatorClass) -> AllocatorClass:
-    """Class decorator: make an allocator known under its name.
-
-    Raises:
-        ValueError: if the name is taken.
-    """
-    if cls.name in ALLOCATORS:
-        raise ValueError(f"An allocator called {cls.name!r} is registered already; choose another name.")
-    ALLOCATORS[cls.name] = cls
-    return cls
-
-
-def get_allocator(name: str) -> Allocator:
-    """An instance of the allocator with this name.
-
-    Raises:
-        ValueError: if there is none; the message lists those there are.
-    """
-    if name not in ALLOCATORS:
-        raise ValueError(f"allocation={name!r} is unknown; choose one of {', '.join(map(repr, ALLOCATORS))}.")
-    return ALLOCATORS[name]()
+ALLOCATORS: Registry[Allocator] = Registry("allocation")

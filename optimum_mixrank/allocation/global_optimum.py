@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from .allocator import Allocator, register_allocator
+from .allocator import ALLOCATORS, Allocator
 from .problem import AllocationProblem, RankAllocation
 from .remainder import spend_remainder
 
 
-@register_allocator
+@ALLOCATORS.register
 class GlobalAllocator(Allocator):
     """Minimises `Σ loss_l(r_l)` subject to `Σ cost_l(r_l) ≤ budget` with a Lagrange multiplier.
 

@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 
-from .allocator import Allocator, register_allocator
+from .allocator import ALLOCATORS, Allocator
 from .problem import AllocationProblem, RankAllocation
 from .remainder import spend_remainder
 
 
-@register_allocator
+@ALLOCATORS.register
 class GreedyAllocator(Allocator):
     """Gradual greedy search (arXiv 2402.06004).
 

@@ -44,7 +44,6 @@ class LayerProfile:
         out_features: `m`.
         in_features: `n`.
         losses: `[min(m, n) + 1]`, float64, non-increasing: the loss if rank 0, 1, … is kept. Dense, it is 0.
-        extra_cost: Stored values that a factored layer adds whatever its rank.
         min_rank: Smallest rank, rounded up to the multiple.
         max_rank: Largest rank of a factored layer, or None for break-even. Staying dense remains possible.
         rank_multiple: Ranks are multiples of it, except a fixed one.
@@ -58,7 +57,6 @@ class LayerProfile:
     out_features: int
     in_features: int
     losses: np.ndarray
-    extra_cost: int = 0
     min_rank: int = 1
     max_rank: int | None = None
     rank_multiple: int = 1
@@ -66,7 +64,7 @@ class LayerProfile:
 
     def __post_init__(self) -> None:
         limit = min(self.out_features, self.in_features)
-        for field, least in (("extra_cost", 0), ("min_rank", 1), ("rank_multiple", 1)):
+        for field, least in (("min_rank", 1), ("rank_multiple", 1)):
             if getattr(self, field) < least:
                 raise ValueError(
                     f"{field}={getattr(self, field)} of layer {self.name!r} is too small; give at least {least}."
@@ -105,7 +103,7 @@ class LayerProfile:
         """Stored values at a rank; None is dense."""
         if rank is None:
             return self.dense_cost
-        return rank * (self.out_features + self.in_features) + self.extra_cost
+        return rank * (self.out_features + self.in_features)
 
     def loss(self, rank: int | None) -> float:
         """Loss at a rank; None is dense."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from .allocator import Allocator, register_allocator
+from .allocator import ALLOCATORS, Allocator
 from .problem import AllocationProblem, RankAllocation
 from .remainder import raise_evenly
 
 
-@register_allocator
+@ALLOCATORS.register
 class UniformAllocator(Allocator):
     """The largest share of its dense cost that every layer may keep alike, bisected to the budget.
 

@@ -49,6 +49,18 @@ class Collator:
     label_map: Sequence[int] | Mapping[Any, int] | None
     dtype: torch.dtype
 
+    def check_image_processor(self) -> None:
+        """Check that images can be prepared.
+
+        Raises:
+            ValueError: if there is no image processor.
+        """
+        if self.image_processor is None:
+            raise ValueError(
+                "Images need the model's image processor: pass `image_processor=AutoImageProcessor.from_pretrained(…)`, "
+                "or give batches of `pixel_values`."
+            )
+
     def __call__(self, rows: Sequence[Row]) -> tuple[Batch | None, list[BrokenImageError]]:
         """Return the batch, or None if no image is usable, and the broken images."""
         if len({row.pixel_values is None for row in rows}) > 1:
@@ -95,11 +107,7 @@ class Collator:
         return torch.stack(tensors)
 
     def _process(self, images: list[Image.Image]) -> Tensor:
-        if self.image_processor is None:
-            raise ValueError(
-                "Images need the model's image processor: pass `image_processor=AutoImageProcessor.from_pretrained(…)`, "
-                "or give batches of `pixel_values`."
-            )
+        self.check_image_processor()
         inputs: list[Any] = list(images)
         if self.num_channels == 1:
             # With their channel, since not every image processor takes [height, width].

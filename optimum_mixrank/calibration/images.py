@@ -85,11 +85,8 @@ class ImageBatches:
         self._named: set[str] = set()
         self.broken: list[str] = []
         self.num_images = num_images(source) if self._rows is None else len(self._rows)
-        if self._rows is not None and image_processor is None:
-            raise ValueError(
-                "Images need the model's image processor: pass `image_processor=AutoImageProcessor.from_pretrained(…)`, "
-                "or give batches of `pixel_values`."
-            )
+        if self._rows is not None:
+            self._collate.check_image_processor()
 
     @property
     def num_broken(self) -> int:

@@ -8,7 +8,7 @@ here.
 from .diagonal import DiagonalMetric
 from .factorization import Decomposition, balance, corrected_bias
 from .mean_input import MeanInputMetric
-from .metric import METRICS, Metric, get_metric, register_metric
+from .metric import METRICS, Metric
 from .second_moment import SecondMomentMetric
 from .statistics import LayerStatistics, Statistic
 from .svd import SvdMetric
@@ -26,6 +26,4 @@ __all__ = [
     "SvdMetric",
     "balance",
     "corrected_bias",
-    "get_metric",
-    "register_metric",
 ]

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from .factorization import Decomposition, decompose_by_input
-from .metric import Metric, register_metric
+from .metric import METRICS, Metric
 from .statistics import LayerStatistics, Statistic
 
 
-@register_metric
+@METRICS.register
 class DiagonalMetric(Metric):
     """Output error as if input features were uncorrelated, `‖(W - Ŵ) diag(σ)‖²_F`.
 

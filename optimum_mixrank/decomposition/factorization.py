@@ -105,18 +105,17 @@ def balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return (scale[:, None] * Vh) @ Qa.T, (Qb @ U) * scale
 
 
-def corrected_bias(weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, input_mean: Tensor) -> Tensor:
+def corrected_bias(weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, input_mean: Tensor) -> Tensor:
     """The bias `b + (W - B A) μ` with which the mean output stays what it was, `[out_features]`.
 
     Args:
         weight: `W`, `[m, n]`, float64.
-        bias: `b`, `[m]`, or None for zero.
+        bias: `b`, `[m]`.
         A: `[r, n]`, as stored.
         B: `[m, r]`, as stored.
         input_mean: `μ`, `[n]`.
     """
-    change = weight @ input_mean - B.double() @ (A.double() @ input_mean)
-    return change if bias is None else bias.double() + change
+    return bias.double() + weight @ input_mean - B.double() @ (A.double() @ input_mean)
 
 
 def _numerical_rank(eigenvalues: Tensor, size: int) -> int:

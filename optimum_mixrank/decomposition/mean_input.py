@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from .factorization import Decomposition, decompose_by_input
-from .metric import Metric, register_metric
+from .metric import METRICS, Metric
 from .statistics import LayerStatistics, Statistic
 
 
-@register_metric
+@METRICS.register
 class MeanInputMetric(Metric):
     """Output error on the representative input `X̄`, `‖(W - Ŵ)(X̄ - μ)ᵀ‖²_F / tokens` (arXiv 2402.06004).
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 from torch import Tensor
 
+from ..registry import Registry
 from .factorization import Decomposition
 from .statistics import LayerStatistics, Statistic
 
@@ -37,29 +38,4 @@ class Metric(ABC):
         """
 
 
-METRICS: dict[str, type[Metric]] = {}
-
-MetricClass = TypeVar("MetricClass", bound=type[Metric])
-
-
-def register_metric(cls: MetricClass) -> MetricClass:
-    """Class decorator: make a metric known under its name.
-
-    Raises:
-        ValueError: if the name is taken.
-    """
-    if cls.name in METRICS:
-        raise ValueError(f"A metric called {cls.name!r} is registered already; choose another name.")
-    METRICS[cls.name] = cls
-    return cls
-
-
-def get_metric(name: str) -> Metric:
-    """An instance of the metric with this name.
-
-    Raises:
-        ValueError: if there is none; the message lists those there are.
-    """
-    if name not in METRICS:
-        raise ValueError(f"metric={name!r} is unknown; choose one of {', '.join(map(repr, METRICS))}.")
-    return METRICS[name]()
+METRICS: Registry[Metric] = Registry("metric")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from .factorization import Decomposition, decompose_by_input, decompose_by_output, root_of_covariance
-from .metric import Metric, register_metric
+from .metric import METRICS, Metric
 from .statistics import LayerStatistics, Statistic
 
 
-@register_metric
+@METRICS.register
 class SecondMomentMetric(Metric):
     """Mean squared output error, `E ‖(W - Ŵ)(x - μ)‖² = tr((W - Ŵ) Σ (W - Ŵ)ᵀ)`.
 

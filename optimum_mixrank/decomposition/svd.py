@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from .factorization import Decomposition
-from .metric import Metric, register_metric
+from .metric import METRICS, Metric
 from .statistics import LayerStatistics, Statistic
 
 
-@register_metric
+@METRICS.register
 class SvdMetric(Metric):
     """Error of the weight itself, `‖W - Ŵ‖²_F` (Eckart and Young, 1936)."""
 

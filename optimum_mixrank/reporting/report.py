@@ -31,7 +31,7 @@ class LayerReport:
             dense layer.
         targeted: Whether it was to be compressed; a targeted layer stays dense where that is smaller or asked for.
         parameters_before: Stored values of the weight, `out_features * in_features`.
-        parameters_after: Stored values of the weight or its factors, with a bias that the layer did not have before.
+        parameters_after: Stored values of the weight or its factors.
     """
 
     name: str

@@ -23,13 +23,12 @@ def layer(name: str, m: int, n: int, losses: np.ndarray | None = None, **bounds)
 
 
 def random_problem(seed: int, layers: int = 4, sizes: tuple[int, ...] = (3, 5, 8, 12, 16)) -> AllocationProblem:
-    """Layers of awkward shapes with multiples, floors, ceilings, extra costs and fixed ranks, and a random budget."""
+    """Layers of awkward shapes with multiples, floors, ceilings and fixed ranks, and a random budget."""
     rng = np.random.default_rng(seed)
     profiles = []
     for index in range(layers):
         m, n = (int(size) for size in rng.choice(sizes, 2))
         bounds = {
-            "extra_cost": int(rng.choice([0, m])),
             "min_rank": int(rng.integers(1, 3)),
             "rank_multiple": int(rng.choice([1, 1, 2, 3])),
             "fixed_rank": int(rng.integers(1, min(m, n) + 1)) if rng.random() < 0.15 else None,
@@ -44,7 +43,7 @@ def random_problem(seed: int, layers: int = 4, sizes: tuple[int, ...] = (3, 5, 8
 def allowed_ranks(profile: LayerProfile) -> list[int | None]:
     """Every rank tried against the rules one by one, by ascending cost; None for dense."""
     m, n = profile.out_features, profile.in_features
-    saving = [r for r in range(1, min(m, n) + 1) if r * (m + n) + profile.extra_cost < m * n]
+    saving = [r for r in range(1, min(m, n) + 1) if r * (m + n) < m * n]
     if profile.fixed_rank is not None:
         return [profile.fixed_rank] if profile.fixed_rank in saving else [None]
     highest = min(m, n) if profile.max_rank is None else profile.max_rank

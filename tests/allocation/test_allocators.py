@@ -9,9 +9,7 @@ from optimum_mixrank.allocation import (
     AllocationProblem,
     Allocator,
     BudgetError,
-    get_allocator,
     raise_evenly,
-    register_allocator,
     spend_remainder,
 )
 
@@ -21,7 +19,7 @@ NAMES = ["uniform", "greedy", "global"]
 
 @pytest.fixture(params=NAMES)
 def allocator(request):
-    return get_allocator(request.param)
+    return ALLOCATORS.create(request.param)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -108,19 +106,19 @@ def test_spending_prefers_the_best_return_and_falls_back_on_the_smallest_share()
 
 def test_registry(monkeypatch):
     assert list(ALLOCATORS) == ["global", "greedy", "uniform"]
-    monkeypatch.setattr("optimum_mixrank.allocation.allocator.ALLOCATORS", dict(ALLOCATORS))
+    monkeypatch.setattr(ALLOCATORS, "_classes", dict(ALLOCATORS))
 
-    @register_allocator
+    @ALLOCATORS.register
     class Smallest(Allocator):
         name = "smallest"
 
         def allocate(self, problem):
             return {profile.name: profile.options[0] for profile in problem.layers}
 
-    assert get_allocator("smallest").allocate(AllocationProblem((layer("a", 8, 8),), 64)) == {"a": 1}
-    with pytest.raises(ValueError, match="An allocator called 'smallest' is registered already"):
-        register_allocator(Smallest)
+    assert ALLOCATORS.create("smallest").allocate(AllocationProblem((layer("a", 8, 8),), 64)) == {"a": 1}
+    with pytest.raises(ValueError, match="allocation='smallest' is registered already"):
+        ALLOCATORS.register(Smallest)
     with pytest.raises(
         ValueError, match="allocation='best' is unknown; choose one of 'global', 'greedy', 'uniform', "
     ):
-        get_allocator("best")
+        ALLOCATORS.create("best")

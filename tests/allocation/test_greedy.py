@@ -15,14 +15,14 @@ def written_out(problem, gamma, steps):
     layers = problem.layers
     fixed = [len(allowed_ranks(p)) == 1 for p in layers]
     # The real rank at which factors take what the dense layer takes; a layer that cannot move keeps its own.
-    dense = [Fraction(p.dense_cost - p.extra_cost, p.out_features + p.in_features) for p in layers]
+    dense = [Fraction(p.dense_cost, p.out_features + p.in_features) for p in layers]
     ranks = [
         Fraction(allowed_ranks(p)[0]) if only and allowed_ranks(p)[0] is not None else start
         for p, only, start in zip(layers, fixed, dense, strict=True)
     ]
 
     def cost():
-        return sum(r * (p.out_features + p.in_features) + p.extra_cost for p, r in zip(layers, ranks, strict=True))
+        return sum(r * (p.out_features + p.in_features) for p, r in zip(layers, ranks, strict=True))
 
     start = cost()
     t = 0

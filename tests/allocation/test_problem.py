@@ -13,7 +13,6 @@ from optimum_mixrank.allocation import AllocationProblem, BudgetError, LayerProf
         pytest.param((8, 8), {}, (1, 2, 3, None), id="half the rank of a square layer saves nothing"),
         pytest.param((6, 12), {}, (1, 2, 3, None), id="wide"),
         pytest.param((12, 6), {}, (1, 2, 3, None), id="tall"),
-        pytest.param((8, 8), {"extra_cost": 16}, (1, 2, None), id="an extra cost moves break-even"),
         pytest.param((24, 24), {"rank_multiple": 4}, (4, 8, None), id="multiples"),
         pytest.param((24, 24), {"rank_multiple": 4, "min_rank": 5}, (8, None), id="the floor is rounded up"),
         pytest.param((24, 24), {"max_rank": 3}, (1, 2, 3, None), id="ceiling"),
@@ -42,17 +41,17 @@ def test_options_follow_the_rules_one_by_one(seed):
 
 
 def test_costs_and_losses():
-    profile = layer("a", 6, 12, extra_cost=5)
+    profile = layer("a", 6, 12)
     problem = AllocationProblem((profile, layer("b", 8, 8)), 60)
 
-    assert profile.cost(2) == 2 * (6 + 12) + 5
+    assert profile.cost(2) == 2 * (6 + 12)
     assert profile.cost(None) == 6 * 12
     assert profile.loss(3) == pytest.approx(0.5)
     assert profile.loss(None) == 0
     assert profile.break_even == 3
-    assert problem.min_cost == (18 + 5) + 16
+    assert problem.min_cost == 18 + 16
     assert problem.dense_cost == 72 + 64
-    assert problem.total_cost({"a": 2, "b": None}) == 41 + 64
+    assert problem.total_cost({"a": 2, "b": None}) == 36 + 64
     assert problem.total_loss({"a": 3, "b": 2}) == pytest.approx(0.5 + 0.75)
 
 
@@ -75,7 +74,6 @@ def test_another_way_to_count_cost_is_one_method():
         ({"fixed_rank": 0}, r"fixed_rank=0 of layer 'a' is outside \[1, 8\]"),
         ({"min_rank": 0}, "min_rank=0 of layer 'a' is too small; give at least 1"),
         ({"rank_multiple": 0}, "rank_multiple=0 of layer 'a' is too small; give at least 1"),
-        ({"extra_cost": -1}, "extra_cost=-1 of layer 'a' is too small; give at least 0"),
         ({"max_rank": 3, "rank_multiple": 4}, "max_rank=3 of layer 'a' is below its smallest rank 4"),
         ({"losses": np.ones(8)}, "Layer 'a' of shape .* needs 9 losses, for ranks 0 to 8"),
         ({"losses": np.append(np.ones(8), np.nan)}, "Losses of layer 'a' hold NaN or Inf"),
