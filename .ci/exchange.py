@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from models import tiny_deit, tiny_swin, tiny_vit
 
-from optimum_mixrank import LowRankLinear, MixRankCompressor, MixRankConfig
+from optimum_mixrank import FactoredLinear, MixRankCompressor, MixRankConfig
 
 
 MODELS = {"vit": tiny_vit, "deit": tiny_deit, "swin": tiny_swin}
@@ -57,7 +57,7 @@ def check(folder: Path) -> None:
         name, kind, dtype = target.name.split("-")
         architecture = transformers.AutoConfig.from_pretrained(target).architectures[0]
         model = getattr(transformers, architecture).from_pretrained(target, dtype=getattr(torch, dtype))
-        factored = any(isinstance(module, LowRankLinear) for module in model.modules())
+        factored = any(isinstance(module, FactoredLinear) for module in model.modules())
         if factored != (kind == "compressed"):
             sys.exit(f"{target.name}: factored layers are there when they should not be, or the other way round")
         expected = load_file(target / "expected.tensors")

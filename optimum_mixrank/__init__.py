@@ -14,7 +14,9 @@ from .version import __version__
 
 
 _PUBLIC = {
+    "FactoredLinear": "modeling",
     "LowRankLinear": "modeling",
+    "PivotedLinear": "modeling",
     "MixRankCompressor": "compressor",
     "MixRankConfig": "configuration",
     "evaluate_model": "evaluation.evaluate",
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from .configuration import MixRankConfig
     from .dense import to_dense
     from .evaluation.evaluate import evaluate_model
-    from .modeling import LowRankLinear
+    from .modeling import FactoredLinear, LowRankLinear, PivotedLinear
     from .targets import find_targets
 
 

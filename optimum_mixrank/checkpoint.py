@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi
 
 from .evaluation.size import check_stored_values, safetensors_bytes
-from .modeling import LowRankLinear
+from .modeling import FactoredLinear
 
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def save_checkpoint(
         ValueError: if the model is not compressed, or the files hold something else than the model.
         FileExistsError: see `writable_directory`.
     """
-    if not any(isinstance(module, LowRankLinear) for module in model.modules()):
+    if not any(isinstance(module, FactoredLinear) for module in model.modules()):
         raise ValueError(
             f"This {type(model).__name__} holds no factored layer; save a dense model with its own `save_pretrained`."
         )

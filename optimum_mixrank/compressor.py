@@ -224,13 +224,13 @@ class MixRankCompressor(OptimumQuantizer):
 
         original = measure(self.model)
         start = time.perf_counter()
-        decompositions = decompose_layers(metric, targets, calibration)
+        decompositions = decompose_layers(metric, targets, calibration, config.layout)
         decomposed = time.perf_counter()
         losses = {name: decomposition.losses().cpu().numpy() for name, decomposition in decompositions.items()}
         ranks = plan.allocate(losses, config.allocation)
         allocated = time.perf_counter()
         model = self.model if inplace else copy.deepcopy(self.model)
-        rank_map = factorize_layers(model, targets, decompositions, ranks, calibration)
+        rank_map = factorize_layers(model, targets, decompositions, ranks, calibration, config.layout)
         config = dataclasses.replace(config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
         attach(model, MixRankHfQuantizer(config, pre_quantized=True))
         factorized = time.perf_counter()
@@ -378,6 +378,7 @@ class MixRankCompressor(OptimumQuantizer):
             rank_multiple=config.rank_multiple,
             min_rank=config.min_rank,
             min_rank_ratio=config.min_rank_ratio,
+            layout=config.layout,
         )
 
     def _calibrate(

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._registration import QUANT_METHOD
-from .layout import LAYOUT_VERSION, FactoredLayer, parse_rank_map
+from .layout import LAYOUT_NAMES, LAYOUT_VERSION, FactoredLayer, parse_rank_map
 from .version import __version__
 
 
@@ -33,6 +33,9 @@ class MixRankConfig(QuantizationConfigMixin):
             representative input) or `"second_moment"`. See `optimum_mixrank.decomposition`.
         allocation (`str`): How ranks are distributed: `"uniform"`, `"greedy"` (the paper's gradual search) or
             `"global"` (a global optimum of the summed, normalised energy loss). See `optimum_mixrank.allocation`.
+        layout (`str`): How factors are stored: `"factors"` stores `r (m + n)` values; `"pivoted"` stores the same
+            product in `r (m + n) - r²`, so that the same budget buys higher ranks, at the price of a gather of the
+            outputs.
         target_modules (`str`, `list[str]`, *optional*): Layers to compress, as in PEFT: a string is a regular
             expression that must match the whole name; a list holds names or their last parts. Names of Transformers
             4.x (`attention.attention.query`) and 5.x (`attention.q_proj`) both match. Default: all linear layers of
@@ -48,8 +51,8 @@ class MixRankConfig(QuantizationConfigMixin):
         num_samples (`int`): Number of calibration images to draw where a dataset is named rather than passed.
         seed (`int`): Seed of that draw.
         rank_map (`dict[str, dict]`): Written by the compressor: the factored layers by their canonical name (relative
-            to the base model, in the names that checkpoints have on disk), each `{"rank": int, "bias": bool}`. Do not
-            set it by hand.
+            to the base model, in the names that checkpoints have on disk), each `{"rank": int, "bias": bool,
+            "layout": str}`. Do not set it by hand.
         layout_version (`int`): Version of the stored layout.
         library_version (`str`): Version of optimum-mixrank that wrote the checkpoint.
 
@@ -63,6 +66,7 @@ class MixRankConfig(QuantizationConfigMixin):
     compression_scope: str = "model"
     metric: str = "second_moment"
     allocation: str = "global"
+    layout: str = "factors"
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -103,6 +107,7 @@ class MixRankConfig(QuantizationConfigMixin):
         _check_choice("compression_scope", self.compression_scope, SCOPES)
         _check_choice("metric", self.metric, _metric_names())
         _check_choice("allocation", self.allocation, _allocator_names())
+        _check_choice("layout", self.layout, LAYOUT_NAMES)
         _check_patterns("target_modules", self.target_modules)
         _check_patterns("exclude_modules", self.exclude_modules)
         _check_mapping("rank_pattern", self.rank_pattern)

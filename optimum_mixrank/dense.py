@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .modeling import LowRankLinear, replace_module
+from .modeling import FactoredLinear, replace_module
 
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def replace_by_dense(model: nn.Module) -> int:
     """Replace, in place, every factored layer by the dense layer with the same function; return their number."""
-    factored = [(name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+    factored = [(name, module) for name, module in model.named_modules() if isinstance(module, FactoredLinear)]
     for name, module in factored:
         replace_module(model, name, module.to_linear())
     return len(factored)
@@ -30,6 +30,6 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: if the model holds no factored layer.
     """
-    if not any(isinstance(module, LowRankLinear) for module in model.modules()):
+    if not any(isinstance(module, FactoredLinear) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} holds no factored layer: it is dense already.")
     return model.dequantize()

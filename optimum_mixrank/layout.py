@@ -10,21 +10,43 @@ from dataclasses import asdict, dataclass
 LAYOUT_VERSION = 1
 
 
+LAYOUT_NAMES = ("factors", "pivoted")
+
+
 @dataclass(frozen=True)
 class FactoredLayer:
     """One factored layer of a checkpoint.
 
     Attributes:
-        rank: Inner dimension of the two factors, `[rank, in_features]` and `[out_features, rank]`.
-        bias: Whether the factored layer stores a bias `[out_features]`.
+        rank: Inner dimension of the two factors.
+        bias: Whether the layer stores a bias, `[out_features]` values.
+        layout: `"factors"`: two factors, `[rank, in_features]` and `[out_features, rank]`; `"pivoted"`: pivot rows
+            `[rank, in_features]` and the coefficients of the others, `[out_features - rank, rank]`.
     """
 
     rank: int
     bias: bool
+    layout: str = "factors"
 
-    def to_dict(self) -> dict[str, int | bool]:
+    def to_dict(self) -> dict[str, int | bool | str]:
         """The JSON form, as it stands in `config.json`."""
         return asdict(self)
+
+    def num_values(self, out_features: int, in_features: int) -> int:
+        """Stored values of the factors of a layer of this shape, without bias and indices."""
+        return stored_values(out_features, in_features, self.rank, self.layout)
+
+
+def stored_values(out_features: int, in_features: int, rank: int, layout: str) -> int:
+    """Values that two factors of this rank take: `r (m + n)`, less `r²` in the pivoted layout."""
+    values = rank * (out_features + in_features)
+    return values - rank * rank if layout == "pivoted" else values
+
+
+def break_even(out_features: int, in_features: int, layout: str) -> float:
+    """The rank, seldom an integer, at which factors take as much as the dense layer."""
+    m, n = out_features, in_features
+    return float(min(m, n)) if layout == "pivoted" else m * n / (m + n)
 
 
 def parse_rank_map(rank_map: object) -> dict[str, FactoredLayer]:
@@ -41,11 +63,21 @@ def parse_rank_map(rank_map: object) -> dict[str, FactoredLayer]:
 
 
 def _parse_entry(name: object, entry: object) -> FactoredLayer:
-    if not isinstance(name, str) or not isinstance(entry, Mapping) or set(entry) != {"rank", "bias"}:
-        raise ValueError(f"rank_map entry {name!r}: {entry!r} must have the keys `rank` and `bias`.")
-    rank, bias = entry["rank"], entry["bias"]
+    required, optional = {"rank", "bias"}, {"layout"}
+    if (
+        not isinstance(name, str)
+        or not isinstance(entry, Mapping)
+        or not required <= set(entry) <= required | optional
+    ):
+        raise ValueError(f"rank_map entry {name!r}: {entry!r} must have the keys `rank`, `bias` and `layout`.")
+    rank, bias, layout = entry["rank"], entry["bias"], entry.get("layout", "factors")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank_map entry {name!r}: rank={rank!r} is not a positive integer.")
     if not isinstance(bias, bool):
         raise ValueError(f"rank_map entry {name!r}: bias={bias!r} is neither true nor false.")
-    return FactoredLayer(rank, bias)
+    if layout not in LAYOUT_NAMES:
+        raise ValueError(
+            f"rank_map entry {name!r}: layout={layout!r} is unknown; this version knows "
+            f"{', '.join(map(repr, LAYOUT_NAMES))}. Upgrade with `pip install --upgrade optimum-mixrank`."
+        )
+    return FactoredLayer(rank, bias, layout)

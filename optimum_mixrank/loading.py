@@ -8,7 +8,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .layout import FactoredLayer
-from .modeling import LowRankLinear, replace_module
+from .modeling import LAYOUTS, replace_module
 from .targets import canonical_names
 
 
@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 
 def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]) -> None:
-    """Replace, on the meta device, every linear layer that the rank map names by an empty `LowRankLinear`.
+    """Replace, on the meta device, every linear layer that the rank map names by an empty factored layer.
 
     Layers of the map that this model lacks (it was opened with fewer blocks, say) are named in a warning.
 
@@ -43,12 +43,14 @@ def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"rank_map entry {canonical!r} names a {type(linear).__name__}, not a linear layer.")
         limit = min(linear.in_features, linear.out_features)
+        if layer.layout == "pivoted":
+            limit = min(limit, linear.out_features - 1)
         if layer.rank > limit:
             raise ValueError(
                 f"rank_map entry {canonical!r} has rank {layer.rank}, but the layer of shape "
                 f"[{linear.out_features}, {linear.in_features}] allows {limit} at most. The checkpoint is damaged."
             )
-        factored = LowRankLinear(
+        factored = LAYOUTS[layer.layout](
             linear.in_features, linear.out_features, layer.rank, layer.bias, device="meta", dtype=linear.weight.dtype
         )
         replace_module(model, names[canonical], factored.train(linear.training))

@@ -1,17 +1,19 @@
-"""The factored linear layer. Needs torch alone."""
+"""The factored linear layers. Needs torch alone."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 
-class LowRankLinear(nn.Module):
-    """A linear layer whose weight is the product of two factors: `y = B (A x) + b`.
+class FactoredLinear(nn.Module, ABC):
+    """A linear layer `y = W x + b` whose weight has a low rank and is stored as two factors.
 
-    The factors are ordinary `nn.Linear` modules, so that quantizers and PEFT find what they know:
-    `factor_a.weight` is `A`, `[rank, in_features]`; `factor_b.weight` is `B`, `[out_features, rank]`;
-    `factor_b.bias` is `b`, `[out_features]`. One token costs `rank * (in_features + out_features)` multiply-adds.
+    The factors are ordinary `nn.Linear` modules, `factor_a` and `factor_b`, so that quantizers and PEFT find what they
+    know.
 
     `weight` is an empty parameter. It stands where a dense layer has its weight: a program that does not know this
     layer and expects a dense one stops with a size mismatch instead of going on with random weights.
@@ -20,18 +22,25 @@ class LowRankLinear(nn.Module):
         in_features: Size of each input, `n`.
         out_features: Size of each output, `m`.
         rank: Inner dimension, in `[1, min(m, n)]`.
-        bias: Whether the layer adds a bias.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Attributes:
+        layout: Name of the layout, as it stands in the rank map.
 
     Raises:
         ValueError: if the rank is outside `[1, min(in_features, out_features)]`.
     """
+
+    layout: ClassVar[str]
+    factor_a: nn.Linear
+    factor_b: nn.Linear
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         rank: int,
-        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -44,10 +53,78 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.factor_a = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.factor_b = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         # A parameter rather than a buffer: buffers of size zero break disk offload in Transformers 4.57.
         self.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
+
+    @property
+    @abstractmethod
+    def bias(self) -> Tensor | None:
+        """The bias, `[out_features]`, or None."""
+
+    @abstractmethod
+    def set_bias(self, bias: Tensor) -> None:
+        """Give the layer another bias, `[out_features]`; it must have one already."""
+
+    @abstractmethod
+    def product(self) -> Tensor:
+        """The weight `W`, `[out_features, in_features]`, multiplied in float64."""
+
+    @property
+    def num_values(self) -> int:
+        """Stored values of the weight: of its factors, without bias and indices."""
+        return self.factor_a.weight.numel() + self.factor_b.weight.numel()
+
+    def to_linear(self) -> nn.Linear:
+        """The dense layer with the same function, multiplied in float64 and rounded once."""
+        weight, bias = self.factor_a.weight, self.bias
+        dense = nn.Linear(
+            self.in_features, self.out_features, bias=bias is not None, device="meta", dtype=weight.dtype
+        )
+        dense.weight = nn.Parameter(self.product().to(weight), requires_grad=weight.requires_grad)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        """The line that `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}, kept={self.num_values / (self.in_features * self.out_features):.1%}"
+        )
+
+
+class LowRankLinear(FactoredLinear):
+    """A linear layer whose weight is the product of two factors: `y = B (A x) + b`.
+
+    `factor_a.weight` is `A`, `[rank, in_features]`; `factor_b.weight` is `B`, `[out_features, rank]`;
+    `factor_b.bias` is `b`, `[out_features]`. `r (m + n)` values are stored, and one token costs as many multiply-adds.
+
+    Args:
+        in_features: Size of each input, `n`.
+        out_features: Size of each output, `m`.
+        rank: Inner dimension, in `[1, min(m, n)]`.
+        bias: Whether the layer adds a bias.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: if the rank is outside `[1, min(in_features, out_features)]`.
+    """
+
+    layout = "factors"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, device, dtype)
+        self.factor_a = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.factor_b = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
     def from_factors(cls, A: Tensor, B: Tensor, bias: Tensor | None = None) -> LowRankLinear:
@@ -82,35 +159,155 @@ class LowRankLinear(nn.Module):
         """The bias, `[out_features]`."""
         return self.factor_b.bias
 
+    def set_bias(self, bias: Tensor) -> None:
+        """Give the layer another bias, `[out_features]`; it must have one already."""
+        self.factor_b.bias = _like(bias, self.factor_b.bias)
+
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]`."""
         # Through the modules, never through their weights: they may be replaced by quantized or adapted ones.
         return self.factor_b(self.factor_a(input))
 
-    def to_linear(self) -> nn.Linear:
-        """The dense layer with the same function, `W = B A` multiplied in float64 and rounded once."""
-        A, B = self.factor_a.weight, self.factor_b.weight
-        dense = nn.Linear(
-            self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=A.dtype
-        )
-        # Apple's GPUs have no float64.
-        compute = torch.device("cpu") if A.device.type == "mps" else A.device
-        product = B.detach().to(compute, torch.float64) @ A.detach().to(compute, torch.float64)
-        dense.weight = nn.Parameter(product.to(A.device, A.dtype), requires_grad=A.requires_grad)
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return dense.train(self.training)
+    def product(self) -> Tensor:
+        """The weight `B A`, `[out_features, in_features]`, multiplied in float64."""
+        return to_float64(self.factor_b.weight) @ to_float64(self.factor_a.weight)
 
-    def extra_repr(self) -> str:
-        """The line that `print(model)` shows."""
-        dense, factored = self.in_features * self.out_features, self.rank * (self.in_features + self.out_features)
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}, kept={factored / dense:.1%}"
-        )
+
+class PivotedLinear(FactoredLinear):
+    """A linear layer of rank r whose weight is stored in `r (m + n) - r²` values.
+
+    `r` rows of the weight, the pivot rows, are stored as they are; the others are combinations of them. With
+    `A = W[pivots]`, `[rank, in_features]`, and `C`, `[out_features - rank, rank]`: `u = A x + b[pivots]` holds the
+    outputs of the pivot rows and `C u + c` those of the others, where `c = b[others] - C b[pivots]`. One token costs
+    as many multiply-adds as there are values; the outputs are then brought into their order by a gather.
+
+    `factor_a` is `A` with its bias, `factor_b` is `C` with its bias `c`; the two biases take `m` values, as the bias of
+    the dense layer does. `order`, int32, `[out_features]`, says where each output stands among pivots and others. A
+    layer of rank `out_features` has no other rows, so its rank must be smaller.
+
+    Args:
+        in_features: Size of each input, `n`.
+        out_features: Size of each output, `m`.
+        rank: Number of pivot rows, in `[1, min(m - 1, n)]`.
+        bias: Whether the layer adds a bias.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: if the rank is outside `[1, min(m - 1, n)]`.
+    """
+
+    layout = "pivoted"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, device, dtype)
+        if rank == out_features:
+            raise ValueError(
+                f"rank={rank} of a pivoted layer of shape [{out_features}, {in_features}] leaves no row to be "
+                "combined; use a smaller rank or a dense layer."
+            )
+        self.factor_a = nn.Linear(in_features, rank, bias=bias, device=device, dtype=dtype)
+        self.factor_b = nn.Linear(rank, out_features - rank, bias=bias, device=device, dtype=dtype)
+        self.order: Tensor
+        self.register_buffer("order", torch.arange(out_features, device=device, dtype=torch.int32))
+
+    @classmethod
+    def from_pivots(cls, A: Tensor, C: Tensor, pivots: Tensor, bias: Tensor | None = None) -> PivotedLinear:
+        """Build the layer from its pivot rows, on their device and in their dtype.
+
+        Args:
+            A: The pivot rows, `[rank, in_features]`.
+            C: Coefficients of the other rows, in ascending order of rows, `[out_features - rank, rank]`.
+            pivots: Rows in the order of `A`, int64, `[rank]`.
+            bias: `[out_features]`.
+
+        Raises:
+            ValueError: if the shapes do not fit each other.
+        """
+        rank, out_features = len(A), len(A) + len(C)
+        fits = A.ndim == C.ndim == 2 and C.shape[1] == rank and pivots.shape == (rank,)
+        if not fits or not (bias is None or bias.shape == (out_features,)):
+            raise ValueError(
+                f"The factors do not fit: A is {list(A.shape)}, C is {list(C.shape)}, the pivots are "
+                f"{list(pivots.shape)}, the bias is {None if bias is None else list(bias.shape)}. Expected are [rank, "
+                "in_features], [out_features - rank, rank], [rank] and [out_features] or None."
+            )
+        layer = cls(A.shape[1], out_features, rank, bias=bias is not None, device="meta", dtype=A.dtype)
+        others = _others(pivots, out_features)
+        layer.factor_a.weight = nn.Parameter(A.detach().contiguous())
+        layer.factor_b.weight = nn.Parameter(C.detach().contiguous())
+        if bias is not None:
+            layer.factor_a.bias = nn.Parameter(A.new_empty(rank))
+            layer.factor_b.bias = nn.Parameter(A.new_empty(len(C)))
+        layer.register_buffer("order", torch.cat([pivots, others]).argsort().to(torch.int32))
+        layer.weight = nn.Parameter(A.new_empty(0), requires_grad=False)
+        if bias is not None:
+            layer.set_bias(bias)
+        return layer
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias `b`, `[out_features]`, computed from the biases of the two factors."""
+        if self.factor_a.bias is None:
+            return None
+        pivot_bias = self.factor_a.bias
+        rest = to_float64(self.factor_b.weight) @ to_float64(pivot_bias) + to_float64(self.factor_b.bias)
+        bias = torch.cat([pivot_bias.detach(), rest.to(pivot_bias)]).index_select(0, self.order)
+        return bias.requires_grad_(pivot_bias.requires_grad)
+
+    def set_bias(self, bias: Tensor) -> None:
+        """Give the layer another bias, `[out_features]`; it must have one already."""
+        # By position among pivots and others: `order` read backwards.
+        ordered = bias.detach().to(self.order.device)[self.order.argsort()]
+        self.factor_a.bias = _like(ordered[: self.rank], self.factor_a.bias)
+        # From the pivot bias as it is stored, so that the others absorb its rounding.
+        combined = to_float64(self.factor_b.weight) @ to_float64(self.factor_a.bias)
+        self.factor_b.bias = _like(to_float64(ordered[self.rank :]) - combined, self.factor_b.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `[..., in_features]` to `[..., out_features]`."""
+        pivots = self.factor_a(input)
+        return torch.cat([pivots, self.factor_b(pivots)], dim=-1).index_select(-1, self.order)
+
+    def product(self) -> Tensor:
+        """The weight, `[out_features, in_features]`; its other rows `C A` are multiplied in float64."""
+        A = to_float64(self.factor_a.weight)
+        return torch.cat([A, to_float64(self.factor_b.weight) @ A]).index_select(0, self.order.to(A.device))
+
+
+LAYOUTS: dict[str, type[LowRankLinear] | type[PivotedLinear]] = {
+    layer.layout: layer for layer in (LowRankLinear, PivotedLinear)
+}
+"""The classes of factored layers by the name of their layout."""
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `model` has a submodule called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _others(pivots: Tensor, out_features: int) -> Tensor:
+    """The rows that are no pivots, ascending, int64."""
+    is_other = torch.ones(out_features, dtype=torch.bool, device=pivots.device)
+    is_other[pivots] = False
+    return is_other.nonzero().flatten()
+
+
+def _like(values: Tensor, parameter: Tensor) -> nn.Parameter:
+    """A new parameter with these values; the old one may belong to another model too."""
+    return nn.Parameter(values.detach().to(parameter), requires_grad=parameter.requires_grad)
+
+
+def to_float64(tensor: Tensor) -> Tensor:
+    """The values of a tensor in float64, on its device where that knows float64, else on the host."""
+    # Apple's GPUs have no float64.
+    return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)

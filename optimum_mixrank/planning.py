@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import numpy as np
 from transformers.utils import logging
 
 from .allocation import ALLOCATORS, AllocationProblem, BudgetError, LayerProfile
+from .layout import break_even, stored_values
 
 
 logger = logging.get_logger(__name__)
@@ -54,6 +56,7 @@ class RankPlan:
         rank_multiple: Ranks are multiples of it.
         min_rank: Smallest rank.
         min_rank_ratio: Smallest share of the break-even rank.
+        layout: How factors are stored; see `FactoredLayer`. Break-even is where they take as much as the dense layer.
 
     Raises:
         ValueError: if a rank or a ratio that was asked for does not fit its layer.
@@ -66,6 +69,7 @@ class RankPlan:
     rank_multiple: int = 1
     min_rank: int = 1
     min_rank_ratio: float = 0.1
+    layout: str = "factors"
     _free: list[LayerSpec] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -138,12 +142,12 @@ class RankPlan:
 
     def _profile(self, layer: LayerSpec, losses: np.ndarray | None) -> LayerProfile:
         m, n = layer.out_features, layer.in_features
-        break_even = m * n / (m + n)
         fixed = layer.rank
         if layer.ratio is not None:
-            share = (1 - layer.ratio) * m * n
-            multiples = int((share + _TOLERANCE) // ((m + n) * self.rank_multiple))
-            fixed = multiples * self.rank_multiple
+            share = (1 - layer.ratio) * m * n + _TOLERANCE
+            multiples = range(0, min(m, n) + 1, self.rank_multiple)
+            fitting = bisect_right(multiples, share, key=lambda rank: stored_values(m, n, rank, self.layout)) - 1
+            fixed = multiples[fitting]
             if fixed < 1:
                 raise ValueError(
                     f"ratio_pattern removes {layer.ratio:.2%} of layer {layer.name!r}, which leaves no rank of "
@@ -154,7 +158,10 @@ class RankPlan:
             out_features=m,
             in_features=n,
             losses=np.zeros(min(m, n) + 1) if losses is None else losses,
-            min_rank=max(self.min_rank, math.ceil(self.min_rank_ratio * break_even - _TOLERANCE), 1),
+            layout=self.layout,
+            min_rank=max(
+                self.min_rank, math.ceil(self.min_rank_ratio * break_even(m, n, self.layout) - _TOLERANCE), 1
+            ),
             rank_multiple=self.rank_multiple,
             fixed_rank=fixed,
         )

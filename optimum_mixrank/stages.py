@@ -10,9 +10,9 @@ from torch import nn
 from transformers.utils import logging
 
 from .calibration.result import Calibration
-from .decomposition import Decomposition, LayerStatistics, Metric, Statistic, corrected_bias
-from .layout import FactoredLayer
-from .modeling import LowRankLinear, replace_module
+from .decomposition import Decomposition, LayerStatistics, Metric, Statistic, corrected_bias, pivot_rows
+from .layout import FactoredLayer, break_even
+from .modeling import FactoredLinear, LowRankLinear, PivotedLinear, replace_module, to_float64
 from .targets import Target
 
 
@@ -28,7 +28,7 @@ def check_weights(targets: Sequence[Target]) -> None:
 
 
 def decompose_layers(
-    metric: Metric, targets: Sequence[Target], calibration: Calibration | None
+    metric: Metric, targets: Sequence[Target], calibration: Calibration | None, layout: str = "factors"
 ) -> dict[str, Decomposition]:
     """Decompose every layer, in float64.
 
@@ -39,20 +39,21 @@ def decompose_layers(
         metric: How errors are measured.
         targets: The layers.
         calibration: Statistics by module name; None for a metric without data.
+        layout: How factors will be stored; it says where break-even is.
 
     Raises:
         ValueError: if the calibration lacks a layer or a statistic.
     """
     decompositions = {}
     for target in logging.tqdm(targets, desc="Decomposing", unit="layer"):
-        weight = _float64(target.module.weight)
+        weight = to_float64(target.module.weight)
         statistics = None if calibration is None else _to(_statistics(calibration, target), weight)
         if statistics is not None and target.module.bias is None:
             statistics = statistics.about_zero(weight)
         decomposition = metric.decompose(weight, statistics)
-        m, n = target.shape
         # From the break-even rank on a layer stays dense; no more components can be asked for.
-        keep = max(1, m * n // (m + n))
+        m, n = target.shape
+        keep = max(1, int(break_even(m, n, layout)))
         dtype = torch.promote_types(target.module.weight.dtype, torch.float32)
         decompositions[target.canonical_name] = decomposition.truncated(keep, dtype)
     return decompositions
@@ -64,6 +65,7 @@ def factorize_layers(
     decompositions: Mapping[str, Decomposition],
     ranks: Mapping[str, int | None],
     calibration: Calibration | None,
+    layout: str = "factors",
 ) -> dict[str, FactoredLayer]:
     """Replace the layers of `model` by factored ones of the given ranks; return the rank map.
 
@@ -73,32 +75,43 @@ def factorize_layers(
         decompositions: By canonical name.
         ranks: By canonical name; None leaves a layer dense.
         calibration: Statistics by module name, for the bias; None leaves biases as they are.
+        layout: How factors are stored; see `FactoredLayer`.
     """
     rank_map = {}
     for target in logging.tqdm(targets, desc="Factorizing", unit="layer"):
         rank = ranks[target.canonical_name]
         if rank is None:
             continue
-        mean = None
-        # A layer without bias does not get one: the dense model that it may become again has no place for it.
-        if calibration is not None and target.module.bias is not None:
-            mean = _statistics(calibration, target).require(Statistic.INPUT_MEAN)
-        layer = _factored(target.module, decompositions[target.canonical_name], rank, mean)
+        mean = None if calibration is None else _statistics(calibration, target).require(Statistic.INPUT_MEAN)
+        A, B = decompositions[target.canonical_name].factors(rank)
+        layer = factored_linear(target.module, A, B, layout, mean)
         replace_module(model, target.name, layer)
-        rank_map[target.canonical_name] = FactoredLayer(rank, layer.bias is not None)
+        rank_map[target.canonical_name] = FactoredLayer(rank, layer.bias is not None, layout)
     return rank_map
 
 
-def _factored(dense: nn.Linear, decomposition: Decomposition, rank: int, mean: torch.Tensor | None) -> LowRankLinear:
-    A, B = (factor.to(dense.weight) for factor in decomposition.factors(rank))
-    bias = dense.bias
-    if mean is not None:
-        weight = _float64(dense.weight)
+def factored_linear(
+    dense: nn.Linear, A: torch.Tensor, B: torch.Tensor, layout: str, mean: torch.Tensor | None = None
+) -> FactoredLinear:
+    """The factored layer that takes the place of a dense one.
+
+    Args:
+        dense: The layer; it gives bias, dtype, device, trainability and mode.
+        A: `[rank, in_features]`, float64.
+        B: `[out_features, rank]`, float64.
+        layout: How to store the factors.
+        mean: Mean of the inputs, `[in_features]`, that the bias is corrected for; None leaves the bias as it is. A
+            layer without bias does not get one: the dense model that it may become again has no place for it.
+    """
+    layer: FactoredLinear
+    if layout == "pivoted":
+        pivots, A, C = pivot_rows(A, B)
+        layer = PivotedLinear.from_pivots(A.to(dense.weight), C.to(dense.weight), pivots.to(A.device), dense.bias)
+    else:
+        layer = LowRankLinear.from_factors(A.to(dense.weight), B.to(dense.weight), dense.bias)
+    if mean is not None and dense.bias is not None:
         # From the factors as they are stored, so that the bias absorbs the mean of their rounding too.
-        bias = corrected_bias(weight, bias.detach().to(weight), A.to(weight), B.to(weight), mean.to(weight)).to(
-            dense.weight
-        )
-    layer = LowRankLinear.from_factors(A, B, bias)
+        layer.set_bias(corrected_bias(to_float64(dense.weight), dense.bias, layer.product(), mean))
     for parameter in (*layer.factor_a.parameters(), *layer.factor_b.parameters()):
         parameter.requires_grad_(dense.weight.requires_grad)
     return layer.train(dense.training)
@@ -111,11 +124,6 @@ def _statistics(calibration: Calibration, target: Target) -> LayerStatistics:
             "exclude_modules."
         )
     return calibration.layers[target.name]
-
-
-def _float64(tensor: torch.Tensor) -> torch.Tensor:
-    # Apple's GPUs have no float64.
-    return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
 
 
 def _to(statistics: LayerStatistics, tensor: torch.Tensor) -> LayerStatistics:

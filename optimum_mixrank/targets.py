@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from .modeling import LowRankLinear
+from .modeling import FactoredLinear
 
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def encoder_linears(model: PreTrainedModel) -> list[Target]:
     Raises:
         ValueError: if the model has none, or holds factored layers already.
     """
-    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+    if any(isinstance(module, FactoredLinear) for module in model.modules()):
         raise ValueError(
             f"This {type(model).__name__} is compressed already. Start from the original model, or return to a dense "
             "one first with `optimum_mixrank.to_dense(model)`."
@@ -135,7 +135,7 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     prefix = getattr(model, "base_model_prefix", "")
     names = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | LowRankLinear):
+        if isinstance(module, nn.Linear | FactoredLinear):
             on_disk = to_disk(f"{name}.weight").removesuffix(".weight")
             names[name] = on_disk.removeprefix(f"{prefix}.") if prefix else on_disk
     return names

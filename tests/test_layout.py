@@ -7,8 +7,8 @@ from optimum_mixrank.layout import FactoredLayer, parse_rank_map
 
 @pytest.mark.parametrize(
     "layer",
-    [FactoredLayer(1, False), FactoredLayer(8, True)],
-    ids=["no bias", "bias"],
+    [FactoredLayer(1, False), FactoredLayer(8, True), FactoredLayer(300, True, "pivoted")],
+    ids=["no bias", "bias", "pivoted"],
 )
 def test_round_trip_through_json(layer):
     stored = json.loads(json.dumps({"encoder.layer.0.output.dense": layer.to_dict()}))
@@ -17,6 +17,15 @@ def test_round_trip_through_json(layer):
 
 def test_empty_map():
     assert parse_rank_map({}) == {}
+
+
+def test_layout_may_be_left_out():
+    assert parse_rank_map({"query": {"rank": 3, "bias": True}}) == {"query": FactoredLayer(3, True)}
+
+
+@pytest.mark.parametrize(("layout", "values"), [("factors", 8 * 80), ("pivoted", 8 * 80 - 64)])
+def test_number_of_values(layout, values):
+    assert FactoredLayer(8, True, layout).num_values(32, 48) == values
 
 
 @pytest.mark.parametrize("rank_map", [None, [], ["query"], "query", 3], ids=repr)
@@ -28,7 +37,7 @@ def test_not_a_mapping(rank_map):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (8, "must have the keys `rank` and `bias`"),
+        (8, "must have the keys `rank`, `bias` and `layout`"),
         ([8, True], "must have the keys"),
         (None, "must have the keys"),
         ({}, "must have the keys"),
@@ -44,6 +53,12 @@ def test_not_a_mapping(rank_map):
         ({"rank": [8], "bias": True}, r"rank=\[8\] is not a positive integer"),
         ({"rank": 8, "bias": 1}, "bias=1 is neither true nor false"),
         ({"rank": 8, "bias": None}, "bias=None"),
+        (
+            {"rank": 8, "bias": True, "layout": "diagonal"},
+            "layout='diagonal' is unknown; this version knows 'factors'",
+        ),
+        ({"rank": 8, "bias": True, "layout": ["pivoted"]}, "is unknown"),
+        ({"rank": 8, "bias": True, "layout": None}, "layout=None is unknown"),
     ],
     ids=repr,
 )

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_mixrank import LowRankLinear
+from optimum_mixrank import LowRankLinear, PivotedLinear
+from optimum_mixrank.decomposition import pivot_rows
 from optimum_mixrank.modeling import replace_module
 
 
@@ -271,3 +272,71 @@ def test_replace_module(name):
     replace_module(model, name, layer)
     assert model.get_submodule(name) is layer
     assert [each for each, _ in model.named_modules()] == names
+
+
+def pivoted(m=50, n=36, rank=7, bias=True, dtype=torch.float32, seed=0):
+    layer = make(m, n, rank, bias, torch.float64, seed)
+    pivots, A, C = pivot_rows(layer.factor_a.weight.detach(), layer.factor_b.weight.detach())
+    b = layer.bias.detach().to(dtype) if bias else None
+    return layer, PivotedLinear.from_pivots(A.to(dtype), C.to(dtype), pivots, b)
+
+
+PIVOTED = {"square": (36, 36, 9), "wide": (36, 60, 35), "tall": (60, 36, 36), "one": (2, 3, 1)}
+
+
+@pytest.mark.parametrize("shape", PIVOTED.values(), ids=PIVOTED)
+def test_pivoted_layer_is_the_same_function(shape, bias):
+    same, layer = pivoted(*shape, bias=bias, dtype=torch.float64)
+    for lead in ((), (3,), (2, 1, 3)):
+        x = inputs(shape[1], torch.float64, lead)
+        torch.testing.assert_close(layer(x), same(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer.product(), same.product(), rtol=1e-10, atol=1e-10)
+    m, n, rank = shape
+    assert layer.num_values == rank * (m + n) - rank**2
+    assert sum(p.numel() for p in layer.parameters()) == layer.num_values + m * bias
+    if bias:
+        torch.testing.assert_close(layer.bias, same.bias, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_pivoted_layer_in_lower_precision(dtype):
+    same, layer = pivoted(dtype=dtype)
+    x = inputs(dtype=torch.float64)
+    scale = same(x).abs().max().item()
+    assert (layer.double()(x) - same(x)).abs().max() < 4 * torch.finfo(dtype).eps * 36**0.5 * scale
+
+
+@pytest.mark.parametrize("shape", PIVOTED.values(), ids=PIVOTED)
+def test_pivoted_layer_round_trips_and_returns_to_dense(shape, bias):
+    m, n, rank = shape
+    _, layer = pivoted(m, n, rank, bias)
+    fresh = PivotedLinear(n, m, rank, bias)
+    fresh.load_state_dict(layer.state_dict())
+    x = inputs(n)
+    assert torch.equal(fresh(x), layer(x))
+    torch.testing.assert_close(layer.to_linear()(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+def test_set_bias_moves_the_output_and_leaves_the_old_bias_alone():
+    for layer in pivoted(dtype=torch.float64):
+        other = copy.copy(layer.bias.detach()) + 1
+        before = layer(inputs(dtype=torch.float64))
+        shared = layer.factor_b.bias
+        kept = shared.detach().clone()
+        layer.set_bias(other)
+        torch.testing.assert_close(layer(inputs(dtype=torch.float64)), before + 1, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(layer.bias, other, rtol=1e-10, atol=1e-10)
+        assert torch.equal(shared, kept)
+
+
+def test_pivoted_layer_compiles_without_graph_breaks(bias):
+    _, layer = pivoted(bias=bias)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(inputs()), layer(inputs()))
+
+
+def test_pivoted_layers_that_cannot_be():
+    with pytest.raises(ValueError, match=r"rank=4 of a pivoted layer of shape \[4, 9\] leaves no row"):
+        PivotedLinear(9, 4, 4)
+    with pytest.raises(ValueError, match=r"The factors do not fit: A is \[3, 5\], C is \[4, 2\]"):
+        PivotedLinear.from_pivots(torch.zeros(3, 5), torch.zeros(4, 2), torch.arange(3))

@@ -22,7 +22,8 @@ from transformers import (
 )
 from transformers.models.auto import auto_factory
 
-from optimum_mixrank import LowRankLinear, MixRankCompressor, MixRankConfig, to_dense
+from optimum_mixrank import FactoredLinear, MixRankCompressor, MixRankConfig, to_dense
+from optimum_mixrank.layout import LAYOUT_NAMES
 
 
 FAMILIES = {"vit": tiny_vit, "deit": tiny_deit, "swin": tiny_swin}
@@ -42,7 +43,7 @@ def compress(model, inplace=True, **changes):
 
 
 def factored(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
 
 
 @pytest.fixture
@@ -50,9 +51,10 @@ def pixels():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[(family, layout) for family in FAMILIES for layout in LAYOUT_NAMES], ids="-".join)
 def model(request):
-    return compress(FAMILIES[request.param]()).eval()
+    family, layout = request.param
+    return compress(FAMILIES[family](), layout=layout).eval()
 
 
 def logits(model, pixels):
@@ -277,7 +279,7 @@ def test_dense_checkpoint_with_our_config_is_refused_with_advice(tmp_path):
         ({"rank": "8"}, "not a positive integer"),
         ({"rank": True}, "not a positive integer"),
         ({"extra": 1}, "must have the keys"),
-        ({"bias": 1}, "do not go together"),
+        ({"bias": 1}, "is neither true nor false"),
     ],
     ids=str,
 )

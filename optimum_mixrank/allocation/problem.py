@@ -10,6 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
+from ..layout import stored_values
+
 
 RankAllocation = dict[str, int | None]
 """Rank by layer name; None where the layer stays dense."""
@@ -36,7 +38,8 @@ class BudgetError(ValueError):
 class LayerProfile:
     """What an allocator knows of a layer of shape `[out_features, in_features]`.
 
-    Another way to count cost (another layout, FLOPs, latency) overrides `cost`, which must increase with the rank, and
+    Costs are stored values times `price`: a price of 1 counts parameters, a price of the tokens per image counts
+    multiply-adds per image. Another way to count (latency) overrides `cost`, which must increase with the rank, and
     `dense_cost`; break-even, candidates and options follow from these two.
 
     Attributes:
@@ -44,6 +47,8 @@ class LayerProfile:
         out_features: `m`.
         in_features: `n`.
         losses: `[min(m, n) + 1]`, float64, non-increasing: the loss if rank 0, 1, … is kept. Dense, it is 0.
+        layout: How factors are stored; see `FactoredLayer`.
+        price: Cost of one stored value.
         min_rank: Smallest rank, rounded up to the multiple.
         max_rank: Largest rank of a factored layer, or None for break-even. Staying dense remains possible.
         rank_multiple: Ranks are multiples of it, except a fixed one.
@@ -57,6 +62,8 @@ class LayerProfile:
     out_features: int
     in_features: int
     losses: np.ndarray
+    layout: str = "factors"
+    price: int = 1
     min_rank: int = 1
     max_rank: int | None = None
     rank_multiple: int = 1
@@ -64,7 +71,7 @@ class LayerProfile:
 
     def __post_init__(self) -> None:
         limit = min(self.out_features, self.in_features)
-        for field, least in (("min_rank", 1), ("rank_multiple", 1)):
+        for field, least in (("price", 1), ("min_rank", 1), ("rank_multiple", 1)):
             if getattr(self, field) < least:
                 raise ValueError(
                     f"{field}={getattr(self, field)} of layer {self.name!r} is too small; give at least {least}."
@@ -96,14 +103,14 @@ class LayerProfile:
 
     @property
     def dense_cost(self) -> int:
-        """Stored values of the dense weight, `m n`."""
-        return self.out_features * self.in_features
+        """Cost of the dense weight, `m n` values."""
+        return self.out_features * self.in_features * self.price
 
     def cost(self, rank: int | None) -> int:
-        """Stored values at a rank; None is dense."""
+        """Cost at a rank; None is dense."""
         if rank is None:
             return self.dense_cost
-        return rank * (self.out_features + self.in_features)
+        return stored_values(self.out_features, self.in_features, rank, self.layout) * self.price
 
     def loss(self, rank: int | None) -> float:
         """Loss at a rank; None is dense."""

@@ -9,6 +9,7 @@ from .diagonal import DiagonalMetric
 from .factorization import Decomposition, balance, corrected_bias
 from .mean_input import MeanInputMetric
 from .metric import METRICS, Metric
+from .pivoting import Pivoting, pivot_rows
 from .second_moment import SecondMomentMetric
 from .statistics import LayerStatistics, Statistic
 from .svd import SvdMetric
@@ -21,9 +22,11 @@ __all__ = [
     "LayerStatistics",
     "MeanInputMetric",
     "Metric",
+    "Pivoting",
     "SecondMomentMetric",
     "Statistic",
     "SvdMetric",
     "balance",
     "corrected_bias",
+    "pivot_rows",
 ]

@@ -105,17 +105,17 @@ def balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return (scale[:, None] * Vh) @ Qa.T, (Qb @ U) * scale
 
 
-def corrected_bias(weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, input_mean: Tensor) -> Tensor:
-    """The bias `b + (W - B A) μ` with which the mean output stays what it was, `[out_features]`.
+def corrected_bias(weight: Tensor, bias: Tensor, product: Tensor, input_mean: Tensor) -> Tensor:
+    """The bias `b + (W - Ŵ) μ` with which the mean output stays what it was, `[out_features]`, float64.
 
     Args:
-        weight: `W`, `[m, n]`, float64.
+        weight: `W`, `[m, n]`.
         bias: `b`, `[m]`.
-        A: `[r, n]`, as stored.
-        B: `[m, r]`, as stored.
+        product: `Ŵ`, `[m, n]`, of the factors as they are stored.
         input_mean: `μ`, `[n]`.
     """
-    return bias.double() + weight @ input_mean - B.double() @ (A.double() @ input_mean)
+    product = product.double()
+    return bias.detach().to(product) + (weight.to(product) - product) @ input_mean.to(product)
 
 
 def _numerical_rank(eigenvalues: Tensor, size: int) -> int:

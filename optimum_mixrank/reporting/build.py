@@ -87,7 +87,7 @@ def build_report(
     for linear in linears:
         name, (m, n) = linear.canonical_name, linear.shape
         factored = rank_map.get(name)
-        after = m * n if factored is None else factored.rank * (m + n)
+        after = m * n if factored is None else factored.num_values(m, n)
         kept = None if factored is None else float(1 - losses[name][factored.rank])
         layers.append(
             LayerReport(

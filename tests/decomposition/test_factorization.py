@@ -195,7 +195,7 @@ def test_corrected_bias_keeps_the_mean_output(generator, dtype):
     weight = random(generator, 9, 6)
     bias = random(generator, 9)
     A, B = (factor.to(dtype) for factor in decompose_by_input(weight, inputs.T).factors(3))
-    corrected = corrected_bias(weight, bias, A, B, inputs.mean(0))
+    corrected = corrected_bias(weight, bias, B.double() @ A.double(), inputs.mean(0))
     assert corrected.dtype == torch.float64
     before = torch.nn.functional.linear(inputs, weight, bias)
     after = torch.nn.functional.linear(inputs, B.double() @ A.double(), corrected)
@@ -206,8 +206,8 @@ def test_corrected_bias_absorbs_the_rounding_of_float16_factors(generator):
     inputs = random(generator, 50, 6) + 10
     weight, bias = random(generator, 9, 6), random(generator, 9)
     A, B = decompose_by_input(weight, inputs.T).factors(3)
-    exact = corrected_bias(weight, bias, A, B, inputs.mean(0))
-    rounded = corrected_bias(weight, bias, A.half(), B.half(), inputs.mean(0))
+    exact = corrected_bias(weight, bias, B @ A, inputs.mean(0))
+    rounded = corrected_bias(weight, bias, B.half().double() @ A.half().double(), inputs.mean(0))
     change = (B @ A - B.half().double() @ A.half().double()) @ inputs.mean(0)
     assert change.abs().max() > 1e-4
     torch.testing.assert_close(rounded - exact, change, rtol=1e-9, atol=1e-12)

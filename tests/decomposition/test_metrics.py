@@ -124,8 +124,7 @@ def test_second_moment_is_the_least_squares_solution_with_bias(layer):
         bias = corrected_bias(
             weight,
             weight.new_zeros(len(weight)),
-            decomposition.right[:rank],
-            decomposition.left[:, :rank],
+            decomposition.left[:, :rank] @ decomposition.right[:rank],
             flat.mean(0),
         )
         error = output_error(weight, inputs, approximation, bias)
@@ -145,7 +144,7 @@ def test_centring_is_never_worse(layer):
     ours, theirs = metric.decompose(weight, statistics), metric.decompose(weight, uncentred)
     for rank in range(1, min(weight.shape)):
         bias = corrected_bias(
-            weight, weight.new_zeros(len(weight)), ours.right[:rank], ours.left[:, :rank], flat.mean(0)
+            weight, weight.new_zeros(len(weight)), ours.left[:, :rank] @ ours.right[:rank], flat.mean(0)
         )
         without = output_error(weight, inputs, truncation(theirs, rank))
         assert output_error(weight, inputs, truncation(ours, rank), bias) < without
@@ -174,7 +173,7 @@ def test_second_moment_has_the_least_output_error_of_all_metrics(layer):
             decomposition = METRICS.create(name).decompose(weight, statistics)
             A, B = decomposition.factors(rank)
             errors[name] = output_error(
-                weight, inputs, B @ A, corrected_bias(weight, weight.new_zeros(len(weight)), A, B, mean)
+                weight, inputs, B @ A, corrected_bias(weight, weight.new_zeros(len(weight)), B @ A, mean)
             )
         assert min(errors, key=errors.get) == "second_moment"
 
