@@ -13,12 +13,14 @@ import datasets
 import torch
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .calibration.collect import collect_statistics
 from .calibration.images import ImageBatches
 from .calibration.result import Calibration
 from .calibration.sources import load_image_dataset
 from .checkpoint import push_checkpoint, save_checkpoint, writable_directory
+from .compensation.run import compensate
 from .configuration import MixRankConfig
 from .decomposition import METRICS, Metric, Statistic
 from .evaluation.labels import find_label_column, map_labels
@@ -142,6 +144,8 @@ class MixRankCompressor(OptimumQuantizer):
         target_modules: str | list[str] | None = None,
         exclude_modules: str | list[str] | None = None,
         max_broken_share: float = 0.05,
+        fisher_samples: int = 1,
+        seed: int = 42,
     ) -> Calibration:
         """Collect the statistics that one or several metrics need, in one forward pass over the images.
 
@@ -154,13 +158,23 @@ class MixRankCompressor(OptimumQuantizer):
             target_modules: As in `MixRankConfig`.
             exclude_modules: As in `MixRankConfig`.
             max_broken_share: Tolerated share of images that cannot be decoded.
+            fisher_samples: As in `MixRankConfig`.
+            seed: Of the probes of the Fisher information.
 
         Raises:
             ValueError: for unusable images, NaN or Inf, or layers that never run.
         """
         metrics = [METRICS.create(name) for name in ([metric] if isinstance(metric, str) else metric)]
         targets = find_targets(self.model, target_modules, exclude_modules)
-        return self._calibrate(calibration_dataset, metrics, targets, batch_size, max_broken_share)
+        return self._calibrate(
+            calibration_dataset,
+            metrics,
+            targets,
+            batch_size,
+            max_broken_share,
+            fisher_samples=fisher_samples,
+            seed=seed,
+        )
 
     def compress(
         self,
@@ -208,32 +222,58 @@ class MixRankCompressor(OptimumQuantizer):
         plan = self._plan(config, targets)
         plan.check()
 
-        if metric.uses_data and calibration is None:
-            if calibration_dataset is None:
-                raise ValueError(
-                    f"metric={config.metric!r} needs calibration images: pass `calibration_dataset`, or use "
-                    "metric='svd', which needs none and loses far more accuracy."
-                )
-            if isinstance(calibration_dataset, str | Path):
-                calibration_dataset = self.get_calibration_dataset(
-                    calibration_dataset, num_samples=config.num_samples, seed=config.seed
-                )
-            calibration = self._calibrate(calibration_dataset, [metric], targets, batch_size, max_broken_share)
+        uses_images = bool(config.compensation) or (metric.uses_data and calibration is None)
+        if uses_images and calibration_dataset is None:
+            step = f"metric={config.metric!r}" if metric.uses_data and calibration is None else "compensation"
+            raise ValueError(
+                f"{step} needs calibration images: pass `calibration_dataset`. Without images there are only "
+                "metric='svd' and compensation=[], which lose far more accuracy."
+            )
+        if uses_images and isinstance(calibration_dataset, str | Path):
+            calibration_dataset = self.get_calibration_dataset(
+                calibration_dataset, num_samples=config.num_samples, seed=config.seed
+            )
+        images: list[torch.Tensor] = []
+        if config.compensation:
+            # Compensation goes over the images many times: they are decoded once, and kept as the model sees them.
+            batches = self._batches(calibration_dataset, batch_size, max_broken_share)
+            images = [batch.pixel_values for batch in logging.tqdm(batches, desc="Decoding", unit="batch")]
+            calibration_dataset = images
         if not metric.uses_data:
             calibration = None
+        elif calibration is None:
+            calibration = self._calibrate(
+                calibration_dataset,
+                [metric],
+                targets,
+                batch_size,
+                max_broken_share,
+                fisher_samples=config.fisher_samples,
+                seed=config.seed,
+            )
+            if images:
+                calibration = dataclasses.replace(calibration, broken=tuple(batches.broken))
 
         original = measure(self.model)
         start = time.perf_counter()
         decompositions = decompose_layers(metric, targets, calibration, config.layout)
         decomposed = time.perf_counter()
-        losses = {name: decomposition.losses().cpu().numpy() for name, decomposition in decompositions.items()}
+        losses = {
+            name: (decomposition.tails() if metric.common_unit else decomposition.losses()).cpu().numpy()
+            for name, decomposition in decompositions.items()
+        }
         ranks = plan.allocate(losses, config.allocation)
         allocated = time.perf_counter()
         model = self.model if inplace else copy.deepcopy(self.model)
+        original_model = copy.deepcopy(self.model) if inplace and config.compensation else self.model
         rank_map = factorize_layers(model, targets, decompositions, ranks, calibration, config.layout)
         config = dataclasses.replace(config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
         attach(model, MixRankHfQuantizer(config, pre_quantized=True))
         factorized = time.perf_counter()
+        results = []
+        if config.compensation:
+            results = compensate(original_model, model, targets, rank_map, calibration, images, config)
+        compensated = time.perf_counter()
 
         self.report = build_report(
             config=config,
@@ -249,7 +289,9 @@ class MixRankCompressor(OptimumQuantizer):
                 "decompose": decomposed - start,
                 "allocate": allocated - decomposed,
                 "factorize": factorized - allocated,
+                "compensate": compensated - factorized,
             },
+            compensation=results,
         )
         if save_directory is not None:
             self.save_pretrained(model, save_directory, overwrite=overwrite)
@@ -388,6 +430,9 @@ class MixRankCompressor(OptimumQuantizer):
         targets: Sequence[Target],
         batch_size: int,
         max_broken_share: float,
+        *,
+        fisher_samples: int,
+        seed: int,
     ) -> Calibration:
         required: dict[str, frozenset[Statistic]] = {}
         for target in targets:
@@ -396,16 +441,21 @@ class MixRankCompressor(OptimumQuantizer):
                 required[target.name] = union
         if not required:
             return Calibration({}, 0)
-        batches = ImageBatches(
+        batches = self._batches(dataset, batch_size, max_broken_share)
+        start = time.perf_counter()
+        layers, num_images = collect_statistics(
+            self.model, batches, required, batches.num_images, fisher_samples=fisher_samples, seed=seed
+        )
+        return Calibration(layers, num_images, tuple(batches.broken), time.perf_counter() - start)
+
+    def _batches(self, dataset: Any, batch_size: int, max_broken_share: float) -> ImageBatches:
+        return ImageBatches(
             dataset,
             image_processor=self.image_processor,
             batch_size=batch_size,
             max_broken_share=max_broken_share,
             num_channels=getattr(self.model.config, "num_channels", 3),
         )
-        start = time.perf_counter()
-        layers, num_images = collect_statistics(self.model, batches, required, batches.num_images)
-        return Calibration(layers, num_images, tuple(batches.broken), time.perf_counter() - start)
 
     def _labelled_batches(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
@@ -13,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._registration import QUANT_METHOD
 from .layout import LAYOUT_NAMES, LAYOUT_VERSION, FactoredLayer, parse_rank_map
+from .recipes import RECIPES
 from .version import __version__
 
 
@@ -29,13 +31,21 @@ class MixRankConfig(QuantizationConfigMixin):
         compression_ratio (`float`): Fraction of parameters to **remove**, in (0, 1).
         compression_scope (`str`): What the ratio counts: `"model"` counts all parameters of the model, as the paper's
             headline does; `"targets"` counts the weights of the targeted layers alone.
-        metric (`str`): How the error of a layer is measured: `"svd"`, `"diagonal"`, `"mean_input"` (the paper's
-            representative input) or `"second_moment"`. See `optimum_mixrank.decomposition`.
-        allocation (`str`): How ranks are distributed: `"uniform"`, `"greedy"` (the paper's gradual search) or
-            `"global"` (a global optimum of the summed, normalised energy loss). See `optimum_mixrank.allocation`.
-        layout (`str`): How factors are stored: `"factors"` stores `r (m + n)` values; `"pivoted"` stores the same
-            product in `r (m + n) - r²`, so that the same budget buys higher ranks, at the price of a gather of the
-            outputs.
+        recipe (`str`): Named choice of `metric`, `allocation`, `layout` and `compensation`: `"best"`, `"fast"` (one
+            forward pass, closed form) or `"paper"`. Each of the four that is given too overrides the recipe.
+        metric (`str`, *optional*): How the error of a layer is measured: `"svd"`, `"diagonal"`, `"mean_input"` (the
+            paper's representative input), `"second_moment"` or `"kfac"` (predicted loss of the whole model). See
+            `optimum_mixrank.decomposition`.
+        allocation (`str`, *optional*): How ranks are distributed: `"uniform"`, `"greedy"` (the paper's gradual search)
+            or `"global"` (a global optimum of the summed losses). See `optimum_mixrank.allocation`.
+        layout (`str`, *optional*): How factors are stored: `"factors"` stores `r (m + n)` values; `"pivoted"` stores the
+            same product in `r (m + n) - r²`, so that the same budget buys higher ranks, at the price of a gather of
+            the outputs.
+        compensation (`list[str]`, *optional*): Steps that repair what the compression has broken, in this order. Each
+            is kept only if it lowers the error on held-out images. See `optimum_mixrank.compensation`.
+        held_out_ratio (`float`): Share of the calibration images that compensation learns nothing from, in (0, 1).
+        fisher_samples (`int`): Random probes per image for the Fisher information of `metric="kfac"`; each costs a
+            backward pass.
         target_modules (`str`, `list[str]`, *optional*): Layers to compress, as in PEFT: a string is a regular
             expression that must match the whole name; a list holds names or their last parts. Names of Transformers
             4.x (`attention.attention.query`) and 5.x (`attention.q_proj`) both match. Default: all linear layers of
@@ -49,7 +59,7 @@ class MixRankConfig(QuantizationConfigMixin):
         min_rank (`int`): No layer gets a smaller rank.
         min_rank_ratio (`float`): No layer gets less than this share of its break-even rank `mn / (m + n)`, in [0, 1].
         num_samples (`int`): Number of calibration images to draw where a dataset is named rather than passed.
-        seed (`int`): Seed of that draw.
+        seed (`int`): Seed of that draw and of all random numbers of the compression.
         rank_map (`dict[str, dict]`): Written by the compressor: the factored layers by their canonical name (relative
             to the base model, in the names that checkpoints have on disk), each `{"rank": int, "bias": bool,
             "layout": str}`. Do not set it by hand.
@@ -64,9 +74,13 @@ class MixRankConfig(QuantizationConfigMixin):
     quant_method: str = QUANT_METHOD
     compression_ratio: float = 0.5
     compression_scope: str = "model"
-    metric: str = "second_moment"
-    allocation: str = "global"
-    layout: str = "factors"
+    recipe: str = "best"
+    metric: str = None  # type: ignore[assignment]  # filled by the recipe
+    allocation: str = None  # type: ignore[assignment]
+    layout: str = None  # type: ignore[assignment]
+    compensation: list[str] = None  # type: ignore[assignment]
+    held_out_ratio: float = 0.1
+    fisher_samples: int = 1
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -91,6 +105,9 @@ class MixRankConfig(QuantizationConfigMixin):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for field_name, value in RECIPES.get(self.recipe, {}).items():
+            if getattr(self, field_name) is None:
+                setattr(self, field_name, copy.copy(value))
         self.validate()
 
     def validate(self) -> None:
@@ -105,9 +122,13 @@ class MixRankConfig(QuantizationConfigMixin):
             "compression_ratio", self.compression_ratio, "It is the fraction of parameters to remove, 0.6 for -60 %."
         )
         _check_choice("compression_scope", self.compression_scope, SCOPES)
+        _check_choice("recipe", self.recipe, tuple(RECIPES))
         _check_choice("metric", self.metric, _metric_names())
         _check_choice("allocation", self.allocation, _allocator_names())
         _check_choice("layout", self.layout, LAYOUT_NAMES)
+        _check_steps("compensation", self.compensation, _compensator_names())
+        _check_fraction("held_out_ratio", self.held_out_ratio, "It is a share of the calibration images.")
+        _check_integer("fisher_samples", self.fisher_samples, 1)
         _check_patterns("target_modules", self.target_modules)
         _check_patterns("exclude_modules", self.exclude_modules)
         _check_mapping("rank_pattern", self.rank_pattern)
@@ -163,8 +184,13 @@ class MixRankConfig(QuantizationConfigMixin):
         # How a checkpoint was made need not be known to open it; the name is kept for the record.
         foreign = {
             key: stored.pop(key)
-            for key, names in (("metric", _metric_names()), ("allocation", _allocator_names()))
-            if isinstance(stored.get(key), str) and stored[key] not in names
+            for key, names in (
+                ("recipe", tuple(RECIPES)),
+                ("metric", _metric_names()),
+                ("allocation", _allocator_names()),
+                ("compensation", _compensator_names()),
+            )
+            if stored.get(key) is not None and not _known(stored[key], names)
         }
         config = cls(**stored)
         for key, value in foreign.items():
@@ -199,8 +225,18 @@ def _allocator_names() -> tuple[str, ...]:
     return tuple(ALLOCATORS)
 
 
+def _compensator_names() -> tuple[str, ...]:
+    from .compensation import COMPENSATORS
+
+    return tuple(COMPENSATORS)
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _known(value: object, names: tuple[str, ...]) -> bool:
+    return all(each in names for each in (value if isinstance(value, list) else [value]))
 
 
 def _check_fraction(name: str, value: object, remedy: str) -> None:
@@ -211,6 +247,13 @@ def _check_fraction(name: str, value: object, remedy: str) -> None:
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+
+
+def _check_steps(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, list):
+        raise ValueError(f"{name}={value!r} is not a list; give the steps in their order, or [] for none.")
+    if not _known(value, choices):
+        raise ValueError(f"{name}={value!r} has an unknown step; choose among {', '.join(map(repr, choices))}.")
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:

@@ -45,7 +45,9 @@ def test_is_optimums_compression_interface():
 def test_second_moment_beats_svd_and_the_default_loses_little(shipped, calibration):
     results = {}
     for metric in ("svd", "second_moment"):
-        model = shipped.compress(MixRankConfig(compression_ratio=0.6, metric=metric), calibration=calibration)
+        model = shipped.compress(
+            MixRankConfig(recipe="fast", compression_ratio=0.6, metric=metric), calibration=calibration
+        )
         results[metric] = shipped.evaluate(model, SHIPPED / "data", split="test", num_samples=1000)
     assert results["second_moment"].kl < results["svd"].kl
     assert results["second_moment"].reference_top1 - results["second_moment"].top1 < 0.03
@@ -61,7 +63,7 @@ def test_labels_of_the_shipped_data_are_those_of_the_model(shipped):
 @pytest.mark.parametrize("scope", ["model", "targets"])
 @pytest.mark.parametrize("allocation", ["uniform", "greedy", "global"])
 def test_the_ratio_is_reached_and_not_overshot(shipped, calibration, scope, allocation):
-    settings = MixRankConfig(compression_ratio=0.5, compression_scope=scope, allocation=allocation)
+    settings = MixRankConfig(recipe="fast", compression_ratio=0.5, compression_scope=scope, allocation=allocation)
     shipped.compress(settings, calibration=calibration)
     report = shipped.report
     removed = report.removed_of_model if scope == "model" else report.removed_of_targets
@@ -70,7 +72,9 @@ def test_the_ratio_is_reached_and_not_overshot(shipped, calibration, scope, allo
 
 
 def test_compress_saves_a_checkpoint_for_plain_transformers(shipped, calibration, tmp_path):
-    model = shipped.compress(MixRankConfig(compression_ratio=0.5), calibration=calibration, save_directory=tmp_path)
+    model = shipped.compress(
+        MixRankConfig(recipe="fast", compression_ratio=0.5), calibration=calibration, save_directory=tmp_path
+    )
     image = load_dataset(str(SHIPPED / "data"), split="test")[0]["image"]
     classifier = pipeline("image-classification", model=str(tmp_path))
     pixels = shipped.image_processor(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"]

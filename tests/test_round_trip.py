@@ -34,6 +34,8 @@ def compress(model, inplace=True, **changes):
     settings = {
         "compression_ratio": 0.3,
         "compression_scope": "targets",
+        "recipe": "fast",
+        "allocation": "global",
         "rank_pattern": {r"0.*(intermediate\.dense|key)": 5},
         "ratio_pattern": {r"1.*attention\.output\.dense": 0},
         **changes,
@@ -274,7 +276,7 @@ def test_dense_checkpoint_with_our_config_is_refused_with_advice(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 1000}, "allows 32 at most"),
+        ({"rank": 1000}, "allows 31 at most"),
         ({"rank": -1}, "not a positive integer"),
         ({"rank": "8"}, "not a positive integer"),
         ({"rank": True}, "not a positive integer"),

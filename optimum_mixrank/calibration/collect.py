@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
 
@@ -12,6 +14,8 @@ from transformers.utils import logging
 
 from ..decomposition.statistics import LayerStatistics, Statistic
 from ..inference import evaluation_mode
+from ..outputs import select_output
+from .fisher import GradientCollector, activation_gradients
 from .moments import MeanInputAccumulator, MomentAccumulator
 
 
@@ -149,16 +153,22 @@ def collect_statistics(
     batches: Iterable[ImageBatch],
     required: Mapping[str, frozenset[Statistic]],
     num_images: int | None = None,
+    *,
+    fisher_samples: int = 1,
+    seed: int = 42,
 ) -> tuple[dict[str, LayerStatistics], int]:
     """Run a model over images and collect statistics of its layers.
 
-    One forward pass over the images, without gradients, in evaluation mode; the model is left as it was.
+    One forward pass over the images in evaluation mode, without gradients unless gradients are asked for; the model is
+    left as it was.
 
     Args:
         model: A model that takes `pixel_values`.
         batches: Batches of images.
         required: Statistics to collect, by module name.
         num_images: Their number, where known, for the progress bar.
+        fisher_samples: Random probes per image for `GRADIENT_MOMENT`; each costs a backward pass.
+        seed: Of these probes.
 
     Returns:
         The statistics by module name, and the number of images seen.
@@ -168,16 +178,30 @@ def collect_statistics(
     """
     parameter = next(model.parameters())
     device = getattr(model, "device", parameter.device)
+    with_gradients = [name for name, statistics in required.items() if Statistic.GRADIENT_MOMENT in statistics]
+    forward = {name: statistics - {Statistic.GRADIENT_MOMENT} for name, statistics in required.items()}
     seen = 0
     progress = logging.tqdm(total=num_images, desc="Calibrating", unit="img")
-    with evaluation_mode(model), StatisticsCollector(model, required) as collector, progress:
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        collector = stack.enter_context(StatisticsCollector(model, forward))
+        stack.enter_context(progress)
+        if with_gradients:
+            gradients = stack.enter_context(GradientCollector(model, with_gradients, fisher_samples, seed))
+            stack.enter_context(activation_gradients(model))
         for batch in batches:
             pixel_values = batch.pixel_values.to(device=device, dtype=parameter.dtype)
-            model(pixel_values=pixel_values)
+            # Some input has to require gradients for the activations to have any; parameters do not.
+            output = model(pixel_values=pixel_values.detach().requires_grad_(bool(with_gradients)))
             if seen == 0:
                 collector.check_finite()
+            if with_gradients:
+                gradients.update(select_output(output, getattr(model, "config", None)))
             seen += len(pixel_values)
             progress.update(len(pixel_values))
         if seen == 0:
             raise ValueError("The calibration dataset holds no image; a few hundred are needed.")
-        return collector.result(), seen
+        layers = {name: replace(statistics, num_images=seen) for name, statistics in collector.result().items()}
+        for name in with_gradients:
+            layers[name] = replace(layers[name], gradient_moment=gradients.moment(name))
+        return layers, seen

@@ -66,6 +66,11 @@ class MomentAccumulator:
         covariance = self._product / self.count - torch.outer(offset, offset)
         return (covariance + covariance.T) / 2
 
+    def second_moment(self) -> Tensor:
+        """`E[x xᵀ]` about zero, `[n, n]`, float64."""
+        mean = self.mean()
+        return self.covariance() + torch.outer(mean, mean)
+
     def _offset(self) -> Tensor:
         return self._totals()[1] / self.count
 
@@ -73,6 +78,54 @@ class MomentAccumulator:
         if self._shift is None or self._sum is None or self.count == 0:
             raise ValueError("No vectors have been seen.")
         return self._shift, self._sum
+
+
+class PairAccumulator:
+    """Means and covariances of a stream of pairs: inputs, `[..., n]`, and targets, `[..., m]`.
+
+    Shifted and summed as in `MomentAccumulator`.
+    """
+
+    def __init__(self) -> None:
+        self._inputs = MomentAccumulator()
+        self._targets = MomentAccumulator(products=False)
+        self._shifts: tuple[Tensor, Tensor] | None = None
+        self._cross: Tensor | None = None
+
+    def update(self, inputs: Tensor, targets: Tensor) -> None:
+        """Take in as many inputs as targets."""
+        inputs = inputs.detach().reshape(-1, inputs.shape[-1])
+        targets = targets.detach().reshape(-1, targets.shape[-1])
+        if inputs.dtype != torch.float64:
+            inputs, targets = inputs.float(), targets.float()
+        if self._shifts is None:
+            self._shifts = inputs.mean(dim=0), targets.mean(dim=0)
+        self._inputs.update(inputs)
+        self._targets.update(targets)
+        with torch.autocast(inputs.device.type, enabled=False):
+            product = (targets - self._shifts[1]).T @ (inputs - self._shifts[0])
+        self._cross = _add(self._cross, product)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all vectors so far were free of NaN and Inf."""
+        return self._inputs.is_finite and self._targets.is_finite
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """`E[x]`, `[n]`, and `E[t]`, `[m]`, float64."""
+        return self._inputs.mean(), self._targets.mean()
+
+    def moments(self, centred: bool = True) -> tuple[Tensor, Tensor]:
+        """Covariances of the inputs, `[n, n]`, and of targets with inputs, `[m, n]`; or second moments about zero."""
+        input_mean, target_mean = self.means()
+        if self._shifts is None or self._cross is None:
+            raise ValueError("No vectors have been seen.")
+        input_shift, target_shift = self._shifts
+        offset = torch.outer(target_mean - target_shift.to(target_mean), input_mean - input_shift.to(input_mean))
+        covariance, cross = self._inputs.covariance(), self._cross / self._inputs.count - offset
+        if centred:
+            return covariance, cross
+        return covariance + torch.outer(input_mean, input_mean), cross + torch.outer(target_mean, input_mean)
 
 
 class MeanInputAccumulator:

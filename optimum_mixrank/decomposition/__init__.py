@@ -5,20 +5,24 @@ best approximations of all ranks at once (`Decomposition`). A new metric is one 
 here.
 """
 
+from .anchored import anchored_weight
 from .diagonal import DiagonalMetric
 from .factorization import Decomposition, balance, corrected_bias
+from .kfac import KfacMetric
 from .mean_input import MeanInputMetric
 from .metric import METRICS, Metric
 from .pivoting import Pivoting, pivot_rows
 from .second_moment import SecondMomentMetric
 from .statistics import LayerStatistics, Statistic
 from .svd import SvdMetric
+from .two_sided import damped, decompose_two_sided
 
 
 __all__ = [
     "METRICS",
     "Decomposition",
     "DiagonalMetric",
+    "KfacMetric",
     "LayerStatistics",
     "MeanInputMetric",
     "Metric",
@@ -26,7 +30,10 @@ __all__ = [
     "SecondMomentMetric",
     "Statistic",
     "SvdMetric",
+    "anchored_weight",
     "balance",
     "corrected_bias",
+    "damped",
+    "decompose_two_sided",
     "pivot_rows",
 ]

@@ -30,10 +30,13 @@ class Decomposition:
     right: Tensor
     energies: Tensor
 
+    def tails(self) -> Tensor:
+        """Energy that is lost at rank 0, 1, …, k: `[k + 1]`."""
+        return torch.cat([self.energies.flip(0).cumsum(0).flip(0), self.energies.new_zeros(1)])
+
     def losses(self) -> Tensor:
         """Share of the energy that is lost at rank 0, 1, …, k: `[k + 1]`, from 1 to 0; zeros if there is no energy."""
-        total = self.energies.sum()
-        tails = torch.cat([self.energies.flip(0).cumsum(0).flip(0), self.energies.new_zeros(1)])
+        total, tails = self.energies.sum(), self.tails()
         return tails / total if total > 0 else torch.zeros_like(tails)
 
     def truncated(self, rank: int, dtype: torch.dtype) -> Decomposition:

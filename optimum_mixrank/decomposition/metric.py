@@ -19,10 +19,13 @@ class Metric(ABC):
         name: Value of `MixRankConfig.metric`.
         uses_data: Whether calibration images are needed. If so, the metric is centred: the mean of the error is not
             counted, since the bias absorbs it (`corrected_bias`); a layer without bias gives statistics about zero.
+        common_unit: Whether the energies of different layers can be added up as they are. If not, every layer's energy
+            is normalised by its total before ranks are allocated, as in the paper.
     """
 
     name: ClassVar[str]
     uses_data: ClassVar[bool] = True
+    common_unit: ClassVar[bool] = False
 
     @abstractmethod
     def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:

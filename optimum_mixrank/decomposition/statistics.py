@@ -24,6 +24,10 @@ class Statistic(str, Enum):
     OUTPUT_COVARIANCE = "output_covariance"
     """The same of the output `W x`, `[out_features, out_features]`; a bias does not change it."""
 
+    GRADIENT_MOMENT = "gradient_moment"
+    """Fisher information of the output: `E[g gᵀ]` over tokens, `[out_features, out_features]`, where `g` is the gradient
+    of an image's log-likelihood by the layer's output at a token, for labels drawn from the model itself."""
+
     REPRESENTATIVE_INPUT = "representative_input"
     """Mean over images of the inputs, `[tokens, in_features]` (arXiv 2402.06004)."""
 
@@ -36,12 +40,19 @@ class LayerStatistics:
     """
 
     num_tokens: int
+    num_images: int = 0
     input_mean: Tensor | None = None
     input_variance: Tensor | None = None
     input_covariance: Tensor | None = None
     output_covariance: Tensor | None = None
     representative_input: Tensor | None = None
+    gradient_moment: Tensor | None = None
     centred: bool = True
+
+    @property
+    def tokens_per_image(self) -> float:
+        """How often the layer runs for one image; 1 if the number of images is not known."""
+        return self.num_tokens / self.num_images if self.num_images else 1.0
 
     def about_zero(self, weight: Tensor) -> LayerStatistics:
         """The same statistics about zero instead of about the mean, for a layer that has no bias to absorb the mean.

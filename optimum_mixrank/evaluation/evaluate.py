@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..inference import evaluation_mode
+from ..outputs import ModelOutput, select_output
 from .fidelity import agreement, kl_divergence, relative_error
 from .top_k import label_ranks
 
@@ -94,14 +95,6 @@ def evaluate_model(
 
 
 @dataclass
-class _Output:
-    """What a model says about a batch: logits `[batch, classes]`, else features `[batch, ...]`."""
-
-    logits: Tensor | None = None
-    features: Sequence[Tensor] = ()
-
-
-@dataclass
 class _Means:
     num_images: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -126,7 +119,7 @@ class _Means:
         )
 
 
-def _measure(output: _Output, original: _Output | None, labels: Tensor | None) -> dict[str, Tensor]:
+def _measure(output: ModelOutput, original: ModelOutput | None, labels: Tensor | None) -> dict[str, Tensor]:
     """The measures that apply, by field of `EvaluationResult`; one value per image, `[batch]`."""
     values = {}
     if labels is not None:
@@ -152,12 +145,13 @@ def _measure(output: _Output, original: _Output | None, labels: Tensor | None) -
     return values
 
 
-def _run(model: nn.Module, pixel_values: Tensor, who: str) -> _Output:
+def _run(model: nn.Module, pixel_values: Tensor, who: str) -> ModelOutput:
     parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     # Parameters that are offloaded to disk are on the meta device; Accelerate then moves the input itself.
     device = next((parameter.device for parameter in parameters if not parameter.is_meta), pixel_values.device)
     dtype = parameters[0].dtype if parameters else pixel_values.dtype
-    output = _select(model(pixel_values=pixel_values.to(device, dtype)), getattr(model, "config", None))
+    # On the CPU two models can be compared.
+    output = select_output(model(pixel_values=pixel_values.to(device, dtype)), getattr(model, "config", None)).cpu()
     for tensor in (*output.features, *(() if output.logits is None else (output.logits,))):
         if not torch.isfinite(tensor).all():
             raise ValueError(
@@ -165,31 +159,3 @@ def _run(model: nn.Module, pixel_values: Tensor, who: str) -> _Output:
                 "it with dtype='float32'."
             )
     return output
-
-
-def _select(output: Any, config: Any) -> _Output:
-    """Take logits or features out of whatever a model returns; on the CPU, where two models can be compared."""
-    logits = _field(output, "logits")
-    # Labels that do not exclude one another have no common distribution.
-    exclusive = getattr(config, "problem_type", None) not in ("multi_label_classification", "regression")
-    if exclusive and logits is not None and logits.ndim == 2 and logits.shape[1] > 1:
-        return _Output(logits=logits.cpu())
-    for name in ("feature_maps", "last_hidden_state", "logits", "reconstruction", "pooler_output"):
-        features = _field(output, name)
-        if features is not None:
-            break
-    else:
-        features = output
-    if isinstance(features, Tensor):
-        features = (features,)
-    if not isinstance(features, list | tuple) or not features or not all(isinstance(f, Tensor) for f in features):
-        raise ValueError(
-            f"A {type(output).__name__} holds neither logits nor features (`feature_maps`, `last_hidden_state`, "
-            "`pooler_output`); evaluate a model for image classification, an encoder or a backbone."
-        )
-    return _Output(features=[feature.cpu() for feature in features])
-
-
-def _field(output: Any, name: str) -> Any:
-    # Transformers' outputs are mappings too. As attributes, some have deprecated names that warn.
-    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)

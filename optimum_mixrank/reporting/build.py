@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from transformers.utils import logging
 
 from ..calibration.result import Calibration
+from ..compensation import CompensationResult
 from ..configuration import MixRankConfig
 from ..evaluation.flops import flops_per_image
 from ..evaluation.size import count_parameters, safetensors_bytes
@@ -69,6 +71,7 @@ def build_report(
     model: PreTrainedModel,
     calibration: Calibration | None,
     seconds: Mapping[str, float],
+    compensation: Sequence[CompensationResult] = (),
 ) -> CompressionReport:
     """Describe what was done to every linear layer of the encoder, targeted or not.
 
@@ -82,13 +85,17 @@ def build_report(
         model: The compressed model.
         calibration: None where no data was used.
         seconds: Wall time by phase.
+        compensation: What came of every step.
     """
     layers = []
     for linear in linears:
         name, (m, n) = linear.canonical_name, linear.shape
         factored = rank_map.get(name)
         after = m * n if factored is None else factored.num_values(m, n)
-        kept = None if factored is None else float(1 - losses[name][factored.rank])
+        kept = None
+        if factored is not None:
+            total = float(losses[name][0])
+            kept = 1 - float(losses[name][factored.rank]) / total if total > 0 else 1.0
         layers.append(
             LayerReport(
                 name=name,
@@ -112,6 +119,7 @@ def build_report(
         flops_before=original.flops,
         flops_after=compressed.flops,
         calibration=_describe(calibration),
+        compensation=[dataclasses.asdict(result) for result in compensation],
         seconds={phase: round(value, 3) for phase, value in seconds.items()},
     )
 

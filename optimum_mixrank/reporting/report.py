@@ -68,6 +68,7 @@ class CompressionReport:
         calibration: `num_images`, `num_tokens`, `num_broken`.
         seconds: Wall time by phase.
         evaluation: Fields of `EvaluationResult`; None before an evaluation.
+        compensation: Fields of `CompensationResult` for every step.
 
     Raises:
         TypeError: if settings and the like hold something else than JSON values.
@@ -86,10 +87,11 @@ class CompressionReport:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
+    compensation: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        for name in ("settings", "environment", "calibration", "seconds", "evaluation"):
+        for name in ("settings", "environment", "calibration", "seconds", "evaluation", "compensation"):
             object.__setattr__(self, name, _json_value(getattr(self, name), name))
 
     @property

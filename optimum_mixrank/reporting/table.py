@@ -102,6 +102,9 @@ def _summary(report: CompressionReport) -> list[str]:
         images, broken = report.calibration.get("num_images", 0), report.calibration.get("num_broken", 0)
         tokens = report.calibration.get("num_tokens", 0)
         lines.append(_fact("Calibration", f"{images:,} images ({broken:,} broken ones left out), {tokens:,} tokens"))
+    for step in report.compensation:
+        change = f"held-out error {step['error_before']:.4g} -> {step['error_after']:.4g}"
+        lines.append(_fact(f"Compensation {step['name']}", f"{change}, {'kept' if step['kept'] else 'not kept'}"))
     if report.seconds:
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items())
         lines.append(_fact("Time", phases))

@@ -1,0 +1,124 @@
+"""Fisher information of layer outputs: gradients of what the model itself would predict, no labels needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..outputs import ModelOutput
+from .moments import MomentAccumulator
+
+
+class GradientCollector:
+    """Context manager that accumulates `E[g gᵀ]` of the outputs of linear layers; on leaving, no hook remains.
+
+    Args:
+        model: The model that will run, with gradients enabled.
+        names: Module names of the layers.
+        samples: Random probes per batch; each costs a backward pass.
+        seed: Of the probes.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], samples: int = 1, seed: int = 42) -> None:
+        self._layers = {name: model.get_submodule(name) for name in names}
+        self._samples = samples
+        self._generator = torch.Generator().manual_seed(seed)
+        self._outputs: dict[str, list[Tensor]] = {}
+        self._accumulators = {name: MomentAccumulator() for name in names}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> GradientCollector:
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._outputs.clear()
+
+    def update(self, output: ModelOutput) -> None:
+        """Take in the gradients of the batch that has just run."""
+        outputs = [tensor for tensors in self._outputs.values() for tensor in tensors]
+        owners = [name for name, tensors in self._outputs.items() for _ in tensors]
+        for sample in range(self._samples):
+            scalar = probe_likelihood(output, self._generator)
+            last = sample + 1 == self._samples
+            gradients = torch.autograd.grad(scalar, outputs, retain_graph=not last, allow_unused=True)
+            for name, tensor, gradient in zip(owners, outputs, gradients, strict=True):
+                # A layer on which the output does not depend has the gradient zero.
+                self._accumulators[name].update(torch.zeros_like(tensor) if gradient is None else gradient)
+        self._outputs.clear()
+
+    def moment(self, name: str) -> Tensor:
+        """`E[g gᵀ]` over tokens and probes, `[out_features, out_features]`, float64.
+
+        Raises:
+            ValueError: if the layer was never called, or its gradients hold NaN or Inf.
+        """
+        accumulator = self._accumulators[name]
+        if not accumulator.is_finite:
+            raise ValueError(
+                f"NaN or Inf in the gradients of layer {name!r}; a half-precision model may overflow, load it with "
+                "dtype='float32'."
+            )
+        return accumulator.second_moment()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self._outputs.setdefault(name, []).append(output)
+
+        return hook
+
+
+def probe_likelihood(output: ModelOutput, generator: torch.Generator) -> Tensor:
+    """A random scalar whose gradient `g` by any activation has the Fisher information as its second moment.
+
+    For class probabilities `p` the Fisher information of the logits is `diag(p) - p pᵀ = S Sᵀ` with
+    `S = diag(√p) (I - √p √pᵀ)`. Drawing a label from `p` gives a gradient with that second moment; `S v` with normal
+    `v` has the same one, and weighs all classes in every draw instead of mostly the likeliest.
+
+    Other outputs count as Gaussian with the variance of the feature tensor times its size, so that a loss of 1/2 is an
+    error as large as the features' own spread.
+
+    Args:
+        output: Logits or features of a batch, with their graph.
+        generator: On the CPU, so that all devices see the same probes.
+
+    Returns:
+        The sum over images; images do not mix.
+    """
+    if output.logits is not None:
+        root = output.logits.detach().double().softmax(dim=-1).sqrt()
+        noise = torch.randn(root.shape, generator=generator, dtype=torch.float64).to(root)
+        direction = root * (noise - root * (root * noise).sum(dim=-1, keepdim=True))
+        return (output.logits * direction.to(output.logits)).sum()
+    total = output.features[0].new_zeros(())
+    for feature in output.features:
+        values = feature.detach().float()
+        scale = values.std() * (values[0].numel() * len(output.features)) ** 0.5
+        noise = torch.randn(feature.shape, generator=generator).to(feature)
+        total = total + (feature * noise).sum() / scale.clamp_min(1e-12)
+    return total
+
+
+@contextmanager
+def activation_gradients(model: nn.Module) -> Iterator[None]:
+    """Gradients by activations alone: no parameter collects any, and all are as trainable afterwards as before."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -1,0 +1,75 @@
+"""Where the output of a layer enters the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .segments import Call, first_tensor
+
+
+def find_anchors(segment: nn.Module, call: Call, names: Sequence[str]) -> dict[str, str]:
+    """Places where the output of a layer has been added to the residual stream, unchanged and in its shape.
+
+    Found by probing: the output of the layer is moved by a random `δ`. The first module thereafter whose input moves by
+    exactly `δ` but is not the output itself is the anchor, or the segment's own output.
+
+    Args:
+        segment: A segment of the original model.
+        call: Arguments of one of its calls.
+        names: Names of the layers within the segment.
+
+    Returns:
+        Anchor by layer: the name of the module whose input it is, `""` for the segment's output. Layers whose output
+        goes elsewhere (query, key, value, the first layer of an MLP) are left out.
+    """
+    before = _record(segment, call)
+    anchors = {}
+    for name in names:
+        noise: list[Tensor] = []
+        own: list[Tensor] = []
+
+        def move(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randn(output.shape, generator=generator).to(output)
+            noise.append(drawn * output.std())  # noqa: B023 - called before the loop goes on
+            own.append(output + noise[0])  # noqa: B023
+            return own[0]  # noqa: B023
+
+        handle = segment.get_submodule(name).register_forward_hook(move)
+        try:
+            after = _record(segment, call)
+        finally:
+            handle.remove()
+        for place, tensor in after.items():
+            if place not in before or tensor.shape != own[0].shape or torch.equal(tensor, own[0]):
+                continue
+            error = (tensor - before[place] - noise[0]).norm() / noise[0].norm()
+            if error < 1e-3:
+                anchors[name] = place
+                break
+    return anchors
+
+
+@torch.no_grad()
+def _record(segment: nn.Module, call: Call) -> dict[str, Tensor]:
+    """First input of every submodule that is called once, in the order of calls, and the segment's output as `""`."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, module in segment.named_modules():
+        if name:
+
+            def hook(module: nn.Module, args: tuple[object, ...], name: str = name) -> None:
+                if args and isinstance(args[0], Tensor):
+                    seen.setdefault(name, []).append(args[0])
+
+            handles.append(module.register_forward_pre_hook(hook))
+    try:
+        output = first_tensor(call(segment))
+    finally:
+        for handle in handles:
+            handle.remove()
+    places = {name: tensors[0] for name, tensors in seen.items() if len(tensors) == 1}
+    return {**places, "": output}

@@ -1,0 +1,90 @@
+"""What a compensator is, and the registry of compensators."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..decomposition import LayerStatistics
+from ..layout import FactoredLayer
+from ..registry import Registry
+from ..targets import Target
+
+
+if TYPE_CHECKING:
+    from ..configuration import MixRankConfig
+
+
+@dataclass
+class Compensation:
+    """What a compensator works on.
+
+    Attributes:
+        original: The original model; it is not changed.
+        model: The compressed model, in evaluation mode; it is improved in place, its ranks and layouts stay.
+        targets: The targeted layers of the original.
+        rank_map: The factored layers, by canonical name.
+        statistics: Calibration statistics by module name; empty for a metric without data.
+        batches: Calibration images as `pixel_values`, each `[batch, channels, height, width]`, for learning.
+        held_out: The same of images that nothing is learned from; they decide what is kept.
+        config: The configuration.
+    """
+
+    original: nn.Module
+    model: nn.Module
+    targets: Sequence[Target]
+    rank_map: Mapping[str, FactoredLayer]
+    statistics: Mapping[str, LayerStatistics]
+    batches: Sequence[Tensor]
+    held_out: Sequence[Tensor]
+    config: MixRankConfig
+
+    @property
+    def factored(self) -> list[Target]:
+        """The targets that are factored, in forward order."""
+        return [target for target in self.targets if target.canonical_name in self.rank_map]
+
+
+@dataclass(frozen=True)
+class CompensationResult:
+    """What came of a compensator, for the report.
+
+    Attributes:
+        name: Of the compensator.
+        kept: Whether its outcome was kept; if not, the model is as it was before.
+        error_before: Error on the held-out images before, KL in nats per image, or relative error of the features of
+            models without a class head.
+        error_after: The same afterwards.
+        details: JSON values.
+    """
+
+    name: str
+    kept: bool
+    error_before: float
+    error_after: float
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Compensator(ABC):
+    """Repairs what a compression has broken, without labels.
+
+    Attributes:
+        name: Entry of `MixRankConfig.compensation`.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def compensate(self, task: Compensation) -> Mapping[str, Any]:
+        """Improve `task.model` in place.
+
+        Returns:
+            Details for the report, JSON values.
+        """
+
+
+COMPENSATORS: Registry[Compensator] = Registry("compensation")

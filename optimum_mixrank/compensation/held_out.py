@@ -1,0 +1,82 @@
+"""The one rule of all compensators: what does not lower the error on held-out images is not kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..evaluation.fidelity import kl_divergence, relative_error
+from ..inference import evaluation_mode
+from ..outputs import ModelOutput, select_output
+from .compensator import Compensation, CompensationResult, Compensator
+
+
+def split_batches(batches: Sequence[Tensor], share: float, batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Split images into those to learn from and the last ones, which are held out.
+
+    Args:
+        batches: `pixel_values`, in the random order of the calibration draw.
+        share: Share of the images to hold out, in (0, 1).
+        batch_size: Of the batches to return.
+
+    Raises:
+        ValueError: if there are fewer than two images.
+    """
+    images = torch.cat(list(batches))
+    count = min(max(1, math.ceil(share * len(images))), len(images) - 1)
+    if count < 1:
+        raise ValueError(
+            f"Compensation holds a share of the images out, which needs at least 2; there are {len(images)}. Give more "
+            "calibration images."
+        )
+    learn, held_out = images[:-count], images[-count:]
+    return list(learn.split(batch_size)), list(held_out.split(batch_size))
+
+
+@torch.no_grad()
+def model_outputs(model: nn.Module, batches: Sequence[Tensor]) -> list[ModelOutput]:
+    """Outputs of a model in evaluation mode, on the CPU."""
+    parameter = next(model.parameters())
+    device = getattr(model, "device", parameter.device)
+    config = getattr(model, "config", None)
+    with evaluation_mode(model):
+        return [
+            select_output(model(pixel_values=batch.to(device, parameter.dtype)), config).cpu() for batch in batches
+        ]
+
+
+def output_error(outputs: Sequence[ModelOutput], references: Sequence[ModelOutput]) -> float:
+    """Mean over images of KL(reference ‖ output) in nats, or of the relative squared error of features."""
+    errors = []
+    for output, reference in zip(outputs, references, strict=True):
+        if output.logits is not None and reference.logits is not None:
+            errors.append(kl_divergence(reference.logits, output.logits))
+        else:
+            pairs = zip(reference.features, output.features, strict=True)
+            errors.append(torch.stack([relative_error(*pair) for pair in pairs]).mean(dim=0))
+    return float(torch.cat([error.double() for error in errors]).mean())
+
+
+def compensate_and_keep_the_better(
+    compensator: Compensator, task: Compensation, references: Sequence[ModelOutput]
+) -> CompensationResult:
+    """Run a compensator; put everything back where the error on the held-out images did not fall.
+
+    Args:
+        compensator: What to run.
+        task: What to run it on.
+        references: Outputs of the original on the held-out images.
+    """
+    before = output_error(model_outputs(task.model, task.held_out), references)
+    backup = copy.deepcopy(dict(task.model.named_children()))
+    details = compensator.compensate(task)
+    after = output_error(model_outputs(task.model, task.held_out), references)
+    kept = after < before
+    if not kept:
+        for name, module in backup.items():
+            setattr(task.model, name, module)
+    return CompensationResult(compensator.name, kept, before, after, details)

@@ -1,0 +1,178 @@
+"""Run a model segment by segment over a fixed set of images, holding the activations at one boundary only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Call:
+    """Arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, module: nn.Module) -> Any:
+        """Call a module with them."""
+        return module(*self.args, **self.kwargs)
+
+
+class StopForward(Exception):  # noqa: N818 - no error, but the way out of a forward pass whose rest is not needed
+    """Ends a forward pass as soon as what was looked for is there."""
+
+
+def find_segments(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The segments of an encoder, in forward order: elements of the outermost `nn.ModuleList` around every layer.
+
+    Blocks of ViT and DeiT, stages of Swin.
+
+    Args:
+        model: Any model.
+        names: Layers inside such lists.
+
+    Raises:
+        ValueError: if a layer lies in none.
+    """
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    segments: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        around = [".".join(parts[: i + 1]) for i in range(1, len(parts)) if ".".join(parts[:i]) in lists]
+        if not around:
+            raise ValueError(f"Layer {name!r} lies in no stack of blocks (`nn.ModuleList`).")
+        segments.setdefault(around[0])
+    return list(segments)
+
+
+class SegmentReplay:
+    """The inputs of one segment after the other, for a fixed list of batches.
+
+    To get from one segment to the next, the model runs with all segments so far replaced by the output of the last:
+    whatever the encoder does between segments is done by its own code.
+
+    Args:
+        model: In evaluation mode.
+        segments: Names of the segments in forward order.
+        batches: `pixel_values`, each `[batch, channels, height, width]`.
+    """
+
+    def __init__(self, model: nn.Module, segments: Sequence[str], batches: Sequence[Tensor]) -> None:
+        self._model = model
+        self._segments = list(segments)
+        self._batches = batches
+        self._device = getattr(model, "device", next(model.parameters()).device)
+        self._dtype = next(model.parameters()).dtype
+        self._position = 0
+        self.calls = [self._capture(batch, 0) for batch in batches]
+
+    @property
+    def segment(self) -> nn.Module:
+        """The segment whose inputs are held."""
+        return self._model.get_submodule(self._segments[self._position])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the activations held."""
+        tensors = [
+            arg for call in self.calls for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Tensor)
+        ]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def advance(self) -> bool:
+        """Run the segment, as it is now, and take the inputs of the next one; False if there is none."""
+        if self._position + 1 == len(self._segments):
+            return False
+        for index, batch in enumerate(self._batches):
+            output = self.calls[index](self.segment)
+            self.calls[index] = self._capture(batch, self._position + 1, output)
+        self._position += 1
+        return True
+
+    def _capture(self, batch: Tensor, position: int, output: Any = None) -> Call:
+        skipped = [self._model.get_submodule(name) for name in self._segments[:position]]
+        target = self._model.get_submodule(self._segments[position])
+        found: list[Call] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(Call(args, kwargs))
+            raise StopForward
+
+        handle = target.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            with _returning(skipped, output):
+                self._model(pixel_values=batch.to(self._device, self._dtype))
+        except StopForward:
+            pass
+        finally:
+            handle.remove()
+        if not found:
+            raise RuntimeError(f"Segment {self._segments[position]!r} was not reached; the model skips its blocks.")
+        return found[0]
+
+
+@contextmanager
+def _returning(modules: Sequence[nn.Module], output: Any) -> Iterator[None]:
+    """Let modules return a given output instead of computing one."""
+    for module in modules:
+        module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+@torch.no_grad()
+def run_segment(
+    segment: nn.Module, call: Call, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """First positional inputs, and outputs, of submodules of a segment; the run ends when all are there.
+
+    Args:
+        segment: The segment.
+        call: Its arguments.
+        inputs: Names within the segment; `""` is not allowed.
+        outputs: Names within the segment; `""` is the segment itself.
+    """
+    taken: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+
+    def check() -> None:
+        if len(taken) == len(inputs) and len(given) == len(outputs):
+            raise StopForward
+
+    def before(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            taken.setdefault(name, args[0])
+            check()
+
+        return hook
+
+    def after(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            given.setdefault(name, first_tensor(output))
+            check()
+
+        return hook
+
+    handles = [segment.get_submodule(name).register_forward_pre_hook(before(name)) for name in inputs]
+    handles += [segment.get_submodule(name).register_forward_hook(after(name)) for name in outputs]
+    try:
+        call(segment)
+    except StopForward:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return taken, given
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states among what a block returns: the tensor itself or the first of a tuple."""
+    return output if isinstance(output, Tensor) else output[0]

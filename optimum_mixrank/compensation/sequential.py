@@ -1,0 +1,53 @@
+"""Sequential, anchored closed form: every layer is solved again for the inputs that it really gets."""
+
+from __future__ import annotations
+
+import torch
+
+from ..calibration.moments import PairAccumulator
+from ..decomposition import anchored_weight, damped, decompose_two_sided
+from ..modeling import FactoredLinear, to_float64
+from ..stages import factored_linear
+from ..targets import Target
+from .compensator import COMPENSATORS, Compensation
+from .layerwise import LayerwiseCompensator
+
+
+@COMPENSATORS.register
+class SequentialCompensator(LayerwiseCompensator):
+    """Least squares towards the original model, then the best approximation of the layer's rank, both in closed form.
+
+    See `decomposition.anchored`. The low-rank step weighs output errors by the Fisher information where the statistics
+    hold it. No learning rate, no labels, no random numbers.
+
+    Args:
+        ridge: Weight of the anchor, as a share of the mean variance of the inputs.
+        damping: Share of the mean diagonal of the Fisher information that is added to it.
+    """
+
+    name = "sequential"
+    description = "Solving in sequence"
+    residual_targets = True
+
+    def __init__(self, ridge: float = 1e-3, damping: float = 0.1) -> None:
+        self.ridge = ridge
+        self.damping = damping
+
+    def solve(self, task: Compensation, target: Target, pair: PairAccumulator) -> FactoredLinear:
+        """See `LayerwiseCompensator.solve`."""
+        entry = task.rank_map[target.canonical_name]
+        dense = target.module
+        weight = to_float64(dense.weight)
+        input_moment, target_moment = (moment.to(weight) for moment in pair.moments(centred=dense.bias is not None))
+        best = anchored_weight(weight, input_moment, target_moment, self.ridge)
+        statistics = task.statistics.get(target.name)
+        fisher = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        if statistics is not None and statistics.gradient_moment is not None:
+            fisher = damped(statistics.gradient_moment.to(weight), self.damping)
+        A, B = decompose_two_sided(best, fisher, input_moment).factors(entry.rank)
+        layer = factored_linear(dense, A, B, entry.layout)
+        if dense.bias is not None:
+            input_mean, target_mean = (mean.to(weight) for mean in pair.means())
+            # From the factors as they are stored, so that the bias absorbs the mean of their rounding too.
+            layer.set_bias(target_mean - layer.product() @ input_mean)
+        return layer

@@ -1,0 +1,37 @@
+r"""Closed-form repair of a layer whose inputs have changed, and its low-rank step under both sides.
+
+Let a layer see `x'`, since the layers before it are compressed, while its output should be `t`. The weight that
+minimises `E ‖t - W* x' - b*‖² + λ ‖W* - W‖²` is
+
+    W* = (S_t + λ W) (S + λ I)⁻¹,   S = Cov(x'),   S_t = Cov(t, x'),   b* = E[t] - W* E[x'],
+
+anchored to the original weight `W` where the data say little. Its best rank-r stand-in under the two-sided measure
+`tr(F (W* - Ŵ) S (W* - Ŵ)ᵀ)` follows as in `two_sided`: what `W*` leaves of `t` is uncorrelated with `x'`, so that the
+two errors add.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def anchored_weight(weight: Tensor, input_moment: Tensor, target_moment: Tensor, ridge: float) -> Tensor:
+    """The regularised least-squares weight `W*`, `[m, n]`, float64.
+
+    Args:
+        weight: `W`, `[m, n]`, float64, to which the solution is anchored.
+        input_moment: `S`, `[n, n]`, float64: covariance of the inputs, or second moment for a layer without bias.
+        target_moment: `S_t`, `[m, n]`, float64: the same between targets and inputs.
+        ridge: `λ` as a multiple of the mean diagonal of `S`, above 0.
+
+    Raises:
+        ValueError: if the inputs are constant zero, so that nothing can be learned from them.
+    """
+    scale = input_moment.diagonal().mean()
+    if scale <= 0:
+        raise ValueError("The inputs of the layer do not vary at all; check the calibration images.")
+    penalty = ridge * scale
+    regularised = input_moment + penalty * torch.eye(len(input_moment), dtype=weight.dtype, device=weight.device)
+    right = (target_moment + penalty * weight).T
+    return torch.cholesky_solve(right, torch.linalg.cholesky(regularised)).T

@@ -1,0 +1,49 @@
+"""What an error of a layer does to the prediction: the two-sided metric."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from .factorization import Decomposition
+from .metric import METRICS, Metric
+from .statistics import LayerStatistics, Statistic
+from .two_sided import damped, decompose_two_sided
+
+
+@METRICS.register
+class KfacMetric(Metric):
+    """Predicted loss, `½ tokens · tr(F ΔW Σ ΔWᵀ)`, in nats per image (K-FAC, arXiv 1503.05671).
+
+    `F = E[g gᵀ]` is the Fisher information of the layer's output: `g` are gradients of the log-likelihood of labels that
+    the model itself would draw, so no labels are needed. All layers are measured in the same unit.
+
+    Memory: `F` takes `[out_features, out_features]` in float64 for every layer, beside the covariance of the smaller
+    side.
+
+    Args:
+        damping: Share of the mean diagonal of `F` that is added to it.
+    """
+
+    name = "kfac"
+    common_unit = True
+
+    def __init__(self, damping: float = 0.01) -> None:
+        self.damping = damping
+
+    def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:
+        """Mean of the inputs, the covariance of the smaller side and the second moment of the output gradients."""
+        smaller = Statistic.OUTPUT_COVARIANCE if out_features < in_features else Statistic.INPUT_COVARIANCE
+        return frozenset({Statistic.INPUT_MEAN, smaller, Statistic.GRADIENT_MOMENT})
+
+    def decompose(self, weight: Tensor, statistics: LayerStatistics | None) -> Decomposition:
+        """See `Metric.decompose`."""
+        statistics = statistics or LayerStatistics(0)
+        gradients = damped(statistics.require(Statistic.GRADIENT_MOMENT), self.damping)
+        if weight.shape[0] < weight.shape[1]:
+            output = statistics.require(Statistic.OUTPUT_COVARIANCE)
+            found = decompose_two_sided(weight, gradients, output_covariance=output)
+        else:
+            found = decompose_two_sided(weight, gradients, statistics.require(Statistic.INPUT_COVARIANCE))
+        return dataclasses.replace(found, energies=found.energies * (statistics.tokens_per_image / 2))
