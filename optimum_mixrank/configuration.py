@@ -44,6 +44,11 @@ class MixRankConfig(QuantizationConfigMixin):
         compensation (`list[str]`, *optional*): Steps that repair what the compression has broken, in this order. Each
             is kept only if it lowers the error on held-out images. See `optimum_mixrank.compensation`.
         held_out_ratio (`float`): Share of the calibration images that compensation learns nothing from, in (0, 1).
+        mirror (`bool`): Whether layer-wise compensation sees every calibration image mirrored too, which halves what
+            it learns by heart and doubles its time.
+        epochs (`int`): Passes over the calibration images of steps that train (`"distillation"`, `"blocks"`).
+        learning_rate (`float`): Of these steps, the peak of a cosine schedule.
+        train_batch_size (`int`): Images per step of training.
         fisher_samples (`int`): Random probes per image for the Fisher information of `metric="kfac"`; each costs a
             backward pass.
         target_modules (`str`, `list[str]`, *optional*): Layers to compress, as in PEFT: a string is a regular
@@ -80,6 +85,10 @@ class MixRankConfig(QuantizationConfigMixin):
     layout: str = None  # type: ignore[assignment]
     compensation: list[str] = None  # type: ignore[assignment]
     held_out_ratio: float = 0.1
+    mirror: bool = True
+    epochs: int = 10
+    learning_rate: float = 5e-5
+    train_batch_size: int = 32
     fisher_samples: int = 1
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
@@ -128,6 +137,12 @@ class MixRankConfig(QuantizationConfigMixin):
         _check_choice("layout", self.layout, LAYOUT_NAMES)
         _check_steps("compensation", self.compensation, _compensator_names())
         _check_fraction("held_out_ratio", self.held_out_ratio, "It is a share of the calibration images.")
+        if not isinstance(self.mirror, bool):
+            raise ValueError(f"mirror={self.mirror!r} is neither True nor False.")
+        _check_integer("epochs", self.epochs, 1)
+        if not _is_number(self.learning_rate) or not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate={self.learning_rate!r} is not in (0, 1); the default is 5e-5.")
+        _check_integer("train_batch_size", self.train_batch_size, 1)
         _check_integer("fisher_samples", self.fisher_samples, 1)
         _check_patterns("target_modules", self.target_modules)
         _check_patterns("exclude_modules", self.exclude_modules)

@@ -4,14 +4,20 @@ A compensator is one file with one class that is registered here. Whatever it do
 error on images that were held out.
 """
 
+from .blocks import BlockCompensator
 from .compensator import COMPENSATORS, Compensation, CompensationResult, Compensator
+from .distillation import DistillationCompensator
+from .residual import ResidualCompensator
 from .sequential import SequentialCompensator
 
 
 __all__ = [
     "COMPENSATORS",
+    "BlockCompensator",
     "Compensation",
     "CompensationResult",
     "Compensator",
+    "DistillationCompensator",
+    "ResidualCompensator",
     "SequentialCompensator",
 ]

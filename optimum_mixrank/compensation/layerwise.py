@@ -55,11 +55,14 @@ class LayerwiseCompensator(Compensator):
         """See `Compensator.compensate`."""
         layers = {target.name: target for target in task.factored}
         segments = find_segments(task.original, list(layers))
+        batches = list(task.batches)
+        if task.config.mirror:
+            batches += [batch.flip(-1) for batch in task.batches]
         anchored = 0
         progress = logging.tqdm(total=len(layers), desc=self.description, unit="layer")
         with progress, evaluation_mode(task.original), evaluation_mode(task.model):
-            theirs = SegmentReplay(task.original, segments, task.batches)
-            ours = SegmentReplay(task.model, segments, task.batches)
+            theirs = SegmentReplay(task.original, segments, batches)
+            ours = SegmentReplay(task.model, segments, batches)
             logger.info(f"Activations at a segment boundary take {2 * theirs.num_bytes / 2**20:,.0f} MiB.")
             for segment in segments:
                 inside = {

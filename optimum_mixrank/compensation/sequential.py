@@ -29,7 +29,7 @@ class SequentialCompensator(LayerwiseCompensator):
     description = "Solving in sequence"
     residual_targets = True
 
-    def __init__(self, ridge: float = 1e-3, damping: float = 0.1) -> None:
+    def __init__(self, ridge: float = 0.03, damping: float = 0.03) -> None:
         self.ridge = ridge
         self.damping = damping
 

@@ -7,7 +7,7 @@ here.
 
 from .anchored import anchored_weight
 from .diagonal import DiagonalMetric
-from .factorization import Decomposition, balance, corrected_bias
+from .factorization import Decomposition, balance, corrected_bias, decompose_by_input, root_of_covariance
 from .kfac import KfacMetric
 from .mean_input import MeanInputMetric
 from .metric import METRICS, Metric
@@ -34,6 +34,8 @@ __all__ = [
     "balance",
     "corrected_bias",
     "damped",
+    "decompose_by_input",
     "decompose_two_sided",
     "pivot_rows",
+    "root_of_covariance",
 ]

@@ -1,0 +1,255 @@
+"""Compare compression methods on one model: accuracy and KL over parameters kept, with one split and one seed for all.
+
+    python benchmarks/methods.py --model MODEL --calibration-data IMAGES --test-data LABELLED_IMAGES \
+        --calibration-split train --test-split validation --kept 0.5 0.4 --seeds 0 1 2 --num-samples 1024 --output results
+
+writes `results.md`, `results.json` and `results.png`. `--kept` counts all linear weights of the encoder. Without
+arguments for model and data it runs on the Fashion-MNIST model of this repository. Labels are used to measure accuracy,
+never to compress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from optimum_mixrank import MixRankCompressor, MixRankConfig, load_image_dataset
+from optimum_mixrank.calibration.images import ImageBatches
+from optimum_mixrank.compensation.held_out import model_outputs
+from optimum_mixrank.evaluation.fidelity import agreement, kl_divergence
+from optimum_mixrank.reporting.build import environment
+
+
+SHIPPED = Path(__file__).parent.parent / "examples" / "fashion_mnist"
+
+ONE_SHOT = {"allocation": "uniform", "layout": "factors", "compensation": []}
+METHODS: dict[str, dict] = {
+    "svd": {"metric": "svd", **ONE_SHOT},
+    "asvd-like": {"metric": "diagonal", **ONE_SHOT},
+    "second moment": {"metric": "second_moment", **ONE_SHOT},
+    "paper": {"recipe": "paper"},
+    "fast": {"recipe": "fast"},
+    "kfac": {"metric": "kfac", "allocation": "global", "layout": "factors", "compensation": []},
+    "kfac, pivoted": {"metric": "kfac", "allocation": "global", "layout": "pivoted", "compensation": []},
+    "kfac, sequential": {
+        "metric": "kfac",
+        "allocation": "global",
+        "layout": "factors",
+        "compensation": ["sequential"],
+    },
+    "kfac, pivoted, sequential": {
+        "metric": "kfac",
+        "allocation": "global",
+        "layout": "pivoted",
+        "compensation": ["sequential"],
+    },
+    "kfac, pivoted, sequential, blocks": {
+        "metric": "kfac",
+        "allocation": "global",
+        "layout": "pivoted",
+        "compensation": ["sequential", "blocks"],
+    },
+    "kfac, pivoted, sequential, distillation": {
+        "metric": "kfac",
+        "allocation": "global",
+        "layout": "pivoted",
+        "compensation": ["sequential", "distillation"],
+    },
+    "best": {"recipe": "best"},
+}
+"""Configurations by the name of the method: the baselines, then ours with one step more each."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(SHIPPED / "model"))
+    parser.add_argument("--calibration-data", default=str(SHIPPED / "data"))
+    parser.add_argument("--calibration-split", default="calibration")
+    parser.add_argument("--test-data", default=str(SHIPPED / "data"))
+    parser.add_argument("--test-split", default="test")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--kept", type=float, nargs="+", default=[0.5, 0.4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--num-samples", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields for every method, as JSON")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    fields = {name: json.loads(value) for name, value in (entry.split("=", 1) for entry in args.set)}
+
+    compressor = MixRankCompressor.from_pretrained(args.model)
+    test_batches, labels = load_test(compressor, args)
+    original = logits_of(compressor.model, test_batches)
+    rows = []
+    for seed in args.seeds:
+        dataset = compressor.get_calibration_dataset(
+            args.calibration_data, split=args.calibration_split, num_samples=args.num_samples, seed=seed
+        )
+        batches = ImageBatches(dataset, image_processor=compressor.image_processor, batch_size=args.batch_size)
+        images = [batch.pixel_values for batch in batches]
+        forward_seconds = timed(lambda images=images: model_outputs(compressor.model, images))
+        for method in args.methods:
+            for kept in args.kept:
+                config = MixRankConfig(
+                    compression_ratio=1 - kept, compression_scope="targets", seed=seed, **{**METHODS[method], **fields}
+                )
+                start = time.perf_counter()
+                model = compressor.compress(config, images, batch_size=args.batch_size)
+                seconds = time.perf_counter() - start
+                outcome = compare(original, logits_of(model, test_batches), labels)
+                report = compressor.report
+                rows.append(
+                    {
+                        "method": method,
+                        "seed": seed,
+                        "kept": report.kept_of_encoder,
+                        "asked": kept,
+                        **outcome,
+                        "seconds": round(seconds, 1),
+                        "forward_passes": round(seconds / forward_seconds, 1),
+                        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                        "compensation": report.compensation,
+                    }
+                )
+                line = {key: value for key, value in rows[-1].items() if key not in ("compensation", "correct")}
+                print(json.dumps(line), flush=True)
+
+    record = {
+        "settings": {
+            "num_samples": args.num_samples,
+            "batch_size": args.batch_size,
+            "seeds": args.seeds,
+            "test_images": len(original),
+            "dtype": str(next(compressor.model.parameters()).dtype),
+            "fields": fields,
+            "methods": {method: METHODS[method] for method in args.methods},
+        },
+        "original_top1": accuracy(original, labels),
+        "environment": {**environment(), "threads": torch.get_num_threads()},
+        "rows": rows,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    args.output.with_suffix(".md").write_text(markdown(record))
+    plot(record, args.output.with_suffix(".png"))
+
+
+def load_test(compressor: MixRankCompressor, args: argparse.Namespace) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Test images as the model sees them, and their labels by index."""
+    dataset = load_image_dataset(
+        args.test_data, split=args.test_split, default_splits=("validation", "test"), num_samples=None
+    )
+    batches = list(
+        ImageBatches(
+            dataset,
+            image_processor=compressor.image_processor,
+            batch_size=args.batch_size,
+            label_column="label",
+        )
+    )
+    return [batch.pixel_values for batch in batches], torch.cat([batch.labels for batch in batches])
+
+
+def logits_of(model: PreTrainedModel, batches: list[torch.Tensor]) -> torch.Tensor:
+    """`[images, classes]`."""
+    return torch.cat([output.logits for output in model_outputs(model, batches)])
+
+
+def timed(function) -> float:
+    """Wall time of a call in seconds."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of images whose class comes first."""
+    return float((logits.argmax(dim=1) == labels).float().mean())
+
+
+def compare(original: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> dict:
+    """Top-1, its paired change per image, agreement and KL."""
+    return {
+        "top1": accuracy(logits, labels),
+        "agreement": float(agreement(original, logits).float().mean()),
+        "kl": float(kl_divergence(original, logits).mean()),
+        "correct": (logits.argmax(dim=1) == labels).int().tolist(),
+    } | {"change": paired_change(original, logits, labels)}
+
+
+def paired_change(original: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
+    """Change of top-1 against the original with a 95 % interval, from the differences image by image."""
+    difference = (logits.argmax(dim=1) == labels).double() - (original.argmax(dim=1) == labels).double()
+    half = 1.96 * float(difference.std()) / len(difference) ** 0.5
+    return [float(difference.mean()), half]
+
+
+def summary(record: dict) -> list[dict]:
+    """Means and spreads over seeds, by method and budget."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in record["rows"]:
+        groups.setdefault((row["method"], row["asked"]), []).append(row)
+    return [
+        {
+            "method": method,
+            "kept": statistics.mean(row["kept"] for row in rows),
+            "top1": [row["top1"] for row in rows],
+            "kl": [row["kl"] for row in rows],
+            "change": statistics.mean(row["change"][0] for row in rows),
+            "half": statistics.mean(row["change"][1] for row in rows),
+            "forward_passes": statistics.mean(row["forward_passes"] for row in rows),
+        }
+        for (method, _), rows in groups.items()
+    ]
+
+
+def markdown(record: dict) -> str:
+    """The record as a Markdown table, with its settings above it."""
+    settings, machine = record["settings"], record["environment"]
+    lines = [
+        f"{settings['num_samples']} calibration images, {settings['test_images']} test images, seeds "
+        f"{settings['seeds']}, batch size {settings['batch_size']}, {settings['dtype']}, fields {settings['fields']}; "
+        f"PyTorch {machine['torch']}, Transformers {machine['transformers']}, {machine['device']}, "
+        f"{machine['threads']} threads. Original: {record['original_top1']:.1%} top-1.",
+        "",
+        "| method | kept | top-1 (spread) | change, paired 95 % interval | KL (spread) | cost in forward passes |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in summary(record):
+        top1, kl = row["top1"], row["kl"]
+        lines.append(
+            f"| {row['method']} | {row['kept']:.1%} | {statistics.mean(top1):.1%} ({min(top1):.1%} to {max(top1):.1%}) "
+            f"| {100 * row['change']:+.1f} ± {100 * row['half']:.1f} points "
+            f"| {statistics.mean(kl):.3f} ({min(kl):.3f} to {max(kl):.3f}) | {row['forward_passes']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(record: dict, path: Path) -> None:
+    """Accuracy and KL over the share of parameters kept."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = summary(record)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["kept"])
+        kept = [100 * row["kept"] for row in mine]
+        left.plot(kept, [100 * statistics.mean(row["top1"]) for row in mine], marker="o", label=method)
+        right.plot(kept, [statistics.mean(row["kl"]) for row in mine], marker="o")
+    left.axhline(100 * record["original_top1"], color="gray", linestyle=":", label="original")
+    left.set(xlabel="encoder parameters kept (%)", ylabel="top-1 (%)")
+    right.set(xlabel="encoder parameters kept (%)", ylabel="KL from the original (nats)", yscale="log")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

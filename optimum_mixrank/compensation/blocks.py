@@ -1,0 +1,69 @@
+"""Block output reconstruction: train the factors of one block at a time on what the original block gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ..inference import evaluation_mode
+from .compensator import COMPENSATORS, Compensation, Compensator
+from .distillation import relative_loss, trained_parameters
+from .segments import Call, SegmentReplay, find_segments, first_tensor
+from .training import TrainingSettings, balanced_factors, train
+
+
+logger = logging.get_logger(__name__)
+
+
+@COMPENSATORS.register
+class BlockCompensator(Compensator):
+    """Trains the factors of each block (or stage) in forward order to restore the original residual stream after it.
+
+    A block gets the inputs that it has in the compressed model; its target is the output of the original block for the
+    original inputs. The loss is the squared error relative to the variance of the target. Every block keeps the state
+    with the lowest held-out error.
+
+    Memory: the activations at one block boundary of both models. Time: per epoch a forward and backward pass of the
+    compressed model, and two passes more of both.
+    """
+
+    name = "blocks"
+
+    def compensate(self, task: Compensation) -> Mapping[str, Any]:
+        """See `Compensator.compensate`."""
+        config = task.config
+        segments = find_segments(task.original, [target.name for target in task.factored])
+        # Batches are the units here, since the inputs of a block are kept as they come.
+        batches = [*task.batches, *task.held_out]
+        learn, settings = len(task.batches), TrainingSettings(config.epochs, config.learning_rate, 1, config.seed)
+        improved = []
+        with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
+            theirs = SegmentReplay(task.original, segments, batches)
+            ours = SegmentReplay(task.model, segments, batches)
+            for segment in segments:
+                inside = [name for name in names if name.startswith(f"{segment}.")]
+                wanted = [first_tensor(call(theirs.segment)) for call in theirs.calls]
+                block = ours.segment
+
+                def loss(indices: Tensor, calls: list[Call] = ours.calls, wanted: list[Tensor] = wanted) -> Tensor:
+                    index = int(indices[0])
+                    return relative_loss(wanted[index], first_tensor(calls[index](block)))  # noqa: B023
+
+                def error(calls: list[Call] = ours.calls, wanted: list[Tensor] = wanted) -> float:
+                    with torch.no_grad():
+                        pairs = list(zip(wanted, calls, strict=True))[learn:]
+                        return sum(float(relative_loss(w, first_tensor(c(block)))) for w, c in pairs)  # noqa: B023
+
+                if inside:
+                    parameters = trained_parameters(
+                        block, [name.removeprefix(f"{segment}.") for name in inside], block
+                    )
+                    history = train(block, parameters, learn, loss, error, settings, f"Training {segment}")
+                    improved.append(history.best_epoch > 0)
+                theirs.advance()
+                ours.advance()
+        return {"blocks": len(segments), "blocks_improved": sum(improved)}

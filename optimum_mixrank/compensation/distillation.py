@@ -1,0 +1,115 @@
+"""Whole-model distillation from the original, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..inference import evaluation_mode
+from ..outputs import ModelOutput, select_output
+from .augmentation import augment
+from .compensator import COMPENSATORS, Compensation, Compensator
+from .held_out import model_outputs, output_error
+from .training import TrainingSettings, balanced_factors, train
+
+
+logger = logging.get_logger(__name__)
+
+
+@COMPENSATORS.register
+class DistillationCompensator(Compensator):
+    """Trains factors, biases and normalizations of the encoder to predict what the original predicts.
+
+    The loss of an image is `KL(original ‖ compressed)` in nats plus `feature_weight` times the relative squared error
+    of the last hidden state over all tokens; without a class head the features alone. Images are flipped, cropped and
+    mixed; the original sees the same views. The state with the lowest held-out error is kept.
+
+    Memory: gradients, two moments and one copy of the trained parameters, and the activations of a batch. Time: per
+    epoch a forward pass of the original and a forward and backward pass of the compressed model.
+
+    Args:
+        feature_weight: Weight of the feature term.
+    """
+
+    name = "distillation"
+
+    def __init__(self, feature_weight: float = 1.0) -> None:
+        self.feature_weight = feature_weight
+
+    def compensate(self, task: Compensation) -> Mapping[str, Any]:
+        """See `Compensator.compensate`."""
+        config = task.config
+        images = torch.cat(list(task.batches))
+        settings = TrainingSettings(
+            epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            batch_size=min(config.train_batch_size, len(images)),
+            seed=config.seed,
+        )
+        references = model_outputs(task.original, task.held_out)
+        generator = torch.Generator().manual_seed(config.seed)
+
+        def loss(indices: Tensor) -> Tensor:
+            return self._loss(task.original, task.model, augment(images[indices], generator))
+
+        def error() -> float:
+            return output_error(model_outputs(task.model, task.held_out), references)
+
+        with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
+            parameters = trained_parameters(task.model, names, getattr(task.model, "base_model", task.model))
+            history = train(task.model, parameters, len(images), loss, error, settings, "Distilling")
+        return {
+            "epochs": settings.epochs,
+            "best_epoch": history.best_epoch,
+            "losses": list(history.losses),
+            "errors": list(history.errors),
+        }
+
+    def _loss(self, original: nn.Module, model: nn.Module, pixel_values: Tensor) -> Tensor:
+        parameter = next(model.parameters())
+        pixel_values = pixel_values.to(parameter.device, parameter.dtype)
+        with torch.no_grad():
+            theirs, their_features = _run(original, pixel_values)
+        ours, our_features = _run(model, pixel_values)
+        total = pixel_values.new_zeros(())
+        if ours.logits is not None and theirs.logits is not None:
+            log_q = ours.logits.float().log_softmax(dim=-1)
+            log_p = theirs.logits.float().log_softmax(dim=-1)
+            total = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+        features = list(zip(theirs.features, ours.features, strict=True))
+        if their_features is not None and our_features is not None:
+            features.append((their_features, our_features))
+        for reference, feature in features:
+            total = total + self.feature_weight * relative_loss(reference, feature) / len(features)
+        return total
+
+
+def relative_loss(reference: Tensor, feature: Tensor) -> Tensor:
+    """Squared error over the variance of the reference, each feature centred over all tokens of the batch.
+
+    Args:
+        reference: `[batch, ..., width]`.
+        feature: The same shape.
+    """
+    reference, feature = reference.float(), feature.float()
+    centred = reference - reference.flatten(0, -2).mean(dim=0)
+    return (feature - reference).square().mean() / centred.square().mean().clamp_min(1e-12)
+
+
+def trained_parameters(model: nn.Module, names: Sequence[str], scope: nn.Module) -> list[nn.Parameter]:
+    """Factors and biases of the factored layers, and weights and biases of the normalizations within `scope`."""
+    modules = [model.get_submodule(name) for name in names]
+    modules += [module for module in scope.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm)]
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.numel()]
+    return list(dict.fromkeys(parameters))
+
+
+def _run(model: nn.Module, pixel_values: Tensor) -> tuple[ModelOutput, Tensor | None]:
+    """What the model says, and its last hidden state."""
+    output = model(pixel_values=pixel_values, output_hidden_states=True)
+    hidden = output.get("hidden_states") if isinstance(output, Mapping) else None
+    return select_output(output, getattr(model, "config", None)), hidden[-1] if hidden else None

@@ -1,0 +1,183 @@
+"""Gradient steps for compensators: one loop, which keeps the best state that the held-out images have seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..decomposition import balance
+from ..layout import FactoredLayer
+from ..modeling import FactoredLinear, LowRankLinear, replace_module, to_float64
+from ..stages import factored_linear
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train.
+
+    Attributes:
+        epochs: Passes over the images.
+        learning_rate: Peak of the cosine schedule; steps of AdamW on balanced factors.
+        batch_size: Images per step.
+        seed: Of the order of the images.
+        warmup: Share of the steps over which the learning rate rises linearly.
+        max_norm: Gradients are clipped to it.
+    """
+
+    epochs: int
+    learning_rate: float
+    batch_size: int
+    seed: int
+    warmup: float = 0.1
+    max_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainingHistory:
+    """What happened.
+
+    Attributes:
+        losses: Mean loss of every epoch.
+        errors: Held-out error before the first epoch and after every epoch.
+    """
+
+    losses: Sequence[float]
+    errors: Sequence[float]
+
+    @property
+    def best_epoch(self) -> int:
+        """After how many epochs the kept state was reached; 0 is the state before training."""
+        return min(range(len(self.errors)), key=self.errors.__getitem__)
+
+
+def train(
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    num_images: int,
+    loss: Callable[[Tensor], Tensor],
+    error: Callable[[], float],
+    settings: TrainingSettings,
+    description: str,
+) -> TrainingHistory:
+    """Train parameters of a module and leave it in the best state that was seen, the first one included.
+
+    Args:
+        module: What holds the parameters.
+        parameters: What is trained.
+        num_images: Images there are.
+        loss: Mean loss over the images with these indices, int64, `[batch]`.
+        error: Error on held-out images.
+        settings: How to train.
+        description: Of the progress bar.
+
+    Raises:
+        ValueError: if the loss becomes NaN or Inf.
+    """
+    steps_per_epoch = math.ceil(num_images / settings.batch_size)
+    total = settings.epochs * steps_per_epoch
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total, settings.warmup))
+    generator = torch.Generator().manual_seed(settings.seed)
+    losses, errors = [], [error()]
+    best = _snapshot(parameters)
+    progress = logging.tqdm(total=total, desc=description, unit="step")
+    with progress, _trainable(module, parameters):
+        for epoch in range(settings.epochs):
+            sum_of_losses = 0.0
+            for indices in torch.randperm(num_images, generator=generator).split(settings.batch_size):
+                value = loss(indices)
+                if not torch.isfinite(value):
+                    raise ValueError(
+                        f"{description}: the loss is {value.item()} in epoch {epoch + 1}; lower "
+                        f"learning_rate={settings.learning_rate}, or use dtype='float32'."
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                value.backward()
+                nn.utils.clip_grad_norm_(parameters, settings.max_norm)
+                optimizer.step()
+                schedule.step()
+                sum_of_losses += value.item() * len(indices)
+                progress.update()
+            losses.append(sum_of_losses / num_images)
+            errors.append(error())
+            progress.set_postfix(loss=f"{losses[-1]:.4g}", held_out=f"{errors[-1]:.4g}")
+            if errors[-1] <= min(errors):
+                best = _snapshot(parameters)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, best, strict=True):
+            parameter.copy_(value)
+    return TrainingHistory(losses, errors)
+
+
+@contextmanager
+def balanced_factors(model: nn.Module) -> Iterator[list[str]]:
+    """Hold factored layers as balanced factors, in which steps of one size suit both; afterwards in their own layout.
+
+    Yields:
+        Names of the factored layers.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+    entries = {name: FactoredLayer(layer.rank, layer.bias is not None, layer.layout) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        replace_module(model, name, _balanced(layer))
+    try:
+        yield list(layers)
+    finally:
+        for name, entry in entries.items():
+            trained = model.get_submodule(name)
+            A, B = to_float64(trained.factor_a.weight), to_float64(trained.factor_b.weight)
+            layer = factored_linear(trained.to_linear(), A, B, entry.layout)
+            for new, old in zip(layer.parameters(), layers[name].parameters(), strict=True):
+                new.requires_grad_(old.requires_grad)
+            replace_module(model, name, layer.train(layers[name].training))
+
+
+def _balanced(layer: FactoredLinear) -> LowRankLinear:
+    if isinstance(layer, LowRankLinear):
+        A, B = to_float64(layer.factor_a.weight), to_float64(layer.factor_b.weight)
+    else:
+        # The pivot rows times the identity and the coefficients.
+        A = to_float64(layer.factor_a.weight)
+        identity = torch.eye(layer.rank, dtype=A.dtype, device=A.device)
+        B = torch.cat([identity, to_float64(layer.factor_b.weight)]).index_select(0, layer.order.to(A.device))
+    weight = layer.factor_a.weight
+    A, B = (factor.to(weight) for factor in balance(A, B))
+    bias = None if layer.bias is None else layer.bias.detach().clone()
+    return LowRankLinear.from_factors(A, B, bias).train(layer.training)
+
+
+@contextmanager
+def _trainable(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Only these parameters collect gradients; afterwards all are as trainable as before."""
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+            parameter.grad = None
+
+
+def _snapshot(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def _cosine(step: int, total: int, warmup: float) -> float:
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
