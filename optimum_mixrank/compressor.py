@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .calibration.collect import collect_statistics
+from .calibration.fingerprint import ImageFingerprint, fingerprint_model
 from .calibration.images import ImageBatches
 from .calibration.result import Calibration
 from .calibration.sources import load_image_dataset
@@ -26,9 +27,10 @@ from .decomposition import METRICS, Metric, Statistic
 from .evaluation.labels import find_label_column, map_labels
 from .original import load_image_processor, load_original
 from .planning import LayerSpec, RankPlan
+from .profile import BudgetPoint, RankProfile
 from .quantizer import MixRankHfQuantizer, attach
 from .reporting.build import build_report, measure
-from .stages import check_weights, decompose_layers, factorize_layers
+from .stages import allocation_losses, check_weights, decompose_layers, factorize_layers
 from .targets import Target, encoder_linears, find_targets, match_values, select_targets
 
 
@@ -197,7 +199,8 @@ class MixRankCompressor(OptimumQuantizer):
                 or Hub id, `config.num_samples` images are drawn with `config.seed`. Not needed for `metric="svd"`.
             save_directory: Where to save the compressed model, its image processor and the report.
             batch_size: Images per forward pass.
-            calibration: Statistics from `calibrate`, in place of a calibration dataset.
+            calibration: Statistics from `calibrate` of this very model. With compensation, the images that they were
+                taken from are needed too.
             inplace: False compresses a copy, so that the original stays for comparison; True compresses
                 `self.model` itself and needs no memory for a second model.
             overwrite: Whether `save_directory` may hold files already.
@@ -239,6 +242,11 @@ class MixRankCompressor(OptimumQuantizer):
             batches = self._batches(calibration_dataset, batch_size, max_broken_share)
             images = [batch.pixel_values for batch in logging.tqdm(batches, desc="Decoding", unit="batch")]
             calibration_dataset = images
+        if calibration is not None:
+            seen = ImageFingerprint()
+            for pixel_values in images:
+                seen.update(pixel_values)
+            calibration.check(fingerprint_model(self.model), seen.hexdigest() if images else None)
         if not metric.uses_data:
             calibration = None
         elif calibration is None:
@@ -258,10 +266,7 @@ class MixRankCompressor(OptimumQuantizer):
         start = time.perf_counter()
         decompositions = decompose_layers(metric, targets, calibration, config.layout)
         decomposed = time.perf_counter()
-        losses = {
-            name: (decomposition.tails() if metric.common_unit else decomposition.losses()).cpu().numpy()
-            for name, decomposition in decompositions.items()
-        }
+        losses = allocation_losses(metric, decompositions)
         ranks = plan.allocate(losses, config.allocation)
         allocated = time.perf_counter()
         model = self.model if inplace else copy.deepcopy(self.model)
@@ -296,6 +301,41 @@ class MixRankCompressor(OptimumQuantizer):
         if save_directory is not None:
             self.save_pretrained(model, save_directory, overwrite=overwrite)
         return model
+
+    def profile(
+        self,
+        calibration: Calibration,
+        config: MixRankConfig | None = None,
+        ratios: Sequence[float] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+    ) -> RankProfile:
+        """Ranks and predicted losses over many budgets, without compressing anything.
+
+        Args:
+            calibration: Statistics from `calibrate` with the configuration's metric.
+            config: Everything but the ratio; default `MixRankConfig()`.
+            ratios: Values of `compression_ratio`; those that cannot be reached are an error.
+
+        Raises:
+            ValueError: as `compress`.
+        """
+        config = config or MixRankConfig()
+        metric = METRICS.create(config.metric)
+        calibration.check(fingerprint_model(self.model))
+        targets = find_targets(self.model, config.target_modules, config.exclude_modules)
+        check_weights(targets)
+        plans = {}
+        for ratio in sorted(ratios):
+            plans[ratio] = self._plan(dataclasses.replace(config, compression_ratio=ratio), targets)
+            plans[ratio].check()
+        decompositions = decompose_layers(metric, targets, calibration if metric.uses_data else None, config.layout)
+        losses = allocation_losses(metric, decompositions)
+        points = []
+        for ratio, plan in plans.items():
+            ranks = plan.allocate(losses, config.allocation)
+            loss = sum(float(losses[name][rank]) for name, rank in ranks.items() if rank is not None)
+            points.append(BudgetPoint(ratio, plan.kept(ranks), loss, ranks))
+        unit = "nats per image" if metric.common_unit else "sum of normalised energies"
+        return RankProfile(points, unit)
 
     def quantize(
         self,
@@ -443,10 +483,18 @@ class MixRankCompressor(OptimumQuantizer):
             return Calibration({}, 0)
         batches = self._batches(dataset, batch_size, max_broken_share)
         start = time.perf_counter()
+        images = ImageFingerprint()
         layers, num_images = collect_statistics(
-            self.model, batches, required, batches.num_images, fisher_samples=fisher_samples, seed=seed
+            self.model, images.watch(batches), required, batches.num_images, fisher_samples=fisher_samples, seed=seed
         )
-        return Calibration(layers, num_images, tuple(batches.broken), time.perf_counter() - start)
+        return Calibration(
+            layers,
+            num_images,
+            tuple(batches.broken),
+            time.perf_counter() - start,
+            fingerprint_model(self.model),
+            images.hexdigest(),
+        )
 
     def _batches(self, dataset: Any, batch_size: int, max_broken_share: float) -> ImageBatches:
         return ImageBatches(

@@ -136,6 +136,7 @@ class MixRankConfig(QuantizationConfigMixin):
         _check_choice("allocation", self.allocation, _allocator_names())
         _check_choice("layout", self.layout, LAYOUT_NAMES)
         _check_steps("compensation", self.compensation, _compensator_names())
+        _check_order(self.compensation)
         _check_fraction("held_out_ratio", self.held_out_ratio, "It is a share of the calibration images.")
         if not isinstance(self.mirror, bool):
             raise ValueError(f"mirror={self.mirror!r} is neither True nor False.")
@@ -269,6 +270,18 @@ def _check_steps(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not a list; give the steps in their order, or [] for none.")
     if not _known(value, choices):
         raise ValueError(f"{name}={value!r} has an unknown step; choose among {', '.join(map(repr, choices))}.")
+
+
+def _check_order(steps: list[str]) -> None:
+    from .compensation import COMPENSATORS
+    from .compensation.layerwise import LayerwiseCompensator
+
+    layerwise = [issubclass(COMPENSATORS[step], LayerwiseCompensator) for step in steps]
+    if sum(layerwise) > 1 or any(layerwise[1:]):
+        raise ValueError(
+            f"compensation={steps!r}: a layer-wise step ('sequential' or 'residual') makes every layer anew from the "
+            "original, so whatever comes before it is lost. Put one of them first, or none."
+        )
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:

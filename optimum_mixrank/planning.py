@@ -132,6 +132,15 @@ class RankPlan:
             raise ValueError(self._unreachable(problem.min_cost + self._dense_cost)) from error
         return {layer.name: ranks.get(layer.name) for layer in self.layers}
 
+    def kept(self, ranks: Mapping[str, int | None]) -> float:
+        """Share of the targeted layers' stored values that an allocation keeps."""
+        kept = 0
+        for layer in self.layers:
+            rank = ranks[layer.name]
+            m, n = layer.out_features, layer.in_features
+            kept += layer.dense_cost if rank is None else stored_values(m, n, rank, self.layout)
+        return kept / sum(layer.dense_cost for layer in self.layers)
+
     @property
     def _dense_cost(self) -> int:
         return sum(layer.dense_cost for layer in self.layers if layer.ratio == 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.utils import logging
@@ -57,6 +58,14 @@ def decompose_layers(
         dtype = torch.promote_types(target.module.weight.dtype, torch.float32)
         decompositions[target.canonical_name] = decomposition.truncated(keep, dtype)
     return decompositions
+
+
+def allocation_losses(metric: Metric, decompositions: Mapping[str, Decomposition]) -> dict[str, np.ndarray]:
+    """Loss at rank 0, 1, … of every layer, in the unit in which losses of different layers are added up."""
+    return {
+        name: (decomposition.tails() if metric.common_unit else decomposition.losses()).cpu().numpy()
+        for name, decomposition in decompositions.items()
+    }
 
 
 def factorize_layers(

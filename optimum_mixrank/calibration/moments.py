@@ -84,10 +84,14 @@ class PairAccumulator:
     """Means and covariances of a stream of pairs: inputs, `[..., n]`, and targets, `[..., m]`.
 
     Shifted and summed as in `MomentAccumulator`.
+
+    Args:
+        same_inputs: An accumulator that gets the very same inputs, and gets them first; their moments are shared.
     """
 
-    def __init__(self) -> None:
-        self._inputs = MomentAccumulator()
+    def __init__(self, same_inputs: PairAccumulator | None = None) -> None:
+        self._shares_inputs = same_inputs is not None
+        self._inputs = MomentAccumulator() if same_inputs is None else same_inputs._inputs
         self._targets = MomentAccumulator(products=False)
         self._shifts: tuple[Tensor, Tensor] | None = None
         self._cross: Tensor | None = None
@@ -100,7 +104,8 @@ class PairAccumulator:
             inputs, targets = inputs.float(), targets.float()
         if self._shifts is None:
             self._shifts = inputs.mean(dim=0), targets.mean(dim=0)
-        self._inputs.update(inputs)
+        if not self._shares_inputs:
+            self._inputs.update(inputs)
         self._targets.update(targets)
         with torch.autocast(inputs.device.type, enabled=False):
             product = (targets - self._shifts[1]).T @ (inputs - self._shifts[0])

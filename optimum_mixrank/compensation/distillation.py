@@ -109,7 +109,18 @@ def trained_parameters(model: nn.Module, names: Sequence[str], scope: nn.Module)
 
 
 def _run(model: nn.Module, pixel_values: Tensor) -> tuple[ModelOutput, Tensor | None]:
-    """What the model says, and its last hidden state."""
-    output = model(pixel_values=pixel_values, output_hidden_states=True)
-    hidden = output.get("hidden_states") if isinstance(output, Mapping) else None
-    return select_output(output, getattr(model, "config", None)), hidden[-1] if hidden else None
+    """What the model says, and the last hidden state of its encoder, `[batch, ..., width]`."""
+    hidden: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[object, ...], output: Any) -> None:
+        state = output.get("last_hidden_state") if isinstance(output, Mapping) else None
+        if state is not None:
+            hidden.append(state)
+
+    # `output_hidden_states=True` would leave hooks of Transformers' own on the model.
+    handle = getattr(model, "base_model", model).register_forward_hook(hook)
+    try:
+        output = model(pixel_values=pixel_values)
+    finally:
+        handle.remove()
+    return select_output(output, getattr(model, "config", None)), hidden[0] if hidden else None

@@ -73,7 +73,11 @@ def compensate_and_keep_the_better(
     """
     before = output_error(model_outputs(task.model, task.held_out), references)
     backup = copy.deepcopy(dict(task.model.named_children()))
+    modes = {name: module.training for name, module in task.model.named_modules()}
     details = compensator.compensate(task)
+    for name, module in task.model.named_modules():
+        # New layers were made while the model was in evaluation mode.
+        module.training = modes[name]
     after = output_error(model_outputs(task.model, task.held_out), references)
     kept = after < before
     if not kept:

@@ -28,9 +28,10 @@ class LayerwiseCompensator(Compensator):
     A layer's new version is made from the covariances of its inputs in the compressed model, `x'`, and of its targets
     in the original one with them.
 
-    Memory: beside the covariances of one group of layers, the activations at one segment boundary of both models,
-    `2 x images x tokens x width` values, which are announced in the log before the work starts. Time: per block about
-    one and a half runs of each model for every group of layers that share an input (four in a ViT block).
+    Memory: the activations at one segment boundary of both models and the outputs of the linear layers of one segment
+    of the original, for all images: in a ViT of width d about `12 d` values per token; the boundary is announced in the
+    log before the work starts. Time: two runs of the original, and of the compressed model one run to every group of
+    layers that share an input (four in a ViT block) and one through the segment.
 
     Attributes:
         description: Of the progress bar.
@@ -73,8 +74,9 @@ class LayerwiseCompensator(Compensator):
                 first = theirs.calls[0]
                 anchors = find_anchors(theirs.segment, first, list(inside)) if self.residual_targets else {}
                 anchored += len(anchors)
+                wanted = [_wanted(theirs.segment, call, list(inside), anchors) for call in theirs.calls]
                 for group in group_by_input(theirs.segment, first, list(inside)):
-                    self._replace(task, theirs, ours, {name: inside[name] for name in group}, anchors)
+                    self._replace(task, ours, {name: inside[name] for name in group}, anchors, wanted)
                     progress.update(len(group))
                 theirs.advance()
                 ours.advance()
@@ -83,14 +85,16 @@ class LayerwiseCompensator(Compensator):
     def _replace(
         self,
         task: Compensation,
-        theirs: SegmentReplay,
         ours: SegmentReplay,
         group: Mapping[str, Target],
         anchors: Mapping[str, str],
+        wanted: Sequence[Mapping[str, Tensor]],
     ) -> None:
-        pairs = {name: PairAccumulator() for name in group}
-        for their_call, our_call in zip(theirs.calls, ours.calls, strict=True):
-            inputs, targets = _inputs_and_targets(theirs.segment, ours.segment, their_call, our_call, group, anchors)
+        pairs: dict[str, PairAccumulator] = {}
+        for name in group:
+            pairs[name] = PairAccumulator(next(iter(pairs.values()), None))
+        for call, original in zip(ours.calls, wanted, strict=True):
+            inputs, targets = _inputs_and_targets(ours.segment, call, list(group), anchors, original)
             for name, pair in pairs.items():
                 pair.update(inputs[name], targets[name])
         for name, target in group.items():
@@ -140,25 +144,30 @@ def group_by_input(segment: nn.Module, call: Call, names: Sequence[str]) -> list
     return groups
 
 
+def _wanted(segment: nn.Module, call: Call, names: Sequence[str], anchors: Mapping[str, str]) -> dict[str, Tensor]:
+    """What the original gives for one batch, by layer: its output, or the residual stream at its anchor."""
+    modules = sorted({place for place in anchors.values() if place})
+    outputs = [name for name in names if name not in anchors] + ([""] if "" in anchors.values() else [])
+    streams, given = run_segment(segment, call, modules, outputs)
+    return {name: _at(anchors[name], streams, given) if name in anchors else given[name] for name in names}
+
+
 def _inputs_and_targets(
-    theirs: nn.Module,
-    ours: nn.Module,
-    their_call: Call,
-    our_call: Call,
-    group: Mapping[str, Target],
-    anchors: Mapping[str, str],
+    segment: nn.Module, call: Call, names: Sequence[str], anchors: Mapping[str, str], wanted: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inputs of our layers, and what their outputs should be, for one batch."""
-    places = {name: anchors[name] for name in group if name in anchors}
-    plain = [name for name in group if name not in places]
-    # The residual stream is read at the input of a module, or as the output of the segment.
+    places = {name: anchors[name] for name in names if name in anchors}
     modules = sorted({place for place in places.values() if place})
-    ends = [""] if "" in places.values() else []
-    their_streams, their_outputs = run_segment(theirs, their_call, modules, [*plain, *ends])
-    targets = {name: their_outputs[name] for name in plain}
-    our_streams, our_outputs = run_segment(ours, our_call, [*group, *modules], [*places, *ends])
-    for name, place in places.items():
-        before, now = (their_streams, our_streams) if place else (their_outputs, our_outputs)
-        # What the stream holds beside our layer's own output stays; the layer is to add the rest.
-        targets[name] = before[place] - (now[place] - our_outputs[name])
-    return {name: our_streams[name] for name in group}, targets
+    outputs = [*places, *([""] if "" in places.values() else [])]
+    streams, given = run_segment(segment, call, [*names, *modules], outputs)
+    # What the stream holds beside our layer's own output stays; the layer is to add the rest.
+    targets = {
+        name: wanted[name] - (_at(places[name], streams, given) - given[name]) if name in places else wanted[name]
+        for name in names
+    }
+    return {name: streams[name] for name in names}, targets
+
+
+def _at(place: str, streams: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
+    """The residual stream at the input of a module, or as the output of the segment."""
+    return streams[place] if place else given[place]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..layout import break_even
 from .report import CompressionReport, LayerReport
 from .table import format_count
 
@@ -25,7 +26,7 @@ def plot_ranks(report: CompressionReport, path: str | Path) -> Path:
     """Draw the rank of every layer over depth, one row per kind of layer.
 
     A bar is the rank as a share of the full rank `min(m, n)`, with the rank written at it. A line across it marks the
-    break-even rank `m n / (m + n)`, from which on factors are no smaller than the dense weight. Dense and excluded
+    break-even rank of the layout, from which on factors are no smaller than the dense weight. Dense and excluded
     layers have full bars in colours of their own. Layers are of one kind if their names differ in numbers only.
 
     Args:
@@ -48,6 +49,7 @@ def plot_ranks(report: CompressionReport, path: str | Path) -> Path:
         raise ValueError(f"{path.name!r} has the suffix {path.suffix!r}; choose one of {', '.join(_FORMATS)}.")
     if not report.layers:
         raise ValueError("The report has no layer to draw.")
+    layout = str(report.settings.get("layout", "factors"))
     depths = _depths(report.layers)
     kinds = _kinds(report.layers)
     num_slots = max(depths.values()) + 1
@@ -61,7 +63,7 @@ def plot_ranks(report: CompressionReport, path: str | Path) -> Path:
         rows = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0].tolist()
         room = 72 * (width - 2.6) / num_slots
         for axes, (label, layers) in zip(rows, kinds.items(), strict=True):
-            _draw_kind(axes, label, [(depths[layer.name], layer) for layer in layers], room)
+            _draw_kind(axes, label, [(depths[layer.name], layer) for layer in layers], room, layout)
         _label_depth(rows[-1], report.layers, depths, num_slots, room)
         before, after = report.model_parameters_before, report.model_parameters_after
         figure.suptitle(
@@ -132,12 +134,14 @@ def _shortest_suffix(kind: tuple[str, ...], kinds: Sequence[tuple[str, ...]]) ->
     return ".".join(kind)
 
 
-def _draw_kind(axes: Axes, label: str, layers: Sequence[tuple[int, LayerReport]], room: float) -> None:
+def _draw_kind(axes: Axes, label: str, layers: Sequence[tuple[int, LayerReport]], room: float, layout: str) -> None:
     """One row: bars with ranks, each with its break-even line; `room` is the width of a slot in points."""
     for depth, layer in layers:
         m, n = layer.shape
         full = min(m, n)
-        axes.hlines(m * n / (m + n) / full, depth - 0.42, depth + 0.42, color=_BREAK_EVEN, linewidth=1.3, zorder=3)
+        axes.hlines(
+            break_even(m, n, layout) / full, depth - 0.42, depth + 0.42, color=_BREAK_EVEN, linewidth=1.3, zorder=3
+        )
         if layer.rank is not None:
             share, text, colour, hatch = layer.rank / full, str(layer.rank), _FACTORED, None
         elif layer.targeted:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from optimum_mixrank.calibration.moments import MeanInputAccumulator, MomentAccumulator
+from optimum_mixrank.calibration.moments import MeanInputAccumulator, MomentAccumulator, PairAccumulator
 
 
 BATCHES = {"one": [60], "even": [20, 20, 20], "uneven": [1, 37, 2, 20], "single vectors": [1] * 60}
@@ -220,3 +220,35 @@ def test_mean_input_of_images_of_several_sizes():
 def test_mean_input_without_inputs():
     with pytest.raises(ValueError, match="No inputs have been seen"):
         MeanInputAccumulator().mean()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own inputs", "shared inputs"])
+def test_pairs_have_the_moments_of_all_vectors_at_once(shared):
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(40, 6, generator=generator, dtype=torch.float64) + 100
+    targets = torch.randn(40, 4, generator=generator, dtype=torch.float64) - 50
+    leader = PairAccumulator()
+    pair = PairAccumulator(leader) if shared else leader
+    for x, t in zip(inputs.view(8, 5, 6).split(3), targets.view(8, 5, 4).split(3), strict=True):
+        if shared:
+            leader.update(x, 2 * t)
+        pair.update(x, t)
+    input_mean, target_mean = inputs.mean(0), targets.mean(0)
+    for found, expected in zip(pair.means(), (input_mean, target_mean), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    covariance, cross = pair.moments()
+    torch.testing.assert_close(
+        covariance, inputs.T @ inputs / 40 - torch.outer(input_mean, input_mean), rtol=0, atol=1e-9
+    )
+    torch.testing.assert_close(
+        cross, targets.T @ inputs / 40 - torch.outer(target_mean, input_mean), rtol=0, atol=1e-9
+    )
+    about_zero = pair.moments(centred=False)
+    torch.testing.assert_close(about_zero[0], inputs.T @ inputs / 40, rtol=1e-12, atol=0)
+    torch.testing.assert_close(about_zero[1], targets.T @ inputs / 40, rtol=1e-12, atol=0)
+    assert pair.is_finite
+
+
+def test_pairs_that_nothing_was_seen_of():
+    with pytest.raises(ValueError, match="No vectors have been seen"):
+        PairAccumulator().moments()

@@ -1,0 +1,105 @@
+"""Statistics on disk, in safetensors: taken once, used for many budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..decomposition.statistics import LayerStatistics, Statistic
+from ..version import __version__
+from .result import Calibration
+
+
+_FORMAT = "optimum-mixrank statistics 1"
+
+
+def save_calibration(calibration: Calibration, path: str | Path) -> Path:
+    """Write statistics, complete or not at all.
+
+    Args:
+        calibration: What to write.
+        path: The file, `statistics.safetensors` say; its folder must exist.
+
+    Returns:
+        The file.
+    """
+    path = Path(path).expanduser()
+    tensors: dict[str, Tensor] = {}
+    stored_as: dict[int, str] = {}
+    layers: dict[str, Any] = {}
+    for name, statistics in calibration.layers.items():
+        references = {}
+        for statistic in Statistic:
+            tensor = getattr(statistics, statistic.value)
+            if tensor is not None:
+                # Layers that share an input share its tensors: they are stored once.
+                key = stored_as.setdefault(id(tensor), f"{name}:{statistic.value}")
+                tensors[key] = tensor.detach().cpu().contiguous()
+                references[statistic.value] = key
+        layers[name] = {
+            "num_tokens": statistics.num_tokens,
+            "num_images": statistics.num_images,
+            "tensors": references,
+        }
+    content = {
+        "layers": layers,
+        "num_images": calibration.num_images,
+        "broken": list(calibration.broken),
+        "seconds": calibration.seconds,
+        "model_fingerprint": calibration.model_fingerprint,
+        "data_fingerprint": calibration.data_fingerprint,
+        "library_version": __version__,
+    }
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(descriptor)
+    try:
+        save_file(tensors, temporary, metadata={"format": _FORMAT, "calibration": json.dumps(content)})
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def load_calibration(path: str | Path) -> Calibration:
+    """Read statistics that `save_calibration` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds something else, or is damaged.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r} with statistics; write one with `calibration.save`.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(
+                    f"{str(path)!r} has the format {metadata.get('format')!r}, not {_FORMAT!r}; collect the statistics "
+                    "anew with this version."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        content = json.loads(metadata["calibration"])
+        layers = {name: _layer(entry, tensors) for name, entry in content["layers"].items()}
+        fields = {field.name for field in dataclasses.fields(Calibration)} & set(content)
+        return Calibration(
+            **{**{name: content[name] for name in fields}, "layers": layers, "broken": tuple(content["broken"])}
+        )
+    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error!r}); collect the statistics anew.") from error
+
+
+def _layer(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerStatistics:
+    known = {statistic.value for statistic in Statistic}
+    values = {name: tensors[key] for name, key in entry["tensors"].items() if name in known}
+    return LayerStatistics(num_tokens=entry["num_tokens"], num_images=entry["num_images"], **values)

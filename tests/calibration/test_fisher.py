@@ -1,0 +1,91 @@
+"""Fisher information against its definition: every label in turn, weighed by its probability."""
+
+import pytest
+import torch
+from models import pixels, tiny_swin, tiny_vit
+from torch import nn
+
+from optimum_mixrank import MixRankCompressor
+from optimum_mixrank.calibration.fisher import GradientCollector, activation_gradients, probe_likelihood
+from optimum_mixrank.decomposition import Statistic
+from optimum_mixrank.outputs import ModelOutput
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 5)
+        self.unused = nn.Linear(5, 2)
+        self.outer = nn.Linear(5, 4)
+
+    def forward(self, x):
+        hidden = self.inner(x)
+        self.unused(hidden)
+        return self.outer(torch.tanh(hidden))
+
+
+def exact_fisher(model, x):
+    """`E_y[g gᵀ]` of the inner layer, label by label."""
+    total = torch.zeros(5, 5, dtype=torch.float64)
+    for image in x:
+        hidden = model.inner(image).detach().requires_grad_()
+        log_p = model.outer(torch.tanh(hidden)).log_softmax(-1)
+        for label in range(4):
+            [g] = torch.autograd.grad(log_p[label], hidden, retain_graph=True)
+            total += (log_p[label].exp() * torch.outer(g, g)).detach()
+    return total / len(x)
+
+
+def test_converges_to_the_definition():
+    torch.manual_seed(0)
+    model, x = Head().double(), torch.randn(8, 6, dtype=torch.float64)
+    with GradientCollector(model, ["inner", "unused"], samples=2000) as collector, activation_gradients(model):
+        collector.update(ModelOutput(logits=model(x.clone().requires_grad_())))
+    expected = exact_fisher(model, x)
+    assert (collector.moment("inner") - expected).norm() < 0.05 * expected.norm()
+    assert torch.equal(collector.moment("unused"), torch.zeros(2, 2, dtype=torch.float64))
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert not model.inner._forward_hooks
+
+
+def test_probes_have_the_fisher_information_of_the_softmax():
+    logits = torch.randn(1, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(2)
+    draws = []
+    for _ in range(20000):
+        draws.append(torch.autograd.grad(probe_likelihood(ModelOutput(logits=logits), generator), logits)[0][0])
+    draws = torch.stack(draws)
+    p = logits.detach().softmax(-1)[0]
+    assert (draws.T @ draws / len(draws) - (torch.diag(p) - torch.outer(p, p))).abs().max() < 0.01
+
+
+def test_features_are_measured_relative_to_their_spread():
+    feature = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for scale in (1.0, 1000.0):
+        generator = torch.Generator().manual_seed(1)
+        scaled = feature * scale
+        [g] = torch.autograd.grad(probe_likelihood(ModelOutput(features=(scaled,)), generator), feature)
+        # g = noise / (std √size): its energy per image is one over the variance of the features.
+        assert g.square().sum() / 3 == pytest.approx(1 / float(feature.detach().var()), rel=0.5)
+
+
+@pytest.mark.parametrize("model", [tiny_vit(), tiny_swin(), tiny_swin().swin], ids=["vit", "swin", "no head"])
+def test_calibration_delivers_it_and_leaves_the_model_alone(model):
+    model.train()
+    images = pixels(6)
+    calibration = MixRankCompressor(model).calibrate([images], "kfac")
+    for name, statistics in calibration.layers.items():
+        moment = statistics.require(Statistic.GRADIENT_MOMENT)
+        m = model.get_submodule(name).out_features
+        assert moment.shape == (m, m) and torch.isfinite(moment).all()
+        assert statistics.num_images == 6
+        # Products are summed in float32.
+        eigenvalues = torch.linalg.eigvalsh(moment)
+        assert eigenvalues[0] >= -1e-5 * eigenvalues[-1]
+    assert model.training and not images.requires_grad
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    again = MixRankCompressor(model).calibrate([images], "kfac")
+    other = MixRankCompressor(model).calibrate([images], "kfac", seed=1)
+    name = next(iter(calibration.layers))
+    assert torch.equal(again.layers[name].gradient_moment, calibration.layers[name].gradient_moment)
+    assert not torch.equal(other.layers[name].gradient_moment, calibration.layers[name].gradient_moment)

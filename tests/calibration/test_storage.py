@@ -1,0 +1,104 @@
+"""Statistics on disk: reused for another budget, refused for another model or other images."""
+
+import copy
+
+import pytest
+import torch
+from models import pixels, tiny_vit
+from safetensors.torch import save_file
+
+from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank.calibration.fingerprint import ImageFingerprint, fingerprint_model
+from optimum_mixrank.calibration.result import Calibration
+
+
+SETTINGS = {"recipe": "best", "compression_scope": "targets", "compensation": []}
+
+
+@pytest.fixture
+def compressor():
+    return MixRankCompressor(tiny_vit())
+
+
+@pytest.fixture
+def saved(compressor, tmp_path):
+    return compressor.calibrate([pixels(8)], ["kfac", "mean_input"]).save(tmp_path / "statistics.safetensors")
+
+
+@pytest.mark.parametrize("metric", ["kfac", "mean_input"])
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+def test_reloaded_statistics_give_the_same_model(compressor, saved, metric, ratio):
+    config = MixRankConfig(compression_ratio=ratio, **SETTINGS, metric=metric)
+    direct = compressor.compress(config, calibration=compressor.calibrate([pixels(8)], ["kfac", "mean_input"]))
+    reused = compressor.compress(config, calibration=Calibration.load(saved))
+    for name, tensor in direct.state_dict().items():
+        assert torch.equal(tensor, reused.state_dict()[name])
+    assert compressor.report.calibration["num_images"] == 8
+
+
+def test_shared_statistics_are_stored_once(compressor, saved):
+    calibration = compressor.calibrate([pixels(8)], ["kfac", "mean_input"])
+    tensors = {
+        id(tensor): tensor.numel() * tensor.element_size()
+        for statistics in calibration.layers.values()
+        for tensor in vars(statistics).values()
+        if isinstance(tensor, torch.Tensor)
+    }
+    assert saved.stat().st_size < sum(tensors.values()) + 40_000
+
+
+def test_another_model_is_refused(saved):
+    model = tiny_vit()
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    with pytest.raises(ValueError, match="belong to a model with the fingerprint .* weights differ. Calibrate this"):
+        MixRankCompressor(model).compress(MixRankConfig(**SETTINGS), calibration=Calibration.load(saved))
+
+
+def test_other_images_are_refused(compressor, saved):
+    config = MixRankConfig(compression_scope="targets", compensation=["sequential"])
+    with pytest.raises(ValueError, match="taken from images with the fingerprint"):
+        compressor.compress(config, [pixels(8, seed=1)], calibration=Calibration.load(saved))
+    # The same images in other batches are the same images.
+    compressor.compress(config, list(pixels(8).split(3)), calibration=Calibration.load(saved))
+
+
+def test_fingerprints_see_every_change():
+    model = tiny_vit()
+    before = fingerprint_model(model)
+    assert fingerprint_model(copy.deepcopy(model)) == before
+    assert fingerprint_model(model.half()) != before
+    one, two = ImageFingerprint(), ImageFingerprint()
+    one.update(pixels(4))
+    for batch in pixels(4).split(1):
+        two.update(batch)
+    assert one.hexdigest() == two.hexdigest()
+    two.update(pixels(1))
+    assert one.hexdigest() != two.hexdigest()
+
+
+def test_damaged_and_foreign_files(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        Calibration.load(tmp_path / "nothing")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"a": torch.zeros(2)}, foreign)
+    with pytest.raises(ValueError, match="has the format None"):
+        Calibration.load(foreign)
+    content = saved.read_bytes()
+    saved.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="is damaged"):
+        Calibration.load(saved)
+
+
+def test_nothing_is_left_behind_when_writing_fails(compressor, saved, tmp_path, monkeypatch):
+    calibration = compressor.calibrate([pixels(4)], "kfac")
+    before = saved.read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("optimum_mixrank.calibration.storage.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        calibration.save(saved)
+    assert saved.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [saved.name]

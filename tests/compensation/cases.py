@@ -1,0 +1,30 @@
+"""Tiny models with structured images, so that there is something to learn."""
+
+from __future__ import annotations
+
+import torch
+from models import tiny_deit, tiny_swin, tiny_vit
+
+from optimum_mixrank import MixRankCompressor, MixRankConfig
+
+
+FAMILIES = {"vit": tiny_vit, "deit": tiny_deit, "swin": tiny_swin}
+
+
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    """Images of an eight-dimensional family, `[count, 3, 32, 32]`."""
+    base = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(99))
+    mixture = torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
+    return (mixture @ base.flatten(1)).view(count, 3, 32, 32) / 3
+
+
+def config(**changes) -> MixRankConfig:
+    settings = {"compression_ratio": 0.5, "compression_scope": "targets", "metric": "kfac", "layout": "pivoted"}
+    return MixRankConfig(**{**settings, **changes})
+
+
+def compress(model, settings: MixRankConfig, count: int = 64):
+    """The compressed model and its report."""
+    compressor = MixRankCompressor(model)
+    compressed = compressor.compress(settings, list(images(count).split(16)))
+    return compressed, compressor.report

@@ -1,0 +1,160 @@
+"""What compensators promise: a lower held-out error or nothing, the same ranks, the same model every time."""
+
+import copy
+
+import pytest
+import torch
+from compensation.cases import FAMILIES, compress, config, images
+from transformers import AutoModelForImageClassification
+
+from optimum_mixrank import FactoredLinear, MixRankCompressor
+from optimum_mixrank.compensation import COMPENSATORS, Compensation, Compensator
+from optimum_mixrank.compensation.held_out import (
+    compensate_and_keep_the_better,
+    model_outputs,
+    output_error,
+    split_batches,
+)
+from optimum_mixrank.compensation.residual import output_loss
+from optimum_mixrank.compensation.training import TrainingSettings, train
+
+
+STEPS = ["sequential", "residual", "blocks", "distillation"]
+
+
+def error(model, original):
+    test = [images(64, seed=7)]
+    return output_error(model_outputs(model, test), model_outputs(original, test))
+
+
+def settings(step, **changes):
+    return config(compensation=[step], epochs=3, learning_rate=1e-3, train_batch_size=16, **changes)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("family", "layout"), [("vit", "factors"), ("vit", "pivoted"), ("deit", "pivoted")])
+def test_every_step_lowers_the_error_and_keeps_the_budget(step, family, layout, tmp_path):
+    original = FAMILIES[family]()
+    before = copy.deepcopy(original.state_dict())
+    plain, plain_report = compress(original, settings(step, layout=layout, metric="second_moment"), 256)
+    bare, bare_report = compress(original, config(compensation=[], layout=layout, metric="second_moment"), 256)
+    [result] = plain_report.compensation
+    assert result["name"] == step
+    assert result["kept"] and result["error_after"] < result["error_before"]
+    assert error(plain, original) < error(bare, original)
+    assert plain_report.model_parameters_after == bare_report.model_parameters_after
+    assert [layer.rank for layer in plain_report.layers] == [layer.rank for layer in bare_report.layers]
+    assert all(torch.equal(before[name], tensor) for name, tensor in original.state_dict().items())
+    plain.save_pretrained(tmp_path)
+    reloaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(reloaded(images(2)).logits, plain.eval()(images(2)).logits)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_modes_hooks_and_trainability_are_as_before(step):
+    original = FAMILIES["vit"]()
+    original.train()
+    original.vit.embeddings.requires_grad_(False)
+    compressed, _ = compress(original, settings(step))
+    for model in (original, compressed):
+        assert all(module.training for module in model.modules())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        expected = {name for name, _ in model.named_parameters() if name.startswith("vit.embeddings")}
+        guards = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, FactoredLinear)}
+        assert frozen == expected | guards
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_same_seed_gives_the_same_model(step):
+    first, _ = compress(FAMILIES["vit"](), settings(step))
+    second, _ = compress(FAMILIES["vit"](), settings(step))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_swin_and_models_without_a_head(step):
+    original = FAMILIES["swin"]().swin
+    compressed, report = compress(original, settings(step, metric="second_moment"))
+    [result] = report.compensation
+    assert result["error_after"] < result["error_before"] or not result["kept"]
+    assert torch.isfinite(model_outputs(compressed, [images(2)])[0].features[0]).all()
+
+
+def test_in_place_learns_from_the_original():
+    copied, report = compress(FAMILIES["vit"](), config(compensation=["sequential"]))
+    compressor = MixRankCompressor(FAMILIES["vit"]())
+    inplace = compressor.compress(config(compensation=["sequential"]), list(images(64).split(16)), inplace=True)
+    assert compressor.report.compensation == report.compensation
+    assert all(
+        torch.equal(a, b) for a, b in zip(copied.state_dict().values(), inplace.state_dict().values(), strict=True)
+    )
+
+
+class Spoiler(Compensator):
+    name = "spoiler"
+
+    def compensate(self, task):
+        for module in task.model.modules():
+            if isinstance(module, FactoredLinear):
+                module.factor_a.weight.data.mul_(3)
+        return {"spoiled": True}
+
+
+def test_what_does_not_help_is_put_back():
+    original = FAMILIES["vit"]()
+    compressed, _ = compress(original, config(compensation=[]))
+    before = copy.deepcopy(compressed.state_dict())
+    held_out = [images(8, seed=3)]
+    task = Compensation(original, compressed, [], {}, {}, [images(8)], held_out, config())
+    result = compensate_and_keep_the_better(Spoiler(), task, model_outputs(original, held_out))
+    assert not result.kept and result.error_after > result.error_before and result.details == {"spoiled": True}
+    assert all(torch.equal(before[name], tensor) for name, tensor in compressed.state_dict().items())
+
+
+def test_split_holds_out_the_last_images():
+    learn, held_out = split_batches(list(images(10).split(4)), 0.25, 4)
+    assert torch.equal(torch.cat(learn), images(10)[:7]) and torch.equal(torch.cat(held_out), images(10)[7:])
+    assert [len(batch) for batch in learn] == [4, 3]
+    assert [len(part[0]) for part in split_batches([images(2)], 0.9, 8)] == [1, 1]
+    with pytest.raises(ValueError, match="needs at least 2; there are 1"):
+        split_batches([images(1)], 0.1, 8)
+
+
+def test_a_learning_rate_that_explodes_is_named():
+    layer = torch.nn.Linear(2, 2)
+    settings = TrainingSettings(epochs=2, learning_rate=0.9, batch_size=2, seed=0)
+    with pytest.raises(ValueError, match=r"Distilling: the loss is inf in epoch 1; lower learning_rate=0\.9"):
+        train(
+            layer,
+            list(layer.parameters()),
+            4,
+            lambda indices: layer(torch.full((2, 2), 1e30)).square().sum() * 1e30,
+            lambda: 0.0,
+            settings,
+            "Distilling",
+        )
+
+
+def test_residual_loss_is_the_output_loss():
+    generator = torch.Generator().manual_seed(0)
+    X, T, W = (torch.randn(*shape, generator=generator).double() for shape in ((5, 40), (4, 40), (4, 5)))
+    direct = (T - W @ X).square().sum() / 40
+    torch.testing.assert_close(output_loss(W, X @ X.T / 40, T @ X.T / 40) + T.square().sum() / 40, direct)
+
+
+def test_the_registry_holds_what_the_configuration_names():
+    assert sorted(COMPENSATORS) == sorted(STEPS)
+    with pytest.raises(ValueError, match="a layer-wise step .* makes every layer anew"):
+        config(compensation=["distillation", "sequential"])
+    with pytest.raises(ValueError, match="a layer-wise step"):
+        config(compensation=["sequential", "residual"])
+
+
+def test_compensation_needs_images():
+    with pytest.raises(ValueError, match="compensation needs calibration images"):
+        MixRankCompressor(FAMILIES["vit"]()).compress(config(metric="svd", compensation=["sequential"]))
