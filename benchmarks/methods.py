@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from optimum_mixrank import MixRankCompressor, MixRankConfig, load_image_dataset
 from optimum_mixrank.calibration.images import ImageBatches
 from optimum_mixrank.compensation.held_out import model_outputs
+from optimum_mixrank.decomposition import METRICS
 from optimum_mixrank.evaluation.fidelity import agreement, kl_divergence
 from optimum_mixrank.reporting.build import environment
 
@@ -95,14 +96,21 @@ def main() -> None:
         batches = ImageBatches(dataset, image_processor=compressor.image_processor, batch_size=args.batch_size)
         images = [batch.pixel_values for batch in batches]
         forward_seconds = timed(lambda images=images: model_outputs(compressor.model, images))
+        calibrations = {}
         for method in args.methods:
             for kept in args.kept:
                 config = MixRankConfig(
                     compression_ratio=1 - kept, compression_scope="targets", seed=seed, **{**METHODS[method], **fields}
                 )
+                if METRICS[config.metric].uses_data and config.metric not in calibrations:
+                    calibrations[config.metric] = compressor.calibrate(
+                        images, config.metric, batch_size=args.batch_size, seed=seed
+                    )
+                calibration = calibrations.get(config.metric)
                 start = time.perf_counter()
-                model = compressor.compress(config, images, batch_size=args.batch_size)
-                seconds = time.perf_counter() - start
+                model = compressor.compress(config, images, calibration=calibration, batch_size=args.batch_size)
+                # A compression on its own would calibrate too.
+                seconds = time.perf_counter() - start + (calibration.seconds if calibration else 0.0)
                 outcome = compare(original, logits_of(model, test_batches), labels)
                 report = compressor.report
                 rows.append(
@@ -120,7 +128,18 @@ def main() -> None:
                 )
                 line = {key: value for key, value in rows[-1].items() if key not in ("compensation", "correct")}
                 print(json.dumps(line), flush=True)
+                write(args, compressor, original, labels, fields, rows)
 
+
+def write(
+    args: argparse.Namespace,
+    compressor: MixRankCompressor,
+    original: torch.Tensor,
+    labels: torch.Tensor,
+    fields: dict,
+    rows: list[dict],
+) -> None:
+    """Write what was measured so far, so that a run that is cut off loses nothing."""
     record = {
         "settings": {
             "num_samples": args.num_samples,

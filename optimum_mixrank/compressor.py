@@ -24,6 +24,7 @@ from .checkpoint import push_checkpoint, save_checkpoint, writable_directory
 from .compensation.run import compensate
 from .configuration import MixRankConfig
 from .decomposition import METRICS, Metric, Statistic
+from .evaluation.flops import flops_per_image, tokens_per_image
 from .evaluation.labels import find_label_column, map_labels
 from .original import load_image_processor, load_original
 from .planning import LayerSpec, RankPlan
@@ -442,11 +443,17 @@ class MixRankCompressor(OptimumQuantizer):
     def _plan(self, config: MixRankConfig, targets: Sequence[Target]) -> RankPlan:
         rank_pattern = match_values(targets, config.rank_pattern, "rank_pattern")
         ratio_pattern = match_values(targets, config.ratio_pattern, "ratio_pattern")
+        tokens, model_cost = {}, sum(parameter.numel() for parameter in self.model.parameters())
+        if config.cost == "flops":
+            tokens = tokens_per_image(self.model, [target.name for target in targets])
+            # A multiply-add counts two FLOPs.
+            model_cost = flops_per_image(self.model) // 2
         specs = [
             LayerSpec(
                 name=target.canonical_name,
                 out_features=target.shape[0],
                 in_features=target.shape[1],
+                price=tokens.get(target.name, 1),
                 rank=rank_pattern.get(target.canonical_name),
                 ratio=ratio_pattern.get(target.canonical_name),
             )
@@ -454,12 +461,14 @@ class MixRankCompressor(OptimumQuantizer):
         ]
         return RankPlan(
             specs,
-            model_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            model_cost=model_cost,
+            unit="multiply-adds per image" if config.cost == "flops" else "parameters",
             compression_ratio=config.compression_ratio,
             compression_scope=config.compression_scope,
             rank_multiple=config.rank_multiple,
             min_rank=config.min_rank,
             min_rank_ratio=config.min_rank_ratio,
+            max_rank_ratio=config.max_rank_ratio,
             layout=config.layout,
         )
 

@@ -31,8 +31,8 @@ class MixRankConfig(QuantizationConfigMixin):
         compression_ratio (`float`): Fraction of parameters to **remove**, in (0, 1).
         compression_scope (`str`): What the ratio counts: `"model"` counts all parameters of the model, as the paper's
             headline does; `"targets"` counts the weights of the targeted layers alone.
-        recipe (`str`): Named choice of `metric`, `allocation`, `layout` and `compensation`: `"best"`, `"fast"` (one
-            forward pass, closed form) or `"paper"`. Each of the four that is given too overrides the recipe.
+        recipe (`str`): Named choice of `metric`, `allocation`, `layout`, `compensation` and `min_rank_ratio`:
+            `"best"`, `"fast"` (one forward pass, closed form) or `"paper"`. What is given too overrides the recipe.
         metric (`str`, *optional*): How the error of a layer is measured: `"svd"`, `"diagonal"`, `"mean_input"` (the
             paper's representative input), `"second_moment"` or `"kfac"` (predicted loss of the whole model). See
             `optimum_mixrank.decomposition`.
@@ -62,7 +62,12 @@ class MixRankConfig(QuantizationConfigMixin):
             layers; 0 leaves a layer dense.
         rank_multiple (`int`): Ranks are multiples of this number (hardware likes 8, 16 or 32).
         min_rank (`int`): No layer gets a smaller rank.
-        min_rank_ratio (`float`): No layer gets less than this share of its break-even rank `mn / (m + n)`, in [0, 1].
+        min_rank_ratio (`float`, *optional*): No layer gets less than this share of its break-even rank, in [0, 1].
+            Break-even is `mn / (m + n)` for two factors, `min(m, n)` for a pivoted layer.
+        max_rank_ratio (`float`, *optional*): No factored layer gets more than this share of its break-even rank, in
+            (0, 1]; a layer may still stay dense.
+        cost (`str`): What the budget counts: `"parameters"`, or `"flops"`, the multiply-adds for one image. They
+            differ where layers see different numbers of tokens, as in Swin.
         num_samples (`int`): Number of calibration images to draw where a dataset is named rather than passed.
         seed (`int`): Seed of that draw and of all random numbers of the compression.
         rank_map (`dict[str, dict]`): Written by the compressor: the factored layers by their canonical name (relative
@@ -96,7 +101,9 @@ class MixRankConfig(QuantizationConfigMixin):
     ratio_pattern: dict[str, float] = field(default_factory=dict)
     rank_multiple: int = 1
     min_rank: int = 1
-    min_rank_ratio: float = 0.1
+    min_rank_ratio: float = None  # type: ignore[assignment]
+    max_rank_ratio: float | None = None
+    cost: str = "parameters"
     num_samples: int = 512
     seed: int = 42
     rank_map: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -162,8 +169,16 @@ class MixRankConfig(QuantizationConfigMixin):
         if not _is_number(self.min_rank_ratio) or not 0 <= self.min_rank_ratio <= 1:
             raise ValueError(
                 f"min_rank_ratio={self.min_rank_ratio!r} is not in [0, 1]; it is a share of the break-even rank, "
-                "the default is 0.1."
+                "0.05 is usual."
             )
+        if self.max_rank_ratio is not None and not (
+            _is_number(self.max_rank_ratio) and max(0, self.min_rank_ratio) < self.max_rank_ratio <= 1
+        ):
+            raise ValueError(
+                f"max_rank_ratio={self.max_rank_ratio!r} is not in (min_rank_ratio, 1]; it is a share of the break-even "
+                f"rank, min_rank_ratio is {self.min_rank_ratio!r}."
+            )
+        _check_choice("cost", self.cost, ("parameters", "flops"))
         _check_integer("num_samples", self.num_samples, 1)
         _check_integer("seed", self.seed, 0)
         if self.layout_version != LAYOUT_VERSION:

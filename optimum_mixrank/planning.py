@@ -28,6 +28,7 @@ class LayerSpec:
         name: Canonical name.
         out_features: `m`.
         in_features: `n`.
+        price: Cost of one stored value: 1 counts parameters, the tokens per image count multiply-adds per image.
         rank: Rank that the user asked for (`rank_pattern`).
         ratio: Fraction to remove that the user asked for (`ratio_pattern`).
     """
@@ -35,13 +36,14 @@ class LayerSpec:
     name: str
     out_features: int
     in_features: int
+    price: int = 1
     rank: int | None = None
     ratio: float | None = None
 
     @property
     def dense_cost(self) -> int:
-        """Stored values of the dense weight."""
-        return self.out_features * self.in_features
+        """Cost of the dense weight."""
+        return self.out_features * self.in_features * self.price
 
 
 @dataclass(frozen=True)
@@ -50,26 +52,30 @@ class RankPlan:
 
     Args:
         layers: The targeted layers.
-        model_parameters: Parameters of the whole model.
+        model_cost: Parameters (or multiply-adds per image) of the whole model.
         compression_ratio: Fraction to remove, in (0, 1).
         compression_scope: `"model"` or `"targets"`.
         rank_multiple: Ranks are multiples of it.
         min_rank: Smallest rank.
         min_rank_ratio: Smallest share of the break-even rank.
         layout: How factors are stored; see `FactoredLayer`. Break-even is where they take as much as the dense layer.
+        max_rank_ratio: Largest share of the break-even rank of a factored layer; staying dense remains possible.
+        unit: What is counted, for messages.
 
     Raises:
         ValueError: if a rank or a ratio that was asked for does not fit its layer.
     """
 
     layers: Sequence[LayerSpec]
-    model_parameters: int
+    model_cost: int
     compression_ratio: float
     compression_scope: str = "model"
     rank_multiple: int = 1
     min_rank: int = 1
     min_rank_ratio: float = 0.1
     layout: str = "factors"
+    max_rank_ratio: float | None = None
+    unit: str = "parameters"
     _free: list[LayerSpec] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -89,9 +95,9 @@ class RankPlan:
 
     @property
     def budget(self) -> int:
-        """Stored values that all targeted layers together may take."""
+        """Cost that all targeted layers together may have."""
         targeted = sum(layer.dense_cost for layer in self.layers)
-        base = self.model_parameters if self.compression_scope == "model" else targeted
+        base = self.model_cost if self.compression_scope == "model" else targeted
         return math.floor(targeted - self.compression_ratio * base + _TOLERANCE)
 
     def check(self) -> None:
@@ -133,12 +139,12 @@ class RankPlan:
         return {layer.name: ranks.get(layer.name) for layer in self.layers}
 
     def kept(self, ranks: Mapping[str, int | None]) -> float:
-        """Share of the targeted layers' stored values that an allocation keeps."""
+        """Share of the targeted layers' cost that an allocation keeps."""
         kept = 0
         for layer in self.layers:
             rank = ranks[layer.name]
             m, n = layer.out_features, layer.in_features
-            kept += layer.dense_cost if rank is None else stored_values(m, n, rank, self.layout)
+            kept += layer.dense_cost if rank is None else stored_values(m, n, rank, self.layout) * layer.price
         return kept / sum(layer.dense_cost for layer in self.layers)
 
     @property
@@ -162,22 +168,29 @@ class RankPlan:
                     f"ratio_pattern removes {layer.ratio:.2%} of layer {layer.name!r}, which leaves no rank of "
                     f"{self.rank_multiple}. Remove less, or exclude the layer."
                 )
+        full = break_even(m, n, self.layout)
+        lowest = max(self.min_rank, math.ceil(self.min_rank_ratio * full - _TOLERANCE), 1)
+        highest = None
+        if self.max_rank_ratio is not None:
+            # A ceiling below the floor would leave nothing: then the floor is the one rank there is.
+            floor = -(-lowest // self.rank_multiple) * self.rank_multiple
+            highest = max(math.floor(self.max_rank_ratio * full + _TOLERANCE), floor)
         return LayerProfile(
             name=layer.name,
             out_features=m,
             in_features=n,
             losses=np.zeros(min(m, n) + 1) if losses is None else losses,
             layout=self.layout,
-            min_rank=max(
-                self.min_rank, math.ceil(self.min_rank_ratio * break_even(m, n, self.layout) - _TOLERANCE), 1
-            ),
+            price=layer.price,
+            min_rank=lowest,
+            max_rank=highest,
             rank_multiple=self.rank_multiple,
             fixed_rank=fixed,
         )
 
     def _unreachable(self, minimum: int) -> str:
         targeted = sum(layer.dense_cost for layer in self.layers)
-        base = self.model_parameters if self.compression_scope == "model" else targeted
+        base = self.model_cost if self.compression_scope == "model" else targeted
         largest = max(targeted - minimum, 0) * 1000 // base / 1000
         reachable = (
             f"The largest ratio that can be reached is {largest}; lower the ratio or these floors, or target more layers."
@@ -186,7 +199,7 @@ class RankPlan:
         )
         return (
             f"compression_ratio={self.compression_ratio} (of the {self.compression_scope}) cannot be reached: the "
-            f"targeted layers hold {targeted:,} of the model's {self.model_parameters:,} parameters and keep at least "
+            f"targeted layers hold {targeted:,} of the model's {self.model_cost:,} {self.unit} and keep at least "
             f"{minimum:,} under min_rank={self.min_rank}, min_rank_ratio={self.min_rank_ratio}, "
             f"rank_multiple={self.rank_multiple} and the patterns. {reachable}"
         )

@@ -13,6 +13,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "allocation": "greedy",
         "layout": "factors",
         "compensation": ["residual"],
+        "min_rank_ratio": 0.1,
     },
     # One forward pass, closed form.
     "fast": {
@@ -20,12 +21,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "allocation": "uniform",
         "layout": "pivoted",
         "compensation": [],
+        "min_rank_ratio": 0.05,
     },
     "best": {
         "metric": "kfac",
         "allocation": "global",
         "layout": "pivoted",
         "compensation": ["sequential"],
+        "min_rank_ratio": 0.05,
     },
 }
-"""Values of `metric`, `allocation`, `layout` and `compensation` by the name of the recipe."""
+"""Values of the fields that a recipe fills, by its name. A pivoted layer's break-even rank is twice as high."""

@@ -22,8 +22,8 @@ TOWER = [
 TARGETED = 4 * 1024 + 2 * 2048
 
 
-def plan(layers=TOWER, ratio=0.5, scope="targets", model_parameters=10_000, **changes):
-    return RankPlan(layers, model_parameters, ratio, scope, **changes)
+def plan(layers=TOWER, ratio=0.5, scope="targets", model_cost=10_000, **changes):
+    return RankPlan(layers, model_cost, ratio, scope, **changes)
 
 
 def losses_of(layers, seed=0):
@@ -222,7 +222,7 @@ def random_plan(seed):
     targeted = sum(layer.dense_cost for layer in layers)
     return layers, {
         "scope": ["model", "targets"][generator.integers(2)],
-        "model_parameters": targeted + int(generator.integers(0, targeted)),
+        "model_cost": targeted + int(generator.integers(0, targeted)),
         "rank_multiple": int(generator.choice([1, 1, 2])),
         "min_rank": int(generator.integers(1, 6)),
         "min_rank_ratio": float(generator.choice([0.0, 0.1, 0.5])),
@@ -257,10 +257,43 @@ def test_everything_dense_by_request():
 
 def test_a_small_encoder_in_a_large_model():
     with pytest.raises(ValueError) as error:
-        plan(ratio=0.5, scope="model", model_parameters=100_000).check()
+        plan(ratio=0.5, scope="model", model_cost=100_000).check()
     assert "hold 8,192 of the model's 100,000 parameters" in str(error.value)
 
 
 def test_unknown_allocator():
     with pytest.raises(ValueError, match="allocation='best' is unknown; choose one of"):
         plan().allocate(losses_of(TOWER), "best")
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_prices_shift_ranks_to_cheap_layers(allocation):
+    dear = change(change(TOWER, "fc1", price=10), "fc2", price=10)
+    plain, priced = (plan(layers).allocate(losses_of(TOWER), allocation) for layers in (TOWER, dear))
+    asked = plan(dear)
+    spent = sum(cost(layer, priced[layer.name]) * layer.price for layer in dear)
+    assert asked.budget == (4 * 1024 + 10 * 2 * 2048) // 2
+    assert spent <= asked.budget
+    assert asked.kept(priced) == pytest.approx(spent / (4 * 1024 + 10 * 2 * 2048))
+    if allocation == "global":
+        assert total(TOWER[:4], priced) > total(TOWER[:4], plain)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_pivoted_layout_buys_higher_ranks(allocation):
+    ranks = {layout: plan(layout=layout).allocate(losses_of(TOWER), allocation) for layout in ("factors", "pivoted")}
+    assert plan(layout="pivoted").kept(ranks["pivoted"]) <= 0.5
+    for name in ("query", "fc1"):
+        if None not in (ranks["factors"][name], ranks["pivoted"][name]) and allocation == "uniform":
+            assert ranks["pivoted"][name] > ranks["factors"][name]
+    # Break-even is at the smaller side.
+    full = change(TOWER, "fc1", rank=31)
+    assert plan(full, 0.3, layout="pivoted").allocate(losses_of(full), allocation)["fc1"] == 31
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_ceiling(allocation):
+    ranks = plan(ratio=0.6, max_rank_ratio=0.5).allocate(losses_of(TOWER), allocation)
+    for layer in TOWER:
+        break_even = layer.out_features * layer.in_features / (layer.out_features + layer.in_features)
+        assert ranks[layer.name] is None or ranks[layer.name] <= 0.5 * break_even

@@ -91,7 +91,7 @@ class PairAccumulator:
 
     def __init__(self, same_inputs: PairAccumulator | None = None) -> None:
         self._shares_inputs = same_inputs is not None
-        self._inputs = MomentAccumulator() if same_inputs is None else same_inputs._inputs
+        self._inputs: MomentAccumulator = MomentAccumulator() if same_inputs is None else same_inputs._inputs
         self._targets = MomentAccumulator(products=False)
         self._shifts: tuple[Tensor, Tensor] | None = None
         self._cross: Tensor | None = None

@@ -34,16 +34,52 @@ def flops_per_image(model: nn.Module, pixel_values_shape: Sequence[int] | None =
     Raises:
         ValueError: if the shape is not given and the configuration does not tell it, or is not of that form.
     """
+    pixel_values = _black_image(model, pixel_values_shape)
+    with evaluation_mode(model), FlopCounterMode(display=False, custom_mapping=_attention_mapping()) as counter:
+        model(pixel_values=pixel_values)
+    return counter.get_total_flops()
+
+
+def tokens_per_image(
+    model: nn.Module, names: Sequence[str], pixel_values_shape: Sequence[int] | None = None
+) -> dict[str, int]:
+    """How many vectors each of these linear layers maps for one image, by name; 0 for a layer that does not run.
+
+    The model runs once, on a black image, and is left as it was.
+
+    Args:
+        model: A model that takes `pixel_values`.
+        names: Module names of linear layers.
+        pixel_values_shape: `(channels, height, width)`; default: what `model.config` says.
+
+    Raises:
+        ValueError: as `flops_per_image`.
+    """
+    counts = dict.fromkeys(names, 0)
+    handles = []
+    for name in names:
+
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
+            counts[name] += args[0].numel() // args[0].shape[-1]
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
+    try:
+        with evaluation_mode(model):
+            model(pixel_values=_black_image(model, pixel_values_shape))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def _black_image(model: nn.Module, pixel_values_shape: Sequence[int] | None) -> torch.Tensor:
     shape = _configured_shape(model) if pixel_values_shape is None else tuple(pixel_values_shape)
     if len(shape) != 3 or any(size < 1 for size in shape):
         raise ValueError(f"pixel_values_shape={shape} is not (channels, height, width).")
     parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     # Parameters that are offloaded to disk are on the meta device; Accelerate then moves the input itself.
     device = next((parameter.device for parameter in parameters if not parameter.is_meta), torch.device("cpu"))
-    pixel_values = torch.zeros(1, *shape, device=device, dtype=parameters[0].dtype if parameters else None)
-    with evaluation_mode(model), FlopCounterMode(display=False, custom_mapping=_attention_mapping()) as counter:
-        model(pixel_values=pixel_values)
-    return counter.get_total_flops()
+    return torch.zeros(1, *shape, device=device, dtype=parameters[0].dtype if parameters else None)
 
 
 def _configured_shape(model: nn.Module) -> tuple[int, ...]:

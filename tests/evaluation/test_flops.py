@@ -3,9 +3,10 @@ import torch
 from models import tiny_deit, tiny_swin, tiny_vit
 from torch import nn
 
-from optimum_mixrank import LowRankLinear
-from optimum_mixrank.evaluation.flops import flops_per_image
+from optimum_mixrank import LowRankLinear, MixRankCompressor, MixRankConfig
+from optimum_mixrank.evaluation.flops import flops_per_image, tokens_per_image
 from optimum_mixrank.modeling import replace_module
+from optimum_mixrank.targets import encoder_linears
 
 
 def vit_flops(tokens, hidden=32, mlp=64, blocks=2, patches=16, patch=8, classes=5):
@@ -69,3 +70,28 @@ def test_wrong_shape(shape):
 def test_configuration_without_size():
     with pytest.raises(ValueError, match=r"The configuration of Linear has image_size=None.*pass `pixel_values_shape"):
         flops_per_image(nn.Linear(1, 1))
+
+
+def test_tokens_per_image():
+    model = tiny_swin()
+    names = [target.name for target in encoder_linears(model)]
+    tokens = tokens_per_image(model, names)
+    # 64 patches in the first stage, 16 after the merging of patches.
+    assert {count for name, count in tokens.items() if ".layers.0.blocks." in name} == {64}
+    assert {count for name, count in tokens.items() if ".layers.1.blocks." in name} == {16}
+    assert {count for name, count in tokens.items() if name.endswith("reduction")} == {16}
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_budget_in_flops():
+    compressor = MixRankCompressor(tiny_swin())
+    config = MixRankConfig(
+        compression_ratio=0.3, compression_scope="targets", cost="flops", metric="svd", compensation=[]
+    )
+    model = compressor.compress(config)
+    tokens = tokens_per_image(compressor.model, [target.name for target in encoder_linears(compressor.model)])
+    before = sum(
+        target.shape[0] * target.shape[1] * tokens[target.name] for target in encoder_linears(compressor.model)
+    )
+    after = before - (flops_per_image(compressor.model) - flops_per_image(model)) / 2
+    assert 0.68 * before < after <= 0.7 * before
