@@ -240,3 +240,25 @@ def test_quickstart_runs_as_the_readme_has_it(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "KL" in result.stdout
     assert (tmp_path / "out" / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_recipes_rank_as_promised_on_the_shipped_model(shipped):
+    """KL(best) < KL(paper) and KL(best) < KL(second moment) < KL(SVD), at a fixed seed."""
+    dataset = load_dataset(str(SHIPPED / "data"), split="calibration").select(range(256))
+    images = [
+        shipped.image_processor(images=[row["image"].convert("RGB") for row in part], return_tensors="pt")["pixel_values"]
+        for part in (dataset.select(range(i, i + 64)) for i in range(0, 256, 64))
+    ]
+    one_shot = {"allocation": "uniform", "layout": "factors", "compensation": []}
+    settings = {
+        "best": {"recipe": "best"},
+        "paper": {"recipe": "paper"},
+        "second moment": {"metric": "second_moment", **one_shot},
+        "svd": {"metric": "svd", **one_shot},
+    }
+    kl = {}
+    for name, fields in settings.items():
+        model = shipped.compress(MixRankConfig(compression_ratio=0.6, compression_scope="targets", **fields), images)
+        kl[name] = shipped.evaluate(model, load_dataset(str(SHIPPED / "data"), split="test"), batch_size=64).kl
+    assert kl["best"] < kl["paper"]
+    assert kl["best"] < kl["second moment"] < kl["svd"]
