@@ -246,7 +246,9 @@ def test_recipes_rank_as_promised_on_the_shipped_model(shipped):
     """KL(best) < KL(paper) and KL(best) < KL(second moment) < KL(SVD), at a fixed seed."""
     dataset = load_dataset(str(SHIPPED / "data"), split="calibration").select(range(256))
     images = [
-        shipped.image_processor(images=[row["image"].convert("RGB") for row in part], return_tensors="pt")["pixel_values"]
+        shipped.image_processor(images=[row["image"].convert("RGB") for row in part], return_tensors="pt")[
+            "pixel_values"
+        ]
         for part in (dataset.select(range(i, i + 64)) for i in range(0, 256, 64))
     ]
     one_shot = {"allocation": "uniform", "layout": "factors", "compensation": []}

@@ -1,0 +1,119 @@
+"""The training loop, the form in which factors are trained, and the views they are trained on."""
+
+import pytest
+import torch
+from compensation.cases import FAMILIES, compress, config, images
+from torch import nn
+
+from optimum_mixrank import FactoredLinear, LowRankLinear
+from optimum_mixrank.compensation.augmentation import augment
+from optimum_mixrank.compensation.distillation import relative_loss, trained_parameters
+from optimum_mixrank.compensation.training import TrainingSettings, balanced_factors, train
+
+
+def settings(**changes):
+    return TrainingSettings(**{"epochs": 3, "learning_rate": 0.1, "batch_size": 2, "seed": 0, **changes})
+
+
+def test_the_best_state_is_kept_and_only_the_named_parameters_move():
+    layer = nn.Linear(3, 1)
+    layer.weight.requires_grad_(False)
+    before = layer.weight.detach().clone()
+    errors = iter([5.0, 3.0, 4.0, 9.0])
+    seen = []
+
+    def error():
+        seen.append(layer.bias.detach().clone())
+        return next(errors)
+
+    history = train(layer, [layer.bias], 5, lambda i: layer(torch.ones(len(i), 3)).sum(), error, settings(), "test")
+    assert history.errors == [5.0, 3.0, 4.0, 9.0] and history.best_epoch == 1 and len(history.losses) == 3
+    assert torch.equal(layer.bias, seen[1]) and not torch.equal(seen[0], seen[1])
+    assert torch.equal(layer.weight, before)
+    assert layer.bias.requires_grad and not layer.weight.requires_grad and layer.bias.grad is None
+
+
+def test_a_training_that_only_harms_changes_nothing():
+    layer = nn.Linear(3, 1)
+    before = layer.bias.detach().clone()
+    errors = iter([1.0, 2.0, 3.0, 4.0])
+    train(
+        layer, [layer.bias], 4, lambda i: layer(torch.ones(len(i), 3)).sum(), lambda: next(errors), settings(), "test"
+    )
+    assert torch.equal(layer.bias, before)
+
+
+def test_every_image_is_seen_once_per_epoch():
+    layer = nn.Linear(1, 1)
+    seen = []
+
+    def loss(indices):
+        seen.extend(indices.tolist())
+        return layer(torch.ones(1, 1)).sum()
+
+    train(layer, [layer.bias], 7, loss, lambda: 0.0, settings(epochs=2), "test")
+    assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7)) and seen[:7] != seen[7:]
+
+
+@pytest.mark.parametrize("layout", ["factors", "pivoted"])
+def test_balanced_factors_are_the_same_function_in_between_and_afterwards(layout):
+    model, _ = compress(FAMILIES["vit"](), config(compensation=[], layout=layout))
+    model = model.double().eval()
+    x = images(3).double()
+    with torch.no_grad():
+        before = model(x).logits
+        kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+        with balanced_factors(model) as names:
+            assert set(names) == set(kinds)
+            torch.testing.assert_close(model(x).logits, before, rtol=1e-8, atol=1e-8)
+            for name in names:
+                layer = model.get_submodule(name)
+                A, B = layer.factor_a.weight, layer.factor_b.weight
+                assert isinstance(layer, LowRankLinear)
+                torch.testing.assert_close(A @ A.T, B.T @ B, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(model(x).logits, before, rtol=1e-8, atol=1e-8)
+    after = {name: type(module) for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+    assert after == kinds
+
+
+def test_what_is_trained():
+    model, _ = compress(FAMILIES["vit"](), config(compensation=[]))
+    names = [name for name, module in model.named_modules() if isinstance(module, FactoredLinear)]
+    trained = {id(parameter) for parameter in trained_parameters(model, names, model.vit)}
+    expected = {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.numel() and (any(name.startswith(f"{n}.") for n in names) or "layernorm" in name)
+    }
+    assert trained == expected
+
+
+def test_views_are_finite_of_the_same_shape_and_repeat_with_the_seed():
+    batch = images(16)
+    views = [augment(batch, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert views[0].shape == batch.shape and torch.isfinite(views[0]).all()
+    assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
+
+
+def test_views_without_crop_and_mix_are_mirrored_or_not():
+    batch = images(32)
+    views = augment(batch, torch.Generator().manual_seed(0), min_scale=1.0, mix=0.0)
+    mirrored = [torch.equal(view, image.flip(-1)) for view, image in zip(views, batch, strict=True)]
+    same = [torch.equal(view, image) for view, image in zip(views, batch, strict=True)]
+    assert all(a or b for a, b in zip(mirrored, same, strict=True)) and 8 < sum(mirrored) < 24
+
+
+def test_mixed_views_lie_between_two_images():
+    batch = torch.stack([torch.full((1, 4, 4), float(value)) for value in (0, 10, 20, 30)])
+    views = augment(batch, torch.Generator().manual_seed(3), min_scale=0.5, mix=1.0)
+    for index, view in enumerate(views):
+        low, high = sorted((batch[index].mean(), batch[index - 1].mean()))
+        assert low - 1e-3 <= view.min() and view.max() <= high + 1e-3
+
+
+def test_relative_loss():
+    reference = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(0)) + 100
+    assert relative_loss(reference, reference) == 0
+    # To predict every feature's mean is an error of 1.
+    mean = reference.flatten(0, 1).mean(0).expand_as(reference)
+    assert relative_loss(reference, mean).item() == pytest.approx(1, rel=1e-3)
