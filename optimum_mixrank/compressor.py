@@ -298,6 +298,7 @@ class MixRankCompressor(OptimumQuantizer):
                 "compensate": compensated - factorized,
             },
             compensation=results,
+            predicted=metric.common_unit,
         )
         if save_directory is not None:
             self.save_pretrained(model, save_directory, overwrite=overwrite)

@@ -25,12 +25,12 @@ def anchored_weight(weight: Tensor, input_moment: Tensor, target_moment: Tensor,
         target_moment: `S_t`, `[m, n]`, float64: the same between targets and inputs.
         ridge: `λ` as a multiple of the mean diagonal of `S`, above 0.
 
-    Raises:
-        ValueError: if the inputs are constant zero, so that nothing can be learned from them.
+    Returns:
+        `W*`; `W` itself for inputs that do not vary at all, from which nothing can be learned.
     """
     scale = input_moment.diagonal().mean()
     if scale <= 0:
-        raise ValueError("The inputs of the layer do not vary at all; check the calibration images.")
+        return weight
     penalty = ridge * scale
     regularised = input_moment + penalty * torch.eye(len(input_moment), dtype=weight.dtype, device=weight.device)
     right = (target_moment + penalty * weight).T

@@ -72,6 +72,7 @@ def build_report(
     calibration: Calibration | None,
     seconds: Mapping[str, float],
     compensation: Sequence[CompensationResult] = (),
+    predicted: bool = False,
 ) -> CompressionReport:
     """Describe what was done to every linear layer of the encoder, targeted or not.
 
@@ -86,6 +87,7 @@ def build_report(
         calibration: None where no data was used.
         seconds: Wall time by phase.
         compensation: What came of every step.
+        predicted: Whether the losses are in a common unit, so that their sum says something.
     """
     layers = []
     for linear in linears:
@@ -107,6 +109,7 @@ def build_report(
                 parameters_after=after,
             )
         )
+    predicted_loss = sum(float(losses[name][rank]) for name, rank in ranks.items() if rank is not None)
     compressed = measure(model)
     settings = {key: value for key, value in config.to_dict().items() if key != "rank_map"}
     return CompressionReport(
@@ -119,6 +122,7 @@ def build_report(
         flops_before=original.flops,
         flops_after=compressed.flops,
         calibration=_describe(calibration),
+        predicted_loss=predicted_loss if predicted else None,
         compensation=[dataclasses.asdict(result) for result in compensation],
         seconds={phase: round(value, 3) for phase, value in seconds.items()},
     )

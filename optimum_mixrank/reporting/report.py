@@ -69,6 +69,8 @@ class CompressionReport:
         seconds: Wall time by phase.
         evaluation: Fields of `EvaluationResult`; None before an evaluation.
         compensation: Fields of `CompensationResult` for every step.
+        predicted_loss: Of the ranks, before compensation: in nats per image, to second order; None for a metric whose
+            losses have no common unit.
 
     Raises:
         TypeError: if settings and the like hold something else than JSON values.
@@ -88,6 +90,7 @@ class CompressionReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
     compensation: Sequence[Mapping[str, Any]] = ()
+    predicted_loss: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))

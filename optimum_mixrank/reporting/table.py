@@ -102,6 +102,8 @@ def _summary(report: CompressionReport) -> list[str]:
         images, broken = report.calibration.get("num_images", 0), report.calibration.get("num_broken", 0)
         tokens = report.calibration.get("num_tokens", 0)
         lines.append(_fact("Calibration", f"{images:,} images ({broken:,} broken ones left out), {tokens:,} tokens"))
+    if report.predicted_loss is not None:
+        lines.append(_fact("Predicted loss of the ranks", f"{report.predicted_loss:.4g} nats per image"))
     for step in report.compensation:
         change = f"held-out error {step['error_before']:.4g} -> {step['error_after']:.4g}"
         lines.append(_fact(f"Compensation {step['name']}", f"{change}, {'kept' if step['kept'] else 'not kept'}"))

@@ -140,6 +140,25 @@ def test_a_learning_rate_that_explodes_is_named():
         )
 
 
+@pytest.mark.parametrize(
+    "degenerate",
+    [[torch.zeros(16, 3, 32, 32)], [images(1).expand(16, -1, -1, -1)], [images(2)], list(images(16).split(1))],
+    ids=["black", "all the same", "two", "sixteen in batches of one"],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_degenerate_images_give_a_finite_model(degenerate, family):
+    compressor = MixRankCompressor(FAMILIES[family]())
+    model = compressor.compress(config(compensation=["sequential"]), degenerate)
+    assert torch.isfinite(model_outputs(model, [images(4)])[0].logits).all()
+    [result] = compressor.report.compensation
+    assert result["error_after"] < result["error_before"] or not result["kept"]
+
+
+def test_a_single_image_is_too_few():
+    with pytest.raises(ValueError, match="needs at least 2; there are 1. Give more calibration images"):
+        MixRankCompressor(FAMILIES["vit"]()).compress(config(), [images(1)])
+
+
 def test_residual_loss_is_the_output_loss():
     generator = torch.Generator().manual_seed(0)
     X, T, W = (torch.randn(*shape, generator=generator).double() for shape in ((5, 40), (4, 40), (4, 5)))
