@@ -21,11 +21,12 @@ from .calibration.images import ImageBatches
 from .calibration.result import Calibration
 from .calibration.sources import load_image_dataset
 from .checkpoint import push_checkpoint, save_checkpoint, writable_directory
-from .compensation.run import compensate
+from .compensation.run import compensate, prepare_images
 from .configuration import MixRankConfig
 from .decomposition import METRICS, Metric, Statistic
 from .evaluation.flops import flops_per_image, tokens_per_image
 from .evaluation.labels import find_label_column, map_labels
+from .modeling import replace_module
 from .original import load_image_processor, load_original
 from .planning import LayerSpec, RankPlan
 from .profile import BudgetPoint, RankProfile
@@ -203,7 +204,8 @@ class MixRankCompressor(OptimumQuantizer):
             calibration: Statistics from `calibrate` of this very model. With compensation, the images that they were
                 taken from are needed too.
             inplace: False compresses a copy, so that the original stays for comparison; True compresses
-                `self.model` itself and needs no memory for a second model.
+                `self.model` itself. Without compensation that needs no memory for a second model; compensation learns
+                from a copy of the original, which is dropped at the end.
             overwrite: Whether `save_directory` may hold files already.
             max_broken_share: Tolerated share of images that cannot be decoded.
 
@@ -264,6 +266,7 @@ class MixRankCompressor(OptimumQuantizer):
                 calibration = dataclasses.replace(calibration, broken=tuple(batches.broken))
 
         original = measure(self.model)
+        prepared = prepare_images(self.model, images, config) if config.compensation else None
         start = time.perf_counter()
         decompositions = decompose_layers(metric, targets, calibration, config.layout)
         decomposed = time.perf_counter()
@@ -272,13 +275,18 @@ class MixRankCompressor(OptimumQuantizer):
         allocated = time.perf_counter()
         model = self.model if inplace else copy.deepcopy(self.model)
         original_model = copy.deepcopy(self.model) if inplace and config.compensation else self.model
-        rank_map = factorize_layers(model, targets, decompositions, ranks, calibration, config.layout)
-        config = dataclasses.replace(config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
-        attach(model, MixRankHfQuantizer(config, pre_quantized=True))
-        factorized = time.perf_counter()
         results = []
-        if config.compensation:
-            results = compensate(original_model, model, targets, rank_map, calibration, images, config)
+        try:
+            rank_map = factorize_layers(model, targets, decompositions, ranks, calibration, config.layout)
+            config = dataclasses.replace(config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
+            factorized = time.perf_counter()
+            if prepared is not None:
+                results = compensate(original_model, model, targets, rank_map, calibration, prepared, config)
+        except BaseException:
+            if inplace:
+                _restore(model, targets, original_model)
+            raise
+        attach(model, MixRankHfQuantizer(config, pre_quantized=True))
         compensated = time.perf_counter()
 
         self.report = build_report(
@@ -548,3 +556,11 @@ class MixRankCompressor(OptimumQuantizer):
             label_map=label_map,
             num_channels=getattr(self.model.config, "num_channels", 3),
         )
+
+
+def _restore(model: PreTrainedModel, targets: Sequence[Target], original: PreTrainedModel) -> None:
+    """Give a model that was to be compressed in place its own layers and values back."""
+    for target in targets:
+        replace_module(model, target.name, target.module)
+    if original is not model:
+        model.load_state_dict(original.state_dict())

@@ -11,17 +11,21 @@ from torch import Tensor, nn
 
 from ..evaluation.fidelity import kl_divergence, relative_error
 from ..inference import evaluation_mode
+from ..modeling import FactoredLinear, replace_module
 from ..outputs import ModelOutput, select_output
 from .compensator import Compensation, CompensationResult, Compensator
 
 
-def split_batches(batches: Sequence[Tensor], share: float, batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Split images into those to learn from and the last ones, which are held out.
+def split_batches(
+    batches: Sequence[Tensor], share: float, batch_size: int, seed: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Split images at random into those to learn from and those that are held out; each part keeps its order.
 
     Args:
-        batches: `pixel_values`, in the random order of the calibration draw.
+        batches: `pixel_values`; their order may be that of the classes.
         share: Share of the images to hold out, in (0, 1).
         batch_size: Of the batches to return.
+        seed: Of the draw.
 
     Raises:
         ValueError: if there are fewer than two images.
@@ -33,8 +37,9 @@ def split_batches(batches: Sequence[Tensor], share: float, batch_size: int) -> t
             f"Compensation holds a share of the images out, which needs at least 2; there are {len(images)}. Give more "
             "calibration images."
         )
-    learn, held_out = images[:-count], images[-count:]
-    return list(learn.split(batch_size)), list(held_out.split(batch_size))
+    is_held_out = torch.zeros(len(images), dtype=torch.bool)
+    is_held_out[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]] = True
+    return list(images[~is_held_out].split(batch_size)), list(images[is_held_out].split(batch_size))
 
 
 @torch.no_grad()
@@ -72,15 +77,36 @@ def compensate_and_keep_the_better(
         references: Outputs of the original on the held-out images.
     """
     before = output_error(model_outputs(task.model, task.held_out), references)
-    backup = copy.deepcopy(dict(task.model.named_children()))
     modes = {name: module.training for name, module in task.model.named_modules()}
+    backup = _Backup(task.model)
     details = compensator.compensate(task)
-    for name, module in task.model.named_modules():
-        # New layers were made while the model was in evaluation mode.
-        module.training = modes[name]
     after = output_error(model_outputs(task.model, task.held_out), references)
     kept = after < before
     if not kept:
-        for name, module in backup.items():
-            setattr(task.model, name, module)
+        backup.restore(task.model)
+    for name, module in task.model.named_modules():
+        # New layers were made while the model was in evaluation mode.
+        module.training = modes[name]
     return CompensationResult(compensator.name, kept, before, after, details)
+
+
+class _Backup:
+    """Copies of the factored layers, and the values of all other parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = {
+            name: copy.deepcopy(module) for name, module in model.named_modules() if isinstance(module, FactoredLinear)
+        }
+        self._values = {
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if not any(name.startswith(f"{layer}.") for layer in self._layers)
+        }
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        for name, layer in self._layers.items():
+            replace_module(model, name, layer)
+        parameters = dict(model.named_parameters())
+        for name, value in self._values.items():
+            parameters[name].copy_(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -10,9 +11,10 @@ from transformers.utils import logging
 
 from ..calibration.result import Calibration
 from ..layout import FactoredLayer
+from ..outputs import ModelOutput
 from ..targets import Target
 from .compensator import COMPENSATORS, Compensation, CompensationResult
-from .held_out import compensate_and_keep_the_better, model_outputs, split_batches
+from .held_out import compensate_and_keep_the_better, model_outputs, output_error, split_batches
 
 
 if TYPE_CHECKING:
@@ -21,13 +23,46 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class CompensationImages:
+    """Images for compensation.
+
+    Attributes:
+        batches: To learn from, each `[batch, channels, height, width]`.
+        held_out: To decide by.
+        references: Outputs of the original on these.
+    """
+
+    batches: Sequence[Tensor]
+    held_out: Sequence[Tensor]
+    references: Sequence[ModelOutput]
+
+
+def prepare_images(original: nn.Module, images: Sequence[Tensor], config: MixRankConfig) -> CompensationImages:
+    """Split the images and run the original over those that are held out; nothing is changed.
+
+    Raises:
+        ValueError: if there are too few images, or the original does not give the same output twice.
+    """
+    batch_size = max(len(batch) for batch in images)
+    batches, held_out = split_batches(images, config.held_out_ratio, batch_size, config.seed)
+    references = model_outputs(original, held_out)
+    again = model_outputs(original, held_out[:1])
+    if output_error(again, references[:1]) > 1e-6:
+        raise ValueError(
+            f"{type(original).__name__} gives another output each time for the same images (random masks, say), so "
+            "nothing can be learned from it. Load it without that, or set compensation=[]."
+        )
+    return CompensationImages(batches, held_out, references)
+
+
 def compensate(
     original: nn.Module,
     model: nn.Module,
     targets: Sequence[Target],
     rank_map: Mapping[str, FactoredLayer],
     calibration: Calibration | None,
-    images: Sequence[Tensor],
+    images: CompensationImages,
     config: MixRankConfig,
 ) -> list[CompensationResult]:
     """Improve a compressed model in place by the steps that `config.compensation` names.
@@ -38,34 +73,32 @@ def compensate(
         targets: The targeted layers of the original.
         rank_map: The factored layers, by canonical name.
         calibration: Statistics, or None.
-        images: Calibration images as `pixel_values`, `[batch, channels, height, width]`.
+        images: See `prepare_images`.
         config: The configuration.
 
     Returns:
         What came of every step.
 
     Raises:
-        ValueError: if there are too few images, or NaN or Inf occur.
+        ValueError: if NaN or Inf occur.
     """
-    batches, held_out = split_batches(images, config.held_out_ratio, max(len(batch) for batch in images))
-    references = model_outputs(original, held_out)
     task = Compensation(
         original=original,
         model=model,
         targets=targets,
         rank_map=rank_map,
         statistics={} if calibration is None else calibration.layers,
-        batches=batches,
-        held_out=held_out,
+        batches=images.batches,
+        held_out=images.held_out,
         config=config,
     )
     results = []
     for name in config.compensation:
-        result = compensate_and_keep_the_better(COMPENSATORS.create(name), task, references)
+        result = compensate_and_keep_the_better(COMPENSATORS.create(name), task, images.references)
         if not result.kept:
             logger.warning(
-                f"Compensation {name!r} did not lower the error on the {sum(map(len, held_out))} held-out images "
-                f"({result.error_before:.4g} -> {result.error_after:.4g}) and was not kept."
+                f"Compensation {name!r} did not lower the error on the {sum(map(len, images.held_out))} held-out "
+                f"images ({result.error_before:.4g} -> {result.error_after:.4g}) and was not kept."
             )
         results.append(result)
     return results

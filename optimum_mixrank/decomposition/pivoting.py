@@ -41,21 +41,21 @@ def pivot_rows(A: Tensor, B: Tensor, max_coefficient: float = 1.05, max_swaps: i
 
     Args:
         A: `[rank, in_features]`.
-        B: `[out_features, rank]` of full column rank, with `rank < out_features`.
+        B: `[out_features, rank]`, with `rank < out_features`.
         max_coefficient: At which to stop, above 1.
         max_swaps: At which to stop, whatever the coefficients.
 
     Raises:
-        ValueError: if `B` has not full column rank, or no row would be left.
+        ValueError: if no row would be left.
     """
-    A, B = A.double(), B.double()
     m, rank = B.shape
     if rank >= m:
         raise ValueError(f"A product of rank {rank} with {m} rows has no rows to combine from others.")
+    # The same product with orthonormal columns; where B lacks rank they are completed, and A gets rows of zeros.
+    B, S, Vh = torch.linalg.svd(B.double(), full_matrices=False)
+    A = (S[:, None] * Vh) @ A.double()
     _, transpositions = torch.linalg.lu_factor(B)
     rows = _permutation(transpositions, m)
-    if torch.linalg.matrix_rank(B[rows[:rank]]) < rank:
-        raise ValueError(f"The factor B, {list(B.shape)}, has not full column rank; lower the rank.")
     # All rows as combinations of the pivot rows, those included: `coefficients[rows[:rank]]` is the identity.
     coefficients = torch.linalg.solve(B[rows[:rank]], B, left=False)
     pivots = rows[:rank].clone()

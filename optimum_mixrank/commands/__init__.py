@@ -1,0 +1,1 @@
+"""`optimum-cli mixrank …`. Nothing heavy is imported before a command runs."""

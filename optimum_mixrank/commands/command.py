@@ -1,0 +1,89 @@
+"""What all commands share: common options, errors in one sentence, results as text or JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from abc import abstractmethod
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from typing import Any, ClassVar
+
+from optimum.commands import BaseOptimumCLICommand
+
+
+FAILED, INTERRUPTED = 1, 130
+
+
+class MixRankSubcommand(BaseOptimumCLICommand):
+    """A command with the options that all have.
+
+    Attributes:
+        description: For `--help`, with examples.
+    """
+
+    description: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def add_arguments(cls, parser: ArgumentParser) -> None:
+        """Declare the command's own options."""
+
+    @abstractmethod
+    def execute(self) -> tuple[str, dict[str, Any]]:
+        """Do the work.
+
+        Returns:
+            The result as text, and as JSON values.
+        """
+
+    def parse_args(self, parser: ArgumentParser) -> None:  # type: ignore[override]
+        """See `BaseOptimumCLICommand`."""
+        parser.formatter_class = RawDescriptionHelpFormatter
+        parser.description = self.description
+        self.add_arguments(parser)
+        common = parser.add_argument_group("output")
+        common.add_argument(
+            "--json", action="store_true", help="print the result as JSON, and nothing else, to stdout"
+        )
+        common.add_argument("--quiet", action="store_true", help="no progress bars and no messages below errors")
+        common.add_argument("--verbose", action="store_true", help="more messages")
+        common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def run(self) -> None:
+        """Execute; an error is one sentence on stderr and exit code 1, an interruption 130."""
+        from transformers.utils import logging
+
+        if self.args.quiet:
+            logging.set_verbosity_error()
+        elif self.args.verbose:
+            logging.set_verbosity_info()
+        if self.args.quiet or not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        try:
+            text, values = self.execute()
+        except KeyboardInterrupt:
+            if self.args.debug:
+                raise
+            print("Interrupted; nothing was written over.", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        except Exception as error:
+            if self.args.debug:
+                raise
+            print(f"Error: {error}", file=sys.stderr)
+            sys.exit(FAILED)
+        print(json.dumps(values, indent=2, ensure_ascii=False) if self.args.json else text)
+
+
+def add_hub_arguments(parser: ArgumentParser) -> None:
+    """Options of everything that may come from the Hub."""
+    group = parser.add_argument_group("Hub")
+    group.add_argument("--revision", help="branch, tag or commit of the model")
+    group.add_argument("--token", help="access token, or `hf auth login` beforehand")
+    group.add_argument("--cache-dir", help="where downloads are kept")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+
+
+def hub_arguments(args: Any) -> dict[str, Any]:
+    """Those that were given, as `from_pretrained` takes them."""
+    names = ("revision", "token", "cache_dir", "trust_remote_code")
+    return {name: getattr(args, name) for name in names if getattr(args, name)}

@@ -1,0 +1,85 @@
+"""`optimum-cli mixrank compress`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+from .command import MixRankSubcommand, add_hub_arguments, hub_arguments
+from .fields import add_field_arguments, configuration
+
+
+class CompressCommand(MixRankSubcommand):
+    """Compress a model with a folder of images."""
+
+    description = """Compress a ViT, DeiT or Swin. Images are needed, labels are not.
+
+examples:
+  optimum-cli mixrank compress --model facebook/deit-base-patch16-224 --dataset path/to/images --ratio 0.6 --output out
+  optimum-cli mixrank compress --model path/to/vit --dataset imagenet-1k --split train --num-samples 1024 \\
+      --recipe fast --evaluate-on path/to/labelled/images --output out
+"""
+
+    @classmethod
+    def add_arguments(cls, parser: ArgumentParser) -> None:
+        """See `MixRankSubcommand`."""
+        parser.add_argument("--model", required=True, help="local folder or Hub id")
+        parser.add_argument("--dataset", help="images: local folder, parquet file or folder, or Hub id")
+        parser.add_argument("--output", type=Path, required=True, help="folder of the compressed checkpoint")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="the output folder may hold files; they are replaced"
+        )
+        parser.add_argument("--split", help="of the dataset; default: train, or the only one")
+        parser.add_argument("--image-column", help="of the dataset; default: the one image column")
+        parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass; default 32")
+        parser.add_argument("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
+        parser.add_argument("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
+        parser.add_argument("--evaluate-on", help="labelled images to measure the loss on")
+        parser.add_argument("--evaluate-split", help="default: validation, test, or the only one")
+        parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository")
+        add_field_arguments(parser)
+        add_hub_arguments(parser)
+
+    def execute(self) -> tuple[str, dict[str, Any]]:
+        """See `MixRankSubcommand`."""
+        args = self.args
+        config = configuration(args)
+        from ..checkpoint import writable_directory
+        from ..compressor import MixRankCompressor
+        from ..decomposition import METRICS
+        from ..reporting import format_table, plot_ranks
+
+        writable_directory(args.output, args.overwrite)
+        if args.dataset is None and (config.compensation or METRICS[config.metric].uses_data):
+            raise ValueError("--dataset is missing: name a folder of images, or use --metric svd --compensation none.")
+        compressor = MixRankCompressor.from_pretrained(
+            args.model, dtype=args.dtype, device=args.device or _default_device(), **hub_arguments(args)
+        )
+        images = None
+        if args.dataset is not None:
+            images = compressor.get_calibration_dataset(
+                args.dataset,
+                num_samples=config.num_samples,
+                split=args.split,
+                image_column=args.image_column,
+                seed=config.seed,
+                **{name: value for name, value in hub_arguments(args).items() if name in ("token", "cache_dir")},
+            )
+        model = compressor.compress(config, images, batch_size=args.batch_size)
+        if args.evaluate_on is not None:
+            compressor.evaluate(model, args.evaluate_on, split=args.evaluate_split, batch_size=args.batch_size)
+        compressor.save_pretrained(model, args.output, overwrite=args.overwrite)
+        plot_ranks(compressor.report, args.output / "ranks.png")
+        if args.push_to_hub is not None:
+            compressor.push_to_hub(model, args.push_to_hub, token=args.token)
+        text = f"{format_table(compressor.report)}\n\nCheckpoint, report and picture of the ranks: {args.output}"
+        return text, {"output": str(args.output), **compressor.report.to_dict()}
+
+
+def _default_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,49 @@
+"""`optimum-cli mixrank merge`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+from .command import MixRankSubcommand, add_hub_arguments, hub_arguments
+
+
+class MergeCommand(MixRankSubcommand):
+    """Back to a dense checkpoint."""
+
+    description = """Multiply the factors of a compressed checkpoint: a dense one of the original's size that needs no plugin.
+
+example:
+  optimum-cli mixrank merge --model out --output dense
+"""
+
+    @classmethod
+    def add_arguments(cls, parser: ArgumentParser) -> None:
+        """See `MixRankSubcommand`."""
+        parser.add_argument("--model", required=True, help="compressed checkpoint: local folder or Hub id")
+        parser.add_argument("--output", type=Path, required=True, help="folder of the dense checkpoint")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="the output folder may hold files; they are replaced"
+        )
+        add_hub_arguments(parser)
+
+    def execute(self) -> tuple[str, dict[str, Any]]:
+        """See `MixRankSubcommand`."""
+        args = self.args
+        import transformers
+
+        import optimum_mixrank  # noqa: F401 - lets Transformers open the checkpoint
+
+        from ..checkpoint import save_dense, writable_directory
+        from ..dense import to_dense
+        from ..original import load_image_processor
+
+        writable_directory(args.output, args.overwrite)
+        config = transformers.AutoConfig.from_pretrained(args.model, **hub_arguments(args))
+        architectures = getattr(config, "architectures", None) or ["AutoModel"]
+        model_class = getattr(transformers, architectures[0], transformers.AutoModel)
+        model = to_dense(model_class.from_pretrained(args.model, dtype="auto", **hub_arguments(args)))
+        save_dense(model, args.output, load_image_processor(args.model, hub_arguments(args)), overwrite=args.overwrite)
+        values = {"output": str(args.output), "parameters": sum(each.numel() for each in model.parameters())}
+        return f"{values['parameters']:,} parameters: {args.output}", values

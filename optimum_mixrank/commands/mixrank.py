@@ -1,0 +1,26 @@
+"""The parent of all commands."""
+
+from __future__ import annotations
+
+from optimum.commands import BaseOptimumCLICommand, CommandInfo
+
+from .compress import CompressCommand
+from .evaluate import EvaluateCommand
+from .inspect import InspectCommand
+from .merge import MergeCommand
+from .plan import PlanCommand
+
+
+class MixRankCommand(BaseOptimumCLICommand):
+    """`optimum-cli mixrank`."""
+
+    COMMAND = CommandInfo(name="mixrank", help="Compress Vision Transformers by activation-aware mixed-rank factors.")
+    SUBCOMMANDS = (
+        CommandInfo("compress", "Compress a model with a folder of images.", CompressCommand),
+        CommandInfo("plan", "What would 40, 50, 60, 70 % cost? Predicted losses, without compressing.", PlanCommand),
+        CommandInfo(
+            "evaluate", "Accuracy, agreement and KL of a compressed model against its original.", EvaluateCommand
+        ),
+        CommandInfo("inspect", "What is inside a compressed checkpoint, without loading its weights.", InspectCommand),
+        CommandInfo("merge", "Turn a compressed checkpoint into a dense one that needs no plugin.", MergeCommand),
+    )
