@@ -25,6 +25,7 @@ from optimum_mixrank.calibration.images import ImageBatches
 from optimum_mixrank.compensation.held_out import model_outputs
 from optimum_mixrank.decomposition import METRICS
 from optimum_mixrank.evaluation.fidelity import agreement, kl_divergence
+from optimum_mixrank.evaluation.labels import find_label_column, map_labels
 from optimum_mixrank.reporting.build import environment
 
 
@@ -104,7 +105,13 @@ def main() -> None:
                 )
                 if METRICS[config.metric].uses_data and config.metric not in calibrations:
                     calibrations[config.metric] = compressor.calibrate(
-                        images, config.metric, batch_size=args.batch_size, seed=seed
+                        images,
+                        config.metric,
+                        batch_size=args.batch_size,
+                        target_modules=config.target_modules,
+                        exclude_modules=config.exclude_modules,
+                        fisher_samples=config.fisher_samples,
+                        seed=seed,
                     )
                 calibration = calibrations.get(config.metric)
                 start = time.perf_counter()
@@ -122,7 +129,8 @@ def main() -> None:
                         **outcome,
                         "seconds": round(seconds, 1),
                         "forward_passes": round(seconds / forward_seconds, 1),
-                        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                        "peak_memory_of_the_run_so_far_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                        // 1024,
                         "compensation": report.compensation,
                     }
                 )
@@ -165,12 +173,14 @@ def load_test(compressor: MixRankCompressor, args: argparse.Namespace) -> tuple[
     dataset = load_image_dataset(
         args.test_data, split=args.test_split, default_splits=("validation", "test"), num_samples=None
     )
+    column = find_label_column(dataset)
     batches = list(
         ImageBatches(
             dataset,
             image_processor=compressor.image_processor,
             batch_size=args.batch_size,
-            label_column="label",
+            label_column=column,
+            label_map=map_labels(dataset, column, compressor.model.config.label2id),
         )
     )
     return [batch.pixel_values for batch in batches], torch.cat([batch.labels for batch in batches])

@@ -49,7 +49,13 @@ def main() -> None:
             for allocation in args.allocations:
                 start = time.perf_counter()
                 config = MixRankConfig(
-                    compression_ratio=ratio, compression_scope="targets", metric=metric, allocation=allocation
+                    compression_ratio=ratio,
+                    compression_scope="targets",
+                    metric=metric,
+                    allocation=allocation,
+                    layout="factors",
+                    compensation=[],
+                    min_rank_ratio=0.1,
                 )
                 model = compressor.compress(config, calibration=calibration)
                 seconds = time.perf_counter() - start

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +62,7 @@ def save_checkpoint(
         raise ValueError(
             f"This {type(model).__name__} holds no factored layer; save a dense model with its own `save_pretrained`."
         )
-    destination = writable_directory(directory, overwrite)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    try:
-        # mkdtemp makes folders for the owner's eyes only; a checkpoint is as readable as other new folders.
-        temporary.chmod(0o755)
+    with _complete_or_not_at_all(directory, overwrite) as temporary:
         model.save_pretrained(temporary, **kwargs)
         check_stored_values(model, temporary)
         if image_processor is not None:
@@ -72,10 +70,35 @@ def save_checkpoint(
         if report is not None:
             report = dataclasses.replace(report, bytes_on_disk_after=safetensors_bytes(temporary))
             report.save(temporary)
+    return report
+
+
+def save_dense(
+    model: PreTrainedModel, directory: str | Path, image_processor: Any, *, overwrite: bool = False
+) -> None:
+    """Write a dense model with its image processor, complete or not at all.
+
+    Raises:
+        FileExistsError: see `writable_directory`.
+    """
+    with _complete_or_not_at_all(directory, overwrite) as temporary:
+        model.save_pretrained(temporary)
+        if image_processor is not None:
+            image_processor.save_pretrained(temporary)
+
+
+@contextmanager
+def _complete_or_not_at_all(directory: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside the destination that takes its place when everything has been written."""
+    destination = writable_directory(directory, overwrite)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        # mkdtemp makes folders for the owner's eyes only; a checkpoint is as readable as other new folders.
+        temporary.chmod(0o755)
+        yield temporary
         _move(temporary, destination)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return report
 
 
 def push_checkpoint(

@@ -121,7 +121,8 @@ class MixRankConfig(QuantizationConfigMixin):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for field_name, value in RECIPES.get(self.recipe, {}).items():
+        _check_choice("recipe", self.recipe, tuple(RECIPES))
+        for field_name, value in RECIPES[self.recipe].items():
             if getattr(self, field_name) is None:
                 setattr(self, field_name, copy.copy(value))
         self.validate()

@@ -70,9 +70,9 @@ class FactoredLinear(nn.Module, ABC):
         """The weight `W`, `[out_features, in_features]`, multiplied in float64."""
 
     @property
+    @abstractmethod
     def num_values(self) -> int:
         """Stored values of the weight: of its factors, without bias and indices."""
-        return self.factor_a.weight.numel() + self.factor_b.weight.numel()
 
     def to_linear(self) -> nn.Linear:
         """The dense layer with the same function, multiplied in float64 and rounded once."""
@@ -87,9 +87,11 @@ class FactoredLinear(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""
+        # From numbers alone: the factors may have been replaced by quantized or adapted modules.
+        kept = self.num_values / (self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}, kept={self.num_values / (self.in_features * self.out_features):.1%}"
+            f"layout={self.layout}, kept={kept:.1%}"
         )
 
 
@@ -153,6 +155,11 @@ class LowRankLinear(FactoredLinear):
             layer.factor_b.bias = nn.Parameter(bias.detach().contiguous())
         layer.weight = nn.Parameter(A.new_empty(0), requires_grad=False)
         return layer
+
+    @property
+    def num_values(self) -> int:
+        """Stored values of the weight, `r (m + n)`."""
+        return self.rank * (self.in_features + self.out_features)
 
     @property
     def bias(self) -> Tensor | None:
@@ -252,6 +259,11 @@ class PivotedLinear(FactoredLinear):
         if bias is not None:
             layer.set_bias(bias)
         return layer
+
+    @property
+    def num_values(self) -> int:
+        """Stored values of the weight, `r (m + n) - r²`."""
+        return self.rank * (self.in_features + self.out_features - self.rank)
 
     @property
     def bias(self) -> Tensor | None:

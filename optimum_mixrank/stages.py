@@ -115,7 +115,9 @@ def factored_linear(
     layer: FactoredLinear
     if layout == "pivoted":
         pivots, A, C = pivot_rows(A, B)
-        layer = PivotedLinear.from_pivots(A.to(dense.weight), C.to(dense.weight), pivots.to(A.device), dense.bias)
+        layer = PivotedLinear.from_pivots(
+            A.to(dense.weight), C.to(dense.weight), pivots.to(dense.weight.device), dense.bias
+        )
     else:
         layer = LowRankLinear.from_factors(A.to(dense.weight), B.to(dense.weight), dense.bias)
     if mean is not None and dense.bias is not None:
@@ -132,7 +134,23 @@ def _statistics(calibration: Calibration, target: Target) -> LayerStatistics:
             f"The calibration holds no statistics of layer {target.name!r}; calibrate with the same target_modules and "
             "exclude_modules."
         )
-    return calibration.layers[target.name]
+    statistics = calibration.layers[target.name]
+    m, n = target.shape
+    expected = {
+        Statistic.INPUT_MEAN: (n,),
+        Statistic.INPUT_VARIANCE: (n,),
+        Statistic.INPUT_COVARIANCE: (n, n),
+        Statistic.OUTPUT_COVARIANCE: (m, m),
+        Statistic.GRADIENT_MOMENT: (m, m),
+    }
+    for statistic, shape in expected.items():
+        tensor = getattr(statistics, statistic.value)
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"The calibration's {statistic.value} of layer {target.name!r} has the shape {list(tensor.shape)}; "
+                f"{list(shape)} is needed. The file is damaged or belongs to another model; calibrate anew."
+            )
+    return statistics
 
 
 def _to(statistics: LayerStatistics, tensor: torch.Tensor) -> LayerStatistics:

@@ -257,7 +257,7 @@ def test_to_linear_shares_nothing():
 
 
 def test_repr_shows_shape_rank_and_share():
-    assert "in_features=36, out_features=50, rank=7, bias=True, kept=33.4%" in repr(make())
+    assert "in_features=36, out_features=50, rank=7, layout=factors, kept=33.4%" in repr(make())
     assert "bias=False" in repr(make(bias=False))
 
 

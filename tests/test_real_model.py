@@ -30,7 +30,7 @@ def calibration(compressor, images):
 
 @pytest.mark.parametrize("ratio", [0.2, 0.4])
 def test_compressed_checkpoint_agrees_with_the_model_in_memory(compressor, calibration, images, ratio, tmp_path):
-    config = MixRankConfig(compression_ratio=ratio)
+    config = MixRankConfig(recipe="fast", compression_ratio=ratio)
     model = compressor.compress(config, calibration=calibration, save_directory=tmp_path / "out")
     parameters = sum(parameter.numel() for parameter in compressor.model.parameters())
     left = sum(parameter.numel() for parameter in model.parameters())
@@ -47,6 +47,8 @@ def test_compressed_checkpoint_agrees_with_the_model_in_memory(compressor, calib
 def test_second_moment_loses_less_than_plain_svd(compressor, calibration, images):
     results = {}
     for metric in ("svd", "second_moment"):
-        model = compressor.compress(MixRankConfig(compression_ratio=0.3, metric=metric), calibration=calibration)
+        model = compressor.compress(
+            MixRankConfig(recipe="fast", compression_ratio=0.3, metric=metric), calibration=calibration
+        )
         results[metric] = compressor.evaluate(model, images, split="validation", num_samples=200)
     assert results["second_moment"].kl < results["svd"].kl

@@ -49,13 +49,16 @@ class GradientCollector:
         """Take in the gradients of the batch that has just run."""
         outputs = [tensor for tensors in self._outputs.values() for tensor in tensors]
         owners = [name for name, tensors in self._outputs.items() for _ in tensors]
+        # Gradients of a confident model are too small for float16; as in mixed-precision training they are scaled.
+        scale = 2.0**14 if any(tensor.dtype == torch.float16 for tensor in outputs) else 1.0
         for sample in range(self._samples):
-            scalar = probe_likelihood(output, self._generator)
+            scalar = probe_likelihood(output, self._generator) * scale
             last = sample + 1 == self._samples
             gradients = torch.autograd.grad(scalar, outputs, retain_graph=not last, allow_unused=True)
             for name, tensor, gradient in zip(owners, outputs, gradients, strict=True):
                 # A layer on which the output does not depend has the gradient zero.
-                self._accumulators[name].update(torch.zeros_like(tensor) if gradient is None else gradient)
+                gradient = torch.zeros_like(tensor) if gradient is None else gradient
+                self._accumulators[name].update(gradient.float() / scale if scale != 1 else gradient)
         self._outputs.clear()
 
     def moment(self, name: str) -> Tensor:
@@ -97,14 +100,18 @@ def probe_likelihood(output: ModelOutput, generator: torch.Generator) -> Tensor:
         The sum over images; images do not mix.
     """
     if output.logits is not None:
-        root = output.logits.detach().double().softmax(dim=-1).sqrt()
-        noise = torch.randn(root.shape, generator=generator, dtype=torch.float64).to(root)
+        # On the host, since Apple's GPUs have no float64.
+        root = output.logits.detach().float().cpu().double().softmax(dim=-1).sqrt()
+        noise = torch.randn(root.shape, generator=generator, dtype=torch.float64)
         direction = root * (noise - root * (root * noise).sum(dim=-1, keepdim=True))
         return (output.logits * direction.to(output.logits)).sum()
     total = output.features[0].new_zeros(())
     for feature in output.features:
         values = feature.detach().float()
-        scale = values.std() * (values[0].numel() * len(output.features)) ** 0.5
+        spread = values.std(correction=0)
+        # Features that are all alike, a single value say, are measured by their size.
+        spread = torch.where(spread > 0, spread, values.square().mean().sqrt())
+        scale = spread * (values[0].numel() * len(output.features)) ** 0.5
         noise = torch.randn(feature.shape, generator=generator).to(feature)
         total = total + (feature * noise).sum() / scale.clamp_min(1e-12)
     return total

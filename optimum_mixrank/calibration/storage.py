@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -62,6 +63,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
     os.close(descriptor)
     try:
         save_file(tensors, temporary, metadata={"format": _FORMAT, "calibration": json.dumps(content)})
+        # mkstemp makes files for the owner's eyes only; statistics are as readable as other new files.
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -91,6 +93,8 @@ def load_calibration(path: str | Path) -> Calibration:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         content = json.loads(metadata["calibration"])
         layers = {name: _layer(entry, tensors) for name, entry in content["layers"].items()}
+        if not all(isinstance(content[f"{what}_fingerprint"], str) for what in ("model", "data")):
+            raise TypeError("fingerprints are missing")
         fields = {field.name for field in dataclasses.fields(Calibration)} & set(content)
         return Calibration(
             **{**{name: content[name] for name in fields}, "layers": layers, "broken": tuple(content["broken"])}
@@ -102,4 +106,11 @@ def load_calibration(path: str | Path) -> Calibration:
 def _layer(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerStatistics:
     known = {statistic.value for statistic in Statistic}
     values = {name: tensors[key] for name, key in entry["tensors"].items() if name in known}
-    return LayerStatistics(num_tokens=entry["num_tokens"], num_images=entry["num_images"], **values)
+    for name, tensor in values.items():
+        if tensor.dtype != torch.float64 or not torch.isfinite(tensor).all():
+            raise TypeError(f"{name} is not finite float64")
+    counts = {name: entry[name] for name in ("num_tokens", "num_images")}
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise TypeError(f"{name}={count!r}")
+    return LayerStatistics(**counts, **values)

@@ -70,11 +70,13 @@ examples:
         if args.evaluate_on is not None:
             compressor.evaluate(model, args.evaluate_on, split=args.evaluate_split, batch_size=args.batch_size)
         compressor.save_pretrained(model, args.output, overwrite=args.overwrite)
-        plot_ranks(compressor.report, args.output / "ranks.png")
+        report = compressor.report
+        assert report is not None  # `compress` has made one
+        plot_ranks(report, args.output / "ranks.png")
         if args.push_to_hub is not None:
             compressor.push_to_hub(model, args.push_to_hub, token=args.token)
-        text = f"{format_table(compressor.report)}\n\nCheckpoint, report and picture of the ranks: {args.output}"
-        return text, {"output": str(args.output), **compressor.report.to_dict()}
+        text = f"{format_table(report)}\n\nCheckpoint, report and picture of the ranks: {args.output}"
+        return text, {"output": str(args.output), **report.to_dict()}
 
 
 def _default_device() -> str:

@@ -92,7 +92,7 @@ def configuration(args: Any) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--config {str(path)!r} is no file; give a YAML or JSON file with fields of MixRankConfig.")
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML

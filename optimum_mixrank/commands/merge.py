@@ -12,7 +12,7 @@ from .command import MixRankSubcommand, add_hub_arguments, hub_arguments
 class MergeCommand(MixRankSubcommand):
     """Back to a dense checkpoint."""
 
-    description = """Multiply the factors of a compressed checkpoint: a dense one of the original's size that needs no plugin.
+    description = """Multiply the factors of a compressed checkpoint: a dense one, of the original's size, needs no plugin.
 
 example:
   optimum-cli mixrank merge --model out --output dense

@@ -38,8 +38,10 @@ class BlockCompensator(Compensator):
         config = task.config
         segments = find_segments(task.original, [target.name for target in task.factored])
         # Batches are the units here, since the inputs of a block are kept as they come.
-        batches = [*task.batches, *task.held_out]
-        learn, settings = len(task.batches), TrainingSettings(config.epochs, config.learning_rate, 1, config.seed)
+        size = config.train_batch_size
+        steps = torch.cat(list(task.batches)).split(size)
+        batches = [*steps, *torch.cat(list(task.held_out)).split(size)]
+        learn, settings = len(steps), TrainingSettings(config.epochs, config.learning_rate, 1, config.seed)
         improved = []
         with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
             theirs = SegmentReplay(task.original, segments, batches)
@@ -56,7 +58,8 @@ class BlockCompensator(Compensator):
                 def error(calls: list[Call] = ours.calls, wanted: list[Tensor] = wanted) -> float:
                     with torch.no_grad():
                         pairs = list(zip(wanted, calls, strict=True))[learn:]
-                        return sum(float(relative_loss(w, first_tensor(c(block)))) for w, c in pairs)  # noqa: B023
+                        errors = [float(relative_loss(w, first_tensor(c(block)))) * len(w) for w, c in pairs]  # noqa: B023
+                        return sum(errors) / sum(len(w) for w, _ in pairs)
 
                 if inside:
                     parameters = trained_parameters(

@@ -70,12 +70,10 @@ class DistillationCompensator(Compensator):
         }
 
     def _loss(self, original: nn.Module, model: nn.Module, pixel_values: Tensor) -> Tensor:
-        parameter = next(model.parameters())
-        pixel_values = pixel_values.to(parameter.device, parameter.dtype)
         with torch.no_grad():
             theirs, their_features = _run(original, pixel_values)
         ours, our_features = _run(model, pixel_values)
-        total = pixel_values.new_zeros(())
+        total = torch.zeros((), device=next(model.parameters()).device)
         if ours.logits is not None and theirs.logits is not None:
             log_q = ours.logits.float().log_softmax(dim=-1)
             log_p = theirs.logits.float().log_softmax(dim=-1)
@@ -119,8 +117,9 @@ def _run(model: nn.Module, pixel_values: Tensor) -> tuple[ModelOutput, Tensor | 
 
     # `output_hidden_states=True` would leave hooks of Transformers' own on the model.
     handle = getattr(model, "base_model", model).register_forward_hook(hook)
+    parameter = next(model.parameters())
     try:
-        output = model(pixel_values=pixel_values)
+        output = model(pixel_values=pixel_values.to(parameter.device, parameter.dtype))
     finally:
         handle.remove()
     return select_output(output, getattr(model, "config", None)), hidden[0] if hidden else None

@@ -28,19 +28,22 @@ class LayerwiseCompensator(Compensator):
     A layer's new version is made from the covariances of its inputs in the compressed model, `x'`, and of its targets
     in the original one with them.
 
-    Memory: the activations at one segment boundary of both models and the outputs of the linear layers of one segment
-    of the original, for all images: in a ViT of width d about `12 d` values per token; the boundary is announced in the
-    log before the work starts. Time: two runs of the original, and of the compressed model one run to every group of
-    layers that share an input (four in a ViT block) and one through the segment.
+    Memory: the activations at one segment boundary of both models, for all images, which are announced in the log before
+    the work starts; and the outputs of the linear layers of one segment of the original, about `12 d` values per token
+    in a ViT of width d, if they take no more than `max_bytes`. Time: two runs of the original, and of the compressed
+    model one run to every group of layers that share an input (four in a ViT block) and one through the segment. Where
+    outputs are not kept, the original runs to every group of layers too.
 
     Attributes:
         description: Of the progress bar.
         residual_targets: Whether a layer that writes to the residual stream is to restore the original stream, rather
             than its own original output: what its predecessors have done wrong is then corrected as far as `x'` tells.
+        max_bytes: Up to which the original's outputs of a segment are kept.
     """
 
     description: ClassVar[str]
     residual_targets: ClassVar[bool]
+    max_bytes: ClassVar[int] = 4 * 2**30
 
     @abstractmethod
     def solve(self, task: Compensation, target: Target, pair: PairAccumulator) -> FactoredLinear:
@@ -74,9 +77,9 @@ class LayerwiseCompensator(Compensator):
                 first = theirs.calls[0]
                 anchors = find_anchors(theirs.segment, first, list(inside)) if self.residual_targets else {}
                 anchored += len(anchors)
-                wanted = [_wanted(theirs.segment, call, list(inside), anchors) for call in theirs.calls]
+                outputs = _OriginalOutputs(theirs, list(inside), anchors, self.max_bytes)
                 for group in group_by_input(theirs.segment, first, list(inside)):
-                    self._replace(task, ours, {name: inside[name] for name in group}, anchors, wanted)
+                    self._replace(task, ours, {name: inside[name] for name in group}, anchors, outputs)
                     progress.update(len(group))
                 theirs.advance()
                 ours.advance()
@@ -88,12 +91,13 @@ class LayerwiseCompensator(Compensator):
         ours: SegmentReplay,
         group: Mapping[str, Target],
         anchors: Mapping[str, str],
-        wanted: Sequence[Mapping[str, Tensor]],
+        wanted: _OriginalOutputs,
     ) -> None:
         pairs: dict[str, PairAccumulator] = {}
         for name in group:
             pairs[name] = PairAccumulator(next(iter(pairs.values()), None))
-        for call, original in zip(ours.calls, wanted, strict=True):
+        for index, call in enumerate(ours.calls):
+            original = wanted.of(index, list(group))
             inputs, targets = _inputs_and_targets(ours.segment, call, list(group), anchors, original)
             for name, pair in pairs.items():
                 pair.update(inputs[name], targets[name])
@@ -142,6 +146,30 @@ def group_by_input(segment: nn.Module, call: Call, names: Sequence[str]) -> list
             groups.append([name])
         last = tensor
     return groups
+
+
+class _OriginalOutputs:
+    """What the original gives for every batch: kept where all of it fits into memory, else computed again each time."""
+
+    def __init__(
+        self, replay: SegmentReplay, names: Sequence[str], anchors: Mapping[str, str], max_bytes: int
+    ) -> None:
+        self._replay = replay
+        self._anchors = anchors
+        self._kept: list[dict[str, Tensor]] = []
+        for call in replay.calls:
+            self._kept.append(_wanted(replay.segment, call, names, anchors))
+            size = sum(tensor.numel() * tensor.element_size() for tensor in self._kept[-1].values())
+            if size * len(replay.calls) > max_bytes:
+                self._kept.clear()
+                break
+
+    def of(self, index: int, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """By layer, for the batch with this index."""
+        if self._kept:
+            return self._kept[index]
+        anchors = {name: place for name, place in self._anchors.items() if name in names}
+        return _wanted(self._replay.segment, self._replay.calls[index], names, anchors)
 
 
 def _wanted(segment: nn.Module, call: Call, names: Sequence[str], anchors: Mapping[str, str]) -> dict[str, Tensor]:

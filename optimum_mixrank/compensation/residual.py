@@ -27,7 +27,7 @@ class ResidualCompensator(LayerwiseCompensator):
     images. The sum is stored as factors of rank r. The paper gives no optimiser; steps, rate and q were chosen by the
     held-out error on the shipped model.
 
-    A layer is left as it was where the loss did not fall below that of its own rank-r factors.
+    A layer keeps its factors where the loss did not fall; the bias is fitted to `x'` in any case.
 
     Args:
         share: q as a share of the rank.
@@ -60,11 +60,9 @@ class ResidualCompensator(LayerwiseCompensator):
             trained = self._train(start, q, input_moment, target_moment, generator)
             candidates = [(A, B), trained]
             A, B = min(candidates, key=lambda pair: output_loss(pair[1] @ pair[0], input_moment, target_moment))
-        if output_loss(current.product(), input_moment, target_moment) <= output_loss(
-            B @ A, input_moment, target_moment
-        ):
-            return current
-        layer = factored_linear(dense, A, B, entry.layout)
+        before = output_loss(current.product(), input_moment, target_moment)
+        improved = output_loss(B @ A, input_moment, target_moment) < before
+        layer = factored_linear(dense, A, B, entry.layout) if improved else current
         if dense.bias is not None:
             input_mean, target_mean = (mean.to(weight) for mean in pair.means())
             layer.set_bias(target_mean - layer.product() @ input_mean)

@@ -119,13 +119,18 @@ class SegmentReplay:
 @contextmanager
 def _returning(modules: Sequence[nn.Module], output: Any) -> Iterator[None]:
     """Let modules return a given output instead of computing one."""
+    # Accelerate and others put a `forward` of their own on a module; it has to come back.
+    before = [vars(module).get("forward") for module in modules]
     for module in modules:
         module.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:
-        for module in modules:
-            del module.forward
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ def train(
             losses.append(sum_of_losses / num_images)
             errors.append(error())
             progress.set_postfix(loss=f"{losses[-1]:.4g}", held_out=f"{errors[-1]:.4g}")
-            if errors[-1] <= min(errors):
+            if errors[-1] < min(errors[:-1]):
                 best = _snapshot(parameters)
     with torch.no_grad():
         for parameter, value in zip(parameters, best, strict=True):
@@ -122,23 +122,34 @@ def train(
 def balanced_factors(model: nn.Module) -> Iterator[list[str]]:
     """Hold factored layers as balanced factors, in which steps of one size suit both; afterwards in their own layout.
 
+    A model in half precision is trained in float32, since small steps would be lost. After an exception the layers are
+    as they were.
+
     Yields:
         Names of the factored layers.
     """
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
     entries = {name: FactoredLayer(layer.rank, layer.bias is not None, layer.layout) for name, layer in layers.items()}
     for name, layer in layers.items():
         replace_module(model, name, _balanced(layer))
+    if dtype in (torch.float16, torch.bfloat16):
+        model.to(torch.float32)
     try:
         yield list(layers)
-    finally:
-        for name, entry in entries.items():
-            trained = model.get_submodule(name)
-            A, B = to_float64(trained.factor_a.weight), to_float64(trained.factor_b.weight)
-            layer = factored_linear(trained.to_linear(), A, B, entry.layout)
-            for new, old in zip(layer.parameters(), layers[name].parameters(), strict=True):
-                new.requires_grad_(old.requires_grad)
-            replace_module(model, name, layer.train(layers[name].training))
+    except BaseException:
+        for name, layer in layers.items():
+            replace_module(model, name, layer)
+        model.to(dtype)
+        raise
+    model.to(dtype)
+    for name, entry in entries.items():
+        trained = model.get_submodule(name)
+        A, B = to_float64(trained.factor_a.weight), to_float64(trained.factor_b.weight)
+        layer = factored_linear(trained.to_linear(), A, B, entry.layout)
+        for new, old in zip(layer.parameters(), layers[name].parameters(), strict=True):
+            new.requires_grad_(old.requires_grad)
+        replace_module(model, name, layer.train(layers[name].training))
 
 
 def _balanced(layer: FactoredLinear) -> LowRankLinear:

@@ -46,4 +46,6 @@ class KfacMetric(Metric):
             found = decompose_two_sided(weight, gradients, output_covariance=output)
         else:
             found = decompose_two_sided(weight, gradients, statistics.require(Statistic.INPUT_COVARIANCE))
-        return dataclasses.replace(found, energies=found.energies * (statistics.tokens_per_image / 2))
+        # Of a layer on which the output does not depend nothing is lost, whatever its rank.
+        matters = bool((statistics.require(Statistic.GRADIENT_MOMENT).diagonal() > 0).any())
+        return dataclasses.replace(found, energies=found.energies * (statistics.tokens_per_image / 2 * matters))

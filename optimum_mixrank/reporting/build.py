@@ -81,7 +81,7 @@ def build_report(
         linears: All linear layers of the encoder, as they were.
         ranks: By canonical name of every targeted layer.
         rank_map: The factored layers.
-        losses: Share of the energy lost at rank 0, 1, …, by canonical name.
+        losses: Loss at rank 0, 1, …, by canonical name, as the allocation saw it.
         original: The model as it was.
         model: The compressed model.
         calibration: None where no data was used.
@@ -115,7 +115,7 @@ def build_report(
     return CompressionReport(
         layers=layers,
         settings=settings,
-        environment=environment(),
+        environment=environment(next(model.parameters()).device),
         model_parameters_before=original.parameters,
         model_parameters_after=compressed.parameters,
         bytes_on_disk_before=original.bytes,
@@ -128,15 +128,20 @@ def build_report(
     )
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine: what a reader needs to reproduce or to judge a figure."""
+def environment(used: torch.device | None = None) -> dict[str, Any]:
+    """Versions and machine: what a reader needs to reproduce or to judge a figure.
+
+    Args:
+        used: The device that the work was done on; default: the CPU.
+    """
     versions = {}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    on_gpu = used is not None and used.type == "cuda"
+    device = torch.cuda.get_device_name(used) if on_gpu else platform.machine()
     return {
         "python": platform.python_version(),
         **versions,

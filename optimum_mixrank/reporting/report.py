@@ -27,8 +27,8 @@ class LayerReport:
         name: Canonical name.
         shape: `(out_features, in_features)`.
         rank: None if the layer stayed dense.
-        kept_energy: Share of the output energy that the factors keep, in [0, 1], as the metric measures it; None for a
-            dense layer.
+        kept_energy: Share of the layer's energy that one-shot factors of this rank keep, in [0, 1], as the metric
+            measures it, before compensation; None for a dense layer.
         targeted: Whether it was to be compressed; a targeted layer stays dense where that is smaller or asked for.
         parameters_before: Stored values of the weight, `out_features * in_features`.
         parameters_after: Stored values of the weight or its factors.

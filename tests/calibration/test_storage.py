@@ -1,6 +1,7 @@
 """Statistics on disk: reused for another budget, refused for another model or other images."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -88,6 +89,33 @@ def test_damaged_and_foreign_files(saved, tmp_path):
     saved.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="is damaged"):
         Calibration.load(saved)
+
+
+@pytest.mark.parametrize("damage", ["nan", "dtype", "count", "fingerprint"])
+def test_wrong_content_is_refused(compressor, tmp_path, damage):
+    calibration = compressor.calibrate([pixels(4)], "kfac")
+    name = next(iter(calibration.layers))
+    statistics = calibration.layers[name]
+    if damage == "nan":
+        statistics = dataclasses.replace(statistics, gradient_moment=statistics.gradient_moment * float("nan"))
+    elif damage == "dtype":
+        statistics = dataclasses.replace(statistics, gradient_moment=statistics.gradient_moment.float())
+    elif damage == "count":
+        statistics = dataclasses.replace(statistics, num_tokens="4")
+    layers = {**calibration.layers, name: statistics}
+    changes = {"model_fingerprint": None} if damage == "fingerprint" else {}
+    path = dataclasses.replace(calibration, layers=layers, **changes).save(tmp_path / "statistics.safetensors")
+    with pytest.raises(ValueError, match="is damaged .* collect the statistics anew"):
+        Calibration.load(path)
+
+
+def test_wrong_shapes_are_refused(compressor):
+    calibration = compressor.calibrate([pixels(4)], "kfac")
+    name = next(iter(calibration.layers))
+    wrong = dataclasses.replace(calibration.layers[name], gradient_moment=torch.eye(3).double())
+    calibration = dataclasses.replace(calibration, layers={**calibration.layers, name: wrong})
+    with pytest.raises(ValueError, match=r"gradient_moment of layer .* has the shape \[3, 3\]; \[32, 32\] is needed"):
+        compressor.compress(MixRankConfig(**SETTINGS), calibration=calibration)
 
 
 def test_nothing_is_left_behind_when_writing_fails(compressor, saved, tmp_path, monkeypatch):

@@ -31,8 +31,14 @@ def settings(step, **changes):
     return config(compensation=[step], epochs=3, learning_rate=1e-3, train_batch_size=16, **changes)
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize(("family", "layout"), [("vit", "factors"), ("vit", "pivoted"), ("deit", "pivoted")])
+@pytest.mark.parametrize(
+    ("step", "family", "layout"),
+    [
+        *((step, family, "pivoted") for step in STEPS for family in ("vit", "deit")),
+        ("blocks", "vit", "factors"),
+        ("distillation", "vit", "factors"),
+    ],
+)
 def test_every_step_lowers_the_error_and_keeps_the_budget(step, family, layout, tmp_path):
     original = FAMILIES[family]()
     before = copy.deepcopy(original.state_dict())
@@ -83,6 +89,34 @@ def test_swin_and_models_without_a_head(step):
     [result] = report.compensation
     assert result["kept"]
     assert torch.isfinite(model_outputs(compressed, [images(2)])[0].features[0]).all()
+
+
+def test_outputs_that_do_not_fit_into_memory_are_computed_again(monkeypatch):
+    kept, _ = compress(FAMILIES["swin"](), settings("sequential"))
+    monkeypatch.setattr(COMPENSATORS["sequential"], "max_bytes", 0)
+    again, _ = compress(FAMILIES["swin"](), settings("sequential"))
+    assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(step, dtype):
+    original = FAMILIES["vit"]().to(dtype)
+    compressed, report = compress(original, settings(step, metric="second_moment"), 256)
+    [result] = report.compensation
+    assert result["kept"] and compressed.dtype == dtype
+    assert torch.isfinite(model_outputs(compressed, [images(4)])[0].logits).all()
+    if step == "sequential":
+        assert result["details"]["layers_with_residual_target"] >= 3
+
+
+def test_a_layer_that_does_not_matter_loses_nothing():
+    model = FAMILIES["vit"]()
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    calibration = MixRankCompressor(model).calibrate([images(16)], "kfac")
+    profile = MixRankCompressor(model).profile(calibration, config(compensation=[]), (0.5,))
+    assert profile.points[0].loss == 0
 
 
 def test_in_place_learns_from_the_original():

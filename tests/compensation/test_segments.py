@@ -102,3 +102,16 @@ def test_a_layer_that_runs_twice_is_refused():
 
     with pytest.raises(ValueError, match="'linear' is called 2 times"):
         group_by_input(Twice(), Call((torch.zeros(1, 4),), {}), ["linear"])
+
+
+@torch.no_grad()
+def test_a_forward_that_somebody_has_put_on_a_block_comes_back():
+    model = FAMILIES["vit"]().eval()
+    segments = find_segments(model, names(model))
+    block = model.get_submodule(segments[0])
+    patched = block.forward
+    block.forward = patched
+    replay = SegmentReplay(model, segments, [images(2)])
+    replay.advance()
+    assert vars(block)["forward"] is patched
+    assert "forward" not in vars(model.get_submodule(segments[1]))
