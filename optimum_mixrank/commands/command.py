@@ -8,7 +8,7 @@ from abc import abstractmethod
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import Any, ClassVar
 
-from optimum.commands import BaseOptimumCLICommand
+from optimum.commands.base import BaseOptimumCLICommand
 
 
 FAILED, INTERRUPTED = 1, 130
@@ -36,7 +36,7 @@ class MixRankSubcommand(BaseOptimumCLICommand):
             The result as text, and as JSON values.
         """
 
-    def parse_args(self, parser: ArgumentParser) -> None:  # type: ignore[override]
+    def parse_args(self, parser: ArgumentParser) -> None:
         """See `BaseOptimumCLICommand`."""
         parser.formatter_class = RawDescriptionHelpFormatter
         parser.description = self.description

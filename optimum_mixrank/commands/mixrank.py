@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimum.commands import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from .compress import CompressCommand
 from .evaluate import EvaluateCommand

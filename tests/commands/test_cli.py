@@ -1,0 +1,143 @@
+"""`optimum-cli mixrank`, as a user calls it."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForImageClassification
+
+from optimum_mixrank import MixRankConfig
+from optimum_mixrank.commands.fields import FIELDS
+
+
+SHIPPED = Path(__file__).parent.parent.parent / "examples" / "fashion_mnist"
+MODEL, DATA = str(SHIPPED / "model"), str(SHIPPED / "data")
+
+
+def cli(*arguments, code=0):
+    """Run `optimum-cli mixrank …` in a process of its own; stdout and stderr."""
+    program = "from optimum.commands.optimum_cli import main; main()"
+    command = [sys.executable, "-c", program, "mixrank", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    return result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "out"
+    stdout, stderr = cli(
+        *("compress", "--model", MODEL, "--dataset", DATA, "--split", "calibration", "--num-samples", 128),
+        *("--ratio", 0.5, "--recipe", "fast", "--output", out, "--json"),
+        *("--evaluate-on", DATA, "--evaluate-split", "test", "--batch-size", 128),
+    )
+    return out, json.loads(stdout), stderr
+
+
+def test_compress_writes_a_checkpoint_and_a_report(compressed):
+    out, values, stderr = compressed
+    assert AutoModelForImageClassification.from_pretrained(out).config.quantization_config.rank_map
+    assert values["settings"]["recipe"] == "fast" and values["settings"]["num_samples"] == 128
+    assert values["removed_of_model"] >= 0.5 and 0.8 < values["evaluation"]["top1"] < 1
+    assert (out / "ranks.png").stat().st_size > 1000 and (out / "preprocessor_config.json").exists()
+    # No progress bars where nobody watches.
+    assert "img/s" not in stderr
+
+
+def test_inspect(compressed):
+    out, values, _ = compressed
+    text, _ = cli("inspect", out)
+    assert "Parameters of the model" in text and "stored values" in text
+    shown = json.loads(cli("inspect", out, "--json")[0])
+    assert shown["config"]["rank_map"] and shown["bytes_on_disk"] == (out / "model.safetensors").stat().st_size
+    assert shown["report"]["layers"] == values["layers"]
+
+
+def test_evaluate_agrees_with_the_report(compressed):
+    out, values, _ = compressed
+    stdout, _ = cli(
+        *("evaluate", "--model", out, "--reference", MODEL, "--dataset", DATA, "--split", "test", "--json"),
+        *("--batch-size", 128),
+    )
+    assert json.loads(stdout)["top1"] == pytest.approx(values["evaluation"]["top1"])
+    assert json.loads(stdout)["kl"] == pytest.approx(values["evaluation"]["kl"], rel=1e-4)
+
+
+def test_merge(compressed, tmp_path):
+    out, values, _ = compressed
+    cli("merge", "--model", out, "--output", tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert "quantization_config" not in config
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "dense")
+    assert sum(parameter.numel() for parameter in model.parameters()) == values["model_parameters_before"]
+
+
+def test_plan_keeps_and_reuses_statistics(tmp_path):
+    statistics = tmp_path / "statistics.safetensors"
+    common = ("plan", "--model", MODEL, "--ratios", 0.4, 0.6, "--statistics", statistics, "--json")
+    first, _ = cli(*common, "--dataset", DATA, "--split", "calibration", "--num-samples", 64)
+    again, _ = cli(*common, "--plot", tmp_path / "profile.png")
+    assert json.loads(first) == json.loads(again)
+    assert [point["ratio"] for point in json.loads(first)["points"]] == [0.4, 0.6]
+    assert (tmp_path / "profile.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--ratio", 1.5), "Error: compression_ratio=1.5 is not in (0, 1)"),
+        (("--model", "does/not-exist-here"), "Error: "),
+        (("--metric", "kfacc"), "Error: metric='kfacc' is unknown"),
+        (("--config", "nothing.yaml"), "Error: --config 'nothing.yaml' is no file"),
+        (("--split", "validation"), "Error: "),
+        (("--output", MODEL), "is not empty; choose another"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_errors_are_one_sentence_without_traceback(tmp_path, arguments, message):
+    defaults = {"--model": MODEL, "--dataset": DATA, "--split": "calibration", "--output": tmp_path / "out"}
+    defaults.update({arguments[0]: arguments[1]})
+    _, stderr = cli("compress", *(each for pair in defaults.items() for each in pair), code=1)
+    assert message in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    _, stderr = cli("compress", "--model", MODEL, "--output", tmp_path / "out", "--ratio", 7, "--debug", code=1)
+    assert "Traceback" in stderr
+
+
+def test_missing_images_are_named(tmp_path):
+    _, stderr = cli("compress", "--model", MODEL, "--output", tmp_path / "out", code=1)
+    assert "Error: --dataset is missing" in stderr
+
+
+def test_a_file_of_fields(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("metric: svd\ncompensation: []\ncompression_ratio: 0.3\nratio_pattern: {query: 0}\n")
+    stdout, _ = cli(
+        "compress", "--model", MODEL, "--config", file, "--ratio", 0.4, "--output", tmp_path / "out", "--json"
+    )
+    settings = json.loads(stdout)["settings"]
+    assert settings["metric"] == "svd" and settings["compression_ratio"] == 0.4
+    assert settings["ratio_pattern"] == {"query": 0}
+
+
+def test_every_field_has_an_option_and_a_help_text():
+    internal = {"quant_method", "rank_map", "layout_version", "library_version"}
+    assert {field.name for field in dataclasses.fields(MixRankConfig)} - internal == set(FIELDS)
+    text, _ = cli("compress", "--help")
+    assert all(f"--{field.option}" in text for field in FIELDS.values())
+    assert "examples:" in text
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys; from optimum_mixrank.commands.mixrank import MixRankCommand; "
+        "print([name for name in ('torch', 'transformers', 'numpy', 'yaml') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
