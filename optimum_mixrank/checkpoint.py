@@ -1,4 +1,4 @@
-"""Write a compressed checkpoint: model, image processor and report, complete or not at all."""
+"""Write a compressed checkpoint: model, image processor, report and card, complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 
 from .evaluation.size import check_stored_values, safetensors_bytes
 from .modeling import FactoredLinear
+from .reporting.card import model_card
 
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def save_checkpoint(
         if report is not None:
             report = dataclasses.replace(report, bytes_on_disk_after=safetensors_bytes(temporary))
             report.save(temporary)
+            model_card(model, report).save(temporary / "README.md")
     return report
 
 

@@ -1,0 +1,132 @@
+"""The model card of a compressed checkpoint, with `huggingface_hub`'s card classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+from ..version import __version__
+from .report import CompressionReport
+from .table import format_table
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+_TASKS = {
+    "ForImageClassification": "image-classification",
+    "ForSemanticSegmentation": "image-segmentation",
+    "ForObjectDetection": "object-detection",
+    "ForDepthEstimation": "depth-estimation",
+}
+
+
+def model_card(model: PreTrainedModel, report: CompressionReport) -> ModelCard:
+    """Describe a compressed model: what it derives from, how it was made, what was lost, how to load it.
+
+    Licence and tags come from the card of the original where it can be read.
+
+    Args:
+        model: The compressed model; its `name_or_path` is the original.
+        report: Of the compression, with an evaluation if there was one.
+    """
+    original = str(model.name_or_path)
+    name = type(model).__name__
+    task = next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), "image-feature-extraction")
+    inherited = _card_data(original)
+    shown = original if not Path(original).exists() else Path(original).name
+    data = ModelCardData(
+        base_model=None if Path(original).exists() or not original else original,
+        base_model_relation="quantized" if original and not Path(original).exists() else None,
+        library_name="transformers",
+        license=inherited.get("license"),
+        license_name=inherited.get("license_name"),
+        license_link=inherited.get("license_link"),
+        datasets=inherited.get("datasets"),
+        pipeline_tag=task,
+        tags=["mixrank", "low-rank", "compressed"],
+        model_name=f"{shown or name} ({report.removed_of_model:.0%} smaller)",
+        eval_results=_results(report, task),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(shown or name, name, report)}")
+
+
+def _text(original: str, model_class: str, report: CompressionReport) -> str:
+    auto_class = "AutoModelForImageClassification" if model_class.endswith("ForImageClassification") else model_class
+    settings = {name: value for name, value in report.settings.items() if value not in (None, {}, [])}
+    lines = [
+        f"# {original}, {report.removed_of_model:.0%} smaller",
+        "",
+        f"`{original}` compressed by [optimum-mixrank](https://arxiv.org/abs/2402.06004) {__version__}: every linear "
+        "layer of the encoder is a pair of thin factors, chosen so that the model's output changes least.",
+        "",
+        "## Use",
+        "",
+        "```bash",
+        "pip install optimum-mixrank",
+        "```",
+        "",
+        "```python",
+        "import optimum_mixrank",
+        f"from transformers import {auto_class}",
+        "",
+        f'model = {auto_class}.from_pretrained("path/or/id/of/this/model")',
+        "```",
+        "",
+        "Without the import, loading stops with an error about mismatched sizes. `optimum-cli mixrank merge` makes a "
+        "dense checkpoint that needs no plugin.",
+        "",
+        "## What was lost, layer by layer",
+        "",
+        "```",
+        format_table(report),
+        "```",
+        "",
+        "## Settings and environment",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {key} | `{value}` |" for key, value in {**settings, **report.environment}.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _results(report: CompressionReport, task: str) -> list[EvalResult] | None:
+    evaluation = report.evaluation
+    if evaluation is None:
+        return None
+    names = {
+        "top1": ("accuracy", "top-1 accuracy"),
+        "top5": ("accuracy", "top-5 accuracy"),
+        "agreement": ("agreement", "agreement with the original"),
+        "kl": ("kl", "KL from the original (nats)"),
+        "feature_error": ("feature_error", "relative error of the features"),
+    }
+    images = evaluation.get("num_images")
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type="images",
+            dataset_name=f"{images:,} images",
+            metric_type=kind,
+            metric_name=label,
+            metric_value=round(float(evaluation[key]), 5),
+        )
+        for key, (kind, label) in names.items()
+        if evaluation.get(key) is not None
+    ] or None
+
+
+def _card_data(original: str) -> dict[str, Any]:
+    """Metadata of the original's card; nothing where there is none, or it cannot be reached."""
+    try:
+        file = Path(original) / "README.md"
+        if Path(original).exists():
+            return ModelCard.load(file).data.to_dict() if file.is_file() else {}
+        return ModelCard.load(original).data.to_dict() if original else {}
+    except (OSError, ValueError, EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        return {}

@@ -1,0 +1,47 @@
+"""The card that lies beside a checkpoint."""
+
+import pytest
+from huggingface_hub import ModelCard
+from models import pixels, tiny_swin, tiny_vit
+
+from optimum_mixrank import MixRankCompressor, MixRankConfig
+
+
+CONFIG = {"recipe": "fast", "compression_ratio": 0.3}
+
+
+def card_of(tmp_path, model, labels=None):
+    compressor = MixRankCompressor(model)
+    compressed = compressor.compress(MixRankConfig(**CONFIG), [pixels(8)])
+    if labels is not None:
+        compressor.evaluate(compressed, [(pixels(4), labels)])
+    compressor.save_pretrained(compressed, tmp_path / "out")
+    return ModelCard.load(tmp_path / "out" / "README.md")
+
+
+def test_metadata_and_text(tmp_path):
+    import torch
+
+    card = card_of(tmp_path, tiny_vit(), torch.tensor([0, 1, 2, 3]))
+    data = card.data.to_dict()
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "image-classification"
+    assert "mixrank" in data["tags"]
+    metrics = {entry["name"]: entry["value"] for entry in data["model-index"][0]["results"][0]["metrics"]}
+    assert {"top-1 accuracy", "KL from the original (nats)"} <= set(metrics)
+    assert "import optimum_mixrank" in card.text and "30% smaller" in card.text
+    assert "Parameters of the model" in card.text and "compression_ratio" in card.text
+
+
+def test_without_evaluation_and_without_head(tmp_path):
+    data = card_of(tmp_path, tiny_swin().swin).data.to_dict()
+    assert "model-index" not in data and data["pipeline_tag"] == "image-feature-extraction"
+
+
+@pytest.mark.parametrize("licence", ["apache-2.0", None])
+def test_licence_is_carried_over(tmp_path, licence):
+    tiny_vit().save_pretrained(tmp_path / "original")
+    if licence:
+        (tmp_path / "original" / "README.md").write_text(f"---\nlicense: {licence}\n---\n# Original\n")
+    compressor = MixRankCompressor.from_pretrained(tmp_path / "original")
+    compressor.compress(MixRankConfig(**CONFIG), [pixels(8)], save_directory=tmp_path / "out")
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.to_dict().get("license") == licence
