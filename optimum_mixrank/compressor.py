@@ -228,6 +228,8 @@ class MixRankCompressor(OptimumQuantizer):
         plan = self._plan(config, targets)
         plan.check()
 
+        if calibration_dataset is None and calibration is None:
+            calibration_dataset = config.dataset
         uses_images = bool(config.compensation) or (metric.uses_data and calibration is None)
         if uses_images and calibration_dataset is None:
             step = f"metric={config.metric!r}" if metric.uses_data and calibration is None else "compensation"

@@ -68,6 +68,8 @@ class MixRankConfig(QuantizationConfigMixin):
             (0, 1]; a layer may still stay dense.
         cost (`str`): What the budget counts: `"parameters"`, or `"flops"`, the multiply-adds for one image. They
             differ where layers see different numbers of tokens, as in Swin.
+        dataset (`str`, *optional*): Folder of images, parquet file or Hub id of the calibration images, for compressing
+            while loading: `from_pretrained(id, quantization_config=MixRankConfig(dataset=...))`.
         num_samples (`int`): Number of calibration images to draw where a dataset is named rather than passed.
         seed (`int`): Seed of that draw and of all random numbers of the compression.
         rank_map (`dict[str, dict]`): Written by the compressor: the factored layers by their canonical name (relative
@@ -104,6 +106,7 @@ class MixRankConfig(QuantizationConfigMixin):
     min_rank_ratio: float = None  # type: ignore[assignment]
     max_rank_ratio: float | None = None
     cost: str = "parameters"
+    dataset: str | None = None
     num_samples: int = 512
     seed: int = 42
     rank_map: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -180,6 +183,11 @@ class MixRankConfig(QuantizationConfigMixin):
                 f"rank, min_rank_ratio is {self.min_rank_ratio!r}."
             )
         _check_choice("cost", self.cost, ("parameters", "flops"))
+        if self.dataset is not None and not isinstance(self.dataset, str):
+            raise ValueError(
+                f"dataset={type(self.dataset).__name__} is no str; name a folder or a Hub id here, and pass images in "
+                "memory to `MixRankCompressor.compress`."
+            )
         _check_integer("num_samples", self.num_samples, 1)
         _check_integer("seed", self.seed, 0)
         if self.layout_version != LAYOUT_VERSION:

@@ -25,20 +25,21 @@ logger = logging.get_logger(__name__)
 class MixRankHfQuantizer(HfQuantizer):
     """Loads, saves and turns dense again models that `MixRankCompressor` has compressed."""
 
-    # Compressing while loading is another matter than opening a compressed checkpoint; the check is ours, with advice.
+    # A dense checkpoint may be compressed while it is loaded.
     requires_calibration = False
     quantization_config: MixRankConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a model that is not compressed yet.
+        """Refuse to compress while loading without images, before any weight is read.
 
         Raises:
-            ValueError: if the checkpoint to load is dense.
+            ValueError: if the checkpoint to load is dense and the configuration names no dataset.
         """
-        if not self.pre_quantized:
+        if not self.pre_quantized and self.quantization_config.dataset is None:
             raise ValueError(
                 "`quantization_config=MixRankConfig(...)` was passed for a checkpoint that is not compressed, and "
-                "compression needs calibration images. Compress it with "
+                "compression needs calibration images. Name a folder of images or a dataset on the Hub in "
+                "`MixRankConfig(dataset=...)`, or compress with "
                 "`MixRankCompressor.from_pretrained(...).compress(config, calibration_dataset=...)`."
             )
 
@@ -48,6 +49,11 @@ class MixRankHfQuantizer(HfQuantizer):
         insert_factored_layers(model, self.quantization_config.factored_layers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            from .on_the_fly import compress_loaded_model
+
+            compress_loaded_model(model, self.quantization_config)
+            return model
         attach(model, self)
         return model
 

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from models import tiny_deit, tiny_swin, tiny_vit
+from PIL import Image
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -19,6 +21,7 @@ from transformers import (
     AutoModelForMaskedImageModeling,
     Trainer,
     TrainingArguments,
+    ViTImageProcessor,
 )
 from transformers.models.auto import auto_factory
 
@@ -265,6 +268,24 @@ def test_without_the_plugin_loading_raises(model, tmp_path):
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert result.returncode != 0
     assert "size" in result.stderr and "mismatch" in result.stderr
+
+
+@pytest.mark.parametrize("recipe", ["fast", "best"])
+def test_compress_while_loading(pixels, tmp_path, recipe):
+    tiny_vit().save_pretrained(tmp_path / "original")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "original")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(12):
+        Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    config = MixRankConfig(recipe=recipe, compression_ratio=0.3, dataset=str(folder))
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "original", quantization_config=config)
+    assert factored(model) and not model.is_quantized
+    explicit = MixRankCompressor.from_pretrained(tmp_path / "original").compress(config, str(folder))
+    assert torch.equal(logits(model, pixels), logits(explicit, pixels))
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "out"), pixels), logits(model, pixels))
 
 
 def test_dense_checkpoint_with_our_config_is_refused_with_advice(tmp_path):

@@ -25,7 +25,6 @@ examples:
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """See `MixRankSubcommand`."""
         parser.add_argument("--model", required=True, help="local folder or Hub id")
-        parser.add_argument("--dataset", help="images: local folder, parquet file or folder, or Hub id")
         parser.add_argument("--output", type=Path, required=True, help="folder of the compressed checkpoint")
         parser.add_argument(
             "--overwrite", action="store_true", help="the output folder may hold files; they are replaced"
@@ -51,15 +50,15 @@ examples:
         from ..reporting import format_table, plot_ranks
 
         writable_directory(args.output, args.overwrite)
-        if args.dataset is None and (config.compensation or METRICS[config.metric].uses_data):
+        if config.dataset is None and (config.compensation or METRICS[config.metric].uses_data):
             raise ValueError("--dataset is missing: name a folder of images, or use --metric svd --compensation none.")
         compressor = MixRankCompressor.from_pretrained(
             args.model, dtype=args.dtype, device=args.device or _default_device(), **hub_arguments(args)
         )
         images = None
-        if args.dataset is not None:
+        if config.dataset is not None:
             images = compressor.get_calibration_dataset(
-                args.dataset,
+                config.dataset,
                 num_samples=config.num_samples,
                 split=args.split,
                 image_column=args.image_column,

@@ -45,6 +45,7 @@ FIELDS: dict[str, Field] = {
     "min_rank_ratio": Field("min-rank-ratio", "float", "smallest share of the break-even rank"),
     "max_rank_ratio": Field("max-rank-ratio", "float", "largest share of the break-even rank"),
     "cost": Field("cost", "str", "what the budget counts: parameters (default) or flops"),
+    "dataset": Field("dataset", "str", "images: local folder, parquet file or folder, or Hub id"),
     "num_samples": Field("num-samples", "int", "calibration images to draw; default 512"),
     "seed": Field("seed", "int", "of the draw and of all random numbers; default 42"),
 }

@@ -26,7 +26,6 @@ example:
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """See `MixRankSubcommand`."""
         parser.add_argument("--model", required=True, help="local folder or Hub id")
-        parser.add_argument("--dataset", help="images: local folder, parquet file or folder, or Hub id")
         parser.add_argument("--statistics", type=Path, help="file of statistics: read if it is there, else written")
         parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help="budgets")
         parser.add_argument("--plot", type=Path, help="picture to write: .png, .svg or .pdf")
@@ -46,7 +45,7 @@ example:
         from ..compressor import MixRankCompressor
 
         reuse = args.statistics is not None and args.statistics.is_file()
-        if args.dataset is None and not reuse:
+        if config.dataset is None and not reuse:
             raise ValueError("--dataset is missing: name a folder of images, or --statistics of an earlier run.")
         compressor = MixRankCompressor.from_pretrained(
             args.model, dtype=args.dtype, device=args.device or _default_device(), **hub_arguments(args)
@@ -55,7 +54,7 @@ example:
             calibration = Calibration.load(args.statistics)
         else:
             images = compressor.get_calibration_dataset(
-                args.dataset,
+                config.dataset,
                 num_samples=config.num_samples,
                 split=args.split,
                 image_column=args.image_column,
