@@ -228,45 +228,9 @@ class MixRankCompressor(OptimumQuantizer):
         plan = self._plan(config, targets)
         plan.check()
 
-        if calibration_dataset is None and calibration is None:
-            calibration_dataset = config.dataset
-        uses_images = bool(config.compensation) or (metric.uses_data and calibration is None)
-        if uses_images and calibration_dataset is None:
-            step = f"metric={config.metric!r}" if metric.uses_data and calibration is None else "compensation"
-            raise ValueError(
-                f"{step} needs calibration images: pass `calibration_dataset`. Without images there are only "
-                "metric='svd' and compensation=[], which lose far more accuracy."
-            )
-        if uses_images and isinstance(calibration_dataset, str | Path):
-            calibration_dataset = self.get_calibration_dataset(
-                calibration_dataset, num_samples=config.num_samples, seed=config.seed
-            )
-        images: list[torch.Tensor] = []
-        if config.compensation:
-            # Compensation goes over the images many times: they are decoded once, and kept as the model sees them.
-            batches = self._batches(calibration_dataset, batch_size, max_broken_share)
-            images = [batch.pixel_values for batch in logging.tqdm(batches, desc="Decoding", unit="batch")]
-            calibration_dataset = images
-        if calibration is not None:
-            seen = ImageFingerprint()
-            for pixel_values in images:
-                seen.update(pixel_values)
-            calibration.check(fingerprint_model(self.model), seen.hexdigest() if images else None)
-        if not metric.uses_data:
-            calibration = None
-        elif calibration is None:
-            calibration = self._calibrate(
-                calibration_dataset,
-                [metric],
-                targets,
-                batch_size,
-                max_broken_share,
-                fisher_samples=config.fisher_samples,
-                seed=config.seed,
-            )
-            if images:
-                calibration = dataclasses.replace(calibration, broken=tuple(batches.broken))
-
+        images, calibration = self._images_and_statistics(
+            config, metric, targets, calibration_dataset, calibration, batch_size, max_broken_share
+        )
         original = measure(self.model)
         prepared = prepare_images(self.model, images, config) if config.compensation else None
         start = time.perf_counter()
@@ -515,6 +479,55 @@ class MixRankCompressor(OptimumQuantizer):
             fingerprint_model(self.model),
             images.hexdigest(),
         )
+
+    def _images_and_statistics(
+        self,
+        config: MixRankConfig,
+        metric: Metric,
+        targets: Sequence[Target],
+        dataset: Any,
+        calibration: Calibration | None,
+        batch_size: int,
+        max_broken_share: float,
+    ) -> tuple[list[torch.Tensor], Calibration | None]:
+        """Images for compensation, decoded once, and statistics; empty and None where they are not needed."""
+        if dataset is None and calibration is None:
+            dataset = config.dataset
+        uses_images = bool(config.compensation) or (metric.uses_data and calibration is None)
+        if uses_images and dataset is None:
+            step = f"metric={config.metric!r}" if metric.uses_data and calibration is None else "compensation"
+            raise ValueError(
+                f"{step} needs calibration images: pass `calibration_dataset`. Without images there are only "
+                "metric='svd' and compensation=[], which lose far more accuracy."
+            )
+        if uses_images and isinstance(dataset, str | Path):
+            dataset = self.get_calibration_dataset(dataset, num_samples=config.num_samples, seed=config.seed)
+        images: list[torch.Tensor] = []
+        if config.compensation:
+            # Compensation goes over the images many times: they are decoded once, and kept as the model sees them.
+            batches = self._batches(dataset, batch_size, max_broken_share)
+            images = [batch.pixel_values for batch in logging.tqdm(batches, desc="Decoding", unit="batch")]
+            dataset = images
+        if calibration is not None:
+            seen = ImageFingerprint()
+            for pixel_values in images:
+                seen.update(pixel_values)
+            calibration.check(fingerprint_model(self.model), seen.hexdigest() if images else None)
+        if not metric.uses_data:
+            calibration = None
+        elif calibration is None:
+            calibration = self._calibrate(
+                dataset,
+                [metric],
+                targets,
+                batch_size,
+                max_broken_share,
+                fisher_samples=config.fisher_samples,
+                seed=config.seed,
+            )
+            if images:
+                calibration = dataclasses.replace(calibration, broken=tuple(batches.broken))
+        return images, calibration
 
     def _batches(self, dataset: Any, batch_size: int, max_broken_share: float) -> ImageBatches:
         return ImageBatches(
