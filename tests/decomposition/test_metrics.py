@@ -40,7 +40,15 @@ def statistics_of(inputs, weight):
         input_covariance=centred.T @ centred / len(flat),
         output_covariance=outputs.T @ outputs / len(flat),
         representative_input=inputs.mean(0),
+        gradient_moment=gradient_moment(len(weight)),
     )
+
+
+def gradient_moment(m):
+    """Some second moment of output gradients, far from the identity."""
+    generator = torch.Generator().manual_seed(m)
+    root = random(generator, 3 * m, m) * torch.logspace(0, -1, m, dtype=torch.float64)
+    return root.T @ root / len(root)
 
 
 def correlated(generator, images, tokens, n):
@@ -312,7 +320,7 @@ def test_missing_statistic_is_named(metric, statistics):
 
 
 def test_unknown_metric_lists_those_there_are():
-    with pytest.raises(ValueError, match="metric='svdd' is unknown; choose one of 'diagonal', 'mean_input'"):
+    with pytest.raises(ValueError, match="metric='svdd' is unknown; choose one of 'diagonal', 'kfac', 'mean_input'"):
         METRICS.create("svdd")
 
 
