@@ -98,6 +98,9 @@ def _complete_or_not_at_all(directory: str | Path, overwrite: bool) -> Iterator[
         # mkdtemp makes folders for the owner's eyes only; a checkpoint is as readable as other new folders.
         temporary.chmod(0o755)
         yield temporary
+        for file in temporary.rglob("*"):
+            # Some releases of safetensors write files for the owner's eyes only.
+            file.chmod(0o755 if file.is_dir() else 0o644)
         _move(temporary, destination)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

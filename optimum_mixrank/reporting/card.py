@@ -61,8 +61,9 @@ def _text(original: str, model_class: str, report: CompressionReport) -> str:
     lines = [
         f"# {original}, {report.removed_of_model:.0%} smaller",
         "",
-        f"`{original}` compressed by [optimum-mixrank](https://arxiv.org/abs/2402.06004) {__version__}: every linear "
-        "layer of the encoder is a pair of thin factors, chosen so that the model's output changes least.",
+        f"`{original}` compressed by optimum-mixrank {__version__}: every linear layer of the encoder is a pair of thin "
+        "factors, chosen so that the model's output changes least. The method goes on from "
+        "[arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
         "",
         "## Use",
         "",
