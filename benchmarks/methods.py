@@ -209,8 +209,10 @@ def compare(original: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) 
         "top1": accuracy(logits, labels),
         "agreement": float(agreement(original, logits).float().mean()),
         "kl": float(kl_divergence(original, logits).mean()),
-        "correct": (logits.argmax(dim=1) == labels).int().tolist(),
-    } | {"change": paired_change(original, logits, labels)}
+        # Image by image, as a string of zeros and ones.
+        "correct": "".join(map(str, (logits.argmax(dim=1) == labels).int().tolist())),
+        "change": paired_change(original, logits, labels),
+    }
 
 
 def paired_change(original: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> list[float]:

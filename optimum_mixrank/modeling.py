@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .layout import stored_values
+
 
 class FactoredLinear(nn.Module, ABC):
     """A linear layer `y = W x + b` whose weight has a low rank and is stored as two factors.
@@ -70,9 +72,9 @@ class FactoredLinear(nn.Module, ABC):
         """The weight `W`, `[out_features, in_features]`, multiplied in float64."""
 
     @property
-    @abstractmethod
     def num_values(self) -> int:
         """Stored values of the weight: of its factors, without bias and indices."""
+        return stored_values(self.out_features, self.in_features, self.rank, self.layout)
 
     def to_linear(self) -> nn.Linear:
         """The dense layer with the same function, multiplied in float64 and rounded once."""
@@ -155,11 +157,6 @@ class LowRankLinear(FactoredLinear):
             layer.factor_b.bias = nn.Parameter(bias.detach().contiguous())
         layer.weight = nn.Parameter(A.new_empty(0), requires_grad=False)
         return layer
-
-    @property
-    def num_values(self) -> int:
-        """Stored values of the weight, `r (m + n)`."""
-        return self.rank * (self.in_features + self.out_features)
 
     @property
     def bias(self) -> Tensor | None:
@@ -259,11 +256,6 @@ class PivotedLinear(FactoredLinear):
         if bias is not None:
             layer.set_bias(bias)
         return layer
-
-    @property
-    def num_values(self) -> int:
-        """Stored values of the weight, `r (m + n) - r²`."""
-        return self.rank * (self.in_features + self.out_features - self.rank)
 
     @property
     def bias(self) -> Tensor | None:

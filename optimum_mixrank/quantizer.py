@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
 
 from ._registration import QUANT_METHOD
 from .configuration import MixRankConfig
@@ -17,9 +16,6 @@ from .configuration import MixRankConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-logger = logging.get_logger(__name__)
 
 
 class MixRankHfQuantizer(HfQuantizer):

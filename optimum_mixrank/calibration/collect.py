@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from types import TracebackType
 from typing import Protocol
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.utils import logging
 
 from ..decomposition.statistics import LayerStatistics, Statistic
+from ..hooks import OutputListener
 from ..inference import evaluation_mode
 from ..outputs import select_output
 from .fisher import GradientCollector, activation_gradients
@@ -38,7 +37,7 @@ class ImageBatch(Protocol):
         """`[batch, channels, height, width]`."""
 
 
-class StatisticsCollector:
+class StatisticsCollector(OutputListener):
     """Context manager that listens to linear layers; on leaving it, also by an exception, no hook remains.
 
     Layers that are called with the same tensor, such as query, key and value, share their input statistics.
@@ -49,27 +48,13 @@ class StatisticsCollector:
     """
 
     def __init__(self, model: nn.Module, required: Mapping[str, frozenset[Statistic]]) -> None:
-        self._layers = {name: model.get_submodule(name) for name in required}
+        super().__init__({name: model.get_submodule(name) for name in required})
         self._required = {name: sorted(statistics) for name, statistics in required.items()}
-        self._handles: list[RemovableHandle] = []
         self._accumulators: dict[tuple[str, Statistic], Accumulator] = {}
         self._leaders: dict[str, str] = {}
         self._last_input: Tensor | None = None
         self._last_leader = ""
         self._taken_in: set[Statistic] = set()
-
-    def __enter__(self) -> StatisticsCollector:
-        for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_hook(self._hook(name)))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._last_input = None
 
     def check_finite(self) -> None:
         """Check all statistics so far.
@@ -120,6 +105,9 @@ class StatisticsCollector:
                     self._update(self._last_leader, statistic, args[0])
 
         return hook
+
+    def _forget(self) -> None:
+        self._last_input = None
 
     def _follow(self, name: str, tensor: Tensor) -> None:
         """Find the first of the layers that are called one after another with this very tensor: it leads."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from ..hooks import OutputListener
 from ..outputs import ModelOutput
 from .moments import MomentAccumulator
 
 
-class GradientCollector:
+class GradientCollector(OutputListener):
     """Context manager that accumulates `E[g gᵀ]` of the outputs of linear layers; on leaving, no hook remains.
 
     Args:
@@ -25,25 +24,11 @@ class GradientCollector:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], samples: int = 1, seed: int = 42) -> None:
-        self._layers = {name: model.get_submodule(name) for name in names}
+        super().__init__({name: model.get_submodule(name) for name in names})
         self._samples = samples
         self._generator = torch.Generator().manual_seed(seed)
         self._outputs: dict[str, list[Tensor]] = {}
         self._accumulators = {name: MomentAccumulator() for name in names}
-        self._handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> GradientCollector:
-        for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_hook(self._hook(name)))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._outputs.clear()
 
     def update(self, output: ModelOutput) -> None:
         """Take in the gradients of the batch that has just run."""
@@ -59,7 +44,7 @@ class GradientCollector:
                 # A layer on which the output does not depend has the gradient zero.
                 gradient = torch.zeros_like(tensor) if gradient is None else gradient
                 self._accumulators[name].update(gradient.float() / scale if scale != 1 else gradient)
-        self._outputs.clear()
+        self._forget()
 
     def moment(self, name: str) -> Tensor:
         """`E[g gᵀ]` over tokens and probes, `[out_features, out_features]`, float64.
@@ -80,6 +65,9 @@ class GradientCollector:
             self._outputs.setdefault(name, []).append(output)
 
         return hook
+
+    def _forget(self) -> None:
+        self._outputs.clear()
 
 
 def probe_likelihood(output: ModelOutput, generator: torch.Generator) -> Tensor:

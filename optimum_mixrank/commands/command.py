@@ -6,9 +6,14 @@ import json
 import sys
 from abc import abstractmethod
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum.commands.base import BaseOptimumCLICommand
+
+
+if TYPE_CHECKING:
+    from ..compressor import MixRankCompressor
 
 
 FAILED, INTERRUPTED = 1, 130
@@ -72,6 +77,36 @@ class MixRankSubcommand(BaseOptimumCLICommand):
             print(f"Error: {error}", file=sys.stderr)
             sys.exit(FAILED)
         print(json.dumps(values, indent=2, ensure_ascii=False) if self.args.json else text)
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """Options of what `open_compressor` opens and runs."""
+    parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass; default 32")
+    parser.add_argument("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
+    parser.add_argument("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
+
+
+def open_compressor(args: Any, model: str) -> MixRankCompressor:
+    """The compressor of a model that is named on the command line, on the device and in the dtype asked for."""
+    from ..compressor import MixRankCompressor
+
+    return MixRankCompressor.from_pretrained(
+        model, dtype=args.dtype, device=args.device or _default_device(), **hub_arguments(args)
+    )
+
+
+def add_output_arguments(parser: ArgumentParser, what: str) -> None:
+    """Options of a folder to write to."""
+    parser.add_argument("--output", type=Path, required=True, help=f"folder of the {what} checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="the output folder may hold files; they are replaced")
+
+
+def _default_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def add_hub_arguments(parser: ArgumentParser) -> None:

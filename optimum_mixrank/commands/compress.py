@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from pathlib import Path
 from typing import Any
 
-from .command import MixRankSubcommand, add_hub_arguments, hub_arguments
-from .fields import add_field_arguments, configuration
+from .command import (
+    MixRankSubcommand,
+    add_hub_arguments,
+    add_model_arguments,
+    add_output_arguments,
+    open_compressor,
+)
+from .fields import add_field_arguments, calibration_images, configuration
 
 
 class CompressCommand(MixRankSubcommand):
@@ -25,15 +30,8 @@ examples:
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """See `MixRankSubcommand`."""
         parser.add_argument("--model", required=True, help="local folder or Hub id")
-        parser.add_argument("--output", type=Path, required=True, help="folder of the compressed checkpoint")
-        parser.add_argument(
-            "--overwrite", action="store_true", help="the output folder may hold files; they are replaced"
-        )
-        parser.add_argument("--split", help="of the dataset; default: train, or the only one")
-        parser.add_argument("--image-column", help="of the dataset; default: the one image column")
-        parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass; default 32")
-        parser.add_argument("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
-        parser.add_argument("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
+        add_output_arguments(parser, "compressed")
+        add_model_arguments(parser)
         parser.add_argument("--evaluate-on", help="labelled images to measure the loss on")
         parser.add_argument("--evaluate-split", help="default: validation, test, or the only one")
         parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository")
@@ -45,26 +43,14 @@ examples:
         args = self.args
         config = configuration(args)
         from ..checkpoint import writable_directory
-        from ..compressor import MixRankCompressor
         from ..decomposition import METRICS
         from ..reporting import format_table, plot_ranks
 
         writable_directory(args.output, args.overwrite)
         if config.dataset is None and (config.compensation or METRICS[config.metric].uses_data):
             raise ValueError("--dataset is missing: name a folder of images, or use --metric svd --compensation none.")
-        compressor = MixRankCompressor.from_pretrained(
-            args.model, dtype=args.dtype, device=args.device or _default_device(), **hub_arguments(args)
-        )
-        images = None
-        if config.dataset is not None:
-            images = compressor.get_calibration_dataset(
-                config.dataset,
-                num_samples=config.num_samples,
-                split=args.split,
-                image_column=args.image_column,
-                seed=config.seed,
-                **{name: value for name, value in hub_arguments(args).items() if name in ("token", "cache_dir")},
-            )
+        compressor = open_compressor(args, args.model)
+        images = None if config.dataset is None else calibration_images(args, compressor, config)
         model = compressor.compress(config, images, batch_size=args.batch_size)
         if args.evaluate_on is not None:
             compressor.evaluate(model, args.evaluate_on, split=args.evaluate_split, batch_size=args.batch_size)
@@ -76,11 +62,3 @@ examples:
             compressor.push_to_hub(model, args.push_to_hub, token=args.token)
         text = f"{format_table(report)}\n\nCheckpoint, report and picture of the ranks: {args.output}"
         return text, {"output": str(args.output), **report.to_dict()}
-
-
-def _default_device() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -6,8 +6,13 @@ import dataclasses
 from argparse import ArgumentParser
 from typing import Any
 
-from .command import MixRankSubcommand, add_hub_arguments, hub_arguments
-from .compress import _default_device
+from .command import (
+    MixRankSubcommand,
+    add_hub_arguments,
+    add_model_arguments,
+    hub_arguments,
+    open_compressor,
+)
 
 
 class EvaluateCommand(MixRankSubcommand):
@@ -30,21 +35,17 @@ example:
         parser.add_argument("--label-column", help="default: label or labels, where there is one")
         parser.add_argument("--num-samples", type=int, help="draw so many images; default: all")
         parser.add_argument("--seed", type=int, default=42, help="of that draw; default 42")
-        parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass; default 32")
-        parser.add_argument("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
+        add_model_arguments(parser)
         add_hub_arguments(parser)
 
     def execute(self) -> tuple[str, dict[str, Any]]:
         """See `MixRankSubcommand`."""
         args = self.args
-        from ..compressor import MixRankCompressor
-
-        device = args.device or _default_device()
-        compressor = MixRankCompressor.from_pretrained(args.reference, device=device, **hub_arguments(args))
+        compressor = open_compressor(args, args.reference)
         model = (
             type(compressor.model)
             .from_pretrained(args.model, dtype=compressor.model.dtype, **hub_arguments(args))
-            .to(device)
+            .to(compressor.model.device)
         )
         result = compressor.evaluate(
             model,

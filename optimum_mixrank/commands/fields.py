@@ -5,7 +5,16 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .command import hub_arguments
+
+
+if TYPE_CHECKING:
+    import datasets
+
+    from ..compressor import MixRankCompressor
+    from ..configuration import MixRankConfig
 
 
 class Field(NamedTuple):
@@ -53,7 +62,9 @@ FIELDS: dict[str, Field] = {
 
 
 def add_field_arguments(parser: ArgumentParser) -> None:
-    """Declare an option for every field, and `--config` for a file of them."""
+    """Declare an option for every field, `--config` for a file of them, and how to read the dataset."""
+    parser.add_argument("--split", help="of the dataset; default: train, or the only one")
+    parser.add_argument("--image-column", help="of the dataset; default: the one image column")
     group = parser.add_argument_group("method")
     group.add_argument(
         "--config", type=Path, help="YAML or JSON file with fields of MixRankConfig; options override it"
@@ -70,7 +81,7 @@ def add_field_arguments(parser: ArgumentParser) -> None:
         group.add_argument(f"--{field.option}", dest=name, default=None, help=field.help, **kinds[field.kind])
 
 
-def configuration(args: Any) -> Any:
+def configuration(args: Any) -> MixRankConfig:
     """The `MixRankConfig` of the options and the file.
 
     Raises:
@@ -88,6 +99,19 @@ def configuration(args: Any) -> Any:
         if isinstance(fields.get(name), list) and len(fields[name]) == 1 and not fields[name][0].isidentifier():
             fields[name] = fields[name][0]
     return MixRankConfig(**fields)
+
+
+def calibration_images(args: Any, compressor: MixRankCompressor, config: MixRankConfig) -> datasets.Dataset:
+    """The images that the configuration's `dataset` names, drawn as it says."""
+    hub = {name: value for name, value in hub_arguments(args).items() if name in ("token", "cache_dir")}
+    return compressor.get_calibration_dataset(
+        config.dataset,
+        num_samples=config.num_samples,
+        split=args.split,
+        image_column=args.image_column,
+        seed=config.seed,
+        **hub,
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from pathlib import Path
 from typing import Any
 
-from .command import MixRankSubcommand, add_hub_arguments, hub_arguments
+from .command import MixRankSubcommand, add_hub_arguments, add_output_arguments, hub_arguments
 
 
 class MergeCommand(MixRankSubcommand):
@@ -22,10 +21,7 @@ example:
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """See `MixRankSubcommand`."""
         parser.add_argument("--model", required=True, help="compressed checkpoint: local folder or Hub id")
-        parser.add_argument("--output", type=Path, required=True, help="folder of the dense checkpoint")
-        parser.add_argument(
-            "--overwrite", action="store_true", help="the output folder may hold files; they are replaced"
-        )
+        add_output_arguments(parser, "dense")
         add_hub_arguments(parser)
 
     def execute(self) -> tuple[str, dict[str, Any]]:

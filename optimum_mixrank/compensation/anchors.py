@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..hooks import removed_afterwards
 from .segments import Call, first_tensor
 
 
@@ -39,10 +40,8 @@ def find_anchors(segment: nn.Module, call: Call, names: Sequence[str]) -> dict[s
             return own[0]  # noqa: B023
 
         handle = segment.get_submodule(name).register_forward_hook(move)
-        try:
+        with removed_afterwards([handle]):
             after = _record(segment, call)
-        finally:
-            handle.remove()
         for place, tensor in after.items():
             if place not in before or tensor.shape != own[0].shape or torch.equal(tensor, own[0]):
                 continue
@@ -68,10 +67,7 @@ def _record(segment: nn.Module, call: Call) -> dict[str, Tensor]:
                     seen.setdefault(name, []).append(args[0])
 
             handles.append(module.register_forward_pre_hook(hook))
-    try:
+    with removed_afterwards(handles):
         output = first_tensor(call(segment))
-    finally:
-        for handle in handles:
-            handle.remove()
     places = {name: tensors[0] for name, tensors in seen.items() if len(tensors) == 1}
     return {**places, "": output}

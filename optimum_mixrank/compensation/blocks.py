@@ -7,16 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from ..inference import evaluation_mode
 from .compensator import COMPENSATORS, Compensation, Compensator
 from .distillation import relative_loss, trained_parameters
 from .segments import Call, SegmentReplay, find_segments, first_tensor
 from .training import TrainingSettings, balanced_factors, train
-
-
-logger = logging.get_logger(__name__)
 
 
 @COMPENSATORS.register

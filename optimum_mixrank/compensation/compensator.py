@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..decomposition import LayerStatistics
 from ..layout import FactoredLayer
+from ..outputs import ModelOutput
 from ..registry import Registry
 from ..targets import Target
 
@@ -31,6 +32,7 @@ class Compensation:
         statistics: Calibration statistics by module name; empty for a metric without data.
         batches: Calibration images as `pixel_values`, each `[batch, channels, height, width]`, for learning.
         held_out: The same of images that nothing is learned from; they decide what is kept.
+        references: Outputs of the original on the held-out images.
         config: The configuration.
     """
 
@@ -41,6 +43,7 @@ class Compensation:
     statistics: Mapping[str, LayerStatistics]
     batches: Sequence[Tensor]
     held_out: Sequence[Tensor]
+    references: Sequence[ModelOutput]
     config: MixRankConfig
 
     @property

@@ -7,17 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
+from ..hooks import removed_afterwards
 from ..inference import evaluation_mode
 from ..outputs import ModelOutput, select_output
 from .augmentation import augment
 from .compensator import COMPENSATORS, Compensation, Compensator
-from .held_out import model_outputs, output_error
+from .held_out import held_out_error
 from .training import TrainingSettings, balanced_factors, train
-
-
-logger = logging.get_logger(__name__)
 
 
 @COMPENSATORS.register
@@ -50,18 +47,16 @@ class DistillationCompensator(Compensator):
             batch_size=min(config.train_batch_size, len(images)),
             seed=config.seed,
         )
-        references = model_outputs(task.original, task.held_out)
         generator = torch.Generator().manual_seed(config.seed)
 
         def loss(indices: Tensor) -> Tensor:
             return self._loss(task.original, task.model, augment(images[indices], generator))
 
-        def error() -> float:
-            return output_error(model_outputs(task.model, task.held_out), references)
-
         with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
             parameters = trained_parameters(task.model, names, getattr(task.model, "base_model", task.model))
-            history = train(task.model, parameters, len(images), loss, error, settings, "Distilling")
+            history = train(
+                task.model, parameters, len(images), loss, lambda: held_out_error(task), settings, "Distilling"
+            )
         return {
             "epochs": settings.epochs,
             "best_epoch": history.best_epoch,
@@ -118,8 +113,6 @@ def _run(model: nn.Module, pixel_values: Tensor) -> tuple[ModelOutput, Tensor | 
     # `output_hidden_states=True` would leave hooks of Transformers' own on the model.
     handle = getattr(model, "base_model", model).register_forward_hook(hook)
     parameter = next(model.parameters())
-    try:
+    with removed_afterwards([handle]):
         output = model(pixel_values=pixel_values.to(parameter.device, parameter.dtype))
-    finally:
-        handle.remove()
     return select_output(output, getattr(model, "config", None)), hidden[0] if hidden else None

@@ -66,21 +66,23 @@ def output_error(outputs: Sequence[ModelOutput], references: Sequence[ModelOutpu
     return float(torch.cat([error.double() for error in errors]).mean())
 
 
-def compensate_and_keep_the_better(
-    compensator: Compensator, task: Compensation, references: Sequence[ModelOutput]
-) -> CompensationResult:
+def held_out_error(task: Compensation) -> float:
+    """Error of the compressed model, as it is now, on the held-out images; see `output_error`."""
+    return output_error(model_outputs(task.model, task.held_out), task.references)
+
+
+def compensate_and_keep_the_better(compensator: Compensator, task: Compensation) -> CompensationResult:
     """Run a compensator; put everything back where the error on the held-out images did not fall.
 
     Args:
         compensator: What to run.
         task: What to run it on.
-        references: Outputs of the original on the held-out images.
     """
-    before = output_error(model_outputs(task.model, task.held_out), references)
+    before = held_out_error(task)
     modes = {name: module.training for name, module in task.model.named_modules()}
     backup = _Backup(task.model)
     details = compensator.compensate(task)
-    after = output_error(model_outputs(task.model, task.held_out), references)
+    after = held_out_error(task)
     kept = after < before
     if not kept:
         backup.restore(task.model)

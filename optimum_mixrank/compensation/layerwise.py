@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..calibration.moments import PairAccumulator
+from ..hooks import removed_afterwards
 from ..inference import evaluation_mode
-from ..modeling import FactoredLinear, replace_module
+from ..modeling import FactoredLinear, replace_module, to_float64
 from ..targets import Target
 from .anchors import find_anchors
 from .compensator import Compensation, Compensator
@@ -46,13 +47,14 @@ class LayerwiseCompensator(Compensator):
     max_bytes: ClassVar[int] = 4 * 2**30
 
     @abstractmethod
-    def solve(self, task: Compensation, target: Target, pair: PairAccumulator) -> FactoredLinear:
-        """The new layer.
+    def solve(self, task: Compensation, target: Target, input_moment: Tensor, target_moment: Tensor) -> FactoredLinear:
+        """The new layer; its bias is fitted afterwards.
 
         Args:
             task: What is worked on.
-            target: The original layer.
-            pair: Moments of inputs and targets.
+            target: The original layer, of shape `[m, n]`.
+            input_moment: Covariance of the inputs, or their second moment for a layer without bias, `[n, n]`, float64.
+            target_moment: The same of targets with inputs, `[m, n]`.
         """
 
     def compensate(self, task: Compensation) -> Mapping[str, Any]:
@@ -107,7 +109,18 @@ class LayerwiseCompensator(Compensator):
                     f"NaN or Inf around layer {target.name!r} while it was solved again; a half-precision model may "
                     "overflow, load it with dtype='float32'."
                 )
-            replace_module(task.model, target.name, self.solve(task, target, pairs[name]))
+            replace_module(task.model, target.name, self._solve(task, target, pairs[name]))
+
+    def _solve(self, task: Compensation, target: Target, pair: PairAccumulator) -> FactoredLinear:
+        has_bias = target.module.bias is not None
+        weight = to_float64(target.module.weight)
+        input_moment, target_moment = (moment.to(weight) for moment in pair.moments(centred=has_bias))
+        layer = self.solve(task, target, input_moment, target_moment)
+        if has_bias:
+            input_mean, target_mean = (mean.to(weight) for mean in pair.means())
+            # From the factors as they are stored, so that the bias absorbs the mean of their rounding too.
+            layer.set_bias(target_mean - layer.product() @ input_mean)
+        return layer
 
 
 def group_by_input(segment: nn.Module, call: Call, names: Sequence[str]) -> list[list[str]]:
@@ -124,12 +137,8 @@ def group_by_input(segment: nn.Module, call: Call, names: Sequence[str]) -> list
             calls.append((name, args[0]))
 
         handles.append(segment.get_submodule(name).register_forward_pre_hook(hook))
-    try:
-        with torch.no_grad():
-            call(segment)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removed_afterwards(handles), torch.no_grad():
+        call(segment)
     called = [name for name, _ in calls]
     for name in names:
         if called.count(name) != 1:

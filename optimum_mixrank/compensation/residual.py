@@ -7,7 +7,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..calibration.moments import PairAccumulator
 from ..decomposition import decompose_by_input, root_of_covariance
 from ..modeling import FactoredLinear, to_float64
 from ..stages import factored_linear
@@ -24,8 +23,8 @@ class ResidualCompensator(LayerwiseCompensator):
     target. Of the layer's rank r, `r - q` components are those of its decomposition; `G`, `[m, q]`, starts at zero and
     `Y`, `[n, q]`, at random, since two zero factors would have no gradient. Adam follows the gradient of
     `E ‖y - (B A + G Yᵀ) x' - b‖²`, which needs the moments of inputs and outputs only, so that every step sees all
-    images. The sum is stored as factors of rank r. The paper gives no optimiser; steps, rate and q were chosen by the
-    held-out error on the shipped model.
+    images. The sum is stored as factors of rank r. The paper does not give its optimiser; steps, rate and q are choices
+    of ours and have not been tuned.
 
     A layer keeps its factors where the loss did not fall; the bias is fitted to `x'` in any case.
 
@@ -44,29 +43,22 @@ class ResidualCompensator(LayerwiseCompensator):
         self.steps = steps
         self.learning_rate = learning_rate
 
-    def solve(self, task: Compensation, target: Target, pair: PairAccumulator) -> FactoredLinear:
+    def solve(self, task: Compensation, target: Target, input_moment: Tensor, target_moment: Tensor) -> FactoredLinear:
         """See `LayerwiseCompensator.solve`."""
         entry = task.rank_map[target.canonical_name]
-        dense = target.module
-        weight = to_float64(dense.weight)
-        input_moment, target_moment = (moment.to(weight) for moment in pair.moments(centred=dense.bias is not None))
         current = cast(FactoredLinear, task.model.get_submodule(target.name))
-        decomposition = decompose_by_input(weight, root_of_covariance(input_moment))
-        A, B = decomposition.factors(entry.rank)
+        decomposition = decompose_by_input(to_float64(target.module.weight), root_of_covariance(input_moment))
+        candidates = [decomposition.factors(entry.rank)]
         q = min(max(1, round(self.share * entry.rank)), entry.rank - 1)
         if q > 0:
             generator = torch.Generator().manual_seed(task.config.seed)
             start = decomposition.factors(entry.rank - q)
-            trained = self._train(start, q, input_moment, target_moment, generator)
-            candidates = [(A, B), trained]
-            A, B = min(candidates, key=lambda pair: output_loss(pair[1] @ pair[0], input_moment, target_moment))
-        before = output_loss(current.product(), input_moment, target_moment)
-        improved = output_loss(B @ A, input_moment, target_moment) < before
-        layer = factored_linear(dense, A, B, entry.layout) if improved else current
-        if dense.bias is not None:
-            input_mean, target_mean = (mean.to(weight) for mean in pair.means())
-            layer.set_bias(target_mean - layer.product() @ input_mean)
-        return layer
+            candidates.append(self._train(start, q, input_moment, target_moment, generator))
+        losses = [output_loss(B @ A, input_moment, target_moment) for A, B in candidates]
+        best = min(range(len(losses)), key=losses.__getitem__)
+        if losses[best] >= output_loss(current.product(), input_moment, target_moment):
+            return current
+        return factored_linear(target.module, *candidates[best], entry.layout)
 
     def _train(
         self,

@@ -90,11 +90,12 @@ def compensate(
         statistics={} if calibration is None else calibration.layers,
         batches=images.batches,
         held_out=images.held_out,
+        references=images.references,
         config=config,
     )
     results = []
     for name in config.compensation:
-        result = compensate_and_keep_the_better(COMPENSATORS.create(name), task, images.references)
+        result = compensate_and_keep_the_better(COMPENSATORS.create(name), task)
         if not result.kept:
             logger.warning(
                 f"Compensation {name!r} did not lower the error on the {sum(map(len, images.held_out))} held-out "

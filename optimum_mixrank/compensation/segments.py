@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..hooks import removed_afterwards
 
 
 @dataclass
@@ -104,13 +106,8 @@ class SegmentReplay:
             raise StopForward
 
         handle = target.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with _returning(skipped, output):
-                self._model(pixel_values=batch.to(self._device, self._dtype))
-        except StopForward:
-            pass
-        finally:
-            handle.remove()
+        with suppress(StopForward), removed_afterwards([handle]), _returning(skipped, output):
+            self._model(pixel_values=batch.to(self._device, self._dtype))
         if not found:
             raise RuntimeError(f"Segment {self._segments[position]!r} was not reached; the model skips its blocks.")
         return found[0]
@@ -168,13 +165,8 @@ def run_segment(
 
     handles = [segment.get_submodule(name).register_forward_pre_hook(before(name)) for name in inputs]
     handles += [segment.get_submodule(name).register_forward_hook(after(name)) for name in outputs]
-    try:
+    with suppress(StopForward), removed_afterwards(handles):
         call(segment)
-    except StopForward:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return taken, given
 
 

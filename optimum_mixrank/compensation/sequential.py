@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from ..calibration.moments import PairAccumulator
 from ..decomposition import anchored_weight, damped, decompose_two_sided
 from ..modeling import FactoredLinear, to_float64
 from ..stages import factored_linear
@@ -33,21 +33,14 @@ class SequentialCompensator(LayerwiseCompensator):
         self.ridge = ridge
         self.damping = damping
 
-    def solve(self, task: Compensation, target: Target, pair: PairAccumulator) -> FactoredLinear:
+    def solve(self, task: Compensation, target: Target, input_moment: Tensor, target_moment: Tensor) -> FactoredLinear:
         """See `LayerwiseCompensator.solve`."""
         entry = task.rank_map[target.canonical_name]
-        dense = target.module
-        weight = to_float64(dense.weight)
-        input_moment, target_moment = (moment.to(weight) for moment in pair.moments(centred=dense.bias is not None))
+        weight = to_float64(target.module.weight)
         best = anchored_weight(weight, input_moment, target_moment, self.ridge)
         statistics = task.statistics.get(target.name)
         fisher = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
         if statistics is not None and statistics.gradient_moment is not None:
             fisher = damped(statistics.gradient_moment.to(weight), self.damping)
         A, B = decompose_two_sided(best, fisher, input_moment).factors(entry.rank)
-        layer = factored_linear(dense, A, B, entry.layout)
-        if dense.bias is not None:
-            input_mean, target_mean = (mean.to(weight) for mean in pair.means())
-            # From the factors as they are stored, so that the bias absorbs the mean of their rounding too.
-            layer.set_bias(target_mean - layer.product() @ input_mean)
-        return layer
+        return factored_linear(target.module, A, B, entry.layout)

@@ -12,12 +12,8 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..decomposition import balance
-from ..layout import FactoredLayer
 from ..modeling import FactoredLinear, LowRankLinear, replace_module, to_float64
 from ..stages import factored_linear
-
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,6 @@ def balanced_factors(model: nn.Module) -> Iterator[list[str]]:
     """
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
-    entries = {name: FactoredLayer(layer.rank, layer.bias is not None, layer.layout) for name, layer in layers.items()}
     for name, layer in layers.items():
         replace_module(model, name, _balanced(layer))
     if dtype in (torch.float16, torch.bfloat16):
@@ -143,13 +138,13 @@ def balanced_factors(model: nn.Module) -> Iterator[list[str]]:
         model.to(dtype)
         raise
     model.to(dtype)
-    for name, entry in entries.items():
+    for name, old in layers.items():
         trained = model.get_submodule(name)
         A, B = to_float64(trained.factor_a.weight), to_float64(trained.factor_b.weight)
-        layer = factored_linear(trained.to_linear(), A, B, entry.layout)
-        for new, old in zip(layer.parameters(), layers[name].parameters(), strict=True):
-            new.requires_grad_(old.requires_grad)
-        replace_module(model, name, layer.train(layers[name].training))
+        layer = factored_linear(trained.to_linear(), A, B, old.layout)
+        for ours, before in zip(layer.parameters(), old.parameters(), strict=True):
+            ours.requires_grad_(before.requires_grad)
+        replace_module(model, name, layer.train(old.training))
 
 
 def _balanced(layer: FactoredLinear) -> LowRankLinear:

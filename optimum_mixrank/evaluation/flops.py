@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from ..hooks import removed_afterwards
 from ..inference import evaluation_mode
 
 
@@ -63,12 +64,8 @@ def tokens_per_image(
             counts[name] += args[0].numel() // args[0].shape[-1]
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
-    try:
-        with evaluation_mode(model):
-            model(pixel_values=_black_image(model, pixel_values_shape))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removed_afterwards(handles), evaluation_mode(model):
+        model(pixel_values=_black_image(model, pixel_values_shape))
     return counts
 
 

@@ -144,8 +144,9 @@ def test_what_does_not_help_is_put_back():
     compressed, _ = compress(original, config(compensation=[]))
     before = copy.deepcopy(compressed.state_dict())
     held_out = [images(8, seed=3)]
-    task = Compensation(original, compressed, [], {}, {}, [images(8)], held_out, config())
-    result = compensate_and_keep_the_better(Spoiler(), task, model_outputs(original, held_out))
+    references = model_outputs(original, held_out)
+    task = Compensation(original, compressed, [], {}, {}, [images(8)], held_out, references, config())
+    result = compensate_and_keep_the_better(Spoiler(), task)
     assert not result.kept and result.error_after > result.error_before and result.details == {"spoiled": True}
     assert all(torch.equal(before[name], tensor) for name, tensor in compressed.state_dict().items())
 
