@@ -32,7 +32,7 @@ from .planning import LayerSpec, RankPlan
 from .profile import BudgetPoint, RankProfile
 from .quantizer import MixRankHfQuantizer, attach
 from .reporting.build import build_report, measure
-from .stages import allocation_losses, check_weights, decompose_layers, factorize_layers
+from .stages import allocation_losses, check_weights, decompose_layers, factorize_layers, rank_map_of
 from .targets import Target, encoder_linears, find_targets, match_values, select_targets
 
 
@@ -244,10 +244,12 @@ class MixRankCompressor(OptimumQuantizer):
         results = []
         try:
             rank_map = factorize_layers(model, targets, decompositions, ranks, calibration, config.layout)
-            config = dataclasses.replace(config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
             factorized = time.perf_counter()
             if prepared is not None:
                 results = compensate(original_model, model, targets, rank_map, calibration, prepared, config)
+            # Compensation keeps ranks and layouts, and chooses new pivots.
+            rank_map = rank_map_of(model, targets)
+            config = dataclasses.replace(config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
         except BaseException:
             if inplace:
                 _restore(model, targets, original_model)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 
@@ -22,19 +23,35 @@ class FactoredLayer:
         bias: Whether the layer stores a bias, `[out_features]` values.
         layout: `"factors"`: two factors, `[rank, in_features]` and `[out_features, rank]`; `"pivoted"`: pivot rows
             `[rank, in_features]` and the coefficients of the others, `[out_features - rank, rank]`.
+        pivots: The pivot rows of a pivoted layer as a mask, see `encode_rows`; None for the first `rank` rows.
     """
 
     rank: int
     bias: bool
     layout: str = "factors"
+    pivots: str | None = None
 
     def to_dict(self) -> dict[str, int | bool | str]:
         """The JSON form, as it stands in `config.json`."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def num_values(self, out_features: int, in_features: int) -> int:
         """Stored values of the factors of a layer of this shape, without bias and indices."""
         return stored_values(out_features, in_features, self.rank, self.layout)
+
+
+def encode_rows(rows: Iterable[int]) -> str:
+    """A set of rows as a hexadecimal number whose bit i is set if row i belongs to it."""
+    mask = 0
+    for row in rows:
+        mask |= 1 << row
+    return f"{mask:x}"
+
+
+def decode_rows(text: str) -> list[int]:
+    """The rows of `encode_rows`, ascending."""
+    # From a binary number, digit by digit: shifting a large number again and again would take quadratic time.
+    return [row for row, bit in enumerate(reversed(f"{int(text, 16):b}")) if bit == "1"]
 
 
 def stored_values(out_features: int, in_features: int, rank: int, layout: str) -> int:
@@ -63,7 +80,7 @@ def parse_rank_map(rank_map: object) -> dict[str, FactoredLayer]:
 
 
 def _parse_entry(name: object, entry: object) -> FactoredLayer:
-    required, optional = {"rank", "bias"}, {"layout"}
+    required, optional = {"rank", "bias"}, {"layout", "pivots"}
     if (
         not isinstance(name, str)
         or not isinstance(entry, Mapping)
@@ -80,4 +97,11 @@ def _parse_entry(name: object, entry: object) -> FactoredLayer:
             f"rank_map entry {name!r}: layout={layout!r} is unknown; this version knows "
             f"{', '.join(map(repr, LAYOUT_NAMES))}. Upgrade with `pip install --upgrade optimum-mixrank`."
         )
-    return FactoredLayer(rank, bias, layout)
+    pivots = entry.get("pivots")
+    if pivots is not None and not (
+        layout == "pivoted" and isinstance(pivots, str) and re.fullmatch("[0-9a-f]+", pivots)
+    ):
+        raise ValueError(
+            f"rank_map entry {name!r}: pivots={pivots!r} is no hexadecimal mask of the rows of a pivoted layer."
+        )
+    return FactoredLayer(rank, bias, layout, pivots)

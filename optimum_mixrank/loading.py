@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 from transformers.utils import logging
 
-from .layout import FactoredLayer
-from .modeling import LAYOUTS, replace_module
+from .layout import FactoredLayer, decode_rows
+from .modeling import FactoredLinear, LowRankLinear, PivotedLinear, replace_module
 from .targets import canonical_names
 
 
@@ -50,7 +50,13 @@ def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]
                 f"rank_map entry {canonical!r} has rank {layer.rank}, but the layer of shape "
                 f"[{linear.out_features}, {linear.in_features}] allows {limit} at most. The checkpoint is damaged."
             )
-        factored = LAYOUTS[layer.layout](
-            linear.in_features, linear.out_features, layer.rank, layer.bias, device="meta", dtype=linear.weight.dtype
-        )
-        replace_module(model, names[canonical], factored.train(linear.training))
+        replace_module(model, names[canonical], _empty(linear, layer).train(linear.training))
+
+
+def _empty(linear: nn.Linear, layer: FactoredLayer) -> FactoredLinear:
+    """A factored layer on the meta device in place of a dense one."""
+    shape, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
+    if layer.layout == "pivoted":
+        pivots = None if layer.pivots is None else decode_rows(layer.pivots)
+        return PivotedLinear(*shape, layer.rank, layer.bias, "meta", dtype, pivots)
+    return LowRankLinear(*shape, layer.rank, layer.bias, "meta", dtype)

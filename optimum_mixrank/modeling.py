@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .layout import stored_values
+from .layout import FactoredLayer, encode_rows, stored_values
 
 
 class FactoredLinear(nn.Module, ABC):
@@ -75,6 +77,11 @@ class FactoredLinear(nn.Module, ABC):
     def num_values(self) -> int:
         """Stored values of the weight: of its factors, without bias and indices."""
         return stored_values(self.out_features, self.in_features, self.rank, self.layout)
+
+    @property
+    def entry(self) -> FactoredLayer:
+        """What the rank map says of this layer."""
+        return FactoredLayer(self.rank, self.bias is not None, self.layout)
 
     def to_linear(self) -> nn.Linear:
         """The dense layer with the same function, multiplied in float64 and rounded once."""
@@ -186,8 +193,9 @@ class PivotedLinear(FactoredLinear):
     as many multiply-adds as there are values; the outputs are then brought into their order by a gather.
 
     `factor_a` is `A` with its bias, `factor_b` is `C` with its bias `c`; the two biases take `m` values, as the bias of
-    the dense layer does. `order`, int32, `[out_features]`, says where each output stands among pivots and others. A
-    layer of rank `out_features` has no other rows, so its rank must be smaller.
+    the dense layer does. A layer of rank `out_features` has no other rows, so its rank must be smaller.
+
+    Which rows are pivots is structure, not weight: it stands in the rank map, and not in the state dict.
 
     Args:
         in_features: Size of each input, `n`.
@@ -196,9 +204,15 @@ class PivotedLinear(FactoredLinear):
         bias: Whether the layer adds a bias.
         device: Of the parameters.
         dtype: Of the parameters.
+        pivots: The pivot rows, ascending; default: the first `rank` rows.
+
+    Attributes:
+        pivots: As given.
+        order: Where each output stands among pivots and others, int64, `[out_features]`; moved to the inputs' device
+            when it is needed there.
 
     Raises:
-        ValueError: if the rank is outside `[1, min(m - 1, n)]`.
+        ValueError: if the rank is outside `[1, min(m - 1, n)]`, or the pivots are not that many different rows.
     """
 
     layout = "pivoted"
@@ -211,6 +225,7 @@ class PivotedLinear(FactoredLinear):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        pivots: Sequence[int] | None = None,
     ) -> None:
         super().__init__(in_features, out_features, rank, device, dtype)
         if rank == out_features:
@@ -220,8 +235,17 @@ class PivotedLinear(FactoredLinear):
             )
         self.factor_a = nn.Linear(in_features, rank, bias=bias, device=device, dtype=dtype)
         self.factor_b = nn.Linear(rank, out_features - rank, bias=bias, device=device, dtype=dtype)
-        self.order: Tensor
-        self.register_buffer("order", torch.arange(out_features, device=device, dtype=torch.int32))
+        self.pivots = tuple(range(rank) if pivots is None else pivots)
+        is_pivot = set(self.pivots)
+        if sorted(is_pivot) != list(self.pivots) or len(is_pivot) != rank or not is_pivot <= set(range(out_features)):
+            raise ValueError(
+                f"The pivots of a layer of shape [{out_features}, {in_features}] and rank {rank} are to be {rank} "
+                f"different rows, ascending; given are {len(self.pivots)}, the last is {self.pivots[-1:]}."
+            )
+        rows = [*self.pivots, *(row for row in range(out_features) if row not in is_pivot)]
+        # No buffer: Transformers 4.57 cannot offload a model with stored buffers to disk. On the host whatever the
+        # device, since the weights may be on the meta device.
+        self.order = torch.tensor(rows, device="cpu").argsort()
 
     @classmethod
     def from_pivots(cls, A: Tensor, C: Tensor, pivots: Tensor, bias: Tensor | None = None) -> PivotedLinear:
@@ -230,11 +254,11 @@ class PivotedLinear(FactoredLinear):
         Args:
             A: The pivot rows, `[rank, in_features]`.
             C: Coefficients of the other rows, in ascending order of rows, `[out_features - rank, rank]`.
-            pivots: Rows in the order of `A`, int64, `[rank]`.
+            pivots: Rows in the order of `A`, ascending, int64, `[rank]`.
             bias: `[out_features]`.
 
         Raises:
-            ValueError: if the shapes do not fit each other.
+            ValueError: if the shapes do not fit each other, or the pivots are not ascending.
         """
         rank, out_features = len(A), len(A) + len(C)
         fits = A.ndim == C.ndim == 2 and C.shape[1] == rank and pivots.shape == (rank,)
@@ -244,18 +268,21 @@ class PivotedLinear(FactoredLinear):
                 f"{list(pivots.shape)}, the bias is {None if bias is None else list(bias.shape)}. Expected are [rank, "
                 "in_features], [out_features - rank, rank], [rank] and [out_features] or None."
             )
-        layer = cls(A.shape[1], out_features, rank, bias=bias is not None, device="meta", dtype=A.dtype)
-        others = _others(pivots, out_features)
+        layer = cls(A.shape[1], out_features, rank, bias is not None, "meta", A.dtype, pivots.tolist())
         layer.factor_a.weight = nn.Parameter(A.detach().contiguous())
         layer.factor_b.weight = nn.Parameter(C.detach().contiguous())
         if bias is not None:
             layer.factor_a.bias = nn.Parameter(A.new_empty(rank))
             layer.factor_b.bias = nn.Parameter(A.new_empty(len(C)))
-        layer.register_buffer("order", torch.cat([pivots, others]).argsort().to(torch.int32))
         layer.weight = nn.Parameter(A.new_empty(0), requires_grad=False)
         if bias is not None:
             layer.set_bias(bias)
         return layer
+
+    @property
+    def entry(self) -> FactoredLayer:
+        """What the rank map says of this layer."""
+        return replace(super().entry, pivots=encode_rows(self.pivots))
 
     @property
     def bias(self) -> Tensor | None:
@@ -264,7 +291,7 @@ class PivotedLinear(FactoredLinear):
             return None
         pivot_bias = self.factor_a.bias
         rest = to_float64(self.factor_b.weight) @ to_float64(pivot_bias) + to_float64(self.factor_b.bias)
-        bias = torch.cat([pivot_bias.detach(), rest.to(pivot_bias)]).index_select(0, self.order)
+        bias = torch.cat([pivot_bias.detach(), rest.to(pivot_bias)]).index_select(0, self.order.to(pivot_bias.device))
         return bias.requires_grad_(pivot_bias.requires_grad)
 
     def set_bias(self, bias: Tensor) -> None:
@@ -278,6 +305,8 @@ class PivotedLinear(FactoredLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]`."""
+        if self.order.device != input.device:
+            self.order = self.order.to(input.device)
         pivots = self.factor_a(input)
         return torch.cat([pivots, self.factor_b(pivots)], dim=-1).index_select(-1, self.order)
 
@@ -287,23 +316,10 @@ class PivotedLinear(FactoredLinear):
         return torch.cat([A, to_float64(self.factor_b.weight) @ A]).index_select(0, self.order.to(A.device))
 
 
-LAYOUTS: dict[str, type[LowRankLinear] | type[PivotedLinear]] = {
-    layer.layout: layer for layer in (LowRankLinear, PivotedLinear)
-}
-"""The classes of factored layers by the name of their layout."""
-
-
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `model` has a submodule called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def _others(pivots: Tensor, out_features: int) -> Tensor:
-    """The rows that are no pivots, ascending, int64."""
-    is_other = torch.ones(out_features, dtype=torch.bool, device=pivots.device)
-    is_other[pivots] = False
-    return is_other.nonzero().flatten()
 
 
 def _like(values: Tensor, parameter: Tensor) -> nn.Parameter:

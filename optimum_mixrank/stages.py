@@ -95,8 +95,19 @@ def factorize_layers(
         A, B = decompositions[target.canonical_name].factors(rank)
         layer = factored_linear(target.module, A, B, layout, mean)
         replace_module(model, target.name, layer)
-        rank_map[target.canonical_name] = FactoredLayer(rank, layer.bias is not None, layout)
+        rank_map[target.canonical_name] = layer.entry
     return rank_map
+
+
+def rank_map_of(model: nn.Module, targets: Sequence[Target]) -> dict[str, FactoredLayer]:
+    """The factored layers of a compressed model as they are now, by canonical name.
+
+    Args:
+        model: The compressed model.
+        targets: The targeted layers of the original.
+    """
+    modules = {target.canonical_name: model.get_submodule(target.name) for target in targets}
+    return {name: module.entry for name, module in modules.items() if isinstance(module, FactoredLinear)}
 
 
 def factored_linear(

@@ -2,13 +2,18 @@ import json
 
 import pytest
 
-from optimum_mixrank.layout import FactoredLayer, parse_rank_map
+from optimum_mixrank.layout import FactoredLayer, decode_rows, encode_rows, parse_rank_map
 
 
 @pytest.mark.parametrize(
     "layer",
-    [FactoredLayer(1, False), FactoredLayer(8, True), FactoredLayer(300, True, "pivoted")],
-    ids=["no bias", "bias", "pivoted"],
+    [
+        FactoredLayer(1, False),
+        FactoredLayer(8, True),
+        FactoredLayer(300, True, "pivoted"),
+        FactoredLayer(2, True, "pivoted", "11"),
+    ],
+    ids=["no bias", "bias", "pivoted", "pivots"],
 )
 def test_round_trip_through_json(layer):
     stored = json.loads(json.dumps({"encoder.layer.0.output.dense": layer.to_dict()}))
@@ -59,6 +64,10 @@ def test_not_a_mapping(rank_map):
         ),
         ({"rank": 8, "bias": True, "layout": ["pivoted"]}, "is unknown"),
         ({"rank": 8, "bias": True, "layout": None}, "layout=None is unknown"),
+        ({"rank": 2, "bias": True, "layout": "factors", "pivots": "11"}, "pivots='11' is no hexadecimal mask"),
+        ({"rank": 2, "bias": True, "layout": "pivoted", "pivots": [0, 4]}, "is no hexadecimal mask"),
+        ({"rank": 2, "bias": True, "layout": "pivoted", "pivots": "0x11"}, "is no hexadecimal mask"),
+        ({"rank": 2, "bias": True, "layout": "pivoted", "pivots": ""}, "is no hexadecimal mask"),
     ],
     ids=repr,
 )
@@ -70,3 +79,8 @@ def test_malformed_entry_is_named(entry, message):
 def test_name_that_is_no_string():
     with pytest.raises(ValueError, match="rank_map entry 3"):
         parse_rank_map({3: {"rank": 1, "bias": False}})
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 4], [3, 7, 8, 5000], list(range(100))], ids=str)
+def test_rows_round_trip(rows):
+    assert decode_rows(encode_rows(rows)) == rows

@@ -6,6 +6,7 @@ from torch import nn
 
 from optimum_mixrank import LowRankLinear, PivotedLinear
 from optimum_mixrank.decomposition import pivot_rows
+from optimum_mixrank.layout import FactoredLayer, decode_rows
 from optimum_mixrank.modeling import replace_module
 
 
@@ -310,7 +311,7 @@ def test_pivoted_layer_in_lower_precision(dtype):
 def test_pivoted_layer_round_trips_and_returns_to_dense(shape, bias):
     m, n, rank = shape
     _, layer = pivoted(m, n, rank, bias)
-    fresh = PivotedLinear(n, m, rank, bias)
+    fresh = PivotedLinear(n, m, rank, bias, pivots=layer.pivots)
     fresh.load_state_dict(layer.state_dict())
     x = inputs(n)
     assert torch.equal(fresh(x), layer(x))
@@ -354,3 +355,23 @@ def test_float16_loses_little_more_in_the_pivoted_layout():
         for name, layer in (("pivoted", half.double()), ("factors", rounded)):
             errors[name] = errors.get(name, 0.0) + (layer(x) - exact).square().mean().item()
     assert errors["pivoted"] ** 0.5 < 3 * errors["factors"] ** 0.5
+
+
+@pytest.mark.parametrize("pivots", [(0, 1), (0, 1, 1), (2, 1, 0), (0, 1, 5), (-1, 0, 1), (0, 1, 2, 3)], ids=str)
+def test_pivots_that_are_not_that_many_rows(pivots):
+    with pytest.raises(ValueError, match=r"layer of shape \[5, 4\] and rank 3 are to be 3 different rows, ascending"):
+        PivotedLinear(4, 5, 3, pivots=pivots)
+
+
+def test_an_entry_of_the_rank_map_says_all_but_the_weights():
+    same, layer = pivoted(50, 36, 7)
+    assert same.entry == FactoredLayer(7, True)
+    assert decode_rows(layer.entry.pivots) == list(layer.pivots)
+    assert "order" not in layer.state_dict()
+
+
+def test_pivoted_layer_built_under_a_meta_context_knows_its_order():
+    with torch.device("meta"):
+        layer = PivotedLinear(6, 8, 3, pivots=(1, 4, 6))
+    assert layer.factor_a.weight.is_meta
+    assert layer.order.tolist() == [3, 0, 4, 5, 1, 6, 2, 7]

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.auto import auto_factory
 
 from optimum_mixrank import FactoredLinear, MixRankCompressor, MixRankConfig, to_dense
-from optimum_mixrank.layout import LAYOUT_NAMES
+from optimum_mixrank.layout import LAYOUT_NAMES, encode_rows
 
 
 FAMILIES = {"vit": tiny_vit, "deit": tiny_deit, "swin": tiny_swin}
@@ -313,6 +313,17 @@ def test_a_damaged_rank_map_is_refused(tmp_path, change, message):
     config["quantization_config"]["rank_map"][name].update(change)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(("shift", "more"), [(100, 0), (0, 1)], ids=["outside of the layer", "too many"])
+def test_wrong_pivots_are_refused(tmp_path, shift, more):
+    compress(tiny_vit()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    entry = config["quantization_config"]["rank_map"]["encoder.layer.0.attention.attention.key"]
+    entry["pivots"] = encode_rows(range(shift, shift + entry["rank"] + more))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"different rows, ascending; given are \d+, the last is \(\d+,\)"):
         load(tmp_path)
 
 
