@@ -5,12 +5,14 @@
 
 writes `results.md`, `results.json` and `results.png`. `--kept` counts all linear weights of the encoder. Without
 arguments for model and data it runs on the Fashion-MNIST model of this repository. Labels are used to measure accuracy,
-never to compress.
+never to compress. Rows that `results.json` holds already are not measured again, so that a run that was cut off goes on
+where it stopped; other settings need another `--output`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import resource
 import statistics
@@ -89,8 +91,16 @@ def main() -> None:
     compressor = MixRankCompressor.from_pretrained(args.model)
     test_batches, labels = load_test(compressor, args)
     original = logits_of(compressor.model, test_batches)
-    rows = []
+    rows = earlier_rows(args, settings_of(args, compressor, original, fields))
     for seed in args.seeds:
+        todo = [
+            (method, kept)
+            for method in args.methods
+            for kept in args.kept
+            if not any((row["method"], row["asked"], row["seed"]) == (method, kept, seed) for row in rows)
+        ]
+        if not todo:
+            continue
         dataset = compressor.get_calibration_dataset(
             args.calibration_data, split=args.calibration_split, num_samples=args.num_samples, seed=seed
         )
@@ -98,45 +108,112 @@ def main() -> None:
         images = [batch.pixel_values for batch in batches]
         forward_seconds = timed(lambda images=images: model_outputs(compressor.model, images))
         calibrations = {}
-        for method in args.methods:
-            for kept in args.kept:
-                config = MixRankConfig(
-                    compression_ratio=1 - kept, compression_scope="targets", seed=seed, **{**METHODS[method], **fields}
-                )
-                if METRICS[config.metric].uses_data and config.metric not in calibrations:
-                    calibrations[config.metric] = compressor.calibrate(
-                        images,
-                        config.metric,
-                        batch_size=args.batch_size,
-                        target_modules=config.target_modules,
-                        exclude_modules=config.exclude_modules,
-                        fisher_samples=config.fisher_samples,
-                        seed=seed,
-                    )
-                calibration = calibrations.get(config.metric)
-                start = time.perf_counter()
-                model = compressor.compress(config, images, calibration=calibration, batch_size=args.batch_size)
-                # A compression on its own would calibrate too.
-                seconds = time.perf_counter() - start + (calibration.seconds if calibration else 0.0)
-                outcome = compare(original, logits_of(model, test_batches), labels)
-                report = compressor.report
-                rows.append(
-                    {
-                        "method": method,
-                        "seed": seed,
-                        "kept": report.kept_of_encoder,
-                        "asked": kept,
-                        **outcome,
-                        "seconds": round(seconds, 1),
-                        "forward_passes": round(seconds / forward_seconds, 1),
-                        "peak_memory_of_the_run_so_far_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                        // 1024,
-                        "compensation": report.compensation,
-                    }
-                )
-                line = {key: value for key, value in rows[-1].items() if key not in ("compensation", "correct")}
-                print(json.dumps(line), flush=True)
-                write(args, compressor, original, labels, fields, rows)
+        for method, kept in todo:
+            config = MixRankConfig(
+                compression_ratio=1 - kept, compression_scope="targets", seed=seed, **{**METHODS[method], **fields}
+            )
+            twin = next(
+                (row for row in rows if row["seed"] == seed and row["configuration"] == parts_of(config)), None
+            )
+            if twin is not None:
+                rows.append({**twin, "method": method})
+            else:
+                rows.append(measure(method, kept, config, compressor, images, calibrations, args, forward_seconds))
+                model = rows[-1].pop("model")
+                rows[-1].update(compare(original, logits_of(model, test_batches), labels))
+            line = {
+                key: rows[-1][key] for key in ("method", "seed", "kept", "top1", "kl", "seconds", "forward_passes")
+            }
+            print(json.dumps(line), flush=True)
+            write(args, compressor, original, labels, fields, rows)
+
+
+def parts_of(config: MixRankConfig) -> dict:
+    """What a configuration asks for, whatever the recipe is called that filled it."""
+    return {key: value for key, value in config.to_dict().items() if key != "recipe"}
+
+
+def measure(
+    method: str,
+    kept: float,
+    config: MixRankConfig,
+    compressor: MixRankCompressor,
+    images: list[torch.Tensor],
+    calibrations: dict,
+    args: argparse.Namespace,
+    forward_seconds: float,
+) -> dict:
+    """Compress once; statistics are shared between methods, their time counts for each."""
+    forget_peak_memory()
+    if METRICS[config.metric].uses_data and config.metric not in calibrations:
+        calibrations[config.metric] = compressor.calibrate(
+            images,
+            config.metric,
+            batch_size=args.batch_size,
+            target_modules=config.target_modules,
+            exclude_modules=config.exclude_modules,
+            fisher_samples=config.fisher_samples,
+            seed=config.seed,
+        )
+    calibration = calibrations.get(config.metric)
+    start = time.perf_counter()
+    model = compressor.compress(config, images, calibration=calibration, batch_size=args.batch_size)
+    seconds = time.perf_counter() - start + (calibration.seconds if calibration else 0.0)
+    return {
+        "method": method,
+        "seed": config.seed,
+        "kept": compressor.report.kept_of_encoder,
+        "asked": kept,
+        "model": model,
+        "seconds": round(seconds, 1),
+        "forward_passes": round(seconds / forward_seconds, 1),
+        # Of the whole process while it worked on this row: images, statistics and both models included.
+        "peak_memory_mib": peak_memory_mib(),
+        "compensation": compressor.report.compensation,
+        "configuration": parts_of(config),
+    }
+
+
+def forget_peak_memory() -> None:
+    """Let the peak that the kernel reports start anew; elsewhere than on Linux it is that of the whole process."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mib() -> int:
+    """Largest resident memory since `forget_peak_memory`."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) // 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def settings_of(args: argparse.Namespace, compressor: MixRankCompressor, original: torch.Tensor, fields: dict) -> dict:
+    """What all rows of a file have in common."""
+    return {
+        "model": Path(args.model).name,
+        "num_samples": args.num_samples,
+        "batch_size": args.batch_size,
+        "test_images": len(original),
+        "dtype": str(next(compressor.model.parameters()).dtype),
+        "fields": fields,
+    }
+
+
+def earlier_rows(args: argparse.Namespace, settings: dict) -> list[dict]:
+    """Rows of a run that was cut off.
+
+    Raises:
+        SystemExit: if they were measured with other settings.
+    """
+    path = args.output.with_suffix(".json")
+    if not path.is_file():
+        return []
+    record = json.loads(path.read_text())
+    if record["settings"] != settings:
+        raise SystemExit(f"{path} holds results with {record['settings']}, not {settings}; give another --output.")
+    return record["rows"]
 
 
 def write(
@@ -149,15 +226,7 @@ def write(
 ) -> None:
     """Write what was measured so far, so that a run that is cut off loses nothing."""
     record = {
-        "settings": {
-            "num_samples": args.num_samples,
-            "batch_size": args.batch_size,
-            "seeds": args.seeds,
-            "test_images": len(original),
-            "dtype": str(next(compressor.model.parameters()).dtype),
-            "fields": fields,
-            "methods": {method: METHODS[method] for method in args.methods},
-        },
+        "settings": settings_of(args, compressor, original, fields),
         "original_top1": accuracy(original, labels),
         "environment": {**environment(), "threads": torch.get_num_threads()},
         "rows": rows,
@@ -236,6 +305,7 @@ def summary(record: dict) -> list[dict]:
             "change": statistics.mean(row["change"][0] for row in rows),
             "half": statistics.mean(row["change"][1] for row in rows),
             "forward_passes": statistics.mean(row["forward_passes"] for row in rows),
+            "peak_memory_mib": max(row["peak_memory_mib"] for row in rows),
         }
         for (method, _), rows in groups.items()
     ]
@@ -244,21 +314,23 @@ def summary(record: dict) -> list[dict]:
 def markdown(record: dict) -> str:
     """The record as a Markdown table, with its settings above it."""
     settings, machine = record["settings"], record["environment"]
+    seeds = sorted({row["seed"] for row in record["rows"]})
     lines = [
         f"{settings['num_samples']} calibration images, {settings['test_images']} test images, seeds "
-        f"{settings['seeds']}, batch size {settings['batch_size']}, {settings['dtype']}, fields {settings['fields']}; "
+        f"{seeds}, batch size {settings['batch_size']}, {settings['dtype']}, fields {settings['fields']}; "
         f"PyTorch {machine['torch']}, Transformers {machine['transformers']}, {machine['device']}, "
         f"{machine['threads']} threads. Original: {record['original_top1']:.1%} top-1.",
         "",
-        "| method | kept | top-1 (spread) | change, paired 95 % interval | KL (spread) | cost in forward passes |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| method | kept | top-1 (spread) | change, paired 95 % interval | KL (spread) | cost in forward passes | peak |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in summary(record):
         top1, kl = row["top1"], row["kl"]
         lines.append(
             f"| {row['method']} | {row['kept']:.1%} | {statistics.mean(top1):.1%} ({min(top1):.1%} to {max(top1):.1%}) "
             f"| {100 * row['change']:+.1f} ± {100 * row['half']:.1f} points "
-            f"| {statistics.mean(kl):.3f} ({min(kl):.3f} to {max(kl):.3f}) | {row['forward_passes']:.0f} |"
+            f"| {statistics.mean(kl):.3f} ({min(kl):.3f} to {max(kl):.3f}) | {row['forward_passes']:.0f} "
+            f"| {row['peak_memory_mib'] / 1024:.1f} GiB |"
         )
     return "\n".join(lines) + "\n"
 
