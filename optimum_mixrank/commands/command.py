@@ -13,6 +13,9 @@ from optimum.commands.base import BaseOptimumCLICommand
 
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
     from ..compressor import MixRankCompressor
 
 
@@ -91,8 +94,20 @@ def open_compressor(args: Any, model: str) -> MixRankCompressor:
     from ..compressor import MixRankCompressor
 
     return MixRankCompressor.from_pretrained(
-        model, dtype=args.dtype, device=args.device or _default_device(), **hub_arguments(args)
+        model, dtype=args.dtype, device=args.device or default_device(), **hub_arguments(args)
     )
+
+
+def load_checkpoint(args: Any, model: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """A checkpoint that is named on the command line, dense or compressed, with the class that it names."""
+    import transformers
+
+    import optimum_mixrank  # noqa: F401 - lets Transformers open compressed checkpoints
+
+    config = transformers.AutoConfig.from_pretrained(model, **hub_arguments(args))
+    architectures = getattr(config, "architectures", None) or ["AutoModel"]
+    model_class = getattr(transformers, architectures[0], transformers.AutoModel)
+    return model_class.from_pretrained(model, dtype=dtype, **hub_arguments(args))
 
 
 def add_output_arguments(parser: ArgumentParser, what: str) -> None:
@@ -101,7 +116,8 @@ def add_output_arguments(parser: ArgumentParser, what: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help="the output folder may hold files; they are replaced")
 
 
-def _default_device() -> str:
+def default_device() -> str:
+    """A GPU if there is one."""
     import torch
 
     if torch.cuda.is_available():

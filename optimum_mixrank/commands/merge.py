@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from typing import Any
 
-from .command import MixRankSubcommand, add_hub_arguments, add_output_arguments, hub_arguments
+from .command import MixRankSubcommand, add_hub_arguments, add_output_arguments, hub_arguments, load_checkpoint
 
 
 class MergeCommand(MixRankSubcommand):
@@ -27,19 +27,12 @@ example:
     def execute(self) -> tuple[str, dict[str, Any]]:
         """See `MixRankSubcommand`."""
         args = self.args
-        import transformers
-
-        import optimum_mixrank  # noqa: F401 - lets Transformers open the checkpoint
-
         from ..checkpoint import save_dense, writable_directory
         from ..dense import to_dense
         from ..original import load_image_processor
 
         writable_directory(args.output, args.overwrite)
-        config = transformers.AutoConfig.from_pretrained(args.model, **hub_arguments(args))
-        architectures = getattr(config, "architectures", None) or ["AutoModel"]
-        model_class = getattr(transformers, architectures[0], transformers.AutoModel)
-        model = to_dense(model_class.from_pretrained(args.model, dtype="auto", **hub_arguments(args)))
+        model = to_dense(load_checkpoint(args, args.model))
         save_dense(model, args.output, load_image_processor(args.model, hub_arguments(args)), overwrite=args.overwrite)
         values = {"output": str(args.output), "parameters": sum(each.numel() for each in model.parameters())}
         return f"{values['parameters']:,} parameters: {args.output}", values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from .benchmark import BenchmarkCommand
 from .compress import CompressCommand
 from .evaluate import EvaluateCommand
 from .inspect import InspectCommand
@@ -21,6 +22,7 @@ class MixRankCommand(BaseOptimumCLICommand):
         CommandInfo(
             "evaluate", "Accuracy, agreement and KL of a compressed model against its original.", EvaluateCommand
         ),
+        CommandInfo("benchmark", "Time and memory of a compressed model against a dense one.", BenchmarkCommand),
         CommandInfo("inspect", "What is inside a compressed checkpoint, without loading its weights.", InspectCommand),
         CommandInfo("merge", "Turn a compressed checkpoint into a dense one that needs no plugin.", MergeCommand),
     )

@@ -70,7 +70,7 @@ def tokens_per_image(
 
 
 def _black_image(model: nn.Module, pixel_values_shape: Sequence[int] | None) -> torch.Tensor:
-    shape = _configured_shape(model) if pixel_values_shape is None else tuple(pixel_values_shape)
+    shape = configured_shape(model) if pixel_values_shape is None else tuple(pixel_values_shape)
     if len(shape) != 3 or any(size < 1 for size in shape):
         raise ValueError(f"pixel_values_shape={shape} is not (channels, height, width).")
     parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
@@ -79,7 +79,12 @@ def _black_image(model: nn.Module, pixel_values_shape: Sequence[int] | None) -> 
     return torch.zeros(1, *shape, device=device, dtype=parameters[0].dtype if parameters else None)
 
 
-def _configured_shape(model: nn.Module) -> tuple[int, ...]:
+def configured_shape(model: nn.Module) -> tuple[int, ...]:
+    """Shape of an image as the model's configuration gives it, `(channels, height, width)`.
+
+    Raises:
+        ValueError: if it gives none.
+    """
     config = getattr(model, "config", None)
     size = getattr(config, "image_size", None)
     if isinstance(size, int):

@@ -75,6 +75,56 @@ def test_merge(compressed, tmp_path):
     assert sum(parameter.numel() for parameter in model.parameters()) == values["model_parameters_before"]
 
 
+def test_benchmark_against_the_dense_merge(compressed):
+    out, values, _ = compressed
+    common = ("benchmark", "--model", out, "--device", "cpu", "--threads", 1, "--repeats", 6)
+    result = json.loads(cli(*common, "--batch-size", 1, 4, "--json")[0])
+    assert result["models"]["compressed"]["parameters"] == values["model_parameters_after"]
+    assert result["models"]["dense"]["parameters"] == values["model_parameters_before"]
+    assert result["models"]["dense"]["weight_bytes"] == 4 * values["model_parameters_before"]
+    assert result["image_shape"] == [3, 28, 28] and result["environment"]["threads"] == 1
+    assert [run["batch_size"] for run in result["runs"]] == [1, 4]
+    for run in result["runs"]:
+        assert 0 < run["time_ratio"]["low"] <= run["time_ratio"]["median"] <= run["time_ratio"]["high"]
+        for row in run["models"].values():
+            assert row["images_per_second"] == pytest.approx(run["batch_size"] / row["seconds"])
+            assert row["activation_bytes"] > 0
+
+
+def test_benchmark_against_a_named_model_at_another_size(compressed):
+    text, _ = cli(
+        *("benchmark", "--model", compressed[0], "--reference", MODEL, "--device", "cpu", "--dtype", "bfloat16"),
+        *("--image-size", 40, "--batch-size", 2, "--repeats", 6),
+    )
+    assert "images 3x40x40" in text and "bfloat16" in text and "batch 2: compressed takes" in text
+
+
+@pytest.mark.slow
+def test_benchmark_of_compiled_models(compressed):
+    result = json.loads(
+        cli(
+            *("benchmark", "--model", compressed[0], "--compile", "--batch-size", 2, 3, "--repeats", 6, "--json"),
+            *("--device", "cpu"),
+        )[0]
+    )
+    assert result["compiled"] and [run["batch_size"] for run in result["runs"]] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", MODEL), "is a dense checkpoint; name what to compare with by --reference"),
+        (("--batch-size", 4, 0), "--batch-size 0 is not positive"),
+        (("--repeats", 5), "--repeats 5 is too few for an interval; use 6 or more"),
+        (("--dtype", "int8"), "dtype='int8' is no floating point dtype"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_benchmark_refuses_before_work_starts(compressed, arguments, message):
+    _, stderr = cli("benchmark", "--model", compressed[0], *arguments, code=1)
+    assert stderr.startswith("Error: ") and message in stderr and "Traceback" not in stderr
+
+
 def test_plan_keeps_and_reuses_statistics(tmp_path):
     statistics = tmp_path / "statistics.safetensors"
     common = ("plan", "--model", MODEL, "--ratios", 0.4, 0.6, "--statistics", statistics, "--json")

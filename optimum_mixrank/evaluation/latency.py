@@ -1,0 +1,165 @@
+"""Time that forward passes of several models take, side by side."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import timeit
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..inference import evaluation_mode
+
+
+# With fewer values the smallest and the largest do not enclose the median with 95 % confidence.
+MIN_REPEATS = 6
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long a model takes for one batch.
+
+    Attributes:
+        batch_size: Images per forward pass.
+        seconds: Wall time of a forward pass, one value per repetition.
+    """
+
+    batch_size: int
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds per forward pass."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """A quarter of the repetitions was faster than the first value, a quarter slower than the second."""
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def images_per_second(self) -> float:
+        """Throughput at the median."""
+        return self.batch_size / self.median
+
+
+@dataclass(frozen=True)
+class TimeRatio:
+    """How many times as long one model takes as another; below 1 it is faster.
+
+    Attributes:
+        median: Of the ratios of all repetitions.
+        low: Lower end of the 95 % interval of that median.
+        high: Upper end.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+def measure_latency(
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Any],
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    min_seconds: float = 0.05,
+) -> dict[str, Latency]:
+    """Time forward passes of several models over the same batch, in turns.
+
+    Each repetition times every model once, and another one first each time, so that a machine that slows down slows all
+    of them. Passes run without gradients, in evaluation mode; afterwards the models are as they were. On an accelerator
+    the clock is read when all its work is done.
+
+    Args:
+        models: By name, on the inputs' device.
+        inputs: Keyword arguments for all models; one of them is `pixel_values`, `[batch, channels, height, width]`.
+        repeats: Repetitions, at least 6.
+        warmup: Forward passes of every model that are not timed; at least one.
+        min_seconds: A repetition takes as many passes, the same number for all models, as last at least so long.
+
+    Raises:
+        ValueError: for too few repetitions or warm-up passes.
+    """
+    if repeats < MIN_REPEATS:
+        raise ValueError(f"repeats={repeats} is too few for an interval; use {MIN_REPEATS} or more.")
+    if warmup < 1:
+        raise ValueError(f"warmup={warmup} is not positive; the first pass of a model is always slower.")
+    device = next(tensor.device for tensor in tree_leaves(dict(inputs)) if isinstance(tensor, Tensor))
+
+    def seconds(model: nn.Module, passes: int) -> float:
+        def work() -> None:
+            for _ in range(passes):
+                model(**inputs)
+            _synchronize(device)
+
+        _synchronize(device)
+        return timeit.timeit(work, number=1) / passes
+
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluation_mode(model))
+            seconds(model, warmup)
+        fastest = min(seconds(model, 1) for model in models.values())
+        passes = max(1, math.ceil(min_seconds / fastest))
+        order = list(models)
+        for _ in range(repeats):
+            for name in order:
+                times[name].append(seconds(models[name], passes))
+            order.append(order.pop(0))
+    batch_size = len(inputs["pixel_values"])
+    return {name: Latency(batch_size, tuple(values)) for name, values in times.items()}
+
+
+def time_ratio(latency: Latency, reference: Latency) -> TimeRatio:
+    """Compare two models repetition by repetition.
+
+    The interval is that of the sign test: it supposes nothing about how the ratios are distributed, only that
+    repetitions are independent of one another.
+
+    Args:
+        latency: Of the model in question.
+        reference: Of the other, from the same call of `measure_latency`.
+
+    Raises:
+        ValueError: if the two have different numbers of repetitions.
+    """
+    if len(latency.seconds) != len(reference.seconds):
+        raise ValueError(
+            f"{len(latency.seconds)} and {len(reference.seconds)} repetitions cannot be paired; measure both models "
+            "in one call."
+        )
+    ratios = [ours / theirs for ours, theirs in zip(latency.seconds, reference.seconds, strict=True)]
+    return TimeRatio(statistics.median(ratios), *median_interval(ratios))
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of a population's median from a sample, by the sign test.
+
+    Raises:
+        ValueError: if the sample is too small for this confidence.
+    """
+    ordered, n = sorted(values), len(values)
+    # The k smallest values may lie below the median with the probability of at most k heads in n tosses.
+    outside, k = 0.0, 0
+    while k < n and outside + math.comb(n, k) / 2**n <= (1 - confidence) / 2:
+        outside += math.comb(n, k) / 2**n
+        k += 1
+    if k == 0:
+        raise ValueError(f"{n} values are too few for an interval of {confidence:.0%}.")
+    return ordered[k - 1], ordered[n - k]
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has done its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
