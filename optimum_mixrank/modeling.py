@@ -308,7 +308,9 @@ class PivotedLinear(FactoredLinear):
         if self.order.device != input.device:
             self.order = self.order.to(input.device)
         pivots = self.factor_a(input)
-        return torch.cat([pivots, self.factor_b(pivots)], dim=-1).index_select(-1, self.order)
+        outputs = torch.cat([pivots, self.factor_b(pivots)], dim=-1)
+        # `index_select(-1, …)` says the same and takes up to fifteen times as long on a CPU.
+        return outputs.gather(-1, self.order.expand(outputs.shape))
 
     def product(self) -> Tensor:
         """The weight, `[out_features, in_features]`; its other rows `C A` are multiplied in float64."""
