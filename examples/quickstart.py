@@ -52,10 +52,12 @@ def main() -> None:
     reloaded = AutoModelForImageClassification.from_pretrained(args.output)
     compressor.evaluate(reloaded, args.test_data, split=args.test_split)
     compressor.report.save(args.output)
+    page = compressor.report.save_html(args.output)
     plot_ranks(compressor.report, args.output / "ranks.png")
 
     print(format_table(compressor.report))
     print(f"Checkpoint, report and picture of the ranks: {args.output}/ ({time.perf_counter() - start:.0f} s)")
+    print(f"The same to look at in a browser: {page}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write a compressed checkpoint: model, image processor, report and card, complete or not at all."""
+"""Write a compressed checkpoint: model, image processor, reports and card, complete or not at all."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
+from transformers.utils import logging
 
 from .evaluation.size import check_stored_values, safetensors_bytes
 from .modeling import FactoredLinear
 from .reporting.card import model_card
+from .reporting.report import HTML_NAME
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .reporting.report import CompressionReport
+
+
+logger = logging.get_logger(__name__)
 
 
 def writable_directory(directory: str | Path, overwrite: bool) -> Path:
@@ -71,8 +76,17 @@ def save_checkpoint(
         if report is not None:
             report = dataclasses.replace(report, bytes_on_disk_after=safetensors_bytes(temporary))
             report.save(temporary)
+            _save_page(report, temporary)
             model_card(model, report).save(temporary / "README.md")
     return report
+
+
+def _save_page(report: CompressionReport, directory: Path) -> None:
+    try:
+        report.save_html(directory)
+    except Exception as error:
+        # What took hours is not given up for a picture that could not be drawn.
+        logger.warning(f"The checkpoint is saved without its page {HTML_NAME!r}, which could not be made: {error}")
 
 
 def save_dense(

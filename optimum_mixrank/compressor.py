@@ -29,7 +29,7 @@ from .evaluation.labels import find_label_column, map_labels
 from .modeling import replace_module
 from .original import load_image_processor, load_original
 from .planning import LayerSpec, RankPlan
-from .profile import BudgetPoint, RankProfile
+from .profile import RankProfile, profile_budgets
 from .quantizer import MixRankHfQuantizer, attach
 from .reporting.build import build_report, measure
 from .stages import allocation_losses, check_weights, decompose_layers, factorize_layers, rank_map_of
@@ -239,6 +239,8 @@ class MixRankCompressor(OptimumQuantizer):
         losses = allocation_losses(metric, decompositions)
         ranks = plan.allocate(losses, config.allocation)
         allocated = time.perf_counter()
+        profile = profile_budgets(_around(plan), losses, config.allocation, metric.common_unit)
+        profiled = time.perf_counter()
         model = self.model if inplace else copy.deepcopy(self.model)
         original_model = copy.deepcopy(self.model) if inplace and config.compensation else self.model
         results = []
@@ -270,11 +272,13 @@ class MixRankCompressor(OptimumQuantizer):
                 "calibrate": calibration.seconds if calibration else 0.0,
                 "decompose": decomposed - start,
                 "allocate": allocated - decomposed,
-                "factorize": factorized - allocated,
+                "profile": profiled - allocated,
+                "factorize": factorized - profiled,
                 "compensate": compensated - factorized,
             },
             compensation=results,
             predicted=metric.common_unit,
+            profile=profile,
         )
         if save_directory is not None:
             self.save_pretrained(model, save_directory, overwrite=overwrite)
@@ -301,19 +305,12 @@ class MixRankCompressor(OptimumQuantizer):
         calibration.check(fingerprint_model(self.model))
         targets = find_targets(self.model, config.target_modules, config.exclude_modules)
         check_weights(targets)
-        plans = {}
-        for ratio in sorted(ratios):
-            plans[ratio] = self._plan(dataclasses.replace(config, compression_ratio=ratio), targets)
-            plans[ratio].check()
+        plans = [self._plan(dataclasses.replace(config, compression_ratio=ratio), targets) for ratio in sorted(ratios)]
+        for plan in plans:
+            plan.check()
         decompositions = decompose_layers(metric, targets, calibration if metric.uses_data else None, config.layout)
         losses = allocation_losses(metric, decompositions)
-        points = []
-        for ratio, plan in plans.items():
-            ranks = plan.allocate(losses, config.allocation)
-            loss = sum(float(losses[name][rank]) for name, rank in ranks.items() if rank is not None)
-            points.append(BudgetPoint(ratio, plan.kept(ranks), loss, ranks))
-        unit = "nats per image" if metric.common_unit else "sum of normalised energies"
-        return RankProfile(points, unit)
+        return profile_budgets(plans, losses, config.allocation, metric.common_unit)
 
     def quantize(
         self,
@@ -573,6 +570,13 @@ class MixRankCompressor(OptimumQuantizer):
             label_map=label_map,
             num_channels=getattr(self.model.config, "num_channels", 3),
         )
+
+
+def _around(plan: RankPlan) -> list[RankPlan]:
+    """The plan among others of ratios that can be reached, for the report: what would more or less have cost?"""
+    ratios = sorted({plan.compression_ratio, *(tenths / 10 for tenths in range(1, 10))})
+    plans = [dataclasses.replace(plan, compression_ratio=ratio) for ratio in ratios]
+    return [each for each in plans if each.is_reachable]
 
 
 def _restore(model: PreTrainedModel, targets: Sequence[Target], original: PreTrainedModel) -> None:

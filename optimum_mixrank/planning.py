@@ -100,15 +100,19 @@ class RankPlan:
         base = self.model_cost if self.compression_scope == "model" else targeted
         return math.floor(targeted - self.compression_ratio * base + _TOLERANCE)
 
+    @property
+    def is_reachable(self) -> bool:
+        """Whether the budget can be met at all; needs no losses."""
+        return self._minimum <= self.budget
+
     def check(self) -> None:
         """Check that the budget can be met at all; needs no losses. Warn of ranks that would save nothing.
 
         Raises:
             ValueError: says which ratio would be reached.
         """
-        minimum = self._problem({}).min_cost + self._dense_cost
-        if minimum > self.budget:
-            raise ValueError(self._unreachable(minimum))
+        if not self.is_reachable:
+            raise ValueError(self._unreachable(self._minimum))
         for layer in self._free:
             profile = self._profile(layer, None)
             if layer.rank is not None and not profile.candidate_ranks:
@@ -146,6 +150,10 @@ class RankPlan:
             m, n = layer.out_features, layer.in_features
             kept += layer.dense_cost if rank is None else stored_values(m, n, rank, self.layout) * layer.price
         return kept / sum(layer.dense_cost for layer in self.layers)
+
+    @property
+    def _minimum(self) -> int:
+        return self._problem({}).min_cost + self._dense_cost
 
     @property
     def _dense_cost(self) -> int:

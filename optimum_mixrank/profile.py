@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+
+from .planning import RankPlan
 
 
 @dataclass(frozen=True)
@@ -51,3 +55,25 @@ class RankProfile:
         from .reporting.profile_plot import plot_profile
 
         return plot_profile(self, path)
+
+
+def profile_budgets(
+    plans: Iterable[RankPlan], losses: Mapping[str, np.ndarray], allocation: str, common_unit: bool
+) -> RankProfile:
+    """Allocate ranks under every plan.
+
+    Args:
+        plans: The same layers under ascending ratios.
+        losses: By canonical name, the loss of a layer at rank 0, …, min(m, n), `[min(m, n) + 1]`.
+        allocation: Name of the allocator.
+        common_unit: Whether the losses are in nats per image rather than shares of each layer's energy.
+
+    Raises:
+        ValueError: if a budget cannot be met.
+    """
+    points = []
+    for plan in plans:
+        ranks = plan.allocate(losses, allocation)
+        loss = sum(float(losses[name][rank]) for name, rank in ranks.items() if rank is not None)
+        points.append(BudgetPoint(plan.compression_ratio, plan.kept(ranks), loss, ranks))
+    return RankProfile(points, "nats per image" if common_unit else "sum of normalised energies")

@@ -231,7 +231,7 @@ def test_push_to_hub_uploads_the_checkpoint(monkeypatch):
     model = compressor.compress(config(), [PIXELS])
     assert compressor.push_to_hub(model, "me/small-vit", token="secret") == "url"
     assert calls["repo"] == "me/small-vit" and calls["token"] == "secret"
-    assert {"config.json", "model.safetensors", "mixrank_report.json"} <= calls["files"]
+    assert {"config.json", "model.safetensors", "mixrank_report.json", "report.html"} <= calls["files"]
 
 
 def test_quickstart_runs_as_the_readme_has_it(tmp_path):
@@ -240,6 +240,7 @@ def test_quickstart_runs_as_the_readme_has_it(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "KL" in result.stdout
     assert (tmp_path / "out" / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert "top-1 accuracy" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_recipes_rank_as_promised_on_the_shipped_model(shipped):

@@ -44,7 +44,7 @@ examples:
         config = configuration(args)
         from ..checkpoint import writable_directory
         from ..decomposition import METRICS
-        from ..reporting import format_table, plot_ranks
+        from ..reporting import HTML_NAME, format_table, plot_ranks
 
         writable_directory(args.output, args.overwrite)
         if config.dataset is None and (config.compensation or METRICS[config.metric].uses_data):
@@ -60,5 +60,9 @@ examples:
         plot_ranks(report, args.output / "ranks.png")
         if args.push_to_hub is not None:
             compressor.push_to_hub(model, args.push_to_hub, token=args.token)
-        text = f"{format_table(report)}\n\nCheckpoint, report and picture of the ranks: {args.output}"
+        text = (
+            f"{format_table(report)}\n\n"
+            f"Checkpoint, report and picture of the ranks: {args.output}\n"
+            f"The same to look at in a browser: {args.output / HTML_NAME}"
+        )
         return text, {"output": str(args.output), **report.to_dict()}

@@ -19,7 +19,8 @@ from ..compensation import CompensationResult
 from ..configuration import MixRankConfig
 from ..evaluation.flops import flops_per_image
 from ..evaluation.size import count_parameters, safetensors_bytes
-from ..layout import FactoredLayer
+from ..layout import FactoredLayer, stored_values
+from ..profile import RankProfile
 from ..targets import Target
 from .report import CompressionReport, LayerReport
 
@@ -73,6 +74,7 @@ def build_report(
     seconds: Mapping[str, float],
     compensation: Sequence[CompensationResult] = (),
     predicted: bool = False,
+    profile: RankProfile | None = None,
 ) -> CompressionReport:
     """Describe what was done to every linear layer of the encoder, targeted or not.
 
@@ -88,6 +90,7 @@ def build_report(
         seconds: Wall time by phase.
         compensation: What came of every step.
         predicted: Whether the losses are in a common unit, so that their sum says something.
+        profile: What other budgets would have cost.
     """
     layers = []
     for linear in linears:
@@ -107,6 +110,7 @@ def build_report(
                 targeted=name in ranks,
                 parameters_before=m * n,
                 parameters_after=after,
+                predicted_loss=float(losses[name][factored.rank]) if predicted and factored is not None else None,
             )
         )
     predicted_loss = sum(float(losses[name][rank]) for name, rank in ranks.items() if rank is not None)
@@ -123,6 +127,9 @@ def build_report(
         flops_after=compressed.flops,
         calibration=_describe(calibration),
         predicted_loss=predicted_loss if predicted else None,
+        model_name=_name(model),
+        profile=[] if profile is None else _budgets(profile, linears, original.parameters, config.layout),
+        loss_unit=None if profile is None else profile.unit,
         compensation=[dataclasses.asdict(result) for result in compensation],
         seconds={phase: round(value, 3) for phase, value in seconds.items()},
     )
@@ -149,6 +156,22 @@ def environment(used: torch.device | None = None) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
     }
+
+
+def _name(model: PreTrainedModel) -> str:
+    # Where a folder lies on this machine is nobody's business.
+    name = str(model.name_or_path)
+    return (Path(name).name if Path(name).exists() else name) or type(model).__name__
+
+
+def _budgets(profile: RankProfile, linears: Sequence[Target], parameters: int, layout: str) -> list[dict[str, Any]]:
+    shapes = {linear.canonical_name: linear.shape for linear in linears}
+    budgets = []
+    for point in profile.points:
+        factored = [(*shapes[name], rank) for name, rank in point.ranks.items() if rank is not None]
+        saved = sum(m * n - stored_values(m, n, rank, layout) for m, n, rank in factored)
+        budgets.append({"compression_ratio": point.ratio, "model_parameters": parameters - saved, "loss": point.loss})
+    return budgets
 
 
 def _describe(calibration: Calibration | None) -> dict[str, Any]:

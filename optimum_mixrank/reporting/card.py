@@ -38,7 +38,7 @@ def model_card(model: PreTrainedModel, report: CompressionReport) -> ModelCard:
     name = type(model).__name__
     task = next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), "image-feature-extraction")
     inherited = _card_data(original)
-    shown = original if not Path(original).exists() else Path(original).name
+    shown = report.model_name or name
     data = ModelCardData(
         base_model=None if Path(original).exists() or not original else original,
         base_model_relation="quantized" if original and not Path(original).exists() else None,
@@ -49,10 +49,10 @@ def model_card(model: PreTrainedModel, report: CompressionReport) -> ModelCard:
         datasets=inherited.get("datasets"),
         pipeline_tag=task,
         tags=["mixrank", "low-rank", "compressed"],
-        model_name=f"{shown or name} ({report.removed_of_model:.0%} smaller)",
+        model_name=f"{shown} ({report.removed_of_model:.0%} smaller)",
         eval_results=_results(report, task),
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(shown or name, name, report)}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(shown, name, report)}")
 
 
 def _text(original: str, model_class: str, report: CompressionReport) -> str:

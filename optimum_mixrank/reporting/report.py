@@ -1,4 +1,4 @@
-"""The report of a compression: plain data, saved as JSON beside the checkpoint."""
+"""The report of a compression: plain data, saved beside the checkpoint as JSON, and as a page to look at."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 REPORT_NAME = "mixrank_report.json"
+HTML_NAME = "report.html"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class LayerReport:
         targeted: Whether it was to be compressed; a targeted layer stays dense where that is smaller or asked for.
         parameters_before: Stored values of the weight, `out_features * in_features`.
         parameters_after: Stored values of the weight or its factors.
+        predicted_loss: What one-shot factors of this rank are predicted to cost, before compensation, in nats per
+            image, to second order; None for a dense layer or a metric whose losses have no common unit.
     """
 
     name: str
@@ -41,6 +44,7 @@ class LayerReport:
     targeted: bool
     parameters_before: int
     parameters_after: int
+    predicted_loss: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -71,6 +75,10 @@ class CompressionReport:
         compensation: Fields of `CompensationResult` for every step.
         predicted_loss: Of the ranks, before compensation: in nats per image, to second order; None for a metric whose
             losses have no common unit.
+        model_name: Hub id or folder of the original, without the path to it.
+        profile: What other budgets were predicted to cost, before compensation, by ascending ratio:
+            `compression_ratio`, `model_parameters` and `loss` of each.
+        loss_unit: Unit of the profile's losses.
 
     Raises:
         TypeError: if settings and the like hold something else than JSON values.
@@ -91,10 +99,13 @@ class CompressionReport:
     evaluation: Mapping[str, Any] | None = None
     compensation: Sequence[Mapping[str, Any]] = ()
     predicted_loss: float | None = None
+    model_name: str | None = None
+    profile: Sequence[Mapping[str, Any]] = ()
+    loss_unit: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        for name in ("settings", "environment", "calibration", "seconds", "evaluation", "compensation"):
+        for name in ("settings", "environment", "calibration", "seconds", "evaluation", "compensation", "profile"):
             object.__setattr__(self, name, _json_value(getattr(self, name), name))
 
     @property
@@ -149,19 +160,39 @@ class CompressionReport:
         Returns:
             The file.
         """
-        file = _report_file(path)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(text)
-            # mkstemp makes files for the owner's eyes only; a report is as readable as other new files.
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, file)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        return file
+        return _write(_file(path, REPORT_NAME), text)
+
+    def to_html(self, others: Sequence[CompressionReport] = (), theme: str | None = None) -> str:
+        """The report as one HTML page with pictures, to look at in a browser; it loads nothing and runs no script.
+
+        Args:
+            others: Reports of other compressions of the same model; their measured loss and accuracy stand beside this
+                one's in the pictures over parameters.
+            theme: `"light"` or `"dark"`; default: as the reader's system is set.
+
+        Raises:
+            ValueError: for another theme.
+        """
+        from .html import render_html
+
+        return render_html(self, others, theme)
+
+    def save_html(self, path: str | Path, others: Sequence[CompressionReport] = (), theme: str | None = None) -> Path:
+        """Write the page of `to_html`, complete or not at all.
+
+        Args:
+            path: A file, or an existing folder in which it is called `report.html`.
+            others: See `to_html`.
+            theme: See `to_html`.
+
+        Returns:
+            The file.
+
+        Raises:
+            ValueError: for another theme.
+        """
+        return _write(_file(path, HTML_NAME), self.to_html(others, theme))
 
     @classmethod
     def load(cls, path: str | Path) -> CompressionReport:
@@ -174,7 +205,7 @@ class CompressionReport:
             FileNotFoundError: if there is none.
             ValueError: if the file holds no report.
         """
-        file = _report_file(path)
+        file = _file(path, REPORT_NAME)
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"{str(file)!r} holds a {type(content).__name__}, not the report of a compression.")
@@ -190,9 +221,23 @@ def _share(layers: Sequence[LayerReport]) -> float:
     return sum(layer.parameters_after for layer in layers) / before if before else 1.0
 
 
-def _report_file(path: str | Path) -> Path:
+def _file(path: str | Path, name: str) -> Path:
     path = Path(path)
-    return path / REPORT_NAME if path.is_dir() else path
+    return path / name if path.is_dir() else path
+
+
+def _write(file: Path, text: str) -> Path:
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        # mkstemp makes files for the owner's eyes only; a report is as readable as other new files.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return file
 
 
 def _json_value(value: Any, name: str) -> Any:

@@ -22,7 +22,7 @@ def format_table(report: CompressionReport, width: int = 100) -> str:
     Returns:
         Lines of text without a trailing newline.
     """
-    prefix = _common_prefix([layer.name for layer in report.layers])
+    prefix = common_prefix([layer.name for layer in report.layers])
     rows = [_layer_row(layer, layer.name.removeprefix(prefix)) for layer in report.layers]
     totals = [_total_row("targeted layers", [layer for layer in report.layers if layer.targeted])]
     if not all(layer.targeted for layer in report.layers):
@@ -153,7 +153,7 @@ def _fact(label: str, value: str) -> str:
     return f"{label:<33}{value}"
 
 
-def _common_prefix(names: Sequence[str]) -> str:
+def common_prefix(names: Sequence[str]) -> str:
     """What all names begin with, up to and with a dot; never a whole name."""
     common = ""
     if len(names) > 1:

@@ -42,9 +42,17 @@ def test_compress_writes_a_checkpoint_and_a_report(compressed):
     assert AutoModelForImageClassification.from_pretrained(out).config.quantization_config.rank_map
     assert values["settings"]["recipe"] == "fast" and values["settings"]["num_samples"] == 128
     assert values["removed_of_model"] >= 0.5 and 0.8 < values["evaluation"]["top1"] < 1
+    assert f"{values['evaluation']['kl']:.4f} nats" in (out / "report.html").read_text()
     assert (out / "ranks.png").stat().st_size > 1000 and (out / "preprocessor_config.json").exists()
     # No progress bars where nobody watches.
     assert "img/s" not in stderr
+
+
+def test_compress_says_where_everything_is(tmp_path):
+    out = tmp_path / "out"
+    stdout, _ = cli("compress", "--model", MODEL, "--metric", "svd", "--compensation", "none", "--output", out)
+    assert stdout.splitlines()[-1] == f"The same to look at in a browser: {out / 'report.html'}"
+    assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
 def test_inspect(compressed):

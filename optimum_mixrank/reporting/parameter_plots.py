@@ -1,0 +1,151 @@
+"""Over parameters: predicted and measured loss, and accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from .colours import BREAK_EVEN, FACTORED, INK
+from .depth_plots import add_legend, new_figure
+from .report import CompressionReport
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def draw_loss(report: CompressionReport, others: Sequence[CompressionReport] = ()) -> Figure | None:
+    """Predicted loss of many budgets with the chosen one marked, and what was measured.
+
+    Args:
+        report: Of the compression.
+        others: Of other compressions of the same model; what was measured of them is drawn too.
+
+    Returns:
+        The picture; None if nothing was predicted.
+    """
+    budgets = [budget for budget in report.profile if budget["loss"] > 0]
+    if not budgets:
+        return None
+    figure, axes = new_figure()
+    axes.plot(
+        [budget["model_parameters"] for budget in budgets],
+        [budget["loss"] for budget in budgets],
+        color=FACTORED,
+        marker="o",
+        markersize=3.5,
+        lw=1.3,
+        label="predicted, before compensation",
+    )
+    chosen = [each for each in budgets if each["compression_ratio"] == report.settings.get("compression_ratio")]
+    for budget in chosen:
+        axes.plot(
+            budget["model_parameters"],
+            budget["loss"],
+            color=INK,
+            marker="o",
+            markersize=10,
+            fillstyle="none",
+            linestyle="none",
+            label="chosen budget",
+        )
+    # Other metrics than K-FAC predict in units of their own.
+    if report.loss_unit == "nats per image":
+        measured = [each for each in (report, *others) if each.evaluation and (each.evaluation.get("kl") or 0) > 0]
+        if measured:
+            axes.plot(
+                [each.model_parameters_after for each in measured],
+                [each.evaluation["kl"] for each in measured if each.evaluation],
+                color=BREAK_EVEN,
+                marker="D",
+                markersize=6,
+                linestyle="none",
+                label="measured KL of the result",
+            )
+    _scale_losses(axes)
+    axes.set_ylabel(f"loss ({report.loss_unit})")
+    _finish(figure, axes, report)
+    return figure
+
+
+def draw_accuracy(report: CompressionReport, others: Sequence[CompressionReport] = ()) -> Figure | None:
+    """Top-1 accuracy of the original and of what was made of it, with 95 % intervals.
+
+    Args:
+        report: Of the compression.
+        others: Of other compressions of the same model.
+
+    Returns:
+        The picture; None if accuracy was not measured.
+    """
+    evaluation = report.evaluation
+    if not evaluation or evaluation.get("top1") is None:
+        return None
+    figure, axes = new_figure()
+    if evaluation.get("reference_top1") is not None:
+        before = (report.model_parameters_before, evaluation["reference_top1"], evaluation["num_images"])
+        _draw_shares(axes, [before], INK, "s", "original")
+    evaluated = [each for each in (report, *others) if each.evaluation and each.evaluation.get("top1") is not None]
+    points = [
+        (each.model_parameters_after, each.evaluation["top1"], each.evaluation["num_images"])
+        for each in evaluated
+        if each.evaluation
+    ]
+    _draw_shares(axes, points, BREAK_EVEN, "D", "compressed")
+    axes.set_ylabel("top-1 accuracy (%)")
+    _finish(figure, axes, report)
+    return figure
+
+
+def _scale_losses(axes: Axes) -> None:
+    """A logarithmic axis over a decade at least, with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    room = max(1.0, sqrt(10 * low / high))
+    axes.set_ylim(low / room, high * room)
+    if high < 100 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_shares(axes: Axes, points: Sequence[tuple[int, float, int]], colour: str, marker: str, label: str) -> None:
+    below, above = [], []
+    for _, share, count in points:
+        low, high = wilson_interval(share, count)
+        below.append(100 * (share - low))
+        above.append(100 * (high - share))
+    axes.errorbar(
+        [parameters for parameters, _, _ in points],
+        [100 * share for _, share, _ in points],
+        yerr=[below, above],
+        color=colour,
+        marker=marker,
+        markersize=6,
+        linestyle="none",
+        elinewidth=1.2,
+        capsize=3,
+        label=label,
+    )
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share that was observed `count` times (Wilson 1927); holds near 0 and 1 too."""
+    z = 1.959964
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _finish(figure: Figure, axes: Axes, report: CompressionReport) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.set_xlim(0, 1.06 * report.model_parameters_before)
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_xlabel("parameters of the model")
+    add_legend(figure)

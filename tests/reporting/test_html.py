@@ -1,0 +1,352 @@
+"""The report as a page."""
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from models import pixels, tiny_swin, tiny_vit
+from reporting.reports import layer, report, swin_report, vit_report
+
+from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank.reporting import HTML_NAME, CompressionReport
+from optimum_mixrank.reporting.colours import BREAK_EVEN, FACTORED, INK, ON_DARK, PAPER, SERIES
+from optimum_mixrank.reporting.parameter_plots import wilson_interval
+from optimum_mixrank.reporting.table import format_count
+
+
+RATIOS = (0.2, 0.46, 0.7)
+FINDINGS = {
+    "model_name": "some/vit-base",
+    "settings": {"compression_ratio": 0.46, "metric": "kfac", "rank_pattern": {"query": 3}, "max_rank_ratio": None},
+    "environment": {"python": "3.11.2", "optimum-mixrank": "9.8.7", "device": "Some GPU", "threads": 2},
+    "bytes_on_disk_before": 343_000_000,
+    "bytes_on_disk_after": 184_000_000,
+    "flops_before": 35_100_000_000,
+    "flops_after": 18_900_000_000,
+    "calibration": {"num_images": 512, "num_tokens": 100_864, "num_broken": 1},
+    "seconds": {"calibrate": 12.34, "allocate": 0.2},
+    "predicted_loss": 0.25,
+    "profile": [
+        {"compression_ratio": ratio, "model_parameters": round((1 - ratio) * 21e6), "loss": ratio**2}
+        for ratio in RATIOS
+    ],
+    "loss_unit": "nats per image",
+    "compensation": [
+        {"name": "sequential", "kept": True, "error_before": 0.4, "error_after": 0.1, "details": {"layers": 70}},
+        {"name": "blocks", "kept": False, "error_before": 0.1, "error_after": 0.125, "details": {}},
+    ],
+    "evaluation": {
+        "num_images": 1000,
+        "top1": 0.83,
+        "reference_top1": 0.874,
+        "top5": 0.97,
+        "reference_top5": 0.98,
+        "agreement": 0.905,
+        "kl": 0.1912,
+        "feature_error": None,
+    },
+}
+
+
+def full_report(**changes):
+    made = vit_report(depth=3, **{**FINDINGS, **changes})
+    share = 0.25 / sum(each.rank is not None for each in made.layers)
+    layers = [
+        each if each.rank is None else dataclasses.replace(each, predicted_loss=share, kept_energy=0.9 + 0.004 * i)
+        for i, each in enumerate(made.layers)
+    ]
+    return dataclasses.replace(made, layers=layers)
+
+
+class Page(HTMLParser):
+    """What a reader of the page gets."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.html, self.tags, self.attributes, self.tables, self.texts = html, [], [], [], []
+        self.pictures, self.in_cell = [], False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self.in_cell = True
+        elif tag == "svg":
+            self.pictures.append(dict(attrs))
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.in_cell = False
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self.in_cell:
+            self.tables[-1][-1][-1] += data.strip()
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).replace("\u00a0", " ").split())
+
+    def values(self, name):
+        return [value for _, key, value in self.attributes if key == name]
+
+
+def test_everything_of_the_report_stands_in_the_page():
+    made = full_report()
+    removed = f"{100 * made.removed_of_model:.1f} %"
+    page = Page(made.to_html())
+    for words in (
+        f"some/vit-base, {removed} smaller",
+        f"{made.model_parameters_after:,} of {made.model_parameters_before:,} (−{removed})",
+        "184,000,000 of 343,000,000 (−46.4 %)",
+        "18.9 G of 35.1 G (−46.2 %)",
+        "83.00 % original 87.40 % (−4.40 points)",
+        "97.00 % original 98.00 % (−1.00 points)",
+        "90.50 % on 1,000 images",
+        "0.1912 nats",
+        "0.25 nats per image, before compensation",
+        "12.5 s in all",
+    ):
+        assert words in page.text
+    rows = [row for table in page.tables for row in table]
+    for each in made.layers:
+        (row,) = (row for row in rows if row[0] == each.name.removeprefix("encoder.layer."))
+        rank = ("dense" if each.targeted else "excluded") if each.rank is None else str(each.rank)
+        assert row[2] == rank and row[5:7] == [f"{each.parameters_before:,}", f"{each.parameters_after:,}"]
+    assert ["sequential", "0.4", "0.1", "−75.0\u00a0%", "", "kept"] in rows
+    assert ["blocks", "0.1", "0.125", "+25.0\u00a0%", "", "not kept"] in rows
+    for key, value in {**made.environment, **made.calibration}.items():
+        assert [key, str(value)] in rows
+    assert ["rank_pattern", '{"query": 3}'] in rows and ["max_rank_ratio", "None"] in rows
+    assert ["calibrate", "12.3 s"] in rows
+
+
+@pytest.mark.parametrize("make", [full_report, swin_report], ids=["full", "swin"])
+def test_nothing_is_loaded_and_no_script_runs(make):
+    page = Page(make().to_html())
+    assert not {"script", "link", "img", "image", "iframe", "object", "embed", "base", "a"} & set(page.tags)
+    assert not page.values("src") and not page.values("srcset")
+    assert not [key for _, key, _ in page.attributes if key.startswith("on")]
+    references = page.values("href") + re.findall(r"url\(([^)]*)\)", page.html)
+    assert references and all(reference.startswith("#") for reference in references)
+    assert "://" not in page.html and "@import" not in page.html
+    identities = page.values("id")
+    assert len(identities) == len(set(identities))
+    assert {reference.removeprefix("#") for reference in references} <= set(identities)
+
+
+def test_every_picture_has_words_in_its_place():
+    made = full_report()
+    page = Page(made.to_html())
+    assert len(page.pictures) == 5
+    for picture in page.pictures:
+        assert picture["role"] == "img"
+        for identity in picture["aria-labelledby"].split():
+            (text,) = re.findall(rf'<(?:title|desc) id="{identity}">([^<]+)</', page.html)
+            assert text.strip()
+    # Numbers at the axes are read as they stand.
+    assert "$" not in page.text
+    assert "of 18 layers 16 are factored with ranks from 115" in page.text.lower()
+    size = format_count(made.model_parameters_after)
+    assert f"Measured KL in nats per image: {size} parameters: 0.191" in page.text
+    # Where a bar is too narrow for its rank, pointing at it tells.
+    assert "encoder.layer.0.attention.attention.query: rank 115 of 768, 90.00 % of its energy" in page.text
+
+
+def test_colours_follow_the_theme():
+    html = full_report().to_html()
+    pictures = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    # White is that of the figures on the bars.
+    assert set(re.findall(r"#[0-9a-f]{6}\b", pictures)) == {"#ffffff"}
+    assert not re.search(r"(fill|stroke): (black|white)", pictures)
+    used, defined = set(re.findall(r"var\((--[\w-]+)\)", html)), set(re.findall(r"(--[\w-]+):", html))
+    assert used <= defined
+    for scheme in ("light", "dark"):
+        assert f':root[data-theme="{scheme}"] {{ color-scheme: {scheme};' in html
+    assert "@media (prefers-color-scheme: dark) { :root { color-scheme: dark;" in html
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_contrast(dark):
+    """WCAG 2: 4.5 for text, 3 for lines, points and areas."""
+
+    def shown(colour):
+        return ON_DARK[colour] if dark else colour
+
+    assert contrast(shown(INK), shown(PAPER)) > 4.5
+    for colour in (FACTORED, BREAK_EVEN, *SERIES):
+        assert contrast(shown(colour), shown(PAPER)) > 3
+    assert contrast("#ffffff", shown(FACTORED)) > 4
+
+
+def contrast(*colours):
+    low, high = sorted(luminance(colour) for colour in colours)
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_the_theme_can_be_chosen():
+    made = full_report()
+    assert '<html lang="en">' in made.to_html()
+    assert '<html lang="en" data-theme="dark">' in made.to_html(theme="dark")
+    with pytest.raises(ValueError, match="theme='blue' is unknown; choose 'light' or 'dark'"):
+        made.to_html(theme="blue")
+
+
+def test_strings_from_anywhere_stay_strings():
+    evil = "<script>alert(1)</script>&\"'$\\frac{$"
+    made = full_report(
+        model_name=evil,
+        settings={evil: evil, "rank_pattern": {evil: 3}},
+        environment={"device": evil},
+        calibration={evil: evil},
+        seconds={evil: 1.0},
+        compensation=[{**FINDINGS["compensation"][0], "name": evil, "details": {evil: evil}}],
+        loss_unit=evil,
+    )
+    first = dataclasses.replace(made.layers[0], name=f"encoder.layer.0.{evil}")
+    page = Page(dataclasses.replace(made, layers=[first, *made.layers[1:]]).to_html())
+    assert not {"script", "a", "img"} & set(page.tags)
+    assert page.text.count(evil) > 10
+    assert [evil, evil] in [row for table in page.tables for row in table]
+
+
+@pytest.mark.parametrize("settings", [{}, {"axes.facecolor": "black", "text.usetex": True, "svg.fonttype": "path"}])
+def test_same_report_same_page_whatever_the_settings_of_matplotlib(settings):
+    import matplotlib
+
+    html = full_report().to_html()
+    with matplotlib.rc_context(settings):
+        before = dict(matplotlib.rcParams)
+        assert full_report().to_html() == html
+        assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize(
+    ("made", "pictures"),
+    [
+        (vit_report(depth=1), ["Ranks", "Kept energy over depth"]),
+        (
+            vit_report(depth=1, evaluation={"num_images": 7, "feature_error": 0.01}),
+            ["Ranks", "Kept energy over depth"],
+        ),
+        (report([layer("encoder.fc", (4, 4), None)]), ["Ranks"]),
+        (report([layer("encoder.fc", (4, 4), 1)], profile=FINDINGS["profile"], loss_unit="x"), None),
+        (report([layer("fc", (4, 4), 1)], evaluation={"num_images": 7, "top1": 0.5}), None),
+        (CompressionReport([], {}, {}, 10, 10), []),
+    ],
+    ids=["plain", "features", "dense", "no-common-unit", "no-original", "no-layers"],
+)
+def test_what_is_not_known_is_left_out(made, pictures):
+    page = Page(made.to_html())
+    titles = re.findall(r"<h3>(.*?)</h3>", page.html)
+    if pictures is not None:
+        assert titles == pictures
+    assert len(page.pictures) == len(titles)
+    assert "None" not in page.text and "nan" not in page.text
+    assert ("Not evaluated" in page.text) == (made.evaluation is None)
+
+
+def test_other_compressions_stand_beside():
+    other = full_report(
+        evaluation={**FINDINGS["evaluation"], "top1": 0.7, "kl": 0.5}, model_parameters_after=7_000_000
+    )
+    alone, beside = full_report().to_html(), full_report().to_html([other])
+    assert "7.00 M parameters: 0.5" in beside and "7.00 M parameters: 0.5" not in alone
+    assert "7.00 M parameters: 70.00" in beside
+    diamonds = [html.count("var(--c-b03a2e)") for html in (alone, beside)]
+    assert diamonds[1] > diamonds[0]
+
+
+def test_folder_or_file_and_nothing_beside(tmp_path):
+    made = full_report()
+    assert made.save_html(tmp_path) == tmp_path / HTML_NAME == tmp_path / "report.html"
+    assert made.save_html(tmp_path / "other.html", theme="dark").read_text() == made.to_html(theme="dark")
+    assert (tmp_path / HTML_NAME).read_text() == made.to_html()
+    assert {path.name for path in tmp_path.iterdir()} == {HTML_NAME, "other.html"}
+
+
+CONFIG = {"recipe": "best", "compression_ratio": 0.3}
+
+
+@pytest.mark.parametrize("metric", ["kfac", "second_moment"])
+def test_a_compression_saves_its_page(tmp_path, metric):
+    compressor = MixRankCompressor(tiny_vit())
+    config = MixRankConfig(metric=metric, **CONFIG)
+    model = compressor.compress(config, [pixels(16)], save_directory=tmp_path / "out")
+    made = compressor.report
+    page = (tmp_path / "out" / HTML_NAME).read_text()
+    assert page == made.to_html()
+    assert ("Predicted loss over depth" in page) == (metric == "kfac")
+    assert "Loss over parameters" in page
+
+    ratios = [budget["compression_ratio"] for budget in made.profile]
+    losses = [budget["loss"] for budget in made.profile]
+    assert ratios == sorted(ratios) and 0.3 in ratios and len(ratios) > 3
+    assert losses == sorted(losses)
+    chosen = made.profile[ratios.index(0.3)]
+    assert chosen["model_parameters"] == made.model_parameters_after == sum(p.numel() for p in model.parameters())
+    if metric == "kfac":
+        assert chosen["loss"] == pytest.approx(made.predicted_loss)
+        assert sum(each.predicted_loss for each in made.layers if each.rank) == pytest.approx(made.predicted_loss)
+    else:
+        assert made.predicted_loss is None and all(each.predicted_loss is None for each in made.layers)
+    assert CompressionReport.load(tmp_path / "out") == made
+
+
+def test_a_compression_of_swin_by_flops(tmp_path):
+    compressor = MixRankCompressor(tiny_swin())
+    compressor.compress(MixRankConfig(cost="flops", **CONFIG), [pixels(16)], save_directory=tmp_path / "out")
+    made = compressor.report
+    (chosen,) = (budget for budget in made.profile if budget["compression_ratio"] == 0.3)
+    assert chosen["model_parameters"] == made.model_parameters_after
+    assert ">reduction</text>" in (tmp_path / "out" / HTML_NAME).read_text()
+
+
+def test_the_name_of_a_folder_without_the_path_to_it(tmp_path):
+    tiny_vit().save_pretrained(tmp_path / "secret" / "small-vit")
+    compressor = MixRankCompressor.from_pretrained(tmp_path / "secret" / "small-vit")
+    compressor.compress(MixRankConfig(**CONFIG), [pixels(16)], save_directory=tmp_path / "out")
+    page = (tmp_path / "out" / HTML_NAME).read_text()
+    assert "small-vit" in page and "secret" not in page
+
+
+def test_a_page_that_cannot_be_made_costs_no_checkpoint(tmp_path, monkeypatch, caplog):
+    from transformers.utils import logging
+
+    def fail(*arguments):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("optimum_mixrank.reporting.html.render_html", fail)
+    compressor = MixRankCompressor(tiny_vit())
+    logging.enable_propagation()
+    try:
+        compressor.compress(MixRankConfig(**CONFIG), [pixels(16)], save_directory=tmp_path / "out")
+    finally:
+        logging.disable_propagation()
+    assert "without its page 'report.html', which could not be made: no font" in caplog.text
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["rank_map"]
+    assert not (tmp_path / "out" / HTML_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "low", "high"), [(0.5, 100, 0.4038, 0.5962), (1.0, 10, 0.7225, 1.0), (0.0, 10, 0.0, 0.2775)]
+)
+def test_wilson_interval(share, count, low, high):
+    assert wilson_interval(share, count) == pytest.approx((low, high), abs=1e-4)
