@@ -54,6 +54,21 @@ def tiny_swin(cls=SwinForImageClassification, **changes) -> PreTrainedModel:
     return _model(cls, SwinConfig, {**sizes, **changes})
 
 
+def compressed(model, layout, **changes) -> PreTrainedModel:
+    """A tiny model with factored layers of this layout and, in its second block, a dense one."""
+    from optimum_mixrank import MixRankCompressor, MixRankConfig
+
+    settings = {
+        "compression_ratio": 0.3,
+        "compression_scope": "targets",
+        "recipe": "fast",
+        "layout": layout,
+        "ratio_pattern": {r"1.*attention\.output\.dense": 0},
+        **changes,
+    }
+    return MixRankCompressor(model).compress(MixRankConfig(**settings), [pixels(16)], inplace=True)
+
+
 def pixels(count=4, seed=0) -> torch.Tensor:
     """Random images, `[count, 3, 32, 32]`."""
     return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))

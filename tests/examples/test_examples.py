@@ -1,0 +1,65 @@
+"""The examples run, in a small form, as a reader would call them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers import AutoModelForImageClassification
+
+from optimum_mixrank import FactoredLinear
+
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+def run(example, *arguments, code=0):
+    command = [sys.executable, str(EXAMPLES / example), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    return result.stdout if code == 0 else result.stderr
+
+
+def figures(text, row):
+    """The numbers of a row of the table that an example prints."""
+    line = next(line for line in text.splitlines() if line.startswith(row))
+    return [float(number) for number in re.findall(r"\d+\.\d+", line)]
+
+
+SMALL = ("--num-samples", 256, "--test-samples", 400)
+
+
+@pytest.mark.slow
+def test_recover_accuracy_without_labels(tmp_path):
+    text = run("recover_accuracy.py", "--output", tmp_path / "out", "--epochs", 2, *SMALL)
+    kl_before, kl = (figures(text, row)[-1] for row in ("compressed", "trained"))
+    assert kl < kl_before
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert any(isinstance(module, FactoredLinear) for module in model.modules())
+    # The result is a checkpoint that can be trained further, now with labels and all that saves memory.
+    again = run(
+        *("recover_accuracy.py", "--model", tmp_path / "out", "--output", tmp_path / "again", "--epochs", 0.5, *SMALL),
+        *("--label-weight", 0.5, "--bf16", "--gradient-checkpointing"),
+    )
+    assert figures(again, "compressed") == figures(text, "trained")
+    assert figures(again, "trained")[0] > 60
+
+
+def test_labels_that_are_missing_are_named(tmp_path):
+    images = datasets.load_dataset(str(EXAMPLES / "fashion_mnist" / "data"), split="test").remove_columns("label")
+    images.select(range(32)).to_parquet(tmp_path / "images.parquet")
+    stderr = run(
+        *(
+            "recover_accuracy.py",
+            "--data",
+            tmp_path / "images.parquet",
+            "--label-weight",
+            1,
+            "--output",
+            tmp_path / "o",
+        ),
+        code=1,
+    )
+    assert "--label-weight needs labels, and the data has none: image" in stderr.splitlines()[-1]
