@@ -11,6 +11,9 @@ import numpy as np
 from .planning import RankPlan
 
 
+NATS = "nats per image"
+
+
 @dataclass(frozen=True)
 class BudgetPoint:
     """One budget.
@@ -76,4 +79,4 @@ def profile_budgets(
         ranks = plan.allocate(losses, allocation)
         loss = sum(float(losses[name][rank]) for name, rank in ranks.items() if rank is not None)
         points.append(BudgetPoint(plan.compression_ratio, plan.kept(ranks), loss, ranks))
-    return RankProfile(points, "nats per image" if common_unit else "sum of normalised energies")
+    return RankProfile(points, NATS if common_unit else "sum of normalised energies")

@@ -45,9 +45,8 @@ class Row:
 def render_html(report: CompressionReport, others: Sequence[CompressionReport] = (), theme: str | None = None) -> str:
     """See `CompressionReport.to_html`."""
     if theme is not None and theme not in THEMES:
-        raise ValueError(
-            f"theme={theme!r} is unknown; choose 'light' or 'dark', or None to follow the reader's system."
-        )
+        names = ", ".join(map(repr, THEMES))
+        raise ValueError(f"theme={theme!r} is unknown; choose one of {names}, or None to follow the reader's system.")
     prefix = common_prefix([layer.name for layer in report.layers])
     return _template().render(
         theme=theme,
@@ -170,7 +169,7 @@ def _total(name: str, layers: Sequence[LayerReport]) -> Row:
         name,
         (
             "",
-            f"{sum(layer.rank is not None for layer in layers)} of {len(layers)} factored",
+            f"{sum(layer.rank is not None for layer in layers)} of {len(layers)}",
             "",
             "",
             f"{before:,}",

@@ -87,7 +87,7 @@ def _clean(element: ElementTree.Element, name: str, referred: set[str], tooltips
             element.remove(child)
     element.tag = _local(element.tag)
     identity = element.attrib.pop("id", "")
-    if identity in tooltips:
+    if identity and identity in tooltips:
         title = ElementTree.Element("title")
         title.text = tooltips[identity]
         element.insert(0, title)

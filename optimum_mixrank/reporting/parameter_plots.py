@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..profile import NATS
 from .colours import BREAK_EVEN, FACTORED, INK
 from .depth_plots import add_legend, new_figure
 from .report import CompressionReport
@@ -24,21 +25,28 @@ def draw_loss(report: CompressionReport, others: Sequence[CompressionReport] = (
         others: Of other compressions of the same model; what was measured of them is drawn too.
 
     Returns:
-        The picture; None if nothing was predicted.
+        The picture; None if there is nothing to compare.
     """
     budgets = [budget for budget in report.profile if budget["loss"] > 0]
-    if not budgets:
+    points = [(each.model_parameters_after, found["kl"]) for each, found in measured((report, *others), "kl")]
+    points = [(parameters, kl) for parameters, kl in points if kl > 0]
+    unit = report.loss_unit
+    if unit != NATS:
+        # Other metrics than K-FAC predict in units of their own; one measured point alone says nothing.
+        budgets, points, unit = ([], points, NATS) if len(points) > 1 else (budgets, [], unit)
+    if not budgets and len(points) < 2:
         return None
     figure, axes = new_figure()
-    axes.plot(
-        [budget["model_parameters"] for budget in budgets],
-        [budget["loss"] for budget in budgets],
-        color=FACTORED,
-        marker="o",
-        markersize=3.5,
-        lw=1.3,
-        label="predicted, before compensation",
-    )
+    if budgets:
+        axes.plot(
+            [budget["model_parameters"] for budget in budgets],
+            [budget["loss"] for budget in budgets],
+            color=FACTORED,
+            marker="o",
+            markersize=3.5,
+            lw=1.3,
+            label="predicted, before compensation",
+        )
     chosen = [each for each in budgets if each["compression_ratio"] == report.settings.get("compression_ratio")]
     for budget in chosen:
         axes.plot(
@@ -51,21 +59,18 @@ def draw_loss(report: CompressionReport, others: Sequence[CompressionReport] = (
             linestyle="none",
             label="chosen budget",
         )
-    # Other metrics than K-FAC predict in units of their own.
-    if report.loss_unit == "nats per image":
-        measured = [each for each in (report, *others) if each.evaluation and (each.evaluation.get("kl") or 0) > 0]
-        if measured:
-            axes.plot(
-                [each.model_parameters_after for each in measured],
-                [each.evaluation["kl"] for each in measured if each.evaluation],
-                color=BREAK_EVEN,
-                marker="D",
-                markersize=6,
-                linestyle="none",
-                label="measured KL of the result",
-            )
+    if points:
+        axes.plot(
+            [parameters for parameters, _ in points],
+            [kl for _, kl in points],
+            color=BREAK_EVEN,
+            marker="D",
+            markersize=6,
+            linestyle="none",
+            label="measured KL of the result",
+        )
     _scale_losses(axes)
-    axes.set_ylabel(f"loss ({report.loss_unit})")
+    axes.set_ylabel(f"loss ({unit})")
     _finish(figure, axes, report)
     return figure
 
@@ -80,23 +85,24 @@ def draw_accuracy(report: CompressionReport, others: Sequence[CompressionReport]
     Returns:
         The picture; None if accuracy was not measured.
     """
-    evaluation = report.evaluation
-    if not evaluation or evaluation.get("top1") is None:
+    evaluated = measured((report, *others), "top1")
+    if not evaluated:
         return None
     figure, axes = new_figure()
-    if evaluation.get("reference_top1") is not None:
-        before = (report.model_parameters_before, evaluation["reference_top1"], evaluation["num_images"])
+    for _, found in measured([report], "reference_top1"):
+        before = (report.model_parameters_before, found["reference_top1"], found["num_images"])
         _draw_shares(axes, [before], INK, "s", "original")
-    evaluated = [each for each in (report, *others) if each.evaluation and each.evaluation.get("top1") is not None]
-    points = [
-        (each.model_parameters_after, each.evaluation["top1"], each.evaluation["num_images"])
-        for each in evaluated
-        if each.evaluation
-    ]
+    points = [(each.model_parameters_after, found["top1"], found["num_images"]) for each, found in evaluated]
     _draw_shares(axes, points, BREAK_EVEN, "D", "compressed")
     axes.set_ylabel("top-1 accuracy (%)")
     _finish(figure, axes, report)
     return figure
+
+
+def measured(reports: Sequence[CompressionReport], name: str) -> list[tuple[CompressionReport, Mapping[str, Any]]]:
+    """The reports whose evaluation has a value of this name, with their evaluations."""
+    evaluated = [(report, report.evaluation) for report in reports if report.evaluation is not None]
+    return [(report, found) for report, found in evaluated if found.get(name) is not None and found.get("num_images")]
 
 
 def _scale_losses(axes: Axes) -> None:
@@ -138,7 +144,8 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     z = 1.959964
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At 0 and 1 the share is an end of its interval, which rounding misses.
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 
 
 def _finish(figure: Figure, axes: Axes, report: CompressionReport) -> None:

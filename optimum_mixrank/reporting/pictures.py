@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..profile import NATS
 from .depth_plots import draw_kept_energy, draw_predicted_loss
 from .inline_svg import inline_svg, picture_style
-from .parameter_plots import draw_accuracy, draw_loss
+from .parameter_plots import draw_accuracy, draw_loss, measured
 from .plots import draw_ranks
 from .report import CompressionReport, LayerReport
 from .table import format_count
@@ -136,22 +137,20 @@ def _describe_predicted(report: CompressionReport) -> str:
 
 def _describe_loss(report: CompressionReport, others: Sequence[CompressionReport]) -> str:
     budgets = [f"{format_count(each['model_parameters'])} parameters: {each['loss']:.3g}" for each in report.profile]
-    measured = [
-        f"{format_count(each.model_parameters_after)} parameters: {each.evaluation['kl']:.3g}"
-        for each in (report, *others)
-        if each.evaluation and each.evaluation.get("kl") is not None
+    points = [
+        f"{format_count(each.model_parameters_after)} parameters: {found['kl']:.3g}"
+        for each, found in measured((report, *others), "kl")
     ]
-    found = f" Measured KL in nats per image: {'; '.join(measured)}." if measured else ""
-    return f"Predicted, in {report.loss_unit}: {'; '.join(budgets)}.{found}"
+    sentences = {f"Predicted, in {report.loss_unit}": budgets, f"Measured KL, in {NATS}": points}
+    return " ".join(f"{what}: {'; '.join(values)}." for what, values in sentences.items() if values)
 
 
 def _describe_accuracy(report: CompressionReport, others: Sequence[CompressionReport]) -> str:
     points = [
-        f"{format_count(each.model_parameters_after)} parameters: {percent(each.evaluation['top1'], 2)}"
-        for each in (report, *others)
-        if each.evaluation and each.evaluation.get("top1") is not None
+        f"{format_count(each.model_parameters_after)} parameters: {percent(found['top1'], 2)}"
+        for each, found in measured((report, *others), "top1")
     ]
-    original = (report.evaluation or {}).get("reference_top1")
-    if original is not None:
-        points.insert(0, f"original, {format_count(report.model_parameters_before)}: {percent(original, 2)}")
+    for _, found in measured([report], "reference_top1"):
+        before = format_count(report.model_parameters_before)
+        points.insert(0, f"original, {before} parameters: {percent(found['reference_top1'], 2)}")
     return f"{'; '.join(points)}."

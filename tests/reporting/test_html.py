@@ -1,6 +1,7 @@
 """The report as a page."""
 
 import dataclasses
+import functools
 import json
 import re
 from html.parser import HTMLParser
@@ -60,6 +61,11 @@ def full_report(**changes):
     return dataclasses.replace(made, layers=layers)
 
 
+@functools.cache
+def full_page():
+    return full_report().to_html()
+
+
 class Page(HTMLParser):
     """What a reader of the page gets."""
 
@@ -105,7 +111,7 @@ class Page(HTMLParser):
 def test_everything_of_the_report_stands_in_the_page():
     made = full_report()
     removed = f"{100 * made.removed_of_model:.1f} %"
-    page = Page(made.to_html())
+    page = Page(full_page())
     for words in (
         f"some/vit-base, {removed} smaller",
         f"{made.model_parameters_after:,} of {made.model_parameters_before:,} (−{removed})",
@@ -132,9 +138,9 @@ def test_everything_of_the_report_stands_in_the_page():
     assert ["calibrate", "12.3 s"] in rows
 
 
-@pytest.mark.parametrize("make", [full_report, swin_report], ids=["full", "swin"])
-def test_nothing_is_loaded_and_no_script_runs(make):
-    page = Page(make().to_html())
+@pytest.mark.parametrize("render", [full_page, lambda: swin_report().to_html()], ids=["full", "swin"])
+def test_nothing_is_loaded_and_no_script_runs(render):
+    page = Page(render())
     assert not {"script", "link", "img", "image", "iframe", "object", "embed", "base", "a"} & set(page.tags)
     assert not page.values("src") and not page.values("srcset")
     assert not [key for _, key, _ in page.attributes if key.startswith("on")]
@@ -148,7 +154,7 @@ def test_nothing_is_loaded_and_no_script_runs(make):
 
 def test_every_picture_has_words_in_its_place():
     made = full_report()
-    page = Page(made.to_html())
+    page = Page(full_page())
     assert len(page.pictures) == 5
     for picture in page.pictures:
         assert picture["role"] == "img"
@@ -159,13 +165,13 @@ def test_every_picture_has_words_in_its_place():
     assert "$" not in page.text
     assert "of 18 layers 16 are factored with ranks from 115" in page.text.lower()
     size = format_count(made.model_parameters_after)
-    assert f"Measured KL in nats per image: {size} parameters: 0.191" in page.text
+    assert f"Measured KL, in nats per image: {size} parameters: 0.191" in page.text
     # Where a bar is too narrow for its rank, pointing at it tells.
     assert "encoder.layer.0.attention.attention.query: rank 115 of 768, 90.00 % of its energy" in page.text
 
 
 def test_colours_follow_the_theme():
-    html = full_report().to_html()
+    html = full_page()
     pictures = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
     # White is that of the figures on the bars.
     assert set(re.findall(r"#[0-9a-f]{6}\b", pictures)) == {"#ffffff"}
@@ -203,9 +209,9 @@ def luminance(colour):
 
 def test_the_theme_can_be_chosen():
     made = full_report()
-    assert '<html lang="en">' in made.to_html()
+    assert '<html lang="en">' in full_page()
     assert '<html lang="en" data-theme="dark">' in made.to_html(theme="dark")
-    with pytest.raises(ValueError, match="theme='blue' is unknown; choose 'light' or 'dark'"):
+    with pytest.raises(ValueError, match="theme='blue' is unknown; choose one of 'light', 'dark'"):
         made.to_html(theme="blue")
 
 
@@ -231,10 +237,9 @@ def test_strings_from_anywhere_stay_strings():
 def test_same_report_same_page_whatever_the_settings_of_matplotlib(settings):
     import matplotlib
 
-    html = full_report().to_html()
     with matplotlib.rc_context(settings):
         before = dict(matplotlib.rcParams)
-        assert full_report().to_html() == html
+        assert full_report().to_html() == full_page()
         assert dict(matplotlib.rcParams) == before
 
 
@@ -267,18 +272,29 @@ def test_other_compressions_stand_beside():
     other = full_report(
         evaluation={**FINDINGS["evaluation"], "top1": 0.7, "kl": 0.5}, model_parameters_after=7_000_000
     )
-    alone, beside = full_report().to_html(), full_report().to_html([other])
+    alone, beside = full_page(), full_report().to_html([other])
     assert "7.00 M parameters: 0.5" in beside and "7.00 M parameters: 0.5" not in alone
     assert "7.00 M parameters: 70.00" in beside
     diamonds = [html.count("var(--c-b03a2e)") for html in (alone, beside)]
     assert diamonds[1] > diamonds[0]
 
 
+def test_measured_losses_are_compared_without_a_prediction_in_their_unit():
+    reports = [
+        full_report(loss_unit="sum of normalised energies", evaluation={"num_images": 100, "kl": kl, "top1": top1})
+        for kl, top1 in ((0.1, 1.0), (0.2, 0.0))
+    ]
+    alone, beside = (Page(reports[0].to_html(others)) for others in ([], reports[1:]))
+    assert ("loss (sum of normalised energies)" in alone.text) and ("measured KL of the result" not in alone.text)
+    assert ("loss (nats per image)" in beside.text) and ("predicted, before compensation" not in beside.text)
+    assert "measured KL of the result" in beside.text
+
+
 def test_folder_or_file_and_nothing_beside(tmp_path):
     made = full_report()
     assert made.save_html(tmp_path) == tmp_path / HTML_NAME == tmp_path / "report.html"
     assert made.save_html(tmp_path / "other.html", theme="dark").read_text() == made.to_html(theme="dark")
-    assert (tmp_path / HTML_NAME).read_text() == made.to_html()
+    assert (tmp_path / HTML_NAME).read_text() == full_page()
     assert {path.name for path in tmp_path.iterdir()} == {HTML_NAME, "other.html"}
 
 
@@ -350,3 +366,10 @@ def test_a_page_that_cannot_be_made_costs_no_checkpoint(tmp_path, monkeypatch, c
 )
 def test_wilson_interval(share, count, low, high):
     assert wilson_interval(share, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_share_lies_in_its_interval():
+    for count in range(1, 200):
+        for share in (0.0, 1 / count, 1.0):
+            low, high = wilson_interval(share, count)
+            assert 0 <= low <= share <= high <= 1
