@@ -47,7 +47,8 @@ class MixRankConfig(QuantizationConfigMixin):
         mirror (`bool`): Whether layer-wise compensation sees every calibration image mirrored too, which halves what
             it learns by heart and doubles its time.
         epochs (`int`): Passes over the calibration images of steps that train (`"distillation"`, `"blocks"`).
-        learning_rate (`float`): Of these steps, the peak of a cosine schedule.
+        learning_rate (`float`): Of these steps, the peak of a cosine schedule, relative to the size of the factors in
+            whitened coordinates; see `optimum_mixrank.compensation.whitening`.
         train_batch_size (`int`): Images per step of training.
         fisher_samples (`int`): Random probes per image for the Fisher information of `metric="kfac"`; each costs a
             backward pass.
@@ -94,7 +95,7 @@ class MixRankConfig(QuantizationConfigMixin):
     held_out_ratio: float = 0.1
     mirror: bool = True
     epochs: int = 10
-    learning_rate: float = 5e-5
+    learning_rate: float = 4e-4
     train_batch_size: int = 32
     fisher_samples: int = 1
     target_modules: str | list[str] | None = None
@@ -153,7 +154,7 @@ class MixRankConfig(QuantizationConfigMixin):
             raise ValueError(f"mirror={self.mirror!r} is neither True nor False.")
         _check_integer("epochs", self.epochs, 1)
         if not _is_number(self.learning_rate) or not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate={self.learning_rate!r} is not in (0, 1); the default is 5e-5.")
+            raise ValueError(f"learning_rate={self.learning_rate!r} is not in (0, 1); the default is 4e-4.")
         _check_integer("train_batch_size", self.train_batch_size, 1)
         _check_integer("fisher_samples", self.fisher_samples, 1)
         _check_patterns("target_modules", self.target_modules)

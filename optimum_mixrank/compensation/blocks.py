@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..inference import evaluation_mode
 from .compensator import COMPENSATORS, Compensation, Compensator
-from .distillation import relative_loss, trained_parameters
+from .distillation import relative_loss
+from .groups import factor_groups, vector_group
 from .segments import Call, SegmentReplay, find_segments, first_tensor
 from .training import TrainingSettings, balanced_factors, train
 
@@ -40,6 +41,7 @@ class BlockCompensator(Compensator):
         learn, settings = len(steps), TrainingSettings(config.epochs, config.learning_rate, 1, config.seed)
         improved = []
         with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
+            factors = factor_groups(task.model, names, torch.cat(list(task.batches)), size, config.seed)
             theirs = SegmentReplay(task.original, segments, batches)
             ours = SegmentReplay(task.model, segments, batches)
             for segment in segments:
@@ -58,10 +60,9 @@ class BlockCompensator(Compensator):
                         return sum(errors) / sum(len(w) for w, _ in pairs)
 
                 if inside:
-                    parameters = trained_parameters(
-                        block, [name.removeprefix(f"{segment}.") for name in inside], block
-                    )
-                    history = train(block, parameters, learn, loss, error, settings, f"Training {segment}")
+                    groups = [group for name in inside for group in factors[name]]
+                    groups.append(vector_group(task.model, inside, block))
+                    history = train(block, groups, learn, loss, error, settings, f"Training {segment}")
                     improved.append(history.best_epoch > 0)
                 theirs.advance()
                 ours.advance()

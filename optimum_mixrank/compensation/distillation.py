@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..inference import evaluation_mode
 from ..outputs import ModelOutput, select_output
 from .augmentation import augment
 from .compensator import COMPENSATORS, Compensation, Compensator
+from .groups import factor_groups, vector_group
 from .held_out import held_out_error
 from .training import TrainingSettings, balanced_factors, train
 
@@ -53,9 +54,11 @@ class DistillationCompensator(Compensator):
             return self._loss(task.original, task.model, augment(images[indices], generator))
 
         with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
-            parameters = trained_parameters(task.model, names, getattr(task.model, "base_model", task.model))
+            factors = factor_groups(task.model, names, images, settings.batch_size, config.seed)
+            vectors = vector_group(task.model, names, getattr(task.model, "base_model", task.model))
+            groups = [vectors, *(group for pair in factors.values() for group in pair)]
             history = train(
-                task.model, parameters, len(images), loss, lambda: held_out_error(task), settings, "Distilling"
+                task.model, groups, len(images), loss, lambda: held_out_error(task), settings, "Distilling"
             )
         return {
             "epochs": settings.epochs,
@@ -91,14 +94,6 @@ def relative_loss(reference: Tensor, feature: Tensor) -> Tensor:
     reference, feature = reference.float(), feature.float()
     centred = reference - reference.flatten(0, -2).mean(dim=0)
     return (feature - reference).square().mean() / centred.square().mean().clamp_min(1e-12)
-
-
-def trained_parameters(model: nn.Module, names: Sequence[str], scope: nn.Module) -> list[nn.Parameter]:
-    """Factors and biases of the factored layers, and weights and biases of the normalizations within `scope`."""
-    modules = [model.get_submodule(name) for name in names]
-    modules += [module for module in scope.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm)]
-    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.numel()]
-    return list(dict.fromkeys(parameters))
 
 
 def _run(model: nn.Module, pixel_values: Tensor) -> tuple[ModelOutput, Tensor | None]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers.utils import logging
 from ..decomposition import balance
 from ..modeling import FactoredLinear, LowRankLinear, replace_module, to_float64
 from ..stages import factored_linear
+from .whitening import WhitenedAdam
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class TrainingSettings:
 
     Attributes:
         epochs: Passes over the images.
-        learning_rate: Peak of the cosine schedule; steps of AdamW on balanced factors.
+        learning_rate: Peak of the cosine schedule; a group's own `scale` multiplies it.
         batch_size: Images per step.
         seed: Of the order of the images.
         warmup: Share of the steps over which the learning rate rises linearly.
@@ -57,7 +59,7 @@ class TrainingHistory:
 
 def train(
     module: nn.Module,
-    parameters: Sequence[nn.Parameter],
+    groups: Sequence[Mapping[str, Any]],
     num_images: int,
     loss: Callable[[Tensor], Tensor],
     error: Callable[[], float],
@@ -68,7 +70,7 @@ def train(
 
     Args:
         module: What holds the parameters.
-        parameters: What is trained.
+        groups: What is trained: groups of `WhitenedAdam`, with `scale` beside them.
         num_images: Images there are.
         loss: Mean loss over the images with these indices, int64, `[batch]`.
         error: Error on held-out images.
@@ -80,7 +82,10 @@ def train(
     """
     steps_per_epoch = math.ceil(num_images / settings.batch_size)
     total = settings.epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = WhitenedAdam(
+        [{**group, "lr": settings.learning_rate * group.get("scale", 1.0)} for group in groups], settings.learning_rate
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total, settings.warmup))
     generator = torch.Generator().manual_seed(settings.seed)
     losses, errors = [], [error()]

@@ -194,7 +194,7 @@ def test_a_learning_rate_that_explodes_is_named():
     with pytest.raises(ValueError, match=r"Distilling: the loss is inf in epoch 1; lower learning_rate=0\.9"):
         train(
             layer,
-            list(layer.parameters()),
+            [{"params": list(layer.parameters())}],
             4,
             lambda indices: layer(torch.full((2, 2), 1e30)).square().sum() * 1e30,
             lambda: 0.0,
