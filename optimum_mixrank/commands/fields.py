@@ -43,7 +43,7 @@ FIELDS: dict[str, Field] = {
     "mirror": Field("mirror", "bool", "learn from mirrored images too; default yes"),
     "epochs": Field("epochs", "int", "of steps that train; default 10"),
     "learning_rate": Field(
-        "learning-rate", "float", "of steps that train, relative to the size of the factors; default 4e-4"
+        "learning-rate", "float", "of steps that train, relative to the factors; default 4e-4"
     ),
     "train_batch_size": Field("train-batch-size", "int", "of steps that train; default 32"),
     "fisher_samples": Field("fisher-samples", "int", "random probes per image for kfac; default 1"),
