@@ -13,19 +13,15 @@ takes less than a minute. The same script trains another compressed checkpoint o
 from __future__ import annotations
 
 import argparse
-import random
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from PIL import ImageOps
+from image_data import model_inputs
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig, load_image_dataset
-from optimum_mixrank.calibration.sources import find_image_column
-from optimum_mixrank.evaluation.labels import find_label_column, map_labels
 
 
 SHIPPED = Path(__file__).parent / "fashion_mnist"
@@ -62,25 +58,6 @@ class DistillationTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
 
-def training_images(dataset: datasets.Dataset, image_processor: Any, original: PreTrainedModel, with_labels: bool):
-    """Images as the model sees them, half of them mirrored, decoded when they are needed; `labels` are the model's."""
-    image_column = find_image_column(dataset.features)
-    label_column = find_label_column(dataset) if with_labels else None
-    if with_labels and label_column is None:
-        raise SystemExit(f"--label-weight needs labels, and the data has none: {', '.join(dataset.column_names)}.")
-    labels = label_column and map_labels(dataset, label_column, original.config.label2id)
-
-    def transform(rows: dict[str, list]) -> dict[str, Any]:
-        images = [image.convert("RGB") for image in rows[image_column]]
-        images = [ImageOps.mirror(image) if random.random() < 0.5 else image for image in images]
-        batch = dict(image_processor(images, return_tensors="pt"))
-        if label_column:
-            batch["labels"] = [label if labels is None else labels[label] for label in rows[label_column]]
-        return batch
-
-    return dataset.cast_column(image_column, datasets.Image()).with_transform(transform)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--original", default=str(SHIPPED / "model"), help="the teacher: local folder or Hub id")
@@ -110,7 +87,9 @@ def main() -> None:
     compressor = MixRankCompressor.from_pretrained(args.original)
     original = compressor.model
     dataset = load_image_dataset(args.data, split=args.split, num_samples=args.num_samples, seed=args.seed)
-    train_dataset = training_images(dataset, compressor.image_processor, original, bool(args.label_weight))
+    train_dataset = model_inputs(
+        dataset, compressor.image_processor, original.config.label2id if args.label_weight else None, mirror=True
+    )
     if args.model is None:
         images = compressor.get_calibration_dataset(dataset, num_samples=min(512, len(dataset)), seed=args.seed)
         model = compressor.compress(MixRankConfig(compression_ratio=args.ratio, seed=args.seed), images)

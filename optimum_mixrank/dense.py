@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 def replace_by_dense(model: nn.Module) -> int:
     """Replace, in place, every factored layer by the dense layer with the same function; return their number."""
-    factored = [(name, module) for name, module in model.named_modules() if isinstance(module, FactoredLinear)]
-    for name, module in factored:
-        replace_module(model, name, module.to_linear())
-    return len(factored)
+    # All of them before the first is replaced, so that an error leaves the model as it was.
+    dense = {name: module.to_linear() for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+    for name, module in dense.items():
+        replace_module(model, name, module)
+    return len(dense)
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
@@ -28,7 +29,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     same as `model.dequantize()`.
 
     Raises:
-        ValueError: if the model holds no factored layer.
+        ValueError: if the model holds no factored layer, or an adapter or a quantizer has taken a factor's place.
     """
     if not any(isinstance(module, FactoredLinear) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} holds no factored layer: it is dense already.")

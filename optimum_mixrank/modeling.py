@@ -71,7 +71,22 @@ class FactoredLinear(nn.Module, ABC):
 
     @abstractmethod
     def product(self) -> Tensor:
-        """The weight `W`, `[out_features, in_features]`, multiplied in float64."""
+        """The weight `W`, `[out_features, in_features]`, multiplied in float64.
+
+        Raises:
+            ValueError: if an adapter or a quantizer has taken a factor's place.
+        """
+
+    def _check_factors(self) -> None:
+        """Refuse to multiply what is no plain weight, or not all that a factor computes."""
+        for name, factor in (("factor_a", self.factor_a), ("factor_b", self.factor_b)):
+            weight = factor.weight
+            if not isinstance(factor, nn.Linear) or type(weight) not in (nn.Parameter, Tensor):
+                kinds = " with a ".join(f"{type(each).__module__}.{type(each).__name__}" for each in (factor, weight))
+                raise ValueError(
+                    f"{name} of a {type(self).__name__} is a {kinds}, so that the product of the factors is not known. "
+                    "Merge adapters first (`merge_and_unload()`); make a model dense before it is quantized."
+                )
 
     @property
     def num_values(self) -> int:
@@ -84,12 +99,17 @@ class FactoredLinear(nn.Module, ABC):
         return FactoredLayer(self.rank, self.bias is not None, self.layout)
 
     def to_linear(self) -> nn.Linear:
-        """The dense layer with the same function, multiplied in float64 and rounded once."""
+        """The dense layer with the same function, multiplied in float64 and rounded once.
+
+        Raises:
+            ValueError: as `product`.
+        """
+        product = self.product()
         weight, bias = self.factor_a.weight, self.bias
         dense = nn.Linear(
             self.in_features, self.out_features, bias=bias is not None, device="meta", dtype=weight.dtype
         )
-        dense.weight = nn.Parameter(self.product().to(weight), requires_grad=weight.requires_grad)
+        dense.weight = nn.Parameter(product.to(weight), requires_grad=weight.requires_grad)
         if bias is not None:
             dense.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         return dense.train(self.training)
@@ -180,7 +200,8 @@ class LowRankLinear(FactoredLinear):
         return self.factor_b(self.factor_a(input))
 
     def product(self) -> Tensor:
-        """The weight `B A`, `[out_features, in_features]`, multiplied in float64."""
+        """See `FactoredLinear.product`; here `B A`."""
+        self._check_factors()
         return to_float64(self.factor_b.weight) @ to_float64(self.factor_a.weight)
 
 
@@ -313,7 +334,8 @@ class PivotedLinear(FactoredLinear):
         return outputs.gather(-1, self.order.expand(outputs.shape))
 
     def product(self) -> Tensor:
-        """The weight, `[out_features, in_features]`; its other rows `C A` are multiplied in float64."""
+        """See `FactoredLinear.product`; here the pivot rows and, below them, `C A`, brought into order."""
+        self._check_factors()
         A = to_float64(self.factor_a.weight)
         return torch.cat([A, to_float64(self.factor_b.weight) @ A]).index_select(0, self.order.to(A.device))
 

@@ -375,3 +375,13 @@ def test_pivoted_layer_built_under_a_meta_context_knows_its_order():
         layer = PivotedLinear(6, 8, 3, pivots=(1, 4, 6))
     assert layer.factor_a.weight.is_meta
     assert layer.order.tolist() == [3, 0, 4, 5, 1, 6, 2, 7]
+
+
+@pytest.mark.parametrize("which", ["factor_a", "factor_b"])
+def test_the_product_of_factors_that_were_replaced_is_refused(which):
+    for layer in pivoted():
+        setattr(layer, which, nn.Sequential(getattr(layer, which)))
+        layer.get_submodule(which).weight = layer.get_submodule(which)[0].weight
+        with pytest.raises(ValueError, match=rf"{which} of a {type(layer).__name__} is a torch\.nn\..*Sequential"):
+            layer.to_linear()
+        assert "factor_a" in repr(layer)

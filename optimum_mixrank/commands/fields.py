@@ -42,9 +42,7 @@ FIELDS: dict[str, Field] = {
     "held_out_ratio": Field("held-out-ratio", "float", "share of the images that decide what is kept; default 0.1"),
     "mirror": Field("mirror", "bool", "learn from mirrored images too; default yes"),
     "epochs": Field("epochs", "int", "of steps that train; default 10"),
-    "learning_rate": Field(
-        "learning-rate", "float", "of steps that train, relative to the factors; default 4e-4"
-    ),
+    "learning_rate": Field("learning-rate", "float", "of steps that train, relative to the factors; default 4e-4"),
     "train_batch_size": Field("train-batch-size", "int", "of steps that train; default 32"),
     "fisher_samples": Field("fisher-samples", "int", "random probes per image for kfac; default 1"),
     "target_modules": Field("target-modules", "list", "layers to compress; default: all linears of the encoder"),

@@ -47,6 +47,35 @@ def test_recover_accuracy_without_labels(tmp_path):
     assert figures(again, "trained")[0] > 60
 
 
+@pytest.mark.slow
+def test_lora(tmp_path):
+    pytest.importorskip("peft")
+    text = run("lora.py", "--output", tmp_path, "--epochs", 2, *SMALL)
+    (before,), (adapted,), (merged,) = (figures(text, row) for row in ("top-1 before", "with adapter", "merged"))
+    assert merged == pytest.approx(adapted, abs=0.5) and merged > before - 1
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("compressed", "merged")]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+    # Other classes: a new head on the same factors.
+    data = datasets.load_dataset(str(EXAMPLES / "fashion_mnist" / "data"), split="calibration").select(range(200))
+    labels = datasets.ClassLabel(names=["shoes", "other"])
+    data = data.map(lambda row: {"label": int(row["label"] not in (5, 7, 9))}).cast_column("label", labels)
+    data.train_test_split(50, seed=0).save_to_disk(tmp_path / "shoes")
+    text = run(
+        *(
+            "lora.py",
+            "--model",
+            tmp_path / "compressed",
+            "--data",
+            tmp_path / "shoes",
+            "--output",
+            tmp_path / "shoes-out",
+        ),
+        *("--epochs", 5, "--target-modules", "all-linear"),
+    )
+    assert figures(text, "merged")[0] > 85
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "shoes-out" / "merged").num_labels == 2
+
+
 def test_labels_that_are_missing_are_named(tmp_path):
     images = datasets.load_dataset(str(EXAMPLES / "fashion_mnist" / "data"), split="test").remove_columns("label")
     images.select(range(32)).to_parquet(tmp_path / "images.parquet")
@@ -62,4 +91,4 @@ def test_labels_that_are_missing_are_named(tmp_path):
         ),
         code=1,
     )
-    assert "--label-weight needs labels, and the data has none: image" in stderr.splitlines()[-1]
+    assert "Labels are needed, and the data has none: image" in stderr.splitlines()[-1]
