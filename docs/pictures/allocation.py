@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank.calibration.result import Calibration
 from optimum_mixrank.decomposition import METRICS
 from optimum_mixrank.layout import stored_values
 from optimum_mixrank.reporting.colours import BREAK_EVEN, GRID, INK, SERIES
@@ -33,13 +35,19 @@ LAYERS = {
 }
 
 
-def draw() -> Figure:
-    """Curves of four layers with their ranks at `compression_ratio=0.6`."""
+@functools.cache
+def calibrated() -> tuple[MixRankCompressor, MixRankConfig, Calibration]:
+    """The shipped model, what to do with it, and its statistics from 512 images."""
     logging.disable_progress_bar()
     compressor = MixRankCompressor.from_pretrained(SHIPPED / "model")
     images = compressor.get_calibration_dataset(SHIPPED / "data", split="calibration")
     config = MixRankConfig(compression_ratio=0.6)
-    calibration = compressor.calibrate(images, config.metric)
+    return compressor, config, compressor.calibrate(images, config.metric)
+
+
+def draw() -> Figure:
+    """Curves of four layers with their ranks at `compression_ratio=0.6`."""
+    compressor, config, calibration = calibrated()
     metric, targets = METRICS.create(config.metric), find_targets(compressor.model)
     losses = allocation_losses(metric, decompose_layers(metric, targets, calibration, config.layout))
     (point,) = compressor.profile(calibration, config, [config.compression_ratio]).points

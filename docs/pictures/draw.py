@@ -13,7 +13,7 @@ from svg import save
 from optimum_mixrank.reporting.inline_svg import picture_style
 
 
-PICTURES = ("factorization", "pivoted", "allocation", "compensation", "results")
+PICTURES = ("factorization", "pivoted", "allocation", "budgets", "compensation", "results")
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ class MixRankCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="mixrank", help="Compress Vision Transformers by activation-aware mixed-rank factors.")
     SUBCOMMANDS = (
         CommandInfo("compress", "Compress a model with a folder of images.", CompressCommand),
-        CommandInfo("plan", "What would 40, 50, 60, 70 % cost? Predicted losses, without compressing.", PlanCommand),
+        CommandInfo("plan", "What would a budget cost? Predicted losses, without compressing.", PlanCommand),
         CommandInfo(
             "evaluate", "Accuracy, agreement and KL of a compressed model against its original.", EvaluateCommand
         ),

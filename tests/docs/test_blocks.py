@@ -1,0 +1,94 @@
+"""Every fenced Python and shell block of README and documentation is executed, page by page and in order."""
+
+import importlib.util
+import os
+import sys
+
+import pytest
+import torch
+from docs.blocks import PAGES, blocks_of
+from docs.stand_ins import STARTS, lay_out
+from optimum.commands.optimum_cli import main as optimum_cli
+from transformers.utils import logging
+
+from optimum_mixrank.allocation import ALLOCATORS
+from optimum_mixrank.compensation import COMPENSATORS
+from optimum_mixrank.decomposition import METRICS
+
+
+NOT_EXECUTED = {
+    ("README.md", "examples/quickstart.py"): "makes an environment; tests/test_compressor.py runs the script",
+    ("README.md", "-m pytest -n 2"): "makes an environment and runs the tests; .ci/run executes it",
+    ("CONTRIBUTING.md", "-m pytest -m real_model"): "needs a pretrained checkpoint and its images; .ci/full",
+    ("CONTRIBUTING.md", "mkdocs build"): "installs into the environment; .ci/run executes it",
+    ("install.md", "pip install ."): "installs into the environment; .ci/run installs the same",
+    ("checkpoints.md", "push_to_hub"): "needs the Hub and a token",
+    ("deployment.md", "optimum-cli export onnx"): "needs optimum-onnx, which holds Transformers at 4.57",
+}
+"""Blocks, by page and a text that only they hold, with the reason."""
+
+NEEDED_MODULES = {
+    ("deployment.md", "torch.onnx.export"): ("onnx", "onnxscript"),
+    ("deployment.md", "import onnxruntime"): ("onnx", "onnxscript", "onnxruntime"),
+    ("deployment.md", "import copy"): ("torchao",),
+}
+"""Blocks that run where these are installed, as in .ci/run, which sets MIXRANK_TEST_ALL_BLOCKS."""
+
+
+@pytest.fixture
+def workplace(request, tmp_path, monkeypatch):
+    """The page, in a folder with its stand-ins; extensions that its blocks register are forgotten afterwards."""
+    lay_out(tmp_path, request.param)
+    monkeypatch.chdir(tmp_path)
+    for registry in (METRICS, ALLOCATORS, COMPENSATORS):
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    torch.manual_seed(0)
+    yield request.param
+    logging.enable_progress_bar()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("workplace", [page for page in PAGES if blocks_of(page)], indirect=True)
+def test_blocks_run(workplace, monkeypatch):
+    page, namespace = workplace, {"__name__": "__main__"}
+    exec(STARTS.get(page, ""), namespace)
+    executed = 0
+    for block in blocks_of(page):
+        if _listed(NOT_EXECUTED, block) or not _installed(block):
+            continue
+        if block.is_python:
+            # Empty lines in front make line numbers of tracebacks those of the page.
+            source = "\n" * (block.line - 1) + block.text
+            exec(compile(source, str(PAGES[page]), "exec"), namespace)
+        else:
+            for words in block.commands:
+                _run(words, block, monkeypatch)
+        executed += 1
+    assert executed or all(_listed(NOT_EXECUTED, block) for block in blocks_of(page))
+
+
+@pytest.mark.parametrize(("page", "text"), [*NOT_EXECUTED, *NEEDED_MODULES])
+def test_listed_blocks_exist(page, text):
+    assert sum(text in block.text for block in blocks_of(page)) == 1
+
+
+def _run(words, block, monkeypatch):
+    """A command of a shell block, through the function that its entry point calls."""
+    where = f"{block.page}, line {block.line}"
+    assert words[0] == "optimum-cli", f"{where}: {words[0]} is not executed; list the block in NOT_EXECUTED"
+    assert not set("|><&;$`") & set("".join(words)), f"{where}: only plain commands are executed"
+    monkeypatch.setattr(sys, "argv", words)
+    try:
+        optimum_cli()
+    except SystemExit as exit:
+        assert not exit.code, f"{where}: {' '.join(words)} exits with {exit.code}"
+
+
+def _listed(table, block):
+    return next((value for (page, text), value in table.items() if page == block.page and text in block.text), None)
+
+
+def _installed(block):
+    missing = [name for name in _listed(NEEDED_MODULES, block) or () if importlib.util.find_spec(name) is None]
+    assert not missing or "MIXRANK_TEST_ALL_BLOCKS" not in os.environ, f"{missing} are not installed"
+    return not missing

@@ -1,0 +1,116 @@
+"""What the pages promise about the package: messages, fields, options, public names, pictures."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from docs.blocks import PAGES, ROOT
+
+import optimum_mixrank
+from optimum_mixrank import MixRankConfig
+from optimum_mixrank.recipes import RECIPES
+
+
+OF_TRANSFORMERS = "You set ignore_mismatched_sizes to False, thus raising an error."
+"""tests/test_round_trip.py provokes it."""
+WRITTEN_BY_THE_COMPRESSOR = {"quant_method", "rank_map", "layout_version", "library_version"}
+TROUBLES = re.findall(r"^### `(.*)`$", PAGES["troubleshooting.md"].read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@cache
+def messages():
+    """Every text of the package's source, with a NUL for each value that is put in."""
+    return [
+        _text(node)
+        for file in (ROOT / "optimum_mixrank").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    ]
+
+
+def _text(node):
+    if isinstance(node, ast.Constant):
+        return node.value.replace("`", "")
+    return "".join(_text(value) if isinstance(value, ast.Constant) else "\0" for value in node.values)
+
+
+@pytest.mark.parametrize("quoted", [trouble for trouble in TROUBLES if trouble != OF_TRANSFORMERS])
+def test_quoted_messages_occur_in_the_package(quoted):
+    # A gap stands for a value, with whatever the source puts around it.
+    pattern = re.compile(".*?\0.*?".join(map(re.escape, quoted.strip("…").split("…"))), re.DOTALL)
+    assert any(pattern.search(message) for message in messages()), quoted
+
+
+def test_every_field_is_explained_with_its_default():
+    table = PAGES["configuration.md"].read_text(encoding="utf-8")
+    rows = {}
+    for names, defaults in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| ([^|]+) \|", table, re.MULTILINE):
+        names, defaults = re.findall(r"`(\w+)`", names), defaults.strip().split(", ")
+        rows.update(zip(names, defaults if len(defaults) == len(names) else defaults * len(names), strict=True))
+    config, by_recipe = MixRankConfig(), set(RECIPES["best"])
+    for field in dataclasses.fields(config):
+        if field.name in WRITTEN_BY_THE_COMPRESSOR:
+            continue
+        default = rows[field.name]
+        assert (
+            default == "recipe"
+            if field.name in by_recipe
+            else ast.literal_eval(default.strip("`")) == getattr(config, field.name)
+        )
+
+
+def test_recipes_are_tabled_as_they_are():
+    text = PAGES["configuration.md"].read_text(encoding="utf-8")
+    for name, fields in RECIPES.items():
+        (row,) = re.findall(rf'^\| `"{name}"` \| (.*) \|$', text, re.MULTILINE)
+        cells = [cell.strip().strip("`") for cell in row.split("|")]
+        assert cells == [
+            *(fields[key] for key in ("metric", "allocation", "layout")),
+            str(fields["compensation"]).replace("'", '"'),
+            str(fields["min_rank_ratio"]),
+        ]
+
+
+def test_public_names_have_their_place_in_the_api():
+    documented = {
+        line.split(".")[-1]
+        for line in re.findall(r"^::: (\S+)$", PAGES["api.md"].read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert set(optimum_mixrank.__all__) - {"__version__"} <= documented
+
+
+def test_pictures_are_drawn_by_their_script(tmp_path):
+    """Those that need no calibration; the pages show nothing that is not drawn."""
+    scripts = tmp_path / "docs" / "pictures"
+    scripts.mkdir(parents=True)
+    for file in (ROOT / "docs" / "pictures").glob("*.py"):
+        (scripts / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    names = ["factorization", "pivoted", "compensation", "results"]
+    subprocess.run([sys.executable, str(scripts / "draw.py"), *names], check=True, capture_output=True)
+    for name in names:
+        drawn = (scripts / f"{name}.svg").read_text(encoding="utf-8")
+        # Both themes, and no file besides.
+        assert "prefers-color-scheme:dark" in drawn and not re.search(r"(?:href|src)=\"(?!#)", drawn)
+        assert _words(drawn) == _words((ROOT / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8"))
+    shown = {
+        name
+        for page in PAGES.values()
+        for name in re.findall(r"pictures/(\w+)\.svg", page.read_text(encoding="utf-8"))
+    }
+    assert shown == {path.stem for path in (ROOT / "docs" / "pictures").glob("*.svg")}
+
+
+def _words(svg):
+    return re.findall(r"<text[^>]*>([^<]+)", svg)
+
+
+def test_every_page_stands_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {Path(page).name for page in re.findall(r": (\S+\.md)$", text, re.MULTILINE)}
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= pages
