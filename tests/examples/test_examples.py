@@ -76,6 +76,19 @@ def test_lora(tmp_path):
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "shoes-out" / "merged").num_labels == 2
 
 
+@pytest.mark.slow
+def test_int8(tmp_path):
+    for package in ("torchao", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    text = run("int8.py", "--output", tmp_path, "--num-samples", 400)
+    # top-1, agreement and KL; bytes are integers.
+    full, *others = (figures(text, row) for row in ("compressed ", "torchao int8", "onnx ", "onnx int8"))
+    assert all(abs(row[0] - full[0]) < 2 and row[2] < full[2] + 0.01 for row in others)
+    assert (tmp_path / "torchao-int8.safetensors").stat().st_size < 450_000
+    assert (tmp_path / "model-int8.onnx").stat().st_size < 600_000
+    assert b"stack_trace" not in (tmp_path / "model.onnx").read_bytes()
+
+
 def test_labels_that_are_missing_are_named(tmp_path):
     images = datasets.load_dataset(str(EXAMPLES / "fashion_mnist" / "data"), split="test").remove_columns("label")
     images.select(range(32)).to_parquet(tmp_path / "images.parquet")

@@ -1,0 +1,165 @@
+"""8-bit weights on top of a compression, by torchao and by ONNX Runtime: accuracy, size and time beside float32.
+
+    pip install 'optimum-mixrank[int8]'
+    python examples/int8.py
+
+By default the small model that ships with this repository is compressed by 60 %. The same script measures another
+checkpoint that optimum-mixrank has compressed:
+
+    python examples/int8.py --model vit-base-60 --original google/vit-base-patch16-224 --data path/to/labelled/images
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from optimum_mixrank import FactoredLinear, MixRankCompressor, MixRankConfig
+from optimum_mixrank.evaluation.flops import configured_shape
+from optimum_mixrank.evaluation.latency import measure_latency
+
+
+SHIPPED = Path(__file__).parent / "fashion_mnist"
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file behind the interface of a model of Transformers."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        """Run the session on `[batch, channels, height, width]`."""
+        (logits,) = self.session.run(["logits"], {"pixel_values": pixel_values.numpy()})
+        return ImageClassifierOutput(logits=torch.from_numpy(logits))
+
+
+def torchao_int8(checkpoint: Path, file: Path) -> PreTrainedModel:
+    """Quantize the factors, save, and load what was saved."""
+    model = AutoModelForImageClassification.from_pretrained(checkpoint)
+    # The factors are ordinary linear layers; all linear layers of the model are quantized, the head too.
+    quantize_(model, Int8WeightOnlyConfig())
+    assert any(type(layer.factor_a.weight).__name__ == "Int8Tensor" for layer in factored_layers(model))
+    # Transformers does not save it: its `save_pretrained` knows a model of one quantizer only.
+    tensors, metadata = flatten_tensor_state_dict(model.state_dict())
+    save_file(tensors, file, metadata)
+
+    # A new model has the structure from the compressed checkpoint and its weights from the file.
+    reloaded = AutoModelForImageClassification.from_pretrained(checkpoint)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    state, _ = unflatten_tensor_state_dict(load_file(file), metadata)
+    reloaded.load_state_dict(state, assign=True)
+    return reloaded
+
+
+def factored_layers(model: nn.Module) -> list[FactoredLinear]:
+    return [module for module in model.modules() if isinstance(module, FactoredLinear)]
+
+
+def export_onnx(checkpoint: Path, file: Path) -> OnnxModel:
+    """Export with any number of images per batch, and load what was saved."""
+    # With fused attention PyTorch 2.13 cannot export a Swin of Transformers 5.23, be it dense or compressed.
+    model = AutoModelForImageClassification.from_pretrained(checkpoint, attn_implementation="eager").eval()
+    program = torch.onnx.export(
+        model,
+        kwargs={"pixel_values": torch.randn(2, *configured_shape(model))},
+        dynamo=True,
+        input_names=["pixel_values"],
+        output_names=["logits"],
+        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+        verbose=False,
+    )
+    # Every node carries the stack trace of the Python code that it comes from, with paths of this machine.
+    for node in program.model.graph:
+        node.metadata_props.clear()
+    program.save(file)
+    return OnnxModel(file)
+
+
+def onnx_int8(full: Path, file: Path) -> OnnxModel:
+    """Quantize the products' weights; the convolution of the patch embedding stays in float32."""
+    quantize_dynamic(full, file, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    return OnnxModel(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--original", default=str(SHIPPED / "model"), help="local folder or Hub id")
+    parser.add_argument("--model", type=Path, help="compressed checkpoint; default: the original is compressed first")
+    parser.add_argument("--ratio", type=float, default=0.6, help="fraction of parameters to remove in that case")
+    parser.add_argument("--calibration-data", default=str(SHIPPED / "data"), help="images for that")
+    parser.add_argument("--calibration-split", help="default: train, or the only one")
+    parser.add_argument("--data", default=str(SHIPPED / "data"), help="labelled images: local folder or Hub id")
+    parser.add_argument("--split", help="default: validation, test, or the only one")
+    parser.add_argument("--num-samples", type=int, help="draw so many labelled images; default: all")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--output", type=Path, default=Path("int8-output"))
+    parser.add_argument("--seed", type=int, default=42)
+    args = parser.parse_args()
+    if args.calibration_data == str(SHIPPED / "data"):
+        args.calibration_split = args.calibration_split or "calibration"
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    compressor = MixRankCompressor.from_pretrained(args.original)
+    if args.model is None:
+        args.model = args.output / "compressed"
+        config = MixRankConfig(compression_ratio=args.ratio, seed=args.seed)
+        images = compressor.get_calibration_dataset(
+            args.calibration_data, split=args.calibration_split, seed=args.seed
+        )
+        compressor.compress(config, images, args.model, overwrite=True)
+
+    original = args.output / "original"
+    compressor.model.save_pretrained(original)
+    files = {
+        "original": original / "model.safetensors",
+        "compressed": args.model / "model.safetensors",
+        "torchao int8": args.output / "torchao-int8.safetensors",
+        "onnx": args.output / "model.onnx",
+        "onnx int8": args.output / "model-int8.onnx",
+    }
+    loaders: dict[str, Callable[[], nn.Module]] = {
+        "original": lambda: compressor.model,
+        "compressed": lambda: AutoModelForImageClassification.from_pretrained(args.model),
+        "torchao int8": lambda: torchao_int8(args.model, files["torchao int8"]),
+        "onnx": lambda: export_onnx(args.model, files["onnx"]),
+        "onnx int8": lambda: onnx_int8(files["onnx"], files["onnx int8"]),
+    }
+    models = {name: load() for name, load in loaders.items()}
+    batch = torch.randn(args.batch_size, *configured_shape(compressor.model))
+    latencies = measure_latency(models, {"pixel_values": batch})
+    print(f"{'':14}{'bytes':>12}{'top-1':>9}{'agreement':>11}{'KL in nats':>12}{'ms per image':>14}")
+    for name, model in models.items():
+        result = compressor.evaluate(
+            model,
+            args.data,
+            split=args.split,
+            num_samples=args.num_samples,
+            seed=args.seed,
+            batch_size=args.batch_size,
+        )
+        milliseconds = 1000 * latencies[name].median / args.batch_size
+        print(
+            f"{name:14}{files[name].stat().st_size:>12,}{result.top1:>9.2%}{result.agreement:>11.2%}{result.kl:>12.4f}"
+            f"{milliseconds:>14.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
