@@ -23,7 +23,10 @@ NOT_EXECUTED = {
     ("CONTRIBUTING.md", "mkdocs build"): "installs into the environment; .ci/run executes it",
     ("install.md", "pip install ."): "installs into the environment; .ci/run installs the same",
     ("checkpoints.md", "push_to_hub"): "needs the Hub and a token",
-    ("deployment.md", "optimum-cli export onnx"): "needs optimum-onnx, which holds Transformers at 4.57",
+    (
+        "deployment.md",
+        "optimum-cli export onnx",
+    ): "needs optimum-onnx and Transformers 4.57; .ci/full runs the same",
 }
 """Blocks, by page and a text that only they hold, with the reason."""
 
