@@ -89,6 +89,18 @@ def test_int8(tmp_path):
     assert b"stack_trace" not in (tmp_path / "model.onnx").read_bytes()
 
 
+@pytest.mark.slow
+def test_feature_extraction(tmp_path):
+    text = run("feature_extraction.py", "--output", tmp_path / "out", "--num-samples", 300)
+    (original,), (compressed,) = (figures(text, row) for row in ("original", "compressed"))
+    assert original > 60 and abs(original - compressed) < 5
+    mean, least = figures(text, "cosine")
+    assert 0.9 < least < mean < 1
+    # Three answers of the pipeline, the best first.
+    shares = [float(line.split()[-1].rstrip("%")) for line in text.splitlines()[-3:]]
+    assert shares == sorted(shares, reverse=True) and 0 < shares[0] <= 100
+
+
 def test_labels_that_are_missing_are_named(tmp_path):
     images = datasets.load_dataset(str(EXAMPLES / "fashion_mnist" / "data"), split="test").remove_columns("label")
     images.select(range(32)).to_parquet(tmp_path / "images.parquet")
