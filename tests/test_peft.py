@@ -50,12 +50,20 @@ def train(model):
     return model
 
 
-@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_attach_train_save_load_merge(checkpoint, tmp_path, targets, dora):
+@pytest.mark.parametrize(
+    ("targets", "options"),
+    [
+        *((targets, {}) for targets in TARGETS.values()),
+        (TARGETS["factors"], {"use_dora": True}),
+        (TARGETS["factors"], {"init_lora_weights": "pissa"}),
+        (TARGETS["factors"], {"init_lora_weights": "olora"}),
+    ],
+    ids=[*TARGETS, "dora", "pissa", "olora"],
+)
+def test_attach_train_save_load_merge(checkpoint, tmp_path, targets, options):
     base = load(checkpoint)
     expected, layers = logits(base), factored(base)
-    config = peft.LoraConfig(r=4, target_modules=targets, modules_to_save=["classifier"], use_dora=dora)
+    config = peft.LoraConfig(r=4, target_modules=targets, modules_to_save=["classifier"], **options)
     adapted = peft.get_peft_model(base, config)
     on_factors = [each for layer in layers.values() for each in (layer.factor_a, layer.factor_b)]
     assert any(isinstance(each, peft.tuners.lora.LoraLayer) for each in on_factors)

@@ -17,6 +17,7 @@ LABELLED_IMAGES = "path/to/labelled/images"
 CHECKPOINTS = {
     "checkpoints.md": ("deit-base-mixrank", "vit-60", "vit-50", "vit-40"),
     "deployment.md": ("deit-base-mixrank",),
+    "training.md": ("deit-base-mixrank",),
 }
 """Compressed checkpoints that a page takes for granted; the others make what they use."""
 STARTS = {

@@ -33,7 +33,11 @@ NOT_EXECUTED = {
 NEEDED_MODULES = {
     ("deployment.md", "torch.onnx.export"): ("onnx", "onnxscript"),
     ("deployment.md", "import onnxruntime"): ("onnx", "onnxscript", "onnxruntime"),
+    ("deployment.md", "quantize_dynamic"): ("onnx", "onnxscript", "onnxruntime"),
     ("deployment.md", "import copy"): ("torchao",),
+    ("deployment.md", "flatten_tensor_state_dict"): ("torchao",),
+    ("training.md", "get_peft_model(model"): ("peft",),
+    ("training.md", "merge_and_unload()"): ("peft",),
 }
 """Blocks that run where these are installed, as in .ci/run, which sets MIXRANK_TEST_ALL_BLOCKS."""
 
