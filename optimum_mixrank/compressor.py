@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import datasets
 import torch
@@ -16,14 +17,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .calibration.collect import collect_statistics
-from .calibration.fingerprint import ImageFingerprint, fingerprint_model
-from .calibration.images import ImageBatches
+from .calibration.fingerprint import fingerprint_model
+from .calibration.images import Batch, ImageBatches
 from .calibration.result import Calibration
 from .calibration.sources import load_image_dataset
 from .checkpoint import push_checkpoint, save_checkpoint, writable_directory
 from .compensation.run import compensate, prepare_images
 from .configuration import MixRankConfig
 from .decomposition import METRICS, Metric, Statistic
+from .distributed import Processes, find_processes, only_main_speaks
 from .evaluation.flops import flops_per_image, tokens_per_image
 from .evaluation.labels import find_label_column, map_labels
 from .modeling import replace_module
@@ -37,8 +39,25 @@ from .targets import Target, encoder_linears, find_targets, match_values, select
 
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from .evaluation.evaluate import EvaluationResult
     from .reporting.report import CompressionReport
+
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _in_every_process(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A method of the compressor that all processes call; only the main one speaks."""
+
+    @functools.wraps(method)
+    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with only_main_speaks(args[0].processes):  # type: ignore[attr-defined] # a `MixRankCompressor`
+            return method(*args, **kwargs)
+
+    return wrapped
 
 
 class MixRankCompressor(OptimumQuantizer):
@@ -47,10 +66,15 @@ class MixRankCompressor(OptimumQuantizer):
     Args:
         model: A Transformers model with a ViT-like encoder and any head.
         image_processor: Its image processor; needed wherever images rather than `pixel_values` are given.
+        accelerator: Stands for the processes that share the work. Default: one is made where several were launched, as
+            by `accelerate launch`. All of them then call `calibrate`, `compress`, `profile`, `evaluate`,
+            `save_pretrained` and `push_to_hub`, with the same arguments; each works on its share of images and layers,
+            all get the same result, and the main one prints and saves.
 
     Attributes:
         model: The original model; `compress` leaves it alone unless asked for `inplace=True`.
         image_processor: As given.
+        accelerator: As given.
         report: `CompressionReport` of the last compression, or None.
 
     Example:
@@ -61,7 +85,9 @@ class MixRankCompressor(OptimumQuantizer):
         ```
     """
 
-    def __init__(self, model: PreTrainedModel, image_processor: Any = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, image_processor: Any = None, accelerator: Accelerator | None = None
+    ) -> None:
         super().__init__()
         if not isinstance(model, PreTrainedModel):
             raise TypeError(
@@ -70,6 +96,7 @@ class MixRankCompressor(OptimumQuantizer):
             )
         self.model = model
         self.image_processor = image_processor
+        self.accelerator = accelerator
         self.report: CompressionReport | None = None
 
     @classmethod
@@ -78,6 +105,7 @@ class MixRankCompressor(OptimumQuantizer):
         model_or_path: str | Path | PreTrainedModel,
         *,
         image_processor: Any = None,
+        accelerator: Accelerator | None = None,
         dtype: str | torch.dtype = "float32",
         device: str | torch.device | None = None,
         auto_class: Any = None,
@@ -88,10 +116,11 @@ class MixRankCompressor(OptimumQuantizer):
         Args:
             model_or_path: A local folder, a Hub id, or a model in memory (taken as it is).
             image_processor: For a model in memory, or to replace the one that belongs to the checkpoint.
+            accelerator: See `MixRankCompressor`.
             dtype: Precision of the loaded weights and of the compressed checkpoint, float32 whatever the file holds;
                 `"auto"` keeps the file's.
-            device: Where to put the model, such as `"cuda"`. Default: a checkpoint goes to the CPU, a model in memory
-                stays where it is.
+            device: Where to put the model, such as `"cuda"`. Default: a model in memory stays where it is; a checkpoint
+                goes to the device of the `accelerator`, or of each of several processes, else to the CPU.
             auto_class: Class to load with, such as `AutoModelForSemanticSegmentation`; default: the architecture
                 that the checkpoint names.
             **hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, `trust_remote_code`, … as
@@ -107,10 +136,19 @@ class MixRankCompressor(OptimumQuantizer):
                 raise TypeError(f"A model in memory takes no {surplus}; they belong to a path or Hub id.")
             model = model_or_path
         else:
-            model = load_original(model_or_path, dtype, auto_class, hub_kwargs)
-            if image_processor is None:
-                image_processor = load_image_processor(model_or_path, hub_kwargs)
-        return cls(model if device is None else model.to(device), image_processor)
+            processes = find_processes(accelerator)
+            with only_main_speaks(processes):
+                model = load_original(model_or_path, dtype, auto_class, hub_kwargs)
+                if image_processor is None:
+                    image_processor = load_image_processor(model_or_path, hub_kwargs)
+            if device is None and not (processes.is_alone and accelerator is None):
+                device = processes.device
+        return cls(model if device is None else model.to(device), image_processor, accelerator)
+
+    @property
+    def processes(self) -> Processes:
+        """This process among those that share the work."""
+        return find_processes(self.accelerator)
 
     def get_calibration_dataset(
         self,
@@ -135,10 +173,12 @@ class MixRankCompressor(OptimumQuantizer):
         Raises:
             ValueError: if there is no such data, split or column.
         """
-        return load_image_dataset(
-            dataset, split=split, image_column=image_column, num_samples=num_samples, seed=seed, **hub_kwargs
-        )
+        with only_main_speaks(self.processes):
+            return load_image_dataset(
+                dataset, split=split, image_column=image_column, num_samples=num_samples, seed=seed, **hub_kwargs
+            )
 
+    @_in_every_process
     def calibrate(
         self,
         calibration_dataset: Any,
@@ -169,17 +209,14 @@ class MixRankCompressor(OptimumQuantizer):
             ValueError: for unusable images, NaN or Inf, or layers that never run.
         """
         metrics = [METRICS.create(name) for name in ([metric] if isinstance(metric, str) else metric)]
-        targets = find_targets(self.model, target_modules, exclude_modules)
-        return self._calibrate(
-            calibration_dataset,
-            metrics,
-            targets,
-            batch_size,
-            max_broken_share,
-            fisher_samples=fisher_samples,
-            seed=seed,
-        )
+        with self.processes.agreed():
+            targets = find_targets(self.model, target_modules, exclude_modules)
+            if not _required(metrics, targets):
+                return Calibration({}, 0)
+            batches = self._batches(calibration_dataset, batch_size, max_broken_share)
+        return self._calibrate(batches, None, metrics, targets, fisher_samples, seed)
 
+    @_in_every_process
     def compress(
         self,
         config: MixRankConfig | None = None,
@@ -218,26 +255,28 @@ class MixRankCompressor(OptimumQuantizer):
             FileExistsError: if `save_directory` holds files and `overwrite` is False.
         """
         config = config or MixRankConfig()
-        config.validate()
-        if save_directory is not None:
-            writable_directory(save_directory, overwrite)
-        metric = METRICS.create(config.metric)
-        linears = encoder_linears(self.model)
-        targets = select_targets(linears, config.target_modules, config.exclude_modules)
-        check_weights(targets)
-        plan = self._plan(config, targets)
-        plan.check()
+        processes = self.processes
+        with processes.agreed():
+            config.validate()
+            if save_directory is not None and processes.is_main:
+                writable_directory(save_directory, overwrite)
+            metric = METRICS.create(config.metric)
+            linears = encoder_linears(self.model)
+            targets = select_targets(linears, config.target_modules, config.exclude_modules)
+            check_weights(targets)
+            plan = self._plan(config, targets)
+            plan.check()
 
         images, calibration = self._images_and_statistics(
             config, metric, targets, calibration_dataset, calibration, batch_size, max_broken_share
         )
         original = measure(self.model)
-        prepared = prepare_images(self.model, images, config) if config.compensation else None
+        prepared = prepare_images(self.model, images, config, processes) if config.compensation else None
         start = time.perf_counter()
-        decompositions = decompose_layers(metric, targets, calibration, config.layout)
+        decompositions = decompose_layers(metric, targets, calibration, config.layout, processes)
         decomposed = time.perf_counter()
         losses = allocation_losses(metric, decompositions)
-        ranks = plan.allocate(losses, config.allocation)
+        ranks = processes.broadcast(plan.allocate(losses, config.allocation))
         allocated = time.perf_counter()
         profile = profile_budgets(_around(plan), losses, config.allocation, metric.common_unit)
         profiled = time.perf_counter()
@@ -245,10 +284,12 @@ class MixRankCompressor(OptimumQuantizer):
         original_model = copy.deepcopy(self.model) if inplace and config.compensation else self.model
         results = []
         try:
-            rank_map = factorize_layers(model, targets, decompositions, ranks, calibration, config.layout)
+            rank_map = factorize_layers(model, targets, decompositions, ranks, calibration, config.layout, processes)
             factorized = time.perf_counter()
             if prepared is not None:
-                results = compensate(original_model, model, targets, rank_map, calibration, prepared, config)
+                results = compensate(
+                    original_model, model, targets, rank_map, calibration, prepared, config, processes
+                )
             # Compensation keeps ranks and layouts, and chooses new pivots.
             rank_map = rank_map_of(model, targets)
             config = dataclasses.replace(config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
@@ -259,7 +300,7 @@ class MixRankCompressor(OptimumQuantizer):
         attach(model, MixRankHfQuantizer(config, pre_quantized=True))
         compensated = time.perf_counter()
 
-        self.report = build_report(
+        report = build_report(
             config=config,
             linears=linears,
             ranks=ranks,
@@ -279,11 +320,15 @@ class MixRankCompressor(OptimumQuantizer):
             compensation=results,
             predicted=metric.common_unit,
             profile=profile,
+            num_processes=processes.count,
         )
+        # Timings are those of the main process.
+        self.report = processes.broadcast(report)
         if save_directory is not None:
             self.save_pretrained(model, save_directory, overwrite=overwrite)
         return model
 
+    @_in_every_process
     def profile(
         self,
         calibration: Calibration,
@@ -308,7 +353,9 @@ class MixRankCompressor(OptimumQuantizer):
         plans = [self._plan(dataclasses.replace(config, compression_ratio=ratio), targets) for ratio in sorted(ratios)]
         for plan in plans:
             plan.check()
-        decompositions = decompose_layers(metric, targets, calibration if metric.uses_data else None, config.layout)
+        decompositions = decompose_layers(
+            metric, targets, calibration if metric.uses_data else None, config.layout, self.processes
+        )
         losses = allocation_losses(metric, decompositions)
         return profile_budgets(plans, losses, config.allocation, metric.common_unit)
 
@@ -340,6 +387,7 @@ class MixRankCompressor(OptimumQuantizer):
             )
         return self.compress(quantization_config, calibration_dataset, save_dir, **kwargs)
 
+    @_in_every_process
     def evaluate(
         self,
         model: PreTrainedModel,
@@ -369,12 +417,15 @@ class MixRankCompressor(OptimumQuantizer):
         """
         from .evaluation.evaluate import evaluate_model
 
-        batches = self._labelled_batches(dataset, batch_size, split, image_column, label_column, num_samples, seed)
-        result = evaluate_model(model, batches, reference=self.model)
+        processes = self.processes
+        with processes.agreed():
+            batches = self._labelled_batches(dataset, batch_size, split, image_column, label_column, num_samples, seed)
+        result = evaluate_model(model, batches, reference=self.model, processes=processes)
         if self.report is not None:
             self.report = dataclasses.replace(self.report, evaluation=dataclasses.asdict(result))
         return result
 
+    @_in_every_process
     def save_pretrained(
         self,
         model: PreTrainedModel,
@@ -396,11 +447,15 @@ class MixRankCompressor(OptimumQuantizer):
         Raises:
             FileExistsError: if the folder holds files and `overwrite` is False.
         """
-        report = save_checkpoint(
-            model, save_directory, self.image_processor, self.report, overwrite=overwrite, **kwargs
-        )
-        self.report = report
+        processes, report = self.processes, self.report
+        with processes.agreed():
+            if processes.is_main:
+                report = save_checkpoint(
+                    model, save_directory, self.image_processor, report, overwrite=overwrite, **kwargs
+                )
+        self.report = processes.broadcast(report)
 
+    @_in_every_process
     def push_to_hub(self, model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
         """Upload a compressed model with its image processor and the report.
 
@@ -410,9 +465,13 @@ class MixRankCompressor(OptimumQuantizer):
             **kwargs: `token`, `private`, `revision`, `commit_message`, and `max_shard_size`.
 
         Returns:
-            What `huggingface_hub.upload_folder` returns.
+            What `huggingface_hub.upload_folder` returns; None in all processes but the main one.
         """
-        return push_checkpoint(model, repo_id, self.image_processor, self.report, **kwargs)
+        processes, uploaded = self.processes, None
+        with processes.agreed():
+            if processes.is_main:
+                uploaded = push_checkpoint(model, repo_id, self.image_processor, self.report, **kwargs)
+        return uploaded
 
     def _plan(self, config: MixRankConfig, targets: Sequence[Target]) -> RankPlan:
         rank_pattern = match_values(targets, config.rank_pattern, "rank_pattern")
@@ -448,36 +507,28 @@ class MixRankCompressor(OptimumQuantizer):
 
     def _calibrate(
         self,
-        dataset: Any,
-        metrics: Iterable[Metric],
+        batches: ImageBatches,
+        decoded: Sequence[Batch] | None,
+        metrics: Sequence[Metric],
         targets: Sequence[Target],
-        batch_size: int,
-        max_broken_share: float,
-        *,
         fisher_samples: int,
         seed: int,
     ) -> Calibration:
-        required: dict[str, frozenset[Statistic]] = {}
-        for target in targets:
-            union = frozenset().union(*(metric.required_statistics(*target.shape) for metric in metrics))
-            if union:
-                required[target.name] = union
-        if not required:
-            return Calibration({}, 0)
-        batches = self._batches(dataset, batch_size, max_broken_share)
+        """Statistics of images, or of those that have been decoded from them already."""
+        processes = self.processes
+        fingerprint = self._fingerprint(processes)
         start = time.perf_counter()
-        images = ImageFingerprint()
         layers, num_images = collect_statistics(
-            self.model, images.watch(batches), required, batches.num_images, fisher_samples=fisher_samples, seed=seed
+            self.model,
+            batches if decoded is None else decoded,
+            _required(metrics, targets),
+            batches.num_images,
+            fisher_samples=fisher_samples,
+            seed=seed,
+            processes=processes,
         )
-        return Calibration(
-            layers,
-            num_images,
-            tuple(batches.broken),
-            time.perf_counter() - start,
-            fingerprint_model(self.model),
-            images.hexdigest(),
-        )
+        seconds = time.perf_counter() - start
+        return Calibration(layers, num_images, tuple(batches.broken), seconds, fingerprint, batches.fingerprint)
 
     def _images_and_statistics(
         self,
@@ -488,8 +539,9 @@ class MixRankCompressor(OptimumQuantizer):
         calibration: Calibration | None,
         batch_size: int,
         max_broken_share: float,
-    ) -> tuple[list[torch.Tensor], Calibration | None]:
+    ) -> tuple[list[Batch], Calibration | None]:
         """Images for compensation, decoded once, and statistics; empty and None where they are not needed."""
+        processes = self.processes
         if dataset is None and calibration is None:
             dataset = config.dataset
         uses_images = bool(config.compensation) or (metric.uses_data and calibration is None)
@@ -499,34 +551,39 @@ class MixRankCompressor(OptimumQuantizer):
                 f"{step} needs calibration images: pass `calibration_dataset`. Without images there are only "
                 "metric='svd' and compensation=[], which lose far more accuracy."
             )
-        if uses_images and isinstance(dataset, str | Path):
-            dataset = self.get_calibration_dataset(dataset, num_samples=config.num_samples, seed=config.seed)
-        images: list[torch.Tensor] = []
-        if config.compensation:
+        with processes.agreed():
+            if uses_images and isinstance(dataset, str | Path):
+                dataset = self.get_calibration_dataset(dataset, num_samples=config.num_samples, seed=config.seed)
+            batches = self._batches(dataset, batch_size, max_broken_share) if uses_images else None
+        images: list[Batch] = []
+        if config.compensation and batches is not None:
             # Compensation goes over the images many times: they are decoded once, and kept as the model sees them.
-            batches = self._batches(dataset, batch_size, max_broken_share)
-            images = [batch.pixel_values for batch in logging.tqdm(batches, desc="Decoding", unit="batch")]
-            dataset = images
+            with processes.agreed():
+                images = list(logging.tqdm(batches, desc="Decoding", unit="batch"))
+            batches.settle()
         if calibration is not None:
-            seen = ImageFingerprint()
-            for pixel_values in images:
-                seen.update(pixel_values)
-            calibration.check(fingerprint_model(self.model), seen.hexdigest() if images else None)
+            seen = batches.fingerprint if batches is not None and config.compensation else None
+            calibration.check(self._fingerprint(processes), seen)
         if not metric.uses_data:
             calibration = None
-        elif calibration is None:
-            calibration = self._calibrate(
-                dataset,
-                [metric],
-                targets,
-                batch_size,
-                max_broken_share,
-                fisher_samples=config.fisher_samples,
-                seed=config.seed,
-            )
-            if images:
-                calibration = dataclasses.replace(calibration, broken=tuple(batches.broken))
+        elif calibration is None and batches is not None:
+            decoded = images if config.compensation else None
+            calibration = self._calibrate(batches, decoded, [metric], targets, config.fisher_samples, config.seed)
         return images, calibration
+
+    def _fingerprint(self, processes: Processes) -> str:
+        """Of the model.
+
+        Raises:
+            ValueError: if the processes hold different models.
+        """
+        fingerprint = fingerprint_model(self.model)
+        if len(set(processes.gather(fingerprint))) > 1:
+            raise ValueError(
+                "The processes hold models with different weights. Load the same checkpoint in all, and call "
+                "`accelerate.utils.set_seed` before weights are drawn at random, those of a new head say."
+            )
+        return fingerprint
 
     def _batches(self, dataset: Any, batch_size: int, max_broken_share: float) -> ImageBatches:
         return ImageBatches(
@@ -535,6 +592,8 @@ class MixRankCompressor(OptimumQuantizer):
             batch_size=batch_size,
             max_broken_share=max_broken_share,
             num_channels=getattr(self.model.config, "num_channels", 3),
+            processes=self.processes,
+            fingerprint=True,
         )
 
     def _labelled_batches(
@@ -569,6 +628,7 @@ class MixRankCompressor(OptimumQuantizer):
             label_column=label_column,
             label_map=label_map,
             num_channels=getattr(self.model.config, "num_channels", 3),
+            processes=self.processes,
         )
 
 
@@ -585,3 +645,12 @@ def _restore(model: PreTrainedModel, targets: Sequence[Target], original: PreTra
         replace_module(model, target.name, target.module)
     if original is not model:
         model.load_state_dict(original.state_dict())
+
+
+def _required(metrics: Sequence[Metric], targets: Sequence[Target]) -> dict[str, frozenset[Statistic]]:
+    """Statistics that metrics need, by module name; layers of which none is needed are left out."""
+    required = {
+        target.name: frozenset[Statistic]().union(*(metric.required_statistics(*target.shape) for metric in metrics))
+        for target in targets
+    }
+    return {name: statistics for name, statistics in required.items() if statistics}

@@ -50,11 +50,11 @@ def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]
                 f"rank_map entry {canonical!r} has rank {layer.rank}, but the layer of shape "
                 f"[{linear.out_features}, {linear.in_features}] allows {limit} at most. The checkpoint is damaged."
             )
-        replace_module(model, names[canonical], _empty(linear, layer).train(linear.training))
+        replace_module(model, names[canonical], empty_layer(linear, layer).train(linear.training))
 
 
-def _empty(linear: nn.Linear, layer: FactoredLayer) -> FactoredLinear:
-    """A factored layer on the meta device in place of a dense one."""
+def empty_layer(linear: nn.Linear, layer: FactoredLayer) -> FactoredLinear:
+    """A factored layer on the meta device that may take the place of a dense one."""
     shape, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
     if layer.layout == "pivoted":
         pivots = None if layer.pivots is None else decode_rows(layer.pivots)

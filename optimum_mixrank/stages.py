@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,7 +14,9 @@ from transformers.utils import logging
 
 from .calibration.result import Calibration
 from .decomposition import Decomposition, LayerStatistics, Metric, Statistic, corrected_bias, pivot_rows
+from .distributed import ALONE, Processes
 from .layout import FactoredLayer, break_even
+from .loading import empty_layer
 from .modeling import FactoredLinear, LowRankLinear, PivotedLinear, replace_module, to_float64
 from .targets import Target
 
@@ -29,35 +33,55 @@ def check_weights(targets: Sequence[Target]) -> None:
 
 
 def decompose_layers(
-    metric: Metric, targets: Sequence[Target], calibration: Calibration | None, layout: str = "factors"
+    metric: Metric,
+    targets: Sequence[Target],
+    calibration: Calibration | None,
+    layout: str = "factors",
+    processes: Processes = ALONE,
 ) -> dict[str, Decomposition]:
     """Decompose every layer, in float64.
 
     Kept are, by canonical name, the components that pay off (up to the break-even rank), in float32 or the layer's own
-    precision if that is higher: at most as much memory as the dense weights in that precision.
+    precision if that is higher: at most as much memory as the dense weights in that precision. Several processes share
+    the layers out by cost, and give each other what they have found.
 
     Args:
         metric: How errors are measured.
         targets: The layers.
         calibration: Statistics by module name; None for a metric without data.
         layout: How factors will be stored; it says where break-even is.
+        processes: Those that share the work.
 
     Raises:
         ValueError: if the calibration lacks a layer or a statistic.
     """
+    owners = processes.share_out({target.name: math.prod(target.shape) * min(target.shape) for target in targets})
+    own = [target for target in targets if owners[target.name] == processes.index]
+    found: dict[str, Decomposition] = {}
+    with processes.agreed():
+        for target in logging.tqdm(own, desc="Decomposing", unit="layer"):
+            found[target.name] = _decompose(metric, target, calibration, layout)
+    if processes.is_alone:
+        return {target.canonical_name: found[target.name] for target in targets}
     decompositions = {}
-    for target in logging.tqdm(targets, desc="Decomposing", unit="layer"):
-        weight = to_float64(target.module.weight)
-        statistics = None if calibration is None else _to(_statistics(calibration, target), weight)
-        if statistics is not None and target.module.bias is None:
-            statistics = statistics.about_zero(weight)
-        decomposition = metric.decompose(weight, statistics)
-        # From the break-even rank on a layer stays dense; no more components can be asked for.
-        m, n = target.shape
-        keep = max(1, int(break_even(m, n, layout)))
-        dtype = torch.promote_types(target.module.weight.dtype, torch.float32)
-        decompositions[target.canonical_name] = decomposition.truncated(keep, dtype)
+    for target in targets:
+        parts = vars(found[target.name]) if target.name in found else None
+        device = to_float64(target.module.weight[:0]).device
+        decompositions[target.canonical_name] = Decomposition(**processes.send(parts, owners[target.name], device))
     return decompositions
+
+
+def _decompose(metric: Metric, target: Target, calibration: Calibration | None, layout: str) -> Decomposition:
+    weight = to_float64(target.module.weight)
+    statistics = None if calibration is None else _to(_statistics(calibration, target), weight)
+    if statistics is not None and target.module.bias is None:
+        statistics = statistics.about_zero(weight)
+    decomposition = metric.decompose(weight, statistics)
+    # From the break-even rank on a layer stays dense; no more components can be asked for.
+    m, n = target.shape
+    keep = max(1, int(break_even(m, n, layout)))
+    dtype = torch.promote_types(target.module.weight.dtype, torch.float32)
+    return decomposition.truncated(keep, dtype)
 
 
 def allocation_losses(metric: Metric, decompositions: Mapping[str, Decomposition]) -> dict[str, np.ndarray]:
@@ -75,8 +99,11 @@ def factorize_layers(
     ranks: Mapping[str, int | None],
     calibration: Calibration | None,
     layout: str = "factors",
+    processes: Processes = ALONE,
 ) -> dict[str, FactoredLayer]:
     """Replace the layers of `model` by factored ones of the given ranks; return the rank map.
+
+    Several processes share the layers out, and all get the same ones.
 
     Args:
         model: Changed in place; `targets` may belong to it or to the model it is a copy of.
@@ -85,18 +112,80 @@ def factorize_layers(
         ranks: By canonical name; None leaves a layer dense.
         calibration: Statistics by module name, for the bias; None leaves biases as they are.
         layout: How factors are stored; see `FactoredLayer`.
+        processes: Those that share the work.
     """
-    rank_map = {}
-    for target in logging.tqdm(targets, desc="Factorizing", unit="layer"):
+
+    def factorize(target: Target) -> FactoredLinear:
         rank = ranks[target.canonical_name]
-        if rank is None:
-            continue
+        assert rank is not None  # dense layers are left out below
         mean = None if calibration is None else _statistics(calibration, target).require(Statistic.INPUT_MEAN)
         A, B = decompositions[target.canonical_name].factors(rank)
-        layer = factored_linear(target.module, A, B, layout, mean)
-        replace_module(model, target.name, layer)
-        rank_map[target.canonical_name] = layer.entry
-    return rank_map
+        return factored_linear(target.module, A, B, layout, mean)
+
+    factored = [target for target in targets if ranks[target.canonical_name] is not None]
+    for name, layer in make_layers(factored, factorize, processes, "Factorizing").items():
+        replace_module(model, name, layer)
+    return rank_map_of(model, targets)
+
+
+def make_layers(
+    targets: Sequence[Target],
+    make: Callable[[Target], FactoredLinear],
+    processes: Processes = ALONE,
+    description: str | None = None,
+) -> dict[str, FactoredLinear]:
+    """Make factored layers, by module name; several processes share them out by cost, and all get the very same ones.
+
+    Args:
+        targets: The dense layers whose place they take.
+        make: Makes one.
+        processes: Those that share the work.
+        description: Of the progress bar; None shows none.
+    """
+    owners = processes.share_out({target.name: math.prod(target.shape) * min(target.shape) for target in targets})
+    own = [target for target in targets if owners[target.name] == processes.index]
+    made: dict[str, FactoredLinear] = {}
+    with processes.agreed():
+        for target in logging.tqdm(own, desc=description, unit="layer", disable=description is None):
+            made[target.name] = make(target)
+    return {
+        target.name: _share_layer(made.get(target.name), target.module, processes, owners[target.name])
+        for target in targets
+    }
+
+
+def _share_layer(layer: FactoredLinear | None, dense: nn.Linear, processes: Processes, source: int) -> FactoredLinear:
+    """The layer that one process has made, on all."""
+    entry = processes.broadcast(None if layer is None else layer.entry, source)
+    tensors = processes.send(None if layer is None else layer.state_dict(), source, dense.weight.device)
+    if layer is not None:
+        return layer
+    assert entry is not None  # `source` has made the layer
+    received = empty_layer(dense, entry)
+    received.load_state_dict(tensors, assign=True)
+    for parameter in (*received.factor_a.parameters(), *received.factor_b.parameters()):
+        parameter.requires_grad_(dense.weight.requires_grad)
+    return received.train(dense.training)
+
+
+@torch.no_grad()
+def share_model(model: nn.Module, targets: Sequence[Target], processes: Processes) -> None:
+    """Give the compressed model of the main process to all: layers that may have new pivots, and all other values."""
+    if processes.is_alone:
+        return
+    factored = {
+        target.name: target.module for target in targets if target.canonical_name in rank_map_of(model, targets)
+    }
+    for name, dense in factored.items():
+        layer = cast(FactoredLinear, model.get_submodule(name))
+        replace_module(model, name, _share_layer(layer if processes.is_main else None, dense, processes, 0))
+    values = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not any(name.startswith(f"{layer}.") for layer in factored)
+    }
+    for name, tensor in processes.send(values, 0).items():
+        values[name].copy_(tensor)
 
 
 def rank_map_of(model: nn.Module, targets: Sequence[Target]) -> dict[str, FactoredLayer]:

@@ -22,10 +22,12 @@ class Batch:
     Attributes:
         pixel_values: `[batch, channels, height, width]`, finite.
         labels: `[batch]`, int64, or None.
+        index: Number of the batch among those of all processes.
     """
 
     pixel_values: Tensor
     labels: Tensor | None = None
+    index: int = 0
 
     @property
     def num_images(self) -> int:

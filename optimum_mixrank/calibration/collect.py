@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..decomposition.statistics import LayerStatistics, Statistic
+from ..distributed import ALONE, Processes
 from ..hooks import OutputListener
 from ..inference import evaluation_mode
 from ..outputs import select_output
 from .fisher import GradientCollector, activation_gradients
+from .images import ImageBatches
 from .moments import MeanInputAccumulator, MomentAccumulator
 
 
@@ -35,6 +38,10 @@ class ImageBatch(Protocol):
     @property
     def pixel_values(self) -> Tensor:
         """`[batch, channels, height, width]`."""
+
+    @property
+    def index(self) -> int:
+        """Number of the batch among those of all processes."""
 
 
 class StatisticsCollector(OutputListener):
@@ -69,6 +76,36 @@ class StatisticsCollector(OutputListener):
                     f"NaN or Inf in the {side} of layer {name!r}. Check the calibration images and the weights up to "
                     "this layer; a half-precision model may overflow, load it with dtype='float32'."
                 )
+
+    def start_from(self, processes: Processes, source: int) -> None:
+        """Take over from the process that has run the first batch what all accumulators have to have in common.
+
+        Args:
+            processes: Those that share the batches out.
+            source: The process that has run one.
+        """
+        keys, leaders = processes.broadcast((list(self._accumulators), self._leaders), source)
+        self._leaders = dict(leaders)
+        shifts = processes.send(self._shifts(), source)
+        for key in keys:
+            accumulator = self._accumulators.setdefault(key, _NEW_ACCUMULATOR[key[1]]())
+            if isinstance(accumulator, MomentAccumulator):
+                accumulator.shift = shifts[_label(*key)]
+
+    def reduce(self, processes: Processes) -> None:
+        """Take in what all processes have collected; all hold the same then.
+
+        Raises:
+            ValueError: if a layer was called in some processes only.
+        """
+        called = processes.gather(list(self._accumulators))
+        for name, _ in (key for keys in called for key in keys if any(key not in each for each in called)):
+            raise ValueError(
+                f"Layer {name!r} was called for some batches only, so that its statistics cannot be shared out over "
+                "processes. Leave it out with exclude_modules, or use one process."
+            )
+        for accumulator in self._accumulators.values():
+            accumulator.reduce(processes)
 
     def result(self) -> dict[str, LayerStatistics]:
         """The statistics by module name; layers that share an input share its tensors.
@@ -121,6 +158,14 @@ class StatisticsCollector(OutputListener):
                 f"{self._last_leader!r} later; its statistics cannot be shared. Exclude it with exclude_modules."
             )
 
+    def _shifts(self) -> dict[str, Tensor]:
+        accumulators = {_label(*key): accumulator for key, accumulator in self._accumulators.items()}
+        return {
+            label: accumulator.shift
+            for label, accumulator in accumulators.items()
+            if isinstance(accumulator, MomentAccumulator) and accumulator.shift is not None
+        }
+
     def _owner(self, name: str, statistic: Statistic) -> str:
         return name if statistic is Statistic.OUTPUT_COVARIANCE else self._leaders[name]
 
@@ -128,6 +173,10 @@ class StatisticsCollector(OutputListener):
         if (owner, statistic) not in self._accumulators:
             self._accumulators[owner, statistic] = _NEW_ACCUMULATOR[statistic]()
         self._accumulators[owner, statistic].update(tensor)
+
+
+def _label(name: str, statistic: Statistic) -> str:
+    return f"{name}:{statistic.value}"
 
 
 def _finish(statistic: Statistic, accumulator: Accumulator) -> Tensor:
@@ -144,19 +193,22 @@ def collect_statistics(
     *,
     fisher_samples: int = 1,
     seed: int = 42,
+    processes: Processes = ALONE,
 ) -> tuple[dict[str, LayerStatistics], int]:
     """Run a model over images and collect statistics of its layers.
 
     One forward pass over the images in evaluation mode, without gradients unless gradients are asked for; the model is
-    left as it was.
+    left as it was. Several processes each run over their own batches; all get the same statistics, those that one
+    process gets from all batches up to the order of the sums in float64.
 
     Args:
         model: A model that takes `pixel_values`.
-        batches: Batches of images.
+        batches: Batches of images; of several processes, those of this one.
         required: Statistics to collect, by module name.
-        num_images: Their number, where known, for the progress bar.
+        num_images: Their number in all processes, where known, for the progress bar.
         fisher_samples: Random probes per image for `GRADIENT_MOMENT`; each costs a backward pass.
         seed: Of these probes.
+        processes: Those that share the batches out.
 
     Returns:
         The statistics by module name, and the number of images seen.
@@ -168,28 +220,54 @@ def collect_statistics(
     device = getattr(model, "device", parameter.device)
     with_gradients = [name for name, statistics in required.items() if Statistic.GRADIENT_MOMENT in statistics]
     forward = {name: statistics - {Statistic.GRADIENT_MOMENT} for name, statistics in required.items()}
-    seen = 0
-    progress = logging.tqdm(total=num_images, desc="Calibrating", unit="img")
+    share = None if num_images is None else math.ceil(num_images / processes.count)
+    progress = logging.tqdm(total=share, desc="Calibrating", unit="img")
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         collector = stack.enter_context(StatisticsCollector(model, forward))
         stack.enter_context(progress)
+        gradients = None
         if with_gradients:
             gradients = stack.enter_context(GradientCollector(model, with_gradients, fisher_samples, seed))
             stack.enter_context(activation_gradients(model))
-        for batch in batches:
+
+        def run(batch: ImageBatch) -> int:
             pixel_values = batch.pixel_values.to(device=device, dtype=parameter.dtype)
             # Some input has to require gradients for the activations to have any; parameters do not.
             output = model(pixel_values=pixel_values.detach().requires_grad_(bool(with_gradients)))
-            if seen == 0:
-                collector.check_finite()
-            if with_gradients:
-                gradients.update(select_output(output, getattr(model, "config", None)))
-            seen += len(pixel_values)
+            if gradients is not None:
+                gradients.update(select_output(output, getattr(model, "config", None)), batch.index)
             progress.update(len(pixel_values))
+            return len(pixel_values)
+
+        rest = iter(batches)
+        with processes.agreed():
+            waiting = next(rest, None)
+        # One process runs the first of all batches, and the others start from what it has found.
+        source = processes.first_holder(None if waiting is None else waiting.index)
+        seen = 0
+        with processes.agreed():
+            if waiting is not None and processes.index == source:
+                seen, waiting = run(waiting), None
+                collector.check_finite()
+        if source is not None and not processes.is_alone:
+            collector.start_from(processes, source)
+            if gradients is not None:
+                gradients.shifts = processes.send(gradients.shifts, source)
+        with processes.agreed():
+            if waiting is not None:
+                seen += run(waiting)
+            for batch in rest:
+                seen += run(batch)
+        if isinstance(batches, ImageBatches):
+            batches.settle()
+        seen = sum(processes.gather(seen))
         if seen == 0:
             raise ValueError("The calibration dataset holds no image; a few hundred are needed.")
+        collector.reduce(processes)
         layers = {name: replace(statistics, num_images=seen) for name, statistics in collector.result().items()}
-        for name in with_gradients:
-            layers[name] = replace(layers[name], gradient_moment=gradients.moment(name))
+        if gradients is not None:
+            gradients.reduce(processes)
+            for name in with_gradients:
+                layers[name] = replace(layers[name], gradient_moment=gradients.moment(name))
         return layers, seen

@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-
-class PixelBatch(Protocol):
-    """A batch of images."""
-
-    @property
-    def pixel_values(self) -> Tensor:
-        """`[batch, channels, height, width]`."""
 
 
 def fingerprint_model(model: nn.Module) -> str:
@@ -28,25 +18,23 @@ def fingerprint_model(model: nn.Module) -> str:
 
 
 class ImageFingerprint:
-    """SHA-256 over images in their order, however they are batched."""
+    """SHA-256 over the digests of images in their order, however they are batched and wherever they were seen."""
 
     def __init__(self) -> None:
-        self._digest = hashlib.sha256()
+        self._digests: dict[int, bytes] = {}
 
-    def update(self, pixel_values: Tensor) -> None:
-        """Take in images, `[batch, channels, height, width]`."""
-        for image in pixel_values:
-            self._digest.update(_bytes(image))
+    def update(self, pixel_values: Tensor, batch: int = 0) -> None:
+        """Take in images, `[batch, channels, height, width]`, behind those of the same or a lower batch number."""
+        digests = b"".join(hashlib.sha256(_bytes(image)).digest() for image in pixel_values)
+        self._digests[batch] = self._digests.get(batch, b"") + digests
+
+    def merge(self, other: ImageFingerprint) -> None:
+        """Take in the images of other batches, which another process has seen."""
+        self._digests.update(other._digests)
 
     def hexdigest(self) -> str:
         """The fingerprint of the images so far."""
-        return self._digest.hexdigest()
-
-    def watch(self, batches: Iterable[PixelBatch]) -> Iterator[PixelBatch]:
-        """Pass batches on and take them in."""
-        for batch in batches:
-            self.update(batch.pixel_values)
-            yield batch
+        return hashlib.sha256(b"".join(self._digests[batch] for batch in sorted(self._digests))).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..distributed import Processes
 from ..hooks import OutputListener
 from ..outputs import ModelOutput
 from .moments import MomentAccumulator
@@ -26,18 +28,24 @@ class GradientCollector(OutputListener):
     def __init__(self, model: nn.Module, names: Sequence[str], samples: int = 1, seed: int = 42) -> None:
         super().__init__({name: model.get_submodule(name) for name in names})
         self._samples = samples
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
         self._outputs: dict[str, list[Tensor]] = {}
         self._accumulators = {name: MomentAccumulator() for name in names}
 
-    def update(self, output: ModelOutput) -> None:
-        """Take in the gradients of the batch that has just run."""
+    def update(self, output: ModelOutput, batch: int = 0) -> None:
+        """Take in the gradients of the batch that has just run.
+
+        Args:
+            output: Of the model.
+            batch: Number of the batch among those of all processes, on which its probes depend.
+        """
+        generator = _generator(self._seed, batch)
         outputs = [tensor for tensors in self._outputs.values() for tensor in tensors]
         owners = [name for name, tensors in self._outputs.items() for _ in tensors]
         # Gradients of a confident model are too small for float16; as in mixed-precision training they are scaled.
         scale = 2.0**14 if any(tensor.dtype == torch.float16 for tensor in outputs) else 1.0
         for sample in range(self._samples):
-            scalar = probe_likelihood(output, self._generator) * scale
+            scalar = probe_likelihood(output, generator) * scale
             last = sample + 1 == self._samples
             gradients = torch.autograd.grad(scalar, outputs, retain_graph=not last, allow_unused=True)
             for name, tensor, gradient in zip(owners, outputs, gradients, strict=True):
@@ -45,6 +53,22 @@ class GradientCollector(OutputListener):
                 gradient = torch.zeros_like(tensor) if gradient is None else gradient
                 self._accumulators[name].update(gradient.float() / scale if scale != 1 else gradient)
         self._forget()
+
+    @property
+    def shifts(self) -> dict[str, Tensor]:
+        """See `MomentAccumulator.shift`, by layer; settable before the first batch."""
+        shifts = {name: accumulator.shift for name, accumulator in self._accumulators.items()}
+        return {name: shift for name, shift in shifts.items() if shift is not None}
+
+    @shifts.setter
+    def shifts(self, shifts: Mapping[str, Tensor]) -> None:
+        for name, shift in shifts.items():
+            self._accumulators[name].shift = shift
+
+    def reduce(self, processes: Processes) -> None:
+        """See `MomentAccumulator.reduce`."""
+        for accumulator in self._accumulators.values():
+            accumulator.reduce(processes)
 
     def moment(self, name: str) -> Tensor:
         """`E[g gᵀ]` over tokens and probes, `[out_features, out_features]`, float64.
@@ -68,6 +92,12 @@ class GradientCollector(OutputListener):
 
     def _forget(self) -> None:
         self._outputs.clear()
+
+
+def _generator(seed: int, batch: int) -> torch.Generator:
+    """The same random numbers for a batch, whichever process it runs in."""
+    state = np.random.SeedSequence(seed, spawn_key=(batch,)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
 def probe_likelihood(output: ModelOutput, generator: torch.Generator) -> Tensor:

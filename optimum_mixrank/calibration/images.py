@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,19 +14,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
+from ..distributed import ALONE, Processes
 from .collating import Batch, Collator
 from .decoding import BrokenImageError
-from .rows import ImageRows, Row, delivers_images, num_images, stream_rows
+from .fingerprint import ImageFingerprint
+from .rows import ImageRows, Row, delivers_images, fingerprint_rows, num_images, single_rows, stream_rows
 from .sources import load_image_dataset
 
 
 logger = logging.get_logger(__name__)
+
+Loaded = tuple[int, Batch | None, list[BrokenImageError]]
 
 __all__ = ["Batch", "ImageBatches"]
 
 
 class ImageBatches:
     """Iterates over images in batches, in the source's order; broken files are named, left out and counted.
+
+    Several processes share the batches out: number b goes to process b modulo their number, and a process decodes no
+    other. Batches are the same for any number of processes. After a pass all of them call `settle`.
 
     Args:
         source: A `datasets.Dataset` with an image column, a folder, a Hub id, a list of PIL images or paths, or any
@@ -41,16 +49,18 @@ class ImageBatches:
         num_channels: Channels that the model takes; 1 makes grey images.
         num_workers: Processes that decode ahead, for datasets and lists of images.
         dtype: Of the pixels.
+        processes: Those that share the batches out.
+        fingerprint: Whether to take the images' fingerprint.
 
     Attributes:
         num_images: Number of images in the source, broken ones included; None if it cannot be known beforehand.
-        broken: Names of the images that could not be decoded in the last pass.
+        broken: Names of the images that could not be decoded in the last pass; after `settle`, those of all processes.
 
     Raises:
         TypeError: for a source of another kind.
-        ValueError: for a missing image processor, image column or label column. While iterating: for more broken images
-            than tolerated, no usable image, images of different sizes or unusable `pixel_values`, and for the second
-            pass through an iterator.
+        ValueError: for a missing image processor, image column or label column, and for a DataLoader that shares its
+            batches out already. While iterating: for more broken images than tolerated, no usable image, images of
+            different sizes or unusable `pixel_values`, and for the second pass through an iterator.
     """
 
     def __init__(
@@ -66,6 +76,8 @@ class ImageBatches:
         num_channels: int = 3,
         num_workers: int = 0,
         dtype: torch.dtype = torch.float32,
+        processes: Processes = ALONE,
+        fingerprint: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is not a positive number of images.")
@@ -74,7 +86,10 @@ class ImageBatches:
         if isinstance(source, str | Path | datasets.DatasetDict):
             source = load_image_dataset(source, image_column=image_column)
         _check_kind(source)
+        if not processes.is_alone:
+            _check_whole(source)
         self._source = source
+        self._processes = processes
         self._collate = Collator(image_processor, num_channels, label_map, dtype)
         self._batch_size = batch_size
         self._columns = (image_column, label_column)
@@ -83,6 +98,8 @@ class ImageBatches:
         self._rows = ImageRows(source, *self._columns) if delivers_images(source) else None
         self._used_up = False
         self._named: set[str] = set()
+        self._with_fingerprint = fingerprint
+        self._pass = _Pass()
         self.broken: list[str] = []
         self.num_images = num_images(source) if self._rows is None else len(self._rows)
         if self._rows is not None:
@@ -94,49 +111,87 @@ class ImageBatches:
         return len(self.broken)
 
     def __len__(self) -> int:
-        """Number of batches if no image is broken.
+        """Number of batches of this process if no image is broken.
 
         Raises:
             TypeError: if it cannot be known beforehand, as for a generator.
         """
         if self._rows is not None:
-            return math.ceil(len(self._rows) / self._batch_size)
-        if isinstance(self._source, DataLoader) and self._source.batch_size is not None:
-            return len(self._source)
-        raise TypeError(f"A {type(self._source).__name__} of `pixel_values` does not tell its number of batches.")
+            batches = math.ceil(len(self._rows) / self._batch_size)
+        elif isinstance(self._source, DataLoader) and self._source.batch_size is not None:
+            batches = len(self._source)
+        else:
+            raise TypeError(f"A {type(self._source).__name__} of `pixel_values` does not tell its number of batches.")
+        return len(range(self._processes.index, batches, self._processes.count))
 
     def __iter__(self) -> Iterator[Batch]:
         self.broken = []
-        usable, shape = 0, None
-        for batch, broken in self._stream() if self._rows is None else self._load(self._rows):
-            self._leave_out(broken)
+        self._pass = _Pass()
+        for index, batch, broken in self._batches():
+            self._leave_out(broken, index)
             if self._rows is not None:
                 self._check_broken_share(len(self._rows))
             if batch is None or batch.num_images == 0:
                 continue
-            if shape is not None and batch.pixel_values.shape[1:] != shape:
-                raise ValueError(
-                    f"Images of different sizes: {list(shape)} and {list(batch.pixel_values.shape[1:])}; let the image "
-                    "processor resize and crop them to one size."
-                )
-            shape = batch.pixel_values.shape[1:]
-            usable += batch.num_images
-            yield batch
-        self._check_broken_share(usable + self.num_broken)
-        if not usable:
-            raise ValueError(
-                f"There is no image to use ({self.num_broken} broken ones were left out); check the source of images."
-            )
+            self._pass.take_in(batch.pixel_values)
+            if self._with_fingerprint:
+                self._pass.fingerprint.update(batch.pixel_values, index)
+            yield dataclasses.replace(batch, index=index)
+        if self._processes.is_alone:
+            self._check()
 
-    def _load(self, rows: ImageRows) -> Iterable[tuple[Batch | None, list[BrokenImageError]]]:
-        return DataLoader(
+    @property
+    def fingerprint(self) -> str:
+        """Of the usable images of the last pass; see `ImageFingerprint`."""
+        return self._pass.fingerprint.hexdigest()
+
+    def settle(self) -> None:
+        """Bring together what all processes found in a pass; every one calls this after its own.
+
+        Raises:
+            ValueError: what iterating in one process raises, and if the processes did not get the same images in the
+                same order.
+        """
+        if self._processes.is_alone:
+            return
+        found = self._processes.gather(self._pass)
+        if len({each.source for each in found}) > 1:
+            raise ValueError(
+                "The processes were given different images, or the same in different orders, so that they cannot be "
+                "shared out. Give every process the same dataset, list or DataLoader in the same order: sort names of "
+                "files, and shuffle or transform at random with the same seed everywhere, or not at all."
+            )
+        self._pass = found[0]
+        for each in found[1:]:
+            self._pass.merge(each)
+        self.broken = [error.name for _, error in sorted(self._pass.broken, key=lambda pair: pair[0])]
+        for _, error in self._pass.broken:
+            self._name(error)
+        self._check()
+
+    def _batches(self) -> Iterator[Loaded]:
+        """Batches of this process with their numbers, and the broken images among them."""
+        rows: Sequence[Row] | None = self._rows
+        if rows is None and not self._processes.is_alone:
+            rows = single_rows(self._source, *self._columns)
+        return self._stream() if rows is None else self._load(rows)
+
+    def _load(self, rows: Sequence[Row]) -> Iterator[Loaded]:
+        starts = range(0, len(rows), self._batch_size)
+        own = [index for index in range(len(starts)) if self._processes.owns(index)]
+        # What a dataset of the user's own delivers may be random, as its transforms may be: its length has to do.
+        look = rows is self._rows and not self._processes.is_alone
+        self._pass.source = (len(rows), fingerprint_rows([rows[0], rows[len(rows) - 1]] if look else []))
+        loader = DataLoader(
             rows,  # a sequence serves as a map-style dataset
-            batch_size=self._batch_size,
+            batch_sampler=[range(starts[i], min(starts[i] + self._batch_size, len(rows))) for i in own],
             num_workers=self._num_workers,
             collate_fn=self._collate,
         )
+        for index, (batch, broken) in zip(own, loader, strict=True):
+            yield index, batch, broken
 
-    def _stream(self) -> Iterator[tuple[Batch | None, list[BrokenImageError]]]:
+    def _stream(self) -> Iterator[Loaded]:
         if isinstance(self._source, Iterator):
             if self._used_up:
                 raise ValueError(
@@ -144,24 +199,45 @@ class ImageBatches:
                     "which can be iterated again."
                 )
             self._used_up = True
+        first = ""
+        index = -1
+        for index, rows in enumerate(self._row_batches()):
+            if index == 0 and not self._processes.is_alone:
+                first = fingerprint_rows(rows)
+            if self._processes.owns(index):
+                yield index, *self._collate(rows)
+        self._pass.source = (index + 1, first)
+
+    def _row_batches(self) -> Iterator[list[Row]]:
         single: list[Row] = []
         for row in stream_rows(self._source, *self._columns):
             if single and (row.is_batch or len(single) == self._batch_size):
-                yield self._collate(single)
+                yield single
                 single = []
             if row.is_batch:
-                yield self._collate([row])
+                yield [row]
             else:
                 single.append(row)
         if single:
-            yield self._collate(single)
+            yield single
 
-    def _leave_out(self, broken: Iterable[BrokenImageError]) -> None:
+    def _leave_out(self, broken: Iterable[BrokenImageError], index: int) -> None:
         for error in broken:
             self.broken.append(error.name)
-            if error.name not in self._named:  # once, however many passes there are
-                self._named.add(error.name)
-                logger.warning(f"Broken image left out: {error}")
+            self._pass.broken.append((index, error))
+            self._name(error)
+
+    def _name(self, error: BrokenImageError) -> None:
+        if error.name not in self._named:  # once, however many passes there are
+            self._named.add(error.name)
+            logger.warning(f"Broken image left out: {error}")
+
+    def _check(self) -> None:
+        self._check_broken_share(self._pass.usable + self.num_broken)
+        if not self._pass.usable:
+            raise ValueError(
+                f"There is no image to use ({self.num_broken} broken ones were left out); check the source of images."
+            )
 
     def _check_broken_share(self, total: int) -> None:
         # A quotient, not a product with the share: 0.29 * 100 < 29.
@@ -171,6 +247,54 @@ class ImageBatches:
                 f"than max_broken_share={self._max_broken_share} tolerates. The first are {', '.join(self.broken[:3])}. "
                 "Mend or remove them, or raise max_broken_share."
             )
+
+
+@dataclasses.dataclass
+class _Pass:
+    """What a pass has found in the batches of one process, or of several.
+
+    Attributes:
+        usable: Images.
+        broken: With the numbers of their batches.
+        shape: Of an image, `(channels, height, width)`.
+        source: Size of the source and fingerprint of its first rows, which are the same for all processes.
+        fingerprint: Of the usable images.
+    """
+
+    usable: int = 0
+    broken: list[tuple[int, BrokenImageError]] = dataclasses.field(default_factory=list)
+    shape: torch.Size | None = None
+    source: tuple[int, str] = (0, "")
+    fingerprint: ImageFingerprint = dataclasses.field(default_factory=ImageFingerprint)
+
+    def take_in(self, pixel_values: Tensor) -> None:
+        self._check_shape(pixel_values.shape[1:])
+        self.usable += len(pixel_values)
+
+    def merge(self, other: _Pass) -> None:
+        if other.shape is not None:
+            self._check_shape(other.shape)
+        self.usable += other.usable
+        self.broken += other.broken
+        self.fingerprint.merge(other.fingerprint)
+
+    def _check_shape(self, shape: torch.Size) -> None:
+        if self.shape is not None and self.shape != shape:
+            raise ValueError(
+                f"Images of different sizes: {list(self.shape)} and {list(shape)}; let the image processor resize and "
+                "crop them to one size."
+            )
+        self.shape = shape
+
+
+def _check_whole(source: Any) -> None:
+    from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+
+    if isinstance(source, DataLoaderShard | DataLoaderDispatcher):
+        raise ValueError(
+            f"The {type(source).__name__} shares its batches out over the processes already, and may repeat images to "
+            "fill the last batch; give the DataLoader as it was before `accelerator.prepare`."
+        )
 
 
 def _check_kind(source: Any) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from ..distributed import Processes
 
 
 class MomentAccumulator:
@@ -13,16 +17,23 @@ class MomentAccumulator:
     than the spread cancels nothing. Products are summed over a batch in float32 (float64 for float64 input) and over
     batches in float64.
 
+    Several processes may each take in a part of the stream: one of them takes in the first batch and gives the others
+    its `shift`; afterwards all call `reduce`. The sums are then those of one process up to the order of summation.
+
     Args:
         full: Whether to accumulate the whole covariance, `[n, n]`, or the variances alone, `[n]`.
         products: False to accumulate the mean alone.
+
+    Attributes:
+        count: Vectors so far.
+        shift: What is subtracted from every vector, `[n]`; None before the first batch.
     """
 
     def __init__(self, full: bool = True, products: bool = True) -> None:
         self.count = 0
+        self.shift: Tensor | None = None
         self._full = full
         self._products = products
-        self._shift: Tensor | None = None
         self._sum: Tensor | None = None
         self._product: Tensor | None = None
 
@@ -33,9 +44,9 @@ class MomentAccumulator:
             return
         if vectors.dtype != torch.float64:
             vectors = vectors.float()
-        if self._shift is None:
-            self._shift = vectors.mean(dim=0)
-        centred = vectors - self._shift
+        # From another process it comes on the host.
+        self.shift = vectors.mean(dim=0) if self.shift is None else self.shift.to(vectors.device)
+        centred = vectors - self.shift
         self._sum = _add(self._sum, centred.sum(dim=0))
         if self._products:
             # Autocast, under which the model may run, would multiply in half precision.
@@ -43,6 +54,21 @@ class MomentAccumulator:
                 product = centred.T @ centred if self._full else centred.square().sum(dim=0)
             self._product = _add(self._product, product)
         self.count += len(vectors)
+
+    def reduce(self, processes: Processes) -> None:
+        """Take in what all processes have seen; all hold the same then. The shift must be the same everywhere."""
+        if processes.is_alone or self.shift is None:
+            return
+        size = len(self.shift)
+        if self._sum is None:
+            # This process saw nothing.
+            self._sum = _add(None, self.shift.new_zeros(size))
+        if self._products and self._product is None:
+            self._product = _add(None, self.shift.new_zeros((size, size) if self._full else size))
+        for total in (self._sum, self._product):
+            if total is not None:
+                processes.sum_(total)
+        self.count = sum(processes.gather(self.count))
 
     @property
     def is_finite(self) -> bool:
@@ -75,15 +101,15 @@ class MomentAccumulator:
         return self._totals()[1] / self.count
 
     def _totals(self) -> tuple[Tensor, Tensor]:
-        if self._shift is None or self._sum is None or self.count == 0:
+        if self.shift is None or self._sum is None or self.count == 0:
             raise ValueError("No vectors have been seen.")
-        return self._shift, self._sum
+        return self.shift, self._sum
 
 
 class PairAccumulator:
     """Means and covariances of a stream of pairs: inputs, `[..., n]`, and targets, `[..., m]`.
 
-    Shifted and summed as in `MomentAccumulator`.
+    Shifted, summed and reduced over processes as in `MomentAccumulator`.
 
     Args:
         same_inputs: An accumulator that gets the very same inputs, and gets them first; their moments are shared.
@@ -93,7 +119,6 @@ class PairAccumulator:
         self._shares_inputs = same_inputs is not None
         self._inputs: MomentAccumulator = MomentAccumulator() if same_inputs is None else same_inputs._inputs
         self._targets = MomentAccumulator(products=False)
-        self._shifts: tuple[Tensor, Tensor] | None = None
         self._cross: Tensor | None = None
 
     def update(self, inputs: Tensor, targets: Tensor) -> None:
@@ -102,14 +127,35 @@ class PairAccumulator:
         targets = targets.detach().reshape(-1, targets.shape[-1])
         if inputs.dtype != torch.float64:
             inputs, targets = inputs.float(), targets.float()
-        if self._shifts is None:
-            self._shifts = inputs.mean(dim=0), targets.mean(dim=0)
         if not self._shares_inputs:
             self._inputs.update(inputs)
         self._targets.update(targets)
+        input_shift, target_shift = self._both_shifts()
         with torch.autocast(inputs.device.type, enabled=False):
-            product = (targets - self._shifts[1]).T @ (inputs - self._shifts[0])
+            product = (targets - target_shift).T @ (inputs - input_shift)
         self._cross = _add(self._cross, product)
+
+    @property
+    def shifts(self) -> dict[str, Tensor]:
+        """What is subtracted from inputs, `[n]`, and targets, `[m]`; settable before the first batch."""
+        shifts = {"inputs": self._inputs.shift, "targets": self._targets.shift}
+        return {name: shift for name, shift in shifts.items() if shift is not None}
+
+    @shifts.setter
+    def shifts(self, shifts: Mapping[str, Tensor]) -> None:
+        self._inputs.shift, self._targets.shift = shifts["inputs"], shifts["targets"]
+
+    def reduce(self, processes: Processes) -> None:
+        """See `MomentAccumulator.reduce`; accumulators that share inputs are reduced in the order of their making."""
+        if processes.is_alone:
+            return
+        if not self._shares_inputs:
+            self._inputs.reduce(processes)
+        self._targets.reduce(processes)
+        if self._cross is None:
+            input_shift, target_shift = self._both_shifts()
+            self._cross = _add(None, target_shift.new_zeros(len(target_shift), len(input_shift)))
+        processes.sum_(self._cross)
 
     @property
     def is_finite(self) -> bool:
@@ -123,14 +169,19 @@ class PairAccumulator:
     def moments(self, centred: bool = True) -> tuple[Tensor, Tensor]:
         """Covariances of the inputs, `[n, n]`, and of targets with inputs, `[m, n]`; or second moments about zero."""
         input_mean, target_mean = self.means()
-        if self._shifts is None or self._cross is None:
+        if self._cross is None:
             raise ValueError("No vectors have been seen.")
-        input_shift, target_shift = self._shifts
+        input_shift, target_shift = self._both_shifts()
         offset = torch.outer(target_mean - target_shift.to(target_mean), input_mean - input_shift.to(input_mean))
         covariance, cross = self._inputs.covariance(), self._cross / self._inputs.count - offset
         if centred:
             return covariance, cross
         return covariance + torch.outer(input_mean, input_mean), cross + torch.outer(target_mean, input_mean)
+
+    def _both_shifts(self) -> tuple[Tensor, Tensor]:
+        if self._inputs.shift is None or self._targets.shift is None:
+            raise ValueError("No vectors have been seen.")
+        return self._inputs.shift, self._targets.shift
 
 
 class MeanInputAccumulator:
@@ -148,13 +199,27 @@ class MeanInputAccumulator:
         """
         inputs = inputs.detach()
         inputs = inputs[:, None] if inputs.ndim == 2 else inputs.reshape(-1, *inputs.shape[-2:])
-        if self._sum is not None and self._sum.shape != inputs.shape[1:]:
-            raise ValueError(
-                f"The number of tokens changed from {self._sum.shape[0]} to {inputs.shape[1]}; a mean input needs "
-                "images of one size. Use metric='second_moment'."
-            )
+        if self._sum is not None:
+            self._check_shape(self._sum.shape, inputs.shape[1:])
         self._sum = _add(self._sum, inputs.double().sum(dim=0) if inputs.device.type != "mps" else inputs.sum(dim=0))
         self.count += len(inputs)
+
+    def reduce(self, processes: Processes) -> None:
+        """Take in what all processes have seen; all hold the same then.
+
+        Raises:
+            ValueError: if they have seen different numbers of tokens.
+        """
+        if processes.is_alone:
+            return
+        shapes = [shape for shape in processes.gather(None if self._sum is None else self._sum.shape) if shape]
+        for shape in shapes:
+            self._check_shape(shapes[0], shape)
+        if self._sum is None and shapes:
+            self._sum = torch.zeros(shapes[0], dtype=torch.float64)
+        if self._sum is not None:
+            processes.sum_(self._sum)
+        self.count = sum(processes.gather(self.count))
 
     @property
     def is_finite(self) -> bool:
@@ -166,6 +231,14 @@ class MeanInputAccumulator:
         if self._sum is None:
             raise ValueError("No inputs have been seen.")
         return self._sum / self.count
+
+    @staticmethod
+    def _check_shape(before: torch.Size, now: torch.Size) -> None:
+        if before != now:
+            raise ValueError(
+                f"The number of tokens changed from {before[0]} to {now[0]}; a mean input needs images of one size. Use "
+                "metric='second_moment'."
+            )
 
 
 def _add(total: Tensor | None, batch: Tensor) -> Tensor:

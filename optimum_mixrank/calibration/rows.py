@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import datasets
@@ -66,6 +68,49 @@ def delivers_images(source: Any) -> bool:
         # A transform may deliver anything.
         return source.format["type"] != "custom" and "pixel_values" not in source.column_names
     return isinstance(source, Sequence) and len(source) > 0 and holds_image(source[0])
+
+
+def single_rows(source: Any, image_column: str | None = None, label_column: str | None = None) -> Sequence[Row] | None:
+    """Rows of a source with random access, if its first item is one image; None otherwise.
+
+    One process reads such a source from the beginning to the end; several each read their own rows alone.
+    """
+    if isinstance(source, datasets.Dataset) and source.format["type"] != "custom":
+        source = source.with_format("torch")
+    is_map_style = isinstance(source, torch.utils.data.Dataset) and hasattr(source, "__len__")
+    if isinstance(source, torch.utils.data.IterableDataset) or not (
+        isinstance(source, datasets.Dataset | Sequence | Tensor) or is_map_style
+    ):
+        return None
+    if len(source) == 0 or read_row(source[0], 0, image_column, label_column).is_batch:
+        return None
+    return _IndexedRows(source, image_column, label_column)
+
+
+class _IndexedRows(Sequence[Row]):
+    def __init__(self, source: Any, *columns: str | None) -> None:
+        self._source = source
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: Any) -> Any:
+        return read_row(self._source[index], index, *self._columns)
+
+
+def fingerprint_rows(rows: Sequence[Row]) -> str:
+    """A fingerprint that tells sources and their orders apart, from a few rows; nothing is decoded."""
+    digest = hashlib.sha256()
+    for row in rows:
+        # Folders may lie elsewhere on another machine.
+        digest.update(PurePath(row.name).name.encode())
+        item = row.image.get("bytes") if isinstance(row.image, Mapping) else row.image
+        if row.pixel_values is not None:
+            item = row.pixel_values.detach().cpu().double().numpy()
+        if isinstance(item, bytes | bytearray | np.ndarray):
+            digest.update(bytes(item))
+    return digest.hexdigest()
 
 
 def stream_rows(source: Any, image_column: str | None = None, label_column: str | None = None) -> Iterator[Row]:

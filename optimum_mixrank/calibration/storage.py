@@ -19,7 +19,7 @@ from ..version import __version__
 from .result import Calibration
 
 
-_FORMAT = "optimum-mixrank statistics 1"
+_FORMAT = "optimum-mixrank statistics 2"
 
 
 def save_calibration(calibration: Calibration, path: str | Path) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from ..decomposition import LayerStatistics
+from ..distributed import ALONE, Processes
 from ..layout import FactoredLayer
 from ..outputs import ModelOutput
 from ..registry import Registry
@@ -34,6 +35,8 @@ class Compensation:
         held_out: The same of images that nothing is learned from; they decide what is kept.
         references: Outputs of the original on the held-out images.
         config: The configuration.
+        processes: Those that share the images out: batches, held-out images and references are the share of this one.
+        numbers: Of `batches` among those of all processes, ascending; not needed for one process.
     """
 
     original: nn.Module
@@ -45,6 +48,8 @@ class Compensation:
     held_out: Sequence[Tensor]
     references: Sequence[ModelOutput]
     config: MixRankConfig
+    processes: Processes = ALONE
+    numbers: Sequence[int] = ()
 
     @property
     def factored(self) -> list[Target]:
@@ -77,9 +82,12 @@ class Compensator(ABC):
 
     Attributes:
         name: Entry of `MixRankConfig.compensation`.
+        shares_images: Whether it works on the share of the images that its process has, and exchanges what it finds by
+            `task.processes`. If not, every process gets all images and does the same work.
     """
 
     name: ClassVar[str]
+    shares_images: ClassVar[bool] = False
 
     @abstractmethod
     def compensate(self, task: Compensation) -> Mapping[str, Any]:

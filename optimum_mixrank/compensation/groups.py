@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration.collect import collect_statistics
+from ..calibration.images import Batch
 from ..decomposition import Statistic
 from ..modeling import to_float64
 from .whitening import Roots, whitened_balance
@@ -24,11 +24,6 @@ VECTOR_SCALE = 0.125
 """Steps of biases and normalizations, whose values are of the order of 1, beside those of factors."""
 
 Group = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    pixel_values: Tensor
 
 
 def factor_groups(
@@ -55,9 +50,8 @@ def factor_groups(
     generator = torch.Generator().manual_seed(seed)
     chosen = images[torch.randperm(len(images), generator=generator)[:NUM_IMAGES]]
     wanted = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE, Statistic.GRADIENT_MOMENT})
-    statistics, _ = collect_statistics(
-        model, [_Batch(batch) for batch in chosen.split(batch_size)], dict.fromkeys(names, wanted), seed=seed
-    )
+    batches = [Batch(part, index=index) for index, part in enumerate(chosen.split(batch_size))]
+    statistics, _ = collect_statistics(model, batches, dict.fromkeys(names, wanted), seed=seed)
     groups: dict[str, list[Group]] = {}
     inputs: dict[int, tuple[Roots, Tensor]] = {}
     for name in names:

@@ -4,42 +4,63 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed import ALONE, Processes
 from ..evaluation.fidelity import kl_divergence, relative_error
 from ..inference import evaluation_mode
 from ..modeling import FactoredLinear, replace_module
 from ..outputs import ModelOutput, select_output
+from ..stages import share_model
 from .compensator import Compensation, CompensationResult, Compensator
 
 
 def split_batches(
-    batches: Sequence[Tensor], share: float, batch_size: int, seed: int
-) -> tuple[list[Tensor], list[Tensor]]:
+    batches: Mapping[int, Tensor], share: float, seed: int, processes: Processes = ALONE
+) -> tuple[dict[int, Tensor], list[Tensor]]:
     """Split images at random into those to learn from and those that are held out; each part keeps its order.
 
+    Which images are held out does not depend on how they are batched or shared out.
+
     Args:
-        batches: `pixel_values`; their order may be that of the classes.
+        batches: `pixel_values` by number of the batch among those of all processes; their order may be that of the
+            classes.
         share: Share of the images to hold out, in (0, 1).
-        batch_size: Of the batches to return.
         seed: Of the draw.
+        processes: Those that share the batches out.
+
+    Returns:
+        What is left of the batches, by number, and the held-out images of this process, in batches of their own.
 
     Raises:
         ValueError: if there are fewer than two images.
     """
-    images = torch.cat(list(batches))
-    count = min(max(1, math.ceil(share * len(images))), len(images) - 1)
+    found = processes.gather({number: len(batch) for number, batch in batches.items()})
+    sizes = {number: size for each in found for number, size in each.items()}
+    total = sum(sizes.values())
+    count = min(max(1, math.ceil(share * total)), total - 1)
     if count < 1:
         raise ValueError(
-            f"Compensation holds a share of the images out, which needs at least 2; there are {len(images)}. Give more "
+            f"Compensation holds a share of the images out, which needs at least 2; there are {total}. Give more "
             "calibration images."
         )
-    is_held_out = torch.zeros(len(images), dtype=torch.bool)
-    is_held_out[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]] = True
-    return list(images[~is_held_out].split(batch_size)), list(images[is_held_out].split(batch_size))
+    is_held_out = torch.zeros(total, dtype=torch.bool)
+    is_held_out[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]] = True
+    learn, held_out = {}, []
+    for number, part in zip(
+        sorted(sizes), is_held_out.split([sizes[number] for number in sorted(sizes)]), strict=True
+    ):
+        if number in batches:
+            held_out.append(batches[number][part])
+            if not part.all():
+                learn[number] = batches[number][~part]
+    together = torch.cat(held_out) if held_out else torch.zeros(0)
+    return learn, list(together.split(max(sizes.values()))) if len(together) else []
 
 
 @torch.no_grad()
@@ -54,8 +75,10 @@ def model_outputs(model: nn.Module, batches: Sequence[Tensor]) -> list[ModelOutp
         ]
 
 
-def output_error(outputs: Sequence[ModelOutput], references: Sequence[ModelOutput]) -> float:
-    """Mean over images of KL(reference ‖ output) in nats, or of the relative squared error of features."""
+def output_error(
+    outputs: Sequence[ModelOutput], references: Sequence[ModelOutput], processes: Processes = ALONE
+) -> float:
+    """Mean over the images of all processes: KL(reference ‖ output) in nats, or relative squared error of features."""
     errors = []
     for output, reference in zip(outputs, references, strict=True):
         if output.logits is not None and reference.logits is not None:
@@ -63,12 +86,16 @@ def output_error(outputs: Sequence[ModelOutput], references: Sequence[ModelOutpu
         else:
             pairs = zip(reference.features, output.features, strict=True)
             errors.append(torch.stack([relative_error(*pair) for pair in pairs]).mean(dim=0))
-    return float(torch.cat([error.double() for error in errors]).mean())
+    total = sum(float(error.double().sum()) for error in errors)
+    found = processes.gather((total, sum(len(error) for error in errors)))
+    return sum(total for total, _ in found) / sum(count for _, count in found)
 
 
 def held_out_error(task: Compensation) -> float:
     """Error of the compressed model, as it is now, on the held-out images; see `output_error`."""
-    return output_error(model_outputs(task.model, task.held_out), task.references)
+    with task.processes.agreed():
+        outputs = model_outputs(task.model, task.held_out)
+    return output_error(outputs, task.references, task.processes)
 
 
 def compensate_and_keep_the_better(compensator: Compensator, task: Compensation) -> CompensationResult:
@@ -81,7 +108,7 @@ def compensate_and_keep_the_better(compensator: Compensator, task: Compensation)
     before = held_out_error(task)
     modes = {name: module.training for name, module in task.model.named_modules()}
     backup = _Backup(task.model)
-    details = compensator.compensate(task)
+    details = compensator.compensate(task) if compensator.shares_images else _same_work(compensator, task)
     after = held_out_error(task)
     kept = after < before
     if not kept:
@@ -90,6 +117,27 @@ def compensate_and_keep_the_better(compensator: Compensator, task: Compensation)
         # New layers were made while the model was in evaluation mode.
         module.training = modes[name]
     return CompensationResult(compensator.name, kept, before, after, details)
+
+
+def _same_work(compensator: Compensator, task: Compensation) -> Mapping[str, Any]:
+    """Run a compensator on all images in every process; what the main process has made of the model holds for all."""
+    if task.processes.is_alone:
+        return compensator.compensate(task)
+    batches = task.processes.collect(dict(zip(task.numbers, task.batches, strict=True)))
+    own = range(task.processes.index, task.processes.count * len(task.held_out), task.processes.count)
+    held_out = list(task.processes.collect(dict(zip(own, task.held_out, strict=True))).values())
+    with task.processes.agreed():
+        whole = replace(
+            task,
+            batches=list(batches.values()),
+            held_out=held_out,
+            references=model_outputs(task.original, held_out),
+            processes=ALONE,
+        )
+        details = compensator.compensate(whole)
+    # Not all kernels of a GPU give the same bits every time.
+    share_model(task.model, task.targets, task.processes)
+    return task.processes.broadcast(details)
 
 
 class _Backup:

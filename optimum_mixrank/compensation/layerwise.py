@@ -14,6 +14,7 @@ from ..calibration.moments import PairAccumulator
 from ..hooks import removed_afterwards
 from ..inference import evaluation_mode
 from ..modeling import FactoredLinear, replace_module, to_float64
+from ..stages import make_layers
 from ..targets import Target
 from .anchors import find_anchors
 from .compensator import Compensation, Compensator
@@ -33,7 +34,7 @@ class LayerwiseCompensator(Compensator):
     the work starts; and the outputs of the linear layers of one segment of the original, about `12 d` values per token
     in a ViT of width d, if they take no more than `max_bytes`. Time: two runs of the original, and of the compressed
     model one run to every group of layers that share an input (four in a ViT block) and one through the segment. Where
-    outputs are not kept, the original runs to every group of layers too.
+    outputs are not kept, the original runs to every group of layers too. Several processes share images and layers out.
 
     Attributes:
         description: Of the progress bar.
@@ -44,6 +45,7 @@ class LayerwiseCompensator(Compensator):
 
     description: ClassVar[str]
     residual_targets: ClassVar[bool]
+    shares_images = True
     max_bytes: ClassVar[int] = 4 * 2**30
 
     @abstractmethod
@@ -65,10 +67,14 @@ class LayerwiseCompensator(Compensator):
         if task.config.mirror:
             batches += [batch.flip(-1) for batch in task.batches]
         anchored = 0
+        processes = task.processes
+        source = 0 if processes.is_alone else processes.first_holder(task.numbers[0] if task.numbers else None)
+        assert source is not None  # there is an image to learn from
         progress = logging.tqdm(total=len(layers), desc=self.description, unit="layer")
         with progress, evaluation_mode(task.original), evaluation_mode(task.model):
-            theirs = SegmentReplay(task.original, segments, batches)
-            ours = SegmentReplay(task.model, segments, batches)
+            with processes.agreed():
+                theirs = SegmentReplay(task.original, segments, batches)
+                ours = SegmentReplay(task.model, segments, batches)
             logger.info(f"Activations at a segment boundary take {2 * theirs.num_bytes / 2**20:,.0f} MiB.")
             for segment in segments:
                 inside = {
@@ -76,16 +82,27 @@ class LayerwiseCompensator(Compensator):
                     for name, target in layers.items()
                     if name.startswith(f"{segment}.")
                 }
-                first = theirs.calls[0]
-                anchors = find_anchors(theirs.segment, first, list(inside)) if self.residual_targets else {}
+                structure: tuple[dict[str, str], list[list[str]]] = {}, []
+                with processes.agreed():
+                    if processes.index == source:
+                        structure = self._structure(theirs, list(inside))
+                anchors, groups = processes.broadcast(structure, source)
                 anchored += len(anchors)
-                outputs = _OriginalOutputs(theirs, list(inside), anchors, self.max_bytes)
-                for group in group_by_input(theirs.segment, first, list(inside)):
-                    self._replace(task, ours, {name: inside[name] for name in group}, anchors, outputs)
+                with processes.agreed():
+                    outputs = _OriginalOutputs(theirs, list(inside), anchors, self.max_bytes)
+                for group in groups:
+                    self._replace(task, ours, {name: inside[name] for name in group}, anchors, outputs, source)
                     progress.update(len(group))
-                theirs.advance()
-                ours.advance()
+                with processes.agreed():
+                    theirs.advance()
+                    ours.advance()
         return {"layers": len(layers), "layers_with_residual_target": anchored}
+
+    def _structure(self, replay: SegmentReplay, names: Sequence[str]) -> tuple[dict[str, str], list[list[str]]]:
+        """Anchors of the layers of a segment, and which of them share an input."""
+        call = replay.calls[0]
+        anchors = find_anchors(replay.segment, call, names) if self.residual_targets else {}
+        return anchors, group_by_input(replay.segment, call, names)
 
     def _replace(
         self,
@@ -94,22 +111,42 @@ class LayerwiseCompensator(Compensator):
         group: Mapping[str, Target],
         anchors: Mapping[str, str],
         wanted: _OriginalOutputs,
+        source: int,
     ) -> None:
+        processes = task.processes
         pairs: dict[str, PairAccumulator] = {}
         for name in group:
             pairs[name] = PairAccumulator(next(iter(pairs.values()), None))
-        for index, call in enumerate(ours.calls):
-            original = wanted.of(index, list(group))
-            inputs, targets = _inputs_and_targets(ours.segment, call, list(group), anchors, original)
-            for name, pair in pairs.items():
-                pair.update(inputs[name], targets[name])
-        for name, target in group.items():
-            if not pairs[name].is_finite:
+
+        def take_in(indices: range) -> None:
+            for index in indices:
+                original = wanted.of(index, list(group))
+                inputs, targets = _inputs_and_targets(ours.segment, ours.calls[index], list(group), anchors, original)
+                for name, pair in pairs.items():
+                    pair.update(inputs[name], targets[name])
+
+        # One process takes in the first of all batches, and the others start from its shifts.
+        first = 1 if processes.index == source else 0
+        with processes.agreed():
+            take_in(range(first))
+        if not processes.is_alone:
+            for pair in pairs.values():
+                pair.shifts = processes.send(pair.shifts, source)
+        with processes.agreed():
+            take_in(range(first, len(ours.calls)))
+        for name, pair in pairs.items():
+            pair.reduce(processes)
+            if not pair.is_finite:
                 raise ValueError(
-                    f"NaN or Inf around layer {target.name!r} while it was solved again; a half-precision model may "
+                    f"NaN or Inf around layer {group[name].name!r} while it was solved again; a half-precision model may "
                     "overflow, load it with dtype='float32'."
                 )
-            replace_module(task.model, target.name, self._solve(task, target, pairs[name]))
+        by_target = {group[name].name: pair for name, pair in pairs.items()}
+        layers = make_layers(
+            list(group.values()), lambda target: self._solve(task, target, by_target[target.name]), processes
+        )
+        for name, layer in layers.items():
+            replace_module(task.model, name, layer)
 
     def _solve(self, task: Compensation, target: Target, pair: PairAccumulator) -> FactoredLinear:
         has_bias = target.module.bias is not None

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..calibration.images import Batch
 from ..calibration.result import Calibration
+from ..distributed import ALONE, Processes
 from ..layout import FactoredLayer
 from ..outputs import ModelOutput
 from ..targets import Target
@@ -25,34 +27,37 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class CompensationImages:
-    """Images for compensation.
+    """Images for compensation; of several processes, the share of this one.
 
     Attributes:
-        batches: To learn from, each `[batch, channels, height, width]`.
+        batches: To learn from, by number, each `[batch, channels, height, width]`.
         held_out: To decide by.
         references: Outputs of the original on these.
     """
 
-    batches: Sequence[Tensor]
+    batches: Mapping[int, Tensor]
     held_out: Sequence[Tensor]
     references: Sequence[ModelOutput]
 
 
-def prepare_images(original: nn.Module, images: Sequence[Tensor], config: MixRankConfig) -> CompensationImages:
+def prepare_images(
+    original: nn.Module, images: Sequence[Batch], config: MixRankConfig, processes: Processes = ALONE
+) -> CompensationImages:
     """Split the images and run the original over those that are held out; nothing is changed.
 
     Raises:
         ValueError: if there are too few images, or the original does not give the same output twice.
     """
-    batch_size = max(len(batch) for batch in images)
-    batches, held_out = split_batches(images, config.held_out_ratio, batch_size, config.seed)
-    references = model_outputs(original, held_out)
-    again = model_outputs(original, held_out[:1])
-    if output_error(again, references[:1]) > 1e-6:
-        raise ValueError(
-            f"{type(original).__name__} gives another output each time for the same images (random masks, say), so "
-            "nothing can be learned from it. Load it without that, or set compensation=[]."
-        )
+    numbered = {batch.index: batch.pixel_values for batch in images}
+    batches, held_out = split_batches(numbered, config.held_out_ratio, config.seed, processes)
+    with processes.agreed():
+        references = model_outputs(original, held_out)
+        again = model_outputs(original, held_out[:1])
+        if again and output_error(again, references[:1]) > 1e-6:
+            raise ValueError(
+                f"{type(original).__name__} gives another output each time for the same images (random masks, say), so "
+                "nothing can be learned from it. Load it without that, or set compensation=[]."
+            )
     return CompensationImages(batches, held_out, references)
 
 
@@ -64,6 +69,7 @@ def compensate(
     calibration: Calibration | None,
     images: CompensationImages,
     config: MixRankConfig,
+    processes: Processes = ALONE,
 ) -> list[CompensationResult]:
     """Improve a compressed model in place by the steps that `config.compensation` names.
 
@@ -75,6 +81,7 @@ def compensate(
         calibration: Statistics, or None.
         images: See `prepare_images`.
         config: The configuration.
+        processes: Those that share the images out.
 
     Returns:
         What came of every step.
@@ -88,17 +95,20 @@ def compensate(
         targets=targets,
         rank_map=rank_map,
         statistics={} if calibration is None else calibration.layers,
-        batches=images.batches,
+        batches=list(images.batches.values()),
         held_out=images.held_out,
         references=images.references,
         config=config,
+        processes=processes,
+        numbers=list(images.batches),
     )
+    num_held_out = sum(processes.gather(sum(map(len, images.held_out))))
     results = []
     for name in config.compensation:
         result = compensate_and_keep_the_better(COMPENSATORS.create(name), task)
         if not result.kept:
             logger.warning(
-                f"Compensation {name!r} did not lower the error on the {sum(map(len, images.held_out))} held-out "
+                f"Compensation {name!r} did not lower the error on the {num_held_out} held-out "
                 f"images ({result.error_before:.4g} -> {result.error_after:.4g}) and was not kept."
             )
         results.append(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..calibration.images import ImageBatches
+from ..distributed import ALONE, Processes
 from ..inference import evaluation_mode
 from ..outputs import ModelOutput, select_output
 from .fidelity import agreement, kl_divergence, relative_error
@@ -59,6 +62,7 @@ def evaluate_model(
     batches: Iterable[LabelledBatch],
     reference: nn.Module | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> EvaluationResult:
     """Measure a model on images; with its original, also what was lost against it.
 
@@ -69,20 +73,23 @@ def evaluate_model(
 
     Args:
         model: The compressed model.
-        batches: Batches with `pixel_values` and `labels` (or None).
+        batches: Batches with `pixel_values` and `labels` (or None); of several processes, those of this one.
         reference: The original model.
         progress: Whether to show a progress bar.
+        processes: Those that share the batches out.
 
     Returns:
-        Means over all images.
+        Means over all images, of all processes.
 
     Raises:
         ValueError: if there is nothing to measure (no image; neither original nor labels), labels do not fit the
             model or only some batches have them, the models' outputs differ in shape, or an output is NaN or Inf.
     """
     means = _Means()
-    bar = logging.tqdm(total=getattr(batches, "num_images", None), desc="Evaluating", unit="img", disable=not progress)
-    with ExitStack() as stack:
+    num_images = getattr(batches, "num_images", None)
+    share = None if num_images is None else math.ceil(num_images / processes.count)
+    bar = logging.tqdm(total=share, desc="Evaluating", unit="img", disable=not progress)
+    with processes.agreed(), ExitStack() as stack:
         stack.enter_context(bar)
         for each in (model,) if reference is None else (model, reference):
             stack.enter_context(evaluation_mode(each))
@@ -91,7 +98,12 @@ def evaluate_model(
             original = None if reference is None else _run(reference, batch.pixel_values, "The original model")
             means.add(_measure(output, original, batch.labels), len(batch.pixel_values))
             bar.update(len(batch.pixel_values))
-    return means.result()
+    if isinstance(batches, ImageBatches):
+        batches.settle()
+    total = _Means()
+    for found in processes.gather(means):
+        total.merge(found)
+    return total.result()
 
 
 @dataclass
@@ -105,11 +117,14 @@ class _Means:
                 "There is nothing to measure: give labels (and a model with a class head) for accuracy, or the "
                 "original as `reference`."
             )
-        if self.num_images and values.keys() != self.sums.keys():
+        self.merge(_Means(num_images, {name: value.double().sum().item() for name, value in values.items()}))
+
+    def merge(self, other: _Means) -> None:
+        if self.num_images and other.num_images and other.sums.keys() != self.sums.keys():
             raise ValueError("Some batches have labels and some have none; give labels for all images or for none.")
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.double().sum().item()
-        self.num_images += num_images
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.num_images += other.num_images
 
     def result(self) -> EvaluationResult:
         if not self.num_images:

@@ -75,6 +75,7 @@ def build_report(
     compensation: Sequence[CompensationResult] = (),
     predicted: bool = False,
     profile: RankProfile | None = None,
+    num_processes: int = 1,
 ) -> CompressionReport:
     """Describe what was done to every linear layer of the encoder, targeted or not.
 
@@ -91,6 +92,7 @@ def build_report(
         compensation: What came of every step.
         predicted: Whether the losses are in a common unit, so that their sum says something.
         profile: What other budgets would have cost.
+        num_processes: Processes that shared the work.
     """
     layers = []
     for linear in linears:
@@ -119,7 +121,7 @@ def build_report(
     return CompressionReport(
         layers=layers,
         settings=settings,
-        environment=environment(next(model.parameters()).device),
+        environment={**environment(next(model.parameters()).device), "processes": num_processes},
         model_parameters_before=original.parameters,
         model_parameters_after=compressed.parameters,
         bytes_on_disk_before=original.bytes,

@@ -1,7 +1,5 @@
 """Statistics of layers against explicitly captured activations, and what a run leaves behind."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from models import AWKWARD, pixels, tiny_deit, tiny_swin, tiny_vit
@@ -9,6 +7,7 @@ from torch import nn
 from transformers.utils import logging
 
 from optimum_mixrank.calibration.collect import StatisticsCollector, collect_statistics
+from optimum_mixrank.calibration.images import Batch
 from optimum_mixrank.decomposition import Statistic
 from optimum_mixrank.targets import encoder_linears
 
@@ -24,7 +23,7 @@ ALL = frozenset(Statistic)
 
 
 def batches(*sizes):
-    return [SimpleNamespace(pixel_values=batch) for batch in pixels(sum(sizes)).split(list(sizes))]
+    return [Batch(pixel_values=batch) for batch in pixels(sum(sizes)).split(list(sizes))]
 
 
 def required_for(model, statistics=ALL):
@@ -150,7 +149,7 @@ def test_no_hook_of_ours_remains_and_the_users_survive(fails):
 def test_no_hook_remains_where_the_forward_pass_fails():
     model = tiny_vit()
     with pytest.raises(ValueError, match="channel"):
-        collect_statistics(model, [SimpleNamespace(pixel_values=torch.zeros(2, 1, 32, 32))], required_for(model))
+        collect_statistics(model, [Batch(pixel_values=torch.zeros(2, 1, 32, 32))], required_for(model))
     assert hook_count(model) == 0
 
 
@@ -202,7 +201,7 @@ def test_nan_in_the_images_names_the_first_layer(value):
     first = "|".join(target.name for target in encoder_linears(model)[:3])
     for images in ([batch], [pixels(3), batch]):
         with pytest.raises(ValueError, match=f"NaN or Inf in the inputs of layer '({first})'.*calibration images"):
-            collect_statistics(model, [SimpleNamespace(pixel_values=b) for b in images], required_for(model))
+            collect_statistics(model, [Batch(pixel_values=b) for b in images], required_for(model))
     assert hook_count(model) == 0
 
 
@@ -210,7 +209,7 @@ def test_nan_in_the_images_is_reported_after_the_first_batch():
     model = tiny_vit()
 
     def images():
-        yield SimpleNamespace(pixel_values=torch.full((1, 3, 32, 32), float("nan")))
+        yield Batch(pixel_values=torch.full((1, 3, 32, 32), float("nan")))
         pytest.fail("went on after a batch of NaN")
 
     with pytest.raises(ValueError, match="NaN or Inf"):
@@ -263,7 +262,7 @@ def test_a_layer_that_is_called_twice_counts_both_calls():
 
     model = Twice()
     inputs = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
-    collected, _ = collect_statistics(model, [SimpleNamespace(pixel_values=inputs)], {"linear": ALL})
+    collected, _ = collect_statistics(model, [Batch(pixel_values=inputs)], {"linear": ALL})
     with torch.no_grad():
         both = torch.cat([inputs, model.linear(inputs)]).double()
     assert collected["linear"].num_tokens == 20
@@ -281,7 +280,7 @@ def test_layers_that_share_an_input_only_at_times_are_refused():
             self.calls += 1
             return self.one(pixel_values) + self.two(pixel_values if self.calls == 1 else pixel_values + 1)
 
-    batch = SimpleNamespace(pixel_values=torch.ones(2, 4))
+    batch = Batch(pixel_values=torch.ones(2, 4))
     required = {"one": frozenset({Statistic.INPUT_MEAN}), "two": frozenset({Statistic.INPUT_MEAN})}
     with pytest.raises(RuntimeError, match=r"'two' was called with the input of 'one' at first .* exclude_modules"):
         collect_statistics(Fickle(), [batch, batch], required)
@@ -289,8 +288,8 @@ def test_layers_that_share_an_input_only_at_times_are_refused():
 
 def test_images_of_several_sizes_are_refused_by_mean_input_alone():
     def images():
-        yield SimpleNamespace(pixel_values=torch.ones(1, 3, 32, 32))
-        yield SimpleNamespace(pixel_values=torch.ones(1, 3, 64, 32))
+        yield Batch(pixel_values=torch.ones(1, 3, 32, 32))
+        yield Batch(pixel_values=torch.ones(1, 3, 64, 32))
 
     model = tiny_swin()
     collect_statistics(model, images(), required_for(model, {Statistic.INPUT_MEAN}))

@@ -153,16 +153,19 @@ def test_what_does_not_help_is_put_back():
 
 def test_split_holds_out_random_images_and_loses_none():
     images_in_order = torch.arange(100.0).view(100, 1, 1, 1)
-    learn, held_out = split_batches(list(images_in_order.split(7)), 0.2, 16, seed=0)
-    ours, theirs = torch.cat(learn).flatten(), torch.cat(held_out).flatten()
+    batches = dict(enumerate(images_in_order.split(7)))
+    learn, held_out = split_batches(batches, 0.2, seed=0)
+    ours, theirs = torch.cat(list(learn.values())).flatten(), torch.cat(held_out).flatten()
     assert len(theirs) == 20 and sorted([*ours.tolist(), *theirs.tolist()]) == list(range(100))
     # Sorted classes must not end up on one side.
     assert theirs.min() < 20 and theirs.max() > 80
-    assert max(len(batch) for batch in learn) == 16
-    assert torch.equal(torch.cat(split_batches([images_in_order], 0.2, 16, seed=0)[1]).flatten(), theirs)
-    assert [len(part[0]) for part in split_batches([images(2)], 0.9, 8, seed=0)] == [1, 1]
+    assert all(set(part.flatten().tolist()) <= set(batches[index].flatten().tolist()) for index, part in learn.items())
+    assert [len(batch) for batch in held_out] == [7, 7, 6]
+    # However they are batched, the same images are held out.
+    assert torch.equal(torch.cat(split_batches({0: images_in_order}, 0.2, seed=0)[1]).flatten(), theirs)
+    assert [len(part[0]) for part in split_batches({0: images(2)}, 0.9, seed=0)] == [1, 1]
     with pytest.raises(ValueError, match="needs at least 2; there are 1"):
-        split_batches([images(1)], 0.1, 8, seed=0)
+        split_batches({0: images(1)}, 0.1, seed=0)
 
 
 def test_a_failure_leaves_a_model_that_was_to_be_compressed_in_place_as_it_was(monkeypatch):
