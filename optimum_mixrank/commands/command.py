@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from abc import abstractmethod
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -21,15 +22,21 @@ if TYPE_CHECKING:
 
 FAILED, INTERRUPTED = 1, 130
 
+GRACE_SECONDS = 5.0
+"""How long a process beside the main one waits for it to report the same error, before it reports its own."""
+
 
 class MixRankSubcommand(BaseOptimumCLICommand):
     """A command with the options that all have.
 
     Attributes:
         description: For `--help`, with examples.
+        shares_work: Whether several processes, as `accelerate launch` starts them, share its work; of other commands
+            they leave all to the main one.
     """
 
     description: ClassVar[str]
+    shares_work: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -61,11 +68,16 @@ class MixRankSubcommand(BaseOptimumCLICommand):
         """Execute; an error is one sentence on stderr and exit code 1, an interruption 130."""
         from transformers.utils import logging
 
+        from ..distributed import disconnect, launched_index
+
+        index = launched_index()
+        if index and not self.shares_work:
+            return
         if self.args.quiet:
             logging.set_verbosity_error()
         elif self.args.verbose:
             logging.set_verbosity_info()
-        if self.args.quiet or not sys.stderr.isatty():
+        if self.args.quiet or index or not sys.stderr.isatty():
             logging.disable_progress_bar()
         try:
             text, values = self.execute()
@@ -77,9 +89,14 @@ class MixRankSubcommand(BaseOptimumCLICommand):
         except Exception as error:
             if self.args.debug:
                 raise
+            if index:
+                # Mostly the main process has the same error, and its end is the end of all.
+                time.sleep(GRACE_SECONDS)
             print(f"Error: {error}", file=sys.stderr)
             sys.exit(FAILED)
-        print(json.dumps(values, indent=2, ensure_ascii=False) if self.args.json else text)
+        disconnect()
+        if index == 0:
+            print(json.dumps(values, indent=2, ensure_ascii=False) if self.args.json else text)
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
@@ -92,10 +109,12 @@ def add_model_arguments(parser: ArgumentParser) -> None:
 def open_compressor(args: Any, model: str) -> MixRankCompressor:
     """The compressor of a model that is named on the command line, on the device and in the dtype asked for."""
     from ..compressor import MixRankCompressor
+    from ..distributed import find_processes
 
-    return MixRankCompressor.from_pretrained(
-        model, dtype=args.dtype, device=args.device or default_device(), **hub_arguments(args)
-    )
+    # Each of several processes has a GPU of its own, which "cuda" then means.
+    processes = find_processes()
+    device = args.device or (default_device() if processes.is_alone else processes.device)
+    return MixRankCompressor.from_pretrained(model, dtype=args.dtype, device=device, **hub_arguments(args))
 
 
 def load_checkpoint(args: Any, model: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:

@@ -24,7 +24,11 @@ examples:
   optimum-cli mixrank compress --model facebook/deit-base-patch16-224 --dataset path/to/images --ratio 0.6 --output out
   optimum-cli mixrank compress --model path/to/vit --dataset imagenet-1k --split train --num-samples 1024 \\
       --recipe fast --evaluate-on path/to/labelled/images --output out
+
+on several GPUs:
+  accelerate launch -m optimum.commands.optimum_cli mixrank compress --model …
 """
+    shares_work = True
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
@@ -57,7 +61,8 @@ examples:
         compressor.save_pretrained(model, args.output, overwrite=args.overwrite)
         report = compressor.report
         assert report is not None  # `compress` has made one
-        plot_ranks(report, args.output / "ranks.png")
+        if compressor.processes.is_main:
+            plot_ranks(report, args.output / "ranks.png")
         if args.push_to_hub is not None:
             compressor.push_to_hub(model, args.push_to_hub, token=args.token)
         text = (

@@ -23,6 +23,7 @@ class EvaluateCommand(MixRankSubcommand):
 example:
   optimum-cli mixrank evaluate --model out --reference facebook/deit-base-patch16-224 --dataset path/to/labelled/images
 """
+    shares_work = True
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:

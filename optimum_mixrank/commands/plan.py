@@ -20,6 +20,7 @@ example:
   optimum-cli mixrank plan --model facebook/deit-base-patch16-224 --dataset path/to/images --ratios 0.4 0.5 0.6 0.7 \\
       --plot profile.png
 """
+    shares_work = True
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
@@ -52,9 +53,9 @@ example:
                 fisher_samples=config.fisher_samples,
                 seed=config.seed,
             )
-            if args.statistics is not None:
+            if args.statistics is not None and compressor.processes.is_main:
                 calibration.save(args.statistics)
         profile = compressor.profile(calibration, config, args.ratios)
-        if args.plot is not None:
+        if args.plot is not None and compressor.processes.is_main:
             profile.plot(args.plot)
         return str(profile), dataclasses.asdict(profile)
