@@ -1,0 +1,83 @@
+"""The same compressed model, whatever the number of processes."""
+
+import copy
+import hashlib
+
+import torch
+from compensation.cases import config, images
+from models import tiny_swin, tiny_vit
+from safetensors.torch import save_file
+
+from optimum_mixrank import MixRankCompressor
+from optimum_mixrank.compensation import COMPENSATORS
+
+
+MODELS = {"vit": tiny_vit(), "swin": tiny_swin(), "no_head": tiny_swin().swin}
+
+
+def compress(name, processes, folder, family="vit", source=None, **changes):
+    compressor = MixRankCompressor(copy.deepcopy(MODELS[family]))
+    settings = config(**{"epochs": 2, "learning_rate": 1e-3, "train_batch_size": 16, **changes})
+    source = list(images(72).split([16, 16, 16, 16, 8])) if source is None else source
+    out = folder / name
+    model = compressor.compress(settings, source, save_directory=out)
+    # What is on disk is there when the call returns, in every process.
+    saved = sorted(file.name for file in out.iterdir())
+    state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    if processes.is_main:
+        save_file({**state, "logits": outputs(model)}, folder / f"{name}.safetensors")
+    test = [(image, index % 5) if family == "vit" else image for index, image in enumerate(images(23, 5))]
+    result = compressor.evaluate(model, test, batch_size=4)
+    return {
+        "report": compressor.report.to_dict(),
+        "saved": saved,
+        "state": hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in state.values())).hexdigest(),
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "evaluation": vars(result),
+        "file": str(folder / f"{name}.safetensors"),
+    }
+
+
+def outputs(model):
+    with torch.no_grad():
+        output = model.eval()(pixel_values=images(6, 3))
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+def case_closed_form(processes, folder):
+    return compress("closed_form", processes, folder, compensation=["sequential"])
+
+
+def case_closed_form_of_swin(processes, folder):
+    changes = {"layout": "factors", "metric": "second_moment"}
+    return compress("closed_form_of_swin", processes, folder, "swin", compensation=["sequential"], **changes)
+
+
+def case_without_a_head(processes, folder):
+    return compress("without_a_head", processes, folder, "no_head", compensation=["sequential"], allocation="greedy")
+
+
+def case_of_one_batch(processes, folder):
+    return compress("of_one_batch", processes, folder, source=[images(9)], compensation=["sequential"])
+
+
+def case_residual(processes, folder):
+    return compress("residual", processes, folder, compensation=["residual"], metric="second_moment")
+
+
+def case_training(processes, folder):
+    return compress("training", processes, folder, compensation=["sequential", "blocks", "distillation"])
+
+
+def case_without_images(processes, folder):
+    return compress("without_images", processes, folder, metric="svd", compensation=[], layout="factors")
+
+
+def case_outputs_that_do_not_fit_into_memory(processes, folder):
+    layerwise = COMPENSATORS["sequential"]
+    layerwise.max_bytes = 0
+    try:
+        name = "outputs_that_do_not_fit_into_memory"
+        return compress(name, processes, folder, compensation=["sequential"])
+    finally:
+        del layerwise.max_bytes

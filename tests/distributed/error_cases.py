@@ -1,0 +1,141 @@
+"""What goes wrong in one process ends all of them in the same way."""
+
+import copy
+
+import accelerate
+import torch
+from calibration.pictures import processor, write
+from models import pixels, tiny_swin, tiny_vit
+
+from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank import compressor as compressor_module
+
+
+VIT, SWIN = tiny_vit(), tiny_swin()
+FAST = {"compression_ratio": 0.4, "compression_scope": "targets", "recipe": "fast"}
+
+
+def images():
+    return list(pixels(12).split(3))
+
+
+def compress(source, model=VIT, **arguments):
+    MixRankCompressor(model).compress(MixRankConfig(**FAST), source, **arguments)
+    return {}
+
+
+def calibrate(source, image_processor=None):
+    MixRankCompressor(VIT, image_processor).calibrate(source, "kfac", batch_size=3)
+    return {}
+
+
+def case_broken_images(processes, folder):
+    paths = sorted(write(folder / f"files-{processes.index}", 12, broken=[3, 4]).iterdir())
+    return calibrate([f"{path}" for path in paths], processor())
+
+
+def case_nan_in_an_image(processes, folder):
+    batches = images()
+    batches[1][2, 0, 0, 0] = torch.nan
+    return compress(batches)
+
+
+def case_images_of_two_sizes(processes, folder):
+    # Swin takes them all.
+    MixRankCompressor(SWIN).calibrate([pixels(2), torch.zeros(2, 3, 64, 64)], "mean_input")
+
+
+def case_no_images(processes, folder):
+    return calibrate([])
+
+
+def case_a_source_that_fails(processes, folder):
+    class OddError(Exception):
+        """Nothing that another process could build."""
+
+        def __init__(self, one, two):
+            super().__init__(f"the disk {one} {two}")
+
+    def source():
+        yield from images()
+        if processes.index == processes.count - 1:
+            raise OddError("is", "gone")
+
+    return calibrate(source())
+
+
+def case_a_source_that_fails_at_once(processes, folder):
+    class Source(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            if processes.index == processes.count - 1:
+                raise FileNotFoundError("there is no disk")
+            return iter(images())
+
+    return calibrate(Source())
+
+
+def case_different_orders(processes, folder):
+    generator = torch.Generator().manual_seed(processes.index)
+    source = torch.utils.data.TensorDataset(pixels(12))
+    return calibrate(torch.utils.data.DataLoader(source, batch_size=3, shuffle=True, generator=generator))
+
+
+def case_different_lists(processes, folder):
+    # As many images, some of which one process does not have.
+    return calibrate(images() if processes.index == 0 else [*images(), *pixels(1)])
+
+
+def case_a_prepared_loader(processes, folder):
+    loader = torch.utils.data.DataLoader(list(pixels(8)), batch_size=2)
+    return calibrate(accelerate.Accelerator().prepare(loader))
+
+
+def case_different_weights(processes, folder):
+    model = copy.deepcopy(VIT)
+    with torch.no_grad():
+        model.classifier.weight.add_(processes.index)
+    return compress(images(), model)
+
+
+def case_a_folder_with_files(processes, folder):
+    (folder / "full").mkdir(exist_ok=True)
+    (folder / "full" / "notes.txt").write_text("mine")
+    return compress(images(), save_directory=folder / "full")
+
+
+def case_a_full_disk(processes, folder):
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    save = compressor_module.save_checkpoint
+    compressor_module.save_checkpoint = fail
+    try:
+        return compress(images(), save_directory=folder / "new")
+    finally:
+        compressor_module.save_checkpoint = save
+
+
+def case_in_place(processes, folder):
+    """A failure in one process leaves the model in all as it was."""
+    model = copy.deepcopy(VIT)
+    compressor, factored_linear = MixRankCompressor(model), compressor_module.factorize_layers.__globals__
+    before, make = copy.deepcopy(model.state_dict()), factored_linear["factored_linear"]
+
+    def fail(*args, **kwargs):
+        if processes.index == processes.count - 1:
+            raise ValueError("no luck")
+        return make(*args, **kwargs)
+
+    factored_linear["factored_linear"] = fail
+    try:
+        compressor.compress(MixRankConfig(**FAST), images(), inplace=True)
+    except ValueError as error:
+        same = all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+        return {"error": str(error), "same": same and before.keys() == model.state_dict().keys()}
+    finally:
+        factored_linear["factored_linear"] = make
+
+
+def case_work_after_all_that(processes, folder):
+    """After all of that the processes are still in step."""
+    return {"num_images": MixRankCompressor(VIT).calibrate(images(), "kfac").num_images}

@@ -1,0 +1,59 @@
+"""Two and three real processes give the statistics of one."""
+
+import pytest
+from distributed import calibration_cases
+from distributed.launching import COUNTS, run_cases
+from safetensors.torch import load_file
+
+
+CASES = [name.removeprefix("case_") for name in vars(calibration_cases) if name.startswith("case_")]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, environment):
+    folder = tmp_path_factory.mktemp("calibration")
+    return {count: run_cases("calibration_cases", count, folder / str(count), environment) for count in COUNTS}
+
+
+@pytest.mark.parametrize("count", COUNTS[1:])
+@pytest.mark.parametrize("case", CASES)
+def test_all_processes_have_the_statistics_of_one(found, case, count):
+    [alone] = (each[case] for each in found[1])
+    assert "error" not in alone, alone
+    expected = load_file(alone["file"])
+    for each in found[count]:
+        for what in ("num_images", "broken", "fingerprints", "layers"):
+            assert each[case][what] == alone[what]
+        # To the last bit among themselves.
+        assert each[case]["tensors"] == found[count][0][case]["tensors"]
+    together = load_file(found[count][0][case]["file"])
+    assert together.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (together[name] - tensor).abs().max() <= 1e-12 * tensor.abs().max(), name
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_every_image_is_decoded_once(found, count):
+    decoded = [each["paths_of_which_one_is_broken"]["decoded"] for each in found[count]]
+    assert sorted(name for names in decoded for name in names) == [f"{index:02}.png" for index in range(13)]
+    # Batches of four go to the processes in turn.
+    for process, names in enumerate(decoded):
+        assert all(int(name[:2]) // 4 % count == process for name in names) and names
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_dataset_with_a_transform_is_not_read_by_all(found, count):
+    read = [each["a_dataset_with_a_transform"]["read"] for each in found[count]]
+    for process, numbers in enumerate(read):
+        # Every process looks at the first row, to see what the dataset delivers.
+        own = [number for number in range(11) if number // 4 % count == process]
+        assert sorted(set(numbers)) == sorted({0, *own})
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_only_the_main_process_speaks(found, count):
+    for case in CASES:
+        spoken = ["Calibrating" in each[case]["stderr"] for each in found[count]]
+        assert spoken == [True] + [False] * (count - 1)
+    warned = ["Broken image left out" in each["paths_of_which_one_is_broken"]["stderr"] for each in found[count]]
+    assert warned == [True] + [False] * (count - 1)

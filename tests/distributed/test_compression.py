@@ -1,0 +1,74 @@
+"""Two and three real processes compress as one does."""
+
+import pytest
+import torch
+from distributed import compression_cases
+from distributed.launching import COUNTS, run_cases
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+
+CASES = [name.removeprefix("case_") for name in vars(compression_cases) if name.startswith("case_")]
+SEVERAL = pytest.mark.parametrize("count", COUNTS[1:])
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, environment):
+    folder = tmp_path_factory.mktemp("compression")
+    return {count: run_cases("compression_cases", count, folder / str(count), environment) for count in COUNTS}
+
+
+def ranks(result):
+    return [layer["rank"] for layer in result["report"]["layers"]]
+
+
+def energies(result):
+    return [layer["kept_energy"] for layer in result["report"]["layers"] if layer["kept_energy"] is not None]
+
+
+@SEVERAL
+@pytest.mark.parametrize("case", CASES)
+def test_all_processes_hold_the_same_model_and_report(found, case, count):
+    first = found[count][0][case]
+    assert "error" not in first, first
+    assert first["report"]["environment"]["processes"] == count
+    for each in found[count][1:]:
+        for what in ("state", "report", "saved", "requires_grad", "evaluation"):
+            assert each[case][what] == first[what]
+
+
+@SEVERAL
+@pytest.mark.parametrize("case", CASES)
+def test_the_model_is_that_of_one_process(found, case, count):
+    [alone], together = (each[case] for each in found[1]), found[count][0][case]
+    assert ranks(together) == ranks(alone)
+    for what in ("settings", "calibration", "model_parameters_after"):
+        assert together["report"][what] == alone["report"][what]
+    assert together["requires_grad"] == alone["requires_grad"]
+    assert energies(together) == pytest.approx(energies(alone), rel=1e-10)
+    for ours, theirs in zip(together["report"]["compensation"], alone["report"]["compensation"], strict=True):
+        assert ours["kept"] == theirs["kept"]
+        for error in ("error_before", "error_after"):
+            assert ours[error] == pytest.approx(theirs[error], rel=1e-5)
+    expected = load_file(alone["file"])
+    values = load_file(together["file"])
+    assert {name: tensor.shape for name, tensor in values.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+    torch.testing.assert_close(values["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
+    for name, value in alone["evaluation"].items():
+        assert together["evaluation"][name] == (value if value is None else pytest.approx(value, rel=1e-4, abs=1e-9))
+
+
+@SEVERAL
+def test_the_checkpoint_is_one_for_plain_transformers(found, count):
+    file = found[count][0]["closed_form"]["file"]
+    model = AutoModelForImageClassification.from_pretrained(file.removesuffix(".safetensors"))
+    assert torch.equal(compression_cases.outputs(model), load_file(file)["logits"])
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_only_the_main_process_speaks(found, count):
+    for phase in ("Decoding", "Calibrating", "Decomposing", "Factorizing", "Solving", "Distilling", "Evaluating"):
+        spoken = [phase in each["training"]["stderr"] for each in found[count]]
+        assert spoken == [True] + [False] * (count - 1), phase

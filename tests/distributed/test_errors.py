@@ -1,0 +1,56 @@
+"""An error in one process is the same error in all; none is left waiting."""
+
+import pytest
+from distributed.launching import COUNTS, run_cases
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, environment):
+    folder = tmp_path_factory.mktemp("errors")
+    return {count: run_cases("error_cases", count, folder / str(count), environment) for count in COUNTS}
+
+
+ANYWHERE = {
+    "broken_images": "ValueError: At least 2 of 12 images (16.7%) cannot be decoded, more than max_broken_share=0.05",
+    "nan_in_an_image": "ValueError: `pixel_values` of item 1 hold NaN or Inf",
+    "images_of_two_sizes": "ValueError: Images of different sizes: [3, 32, 32] and [3, 64, 64]",
+    "no_images": "ValueError: There is no image to use",
+    "a_source_that_fails": "the disk is gone",
+    "a_source_that_fails_at_once": "FileNotFoundError: there is no disk",
+    "a_folder_with_files": "is not empty; choose another",
+    "a_full_disk": "OSError: No space left on device",
+    "in_place": "no luck",
+}
+AMONG_SEVERAL = {
+    "different_orders": "ValueError: The processes were given different images, or the same in different orders",
+    "different_lists": "ValueError: The processes were given different images",
+    "a_prepared_loader": "shares its batches out over the processes already",
+    "different_weights": "ValueError: The processes hold models with different weights",
+}
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("case", ANYWHERE)
+def test_errors_are_those_of_one_process(found, case, count):
+    for each in found[count]:
+        assert ANYWHERE[case] in each[case]["error"]
+
+
+@pytest.mark.parametrize("count", COUNTS[1:])
+@pytest.mark.parametrize("case", AMONG_SEVERAL)
+def test_errors_that_one_process_cannot_make(found, case, count):
+    for each in found[count]:
+        assert AMONG_SEVERAL[case] in each[case]["error"]
+    assert "error" not in found[1][0][case]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_processes_are_in_step_afterwards(found, count):
+    assert [each["work_after_all_that"]["num_images"] for each in found[count]] == [12] * count
+    assert all(each["in_place"]["same"] for each in found[count])
+
+
+def test_nothing_was_written(found, tmp_path_factory):
+    for folder in tmp_path_factory.getbasetemp().glob("errors*/*"):
+        assert [file.name for file in (folder / "full").iterdir()] == ["notes.txt"]
+        assert not (folder / "new").exists()
