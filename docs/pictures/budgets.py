@@ -9,9 +9,7 @@ from optimum_mixrank.reporting.colours import FACTORED, GRID
 
 
 TITLE = "Predicted loss over the share of parameters removed"
-DESCRIPTION = (
-    "A curve on a logarithmic scale that rises ever faster from 30 to 80 % of the model's parameters removed."
-)
+DESCRIPTION = "A curve on a logarithmic scale that rises steadily from 30 to 80 % of the model's parameters removed."
 
 
 def draw() -> Figure:

@@ -1,6 +1,8 @@
 """Draw the pictures of the documentation anew.
 
-python docs/pictures/draw.py [NAME ...]
+    python docs/pictures/draw.py [NAME ...]
+
+draws those that are named, or all.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def save(figure: Figure, name: str, title: str, description: str) -> Path:
     )
     head, body = element.split(">", 1)
     path = FOLDER / f"{name}.svg"
-    width, height = (72 / 72 * 96 * size for size in figure.get_size_inches())
+    width, height = (96 * size for size in figure.get_size_inches())
     head = head.replace(
         "<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" ', 1
     )
