@@ -39,8 +39,8 @@ class MixRankConfig(QuantizationConfigMixin):
         allocation (`str`, *optional*): How ranks are distributed: `"uniform"`, `"greedy"` (the paper's gradual search)
             or `"global"` (a global optimum of the summed losses). See `optimum_mixrank.allocation`.
         layout (`str`, *optional*): How factors are stored: `"factors"` stores `r (m + n)` values; `"pivoted"` stores the
-            same product in `r (m + n) - r²`, so that the same budget buys higher ranks, at the price of a gather of
-            the outputs.
+            same product in `r (m + n) - r²`, so that the same budget buys higher ranks, at the price of bringing
+            outputs or rows into order at every step.
         compensation (`list[str]`, *optional*): Steps that repair what the compression has broken, in this order. Each
             is kept only if it lowers the error on held-out images. See `optimum_mixrank.compensation`.
         held_out_ratio (`float`): Share of the calibration images that compensation learns nothing from, in (0, 1).

@@ -385,3 +385,65 @@ def test_the_product_of_factors_that_were_replaced_is_refused(which):
         with pytest.raises(ValueError, match=rf"{which} of a {type(layer).__name__} is a torch\.nn\..*Sequential"):
             layer.to_linear()
         assert "factor_a" in repr(layer)
+
+
+def listened_to(layer):
+    """The same layer, computed through its modules since somebody listens."""
+    layer = copy.deepcopy(layer)
+    calls = []
+    for name in ("factor_a", "factor_b"):
+        getattr(layer, name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    return layer, calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_pivoted_layer_through_its_modules_gives_the_same(bias, dtype):
+    _, layer = pivoted(60, 36, 20, bias, dtype)
+    other, calls = listened_to(layer)
+    x = inputs(dtype=dtype)
+    expected = other(x)
+    assert calls == ["factor_a", "factor_b"]
+    tolerance = 16 * torch.finfo(dtype).eps * expected.abs().max().item()
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=tolerance)
+    # The pivots' own outputs go through a product with the identity, which changes nothing.
+    assert torch.equal(layer(x)[..., list(layer.pivots)], layer.factor_a(x))
+
+
+def test_pivoted_layer_through_its_modules_has_the_same_gradients(bias):
+    _, layer = pivoted(60, 36, 20, bias, torch.float64)
+    other, _ = listened_to(layer)
+    gradients = []
+    for each in (layer, other):
+        x = inputs(dtype=torch.float64).requires_grad_()
+        each(x).sin().sum().backward()
+        gradients.append([x.grad, *(parameter.grad for parameter in each.parameters() if parameter.requires_grad)])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_pivoted_layer_uses_what_has_taken_the_place_of_a_factor():
+    _, layer = pivoted()
+    expected = layer(inputs())
+
+    class Twice(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    pivots = list(layer.pivots)
+    others = [row for row in range(50) if row not in pivots]
+    twice = copy.deepcopy(layer)
+    twice.factor_b.__class__ = Twice
+    patched = copy.deepcopy(layer)
+    patched.factor_b.forward = lambda input, forward=patched.factor_b.forward: 2 * forward(input)
+    for each in (twice, patched):
+        torch.testing.assert_close(each(inputs())[..., others], 2 * expected[..., others])
+        torch.testing.assert_close(each(inputs())[..., pivots], expected[..., pivots])
+
+
+def test_a_pass_on_the_meta_device_does_not_spoil_the_order():
+    _, layer = pivoted()
+    expected, weights = layer(inputs()), layer.state_dict()
+    layer.to("meta")
+    assert layer(inputs().to("meta")).shape == expected.shape
+    layer.load_state_dict(weights, assign=True)
+    assert torch.equal(layer(inputs()), expected)

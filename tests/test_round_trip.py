@@ -177,7 +177,8 @@ def test_disk_offload(model, pixels, tmp_path):
     device_map[model.base_model_prefix] = "disk"
     offloaded = load(tmp_path / "checkpoint", device_map=device_map, offload_folder=tmp_path / "offload")
     assert "meta" in {parameter.device.type for parameter in offloaded.parameters()}
-    assert torch.equal(logits(offloaded, pixels), logits(model, pixels))
+    # Pivoted layers in memory multiply by rows in order, offloaded ones bring outputs into order: other roundings.
+    torch.testing.assert_close(logits(offloaded, pixels), logits(model, pixels), rtol=1e-5, atol=1e-5)
 
 
 def test_in_memory_and_reloaded_models_have_the_same_attributes(model, tmp_path):

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..hooks import removed_afterwards
 from ..inference import evaluation_mode
+from ..modeling import PivotedLinear
 
 
 # Fused attention that torch's own counter does not know; on a CPU it would count no attention at all.
@@ -25,8 +26,9 @@ def flops_per_image(model: nn.Module, pixel_values_shape: Sequence[int] | None =
     """FLOPs of one forward pass over one image.
 
     A multiply-add counts as two FLOPs. Counted are the products of linear layers (dense or factored), convolutions and
-    attention; biases, norms, softmax and activations, which compression does not change, are not. The model runs once,
-    on a black image, and is left as it was.
+    attention; biases, norms, softmax and activations, which compression does not change, are not. Of a pivoted layer
+    its two products are counted, as a compiled or exported model computes them; eager PyTorch adds one by the identity.
+    The model runs once, on a black image, and is left as it was.
 
     Args:
         model: A model that takes `pixel_values`.
@@ -36,7 +38,13 @@ def flops_per_image(model: nn.Module, pixel_values_shape: Sequence[int] | None =
         ValueError: if the shape is not given and the configuration does not tell it, or is not of that form.
     """
     pixel_values = _black_image(model, pixel_values_shape)
-    with evaluation_mode(model), FlopCounterMode(display=False, custom_mapping=_attention_mapping()) as counter:
+    # Where somebody listens to a factor, the layer computes by its two factors as they stand.
+    listened = [module.factor_b for module in model.modules() if isinstance(module, PivotedLinear)]
+    with (
+        removed_afterwards([factor.register_forward_hook(lambda *_: None) for factor in listened]),
+        evaluation_mode(model),
+        FlopCounterMode(display=False, custom_mapping=_attention_mapping()) as counter,
+    ):
         model(pixel_values=pixel_values)
     return counter.get_total_flops()
 

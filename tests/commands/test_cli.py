@@ -130,7 +130,7 @@ def test_benchmark_of_compiled_models(compressed):
 )
 def test_benchmark_refuses_before_work_starts(compressed, arguments, message):
     _, stderr = cli("benchmark", "--model", compressed[0], *arguments, code=1)
-    assert stderr.startswith("Error: ") and message in stderr and "Traceback" not in stderr
+    assert "Error: " in stderr and message in stderr and "Traceback" not in stderr
 
 
 def test_plan_keeps_and_reuses_statistics(tmp_path):
