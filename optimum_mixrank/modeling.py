@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from .layout import FactoredLayer, encode_rows, stored_values
 
 
+# PyTorch 2.6 does not tell export from compilation.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
 class FactoredLinear(nn.Module, ABC):
     """A linear layer `y = W x + b` whose weight has a low rank and is stored as two factors.
 
@@ -212,8 +216,8 @@ class PivotedLinear(FactoredLinear):
     `A = W[pivots]`, `[rank, in_features]`, and `C`, `[out_features - rank, rank]`: `u = A x + b[pivots]` holds the
     outputs of the pivot rows and `C u + c` those of the others, where `c = b[others] - C b[pivots]`. One token costs
     as many multiply-adds as there are values where the two products are computed as they stand and the outputs brought
-    into order by a gather: compiled, exported, or with adapters. Eager PyTorch is faster with one product more, by the
-    identity, see `forward`.
+    into order by a gather: exported, or with adapters. Otherwise the rows are brought into order, the identity's among
+    them, and that takes less time for `rank²` multiply-adds more per token.
 
     `factor_a` is `A` with its bias, `factor_b` is `C` with its bias `c`; the two biases take `m` values, as the bias of
     the dense layer does. A layer of rank `out_features` has no other rows, so its rank must be smaller.
@@ -341,8 +345,8 @@ class PivotedLinear(FactoredLinear):
     def _ordered_rows(self, order: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight, `[out_features, rank]`, and bias that give all outputs from those of the pivots, in their order.
 
-        The identity costs `rank²` multiply-adds per token, but bringing a few weights into order takes less time than
-        bringing all outputs into order.
+        The identity costs `rank²` multiply-adds per token, but to bring a few weights into order takes less time than to
+        bring all outputs into order.
         """
         C, c = self.factor_b.weight, self.factor_b.bias
         weight = torch.cat([torch.eye(self.rank, dtype=C.dtype, device=C.device), C]).index_select(0, order)
@@ -358,7 +362,8 @@ class PivotedLinear(FactoredLinear):
 def _is_plain(factor: nn.Module) -> bool:
     """Whether a factor computes what its weight and bias say, here and now, and nobody listens to it.
 
-    Adapters, quantizers, hooks and offloading put something else in its place; compilers and exporters see its module.
+    Adapters, quantizers, hooks and offloading put something else in its place. Exporters see its module, so that files
+    hold the factors as they are stored.
     """
     return (
         type(factor) is nn.Linear
@@ -366,7 +371,7 @@ def _is_plain(factor: nn.Module) -> bool:
         and not (factor._forward_hooks or factor._forward_pre_hooks)
         and not (factor._backward_hooks or factor._backward_pre_hooks)
         and "forward" not in vars(factor)
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and not (_is_exporting() or torch.jit.is_tracing())
     )
 
 

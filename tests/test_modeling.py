@@ -447,3 +447,13 @@ def test_a_pass_on_the_meta_device_does_not_spoil_the_order():
     assert layer(inputs().to("meta")).shape == expected.shape
     layer.load_state_dict(weights, assign=True)
     assert torch.equal(layer(inputs()), expected)
+
+
+def test_exported_pivoted_layers_hold_their_factors_as_they_are(bias):
+    _, layer = pivoted(60, 36, 20, bias)
+    exported = torch.export.export(layer, (inputs(),))
+    operations = [str(node.target) for node in exported.graph.nodes]
+    assert "aten.gather.default" in operations and "aten.eye.default" not in operations
+    torch.testing.assert_close(exported.module()(inputs()), layer(inputs()))
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(inputs()), layer(inputs()))

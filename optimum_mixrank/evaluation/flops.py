@@ -27,7 +27,7 @@ def flops_per_image(model: nn.Module, pixel_values_shape: Sequence[int] | None =
 
     A multiply-add counts as two FLOPs. Counted are the products of linear layers (dense or factored), convolutions and
     attention; biases, norms, softmax and activations, which compression does not change, are not. Of a pivoted layer
-    its two products are counted, as a compiled or exported model computes them; eager PyTorch adds one by the identity.
+    its two products are counted, as an exported model computes them; PyTorch itself adds one by the identity.
     The model runs once, on a black image, and is left as it was.
 
     Args:
