@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..decomposition import LayerStatistics
 from ..distributed import ALONE, Processes
+from ..journal import NO_JOURNAL, Journal
 from ..layout import FactoredLayer
 from ..outputs import ModelOutput
 from ..registry import Registry
@@ -37,6 +38,7 @@ class Compensation:
         config: The configuration.
         processes: Those that share the images out: batches, held-out images and references are the share of this one.
         numbers: Of `batches` among those of all processes, ascending; not needed for one process.
+        journal: Where a compensator may note how far it is, and finds it when the run goes on.
     """
 
     original: nn.Module
@@ -50,6 +52,7 @@ class Compensation:
     config: MixRankConfig
     processes: Processes = ALONE
     numbers: Sequence[int] = ()
+    journal: Journal = NO_JOURNAL
 
     @property
     def factored(self) -> list[Target]:
