@@ -34,7 +34,7 @@ class Entry:
     values: Mapping[str, Any]
 
 
-@dataclass
+@dataclass(eq=False)
 class Journal:
     """The entries of one process of one run.
 
