@@ -10,7 +10,7 @@ from __future__ import annotations
 import builtins
 import logging as python_logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import datasets
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from transformers.utils import logging
 
 
@@ -59,6 +60,16 @@ class Processes:
     def owns(self, batch: int) -> bool:
         """Whether the batch with this number, among those of all processes, belongs to this one."""
         return batch % self.count == self.index
+
+    def part(self, count: int) -> tuple[slice, float]:
+        """Which of `count` items that all processes see are this one's, and their share of all.
+
+        A process for which none is left looks at the first one, with the share zero, so that it has something to
+        exchange.
+        """
+        sizes = [count // self.count + (index < count % self.count) for index in range(self.count)]
+        start, size = sum(sizes[: self.index]), sizes[self.index]
+        return (slice(start, start + size), size / count) if size else (slice(0, 1), 0.0)
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -102,6 +113,18 @@ class Processes:
             torch.distributed.all_reduce(sent)
             tensor.copy_(sent)
         return tensor
+
+    def sum_gradients(self, parameters: Sequence[Parameter]) -> None:
+        """Sum the gradients of parameters over all processes, in one message; one that has none counts as zero."""
+        if self.is_alone:
+            return
+        gradients = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters
+        ]
+        total = self.sum_(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = total.split([gradient.numel() for gradient in gradients])
+        for parameter, gradient, part in zip(parameters, gradients, parts, strict=True):
+            parameter.grad = gradient.copy_(part.view_as(gradient))
 
     def send(
         self, tensors: Mapping[str, Tensor] | None, source: int, device: torch.device | str = "cpu"

@@ -7,7 +7,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 
-def augment(pixel_values: Tensor, generator: torch.Generator, min_scale: float = 0.6, mix: float = 0.5) -> Tensor:
+def augment(
+    pixel_values: Tensor,
+    generator: torch.Generator,
+    min_scale: float = 0.6,
+    mix: float = 0.5,
+    part: slice = slice(None),
+) -> Tensor:
     """Flip, crop and mix images, each image on its own draw.
 
     Half of the images are mirrored; each is replaced by a random square crop, stretched to its size, with a share of
@@ -19,21 +25,24 @@ def augment(pixel_values: Tensor, generator: torch.Generator, min_scale: float =
         generator: On the CPU.
         min_scale: Smallest share of the area.
         mix: Share of blended images.
+        part: Which views are wanted; they are those that the whole batch would have there.
     """
     count, _, height, width = pixel_values.shape
     flips = torch.rand(count, generator=generator) < 0.5
     scales = (min_scale + (1 - min_scale) * torch.rand(count, generator=generator)).sqrt()
     places = torch.rand(count, 2, generator=generator)
-    views = []
-    for image, flip, scale, place in zip(pixel_values, flips, scales, places, strict=True):
-        rows, columns = max(1, round(float(scale) * height)), max(1, round(float(scale) * width))
-        top, left = round(float(place[0]) * (height - rows)), round(float(place[1]) * (width - columns))
-        crop = image[None, :, top : top + rows, left : left + columns]
-        view = interpolate(crop, (height, width), mode="bilinear", antialias=True)
-        views.append(view.flip(-1) if flip else view)
-    images = torch.cat(views)
     mixed = torch.rand(count, generator=generator) < mix
-    share = torch.where(mixed, torch.rand(count, generator=generator), torch.zeros(count)).to(images)[
-        :, None, None, None
-    ]
-    return images * (1 - share) + images.roll(1, dims=0) * share
+    shares = torch.where(mixed, torch.rand(count, generator=generator), torch.zeros(count))
+    wanted = range(count)[part]
+    views = {}
+    for index in {(index - before) % count for index in wanted for before in (0, 1)}:
+        scale, place = float(scales[index]), places[index]
+        rows, columns = max(1, round(scale * height)), max(1, round(scale * width))
+        top, left = round(float(place[0]) * (height - rows)), round(float(place[1]) * (width - columns))
+        crop = pixel_values[index, None, :, top : top + rows, left : left + columns]
+        view = interpolate(crop, (height, width), mode="bilinear", antialias=True)
+        views[index] = view.flip(-1) if flips[index] else view
+    images = torch.cat([views[index] for index in wanted])
+    others = torch.cat([views[(index - 1) % count] for index in wanted])
+    share = shares[part].to(images)[:, None, None, None]
+    return images * (1 - share) + others * share

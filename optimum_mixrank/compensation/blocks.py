@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..distributed import Processes
 from ..inference import evaluation_mode
+from ..stages import share_model
 from .compensator import COMPENSATORS, Compensation, Compensator
-from .distillation import relative_loss
 from .groups import factor_groups, vector_group
+from .relative import relative_loss, squared_error, token_variance
 from .segments import Call, SegmentReplay, find_segments, first_tensor
 from .training import TrainingSettings, balanced_factors, train
 
@@ -24,46 +27,94 @@ class BlockCompensator(Compensator):
     original inputs. The loss is the squared error relative to the variance of the target. Every block keeps the state
     with the lowest held-out error.
 
-    Memory: the activations at one block boundary of both models. Time: per epoch a forward and backward pass of the
+    Memory: the activations at one block boundary of both models; of several processes, each holds its share, and takes
+    its part in every batch as in distillation. Time: per epoch a forward and backward pass of the
     compressed model, and two passes more of both.
     """
 
     name = "blocks"
+    shares_images = True
 
     def compensate(self, task: Compensation) -> Mapping[str, Any]:
         """See `Compensator.compensate`."""
-        config = task.config
+        config, processes = task.config, task.processes
         segments = find_segments(task.original, [target.name for target in task.factored])
         # Batches are the units here, since the inputs of a block are kept as they come.
         size = config.train_batch_size
-        steps = torch.cat(list(task.batches)).split(size)
-        batches = [*steps, *torch.cat(list(task.held_out)).split(size)]
+        images, held_out = task.all_images(), task.all_held_out()
+        steps, tests = images.split(size), held_out.split(size)
+        parts = [processes.part(len(batch)) for batch in (*steps, *tests)]
+        batches = [batch[part] for batch, (part, _) in zip((*steps, *tests), parts, strict=True)]
+        shares = [share for _, share in parts]
         learn, settings = len(steps), TrainingSettings(config.epochs, config.learning_rate, 1, config.seed)
+        weights = [share * len(test) / len(held_out) for share, test in zip(shares[learn:], tests, strict=True)]
         improved = []
         with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
-            factors = factor_groups(task.model, names, torch.cat(list(task.batches)), size, config.seed)
-            theirs = SegmentReplay(task.original, segments, batches)
-            ours = SegmentReplay(task.model, segments, batches)
+            factors = factor_groups(task.model, names, images, size, config.seed, processes)
+            with processes.agreed():
+                theirs = SegmentReplay(task.original, segments, batches)
+                ours = SegmentReplay(task.model, segments, batches)
             for segment in segments:
                 inside = [name for name in names if name.startswith(f"{segment}.")]
-                wanted = [first_tensor(call(theirs.segment)) for call in theirs.calls]
-                block = ours.segment
-
-                def loss(indices: Tensor, calls: list[Call] = ours.calls, wanted: list[Tensor] = wanted) -> Tensor:
-                    index = int(indices[0])
-                    return relative_loss(wanted[index], first_tensor(calls[index](block)))  # noqa: B023
-
-                def error(calls: list[Call] = ours.calls, wanted: list[Tensor] = wanted) -> float:
-                    with torch.no_grad():
-                        pairs = list(zip(wanted, calls, strict=True))[learn:]
-                        errors = [float(relative_loss(w, first_tensor(c(block)))) * len(w) for w, c in pairs]  # noqa: B023
-                        return sum(errors) / sum(len(w) for w, _ in pairs)
-
+                with processes.agreed():
+                    wanted = [first_tensor(call(theirs.segment)) for call in theirs.calls]
+                reconstruction = _Reconstruction(ours.segment, ours.calls, wanted, shares, processes)
                 if inside:
                     groups = [group for name in inside for group in factors[name]]
-                    groups.append(vector_group(task.model, inside, block))
-                    history = train(block, groups, learn, loss, error, settings, f"Training {segment}")
+                    groups.append(vector_group(task.model, inside, ours.segment))
+                    history = train(
+                        ours.segment,
+                        groups,
+                        learn,
+                        reconstruction.loss,
+                        lambda: reconstruction.error(learn, weights),  # noqa: B023
+                        settings,
+                        f"Training {segment}",
+                        processes,
+                    )
                     improved.append(history.best_epoch > 0)
-                theirs.advance()
-                ours.advance()
+                with processes.agreed():
+                    theirs.advance()
+                    ours.advance()
+        # Not all kernels of a GPU give the same bits every time, and pivots are chosen anew.
+        share_model(task.model, task.targets, processes)
         return {"blocks": len(segments), "blocks_improved": sum(improved)}
+
+
+@dataclass(frozen=True)
+class _Reconstruction:
+    """What one block is to give for its inputs, batch by batch; of several processes, their part of every batch.
+
+    Attributes:
+        block: The block of the compressed model.
+        calls: Its inputs.
+        wanted: Outputs of the original block.
+        shares: Of each batch, that this process has.
+        processes: Those that share the batches out.
+    """
+
+    block: nn.Module
+    calls: Sequence[Call]
+    wanted: Sequence[Tensor]
+    shares: Sequence[float]
+    processes: Processes
+
+    def loss(self, indices: Tensor) -> Tensor:
+        """Of the batch with this index; see `train`."""
+        index = int(indices[0])
+        with self.processes.agreed():
+            output = self._output(index)
+        return relative_loss(self.wanted[index], output, self.shares[index], self.processes)
+
+    @torch.no_grad()
+    def error(self, first: int, weights: Sequence[float]) -> float:
+        """Of all batches from `first` on, each of which has a weight."""
+        errors = []
+        with self.processes.agreed():
+            for index, weight in enumerate(weights, start=first):
+                errors.append(weight * float(squared_error(self.wanted[index], self._output(index))))
+        variance = token_variance(self.wanted[first:], weights, self.processes)
+        return sum(self.processes.gather(sum(errors))) / float(variance)
+
+    def _output(self, index: int) -> Tensor:
+        return first_tensor(self.calls[index](self.block))

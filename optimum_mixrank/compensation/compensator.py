@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..decomposition import LayerStatistics
@@ -53,6 +54,19 @@ class Compensation:
     processes: Processes = ALONE
     numbers: Sequence[int] = ()
     journal: Journal = NO_JOURNAL
+
+    def all_images(self) -> Tensor:
+        """The images to learn from, of all processes, in the order of their batches; every process calls this."""
+        if self.processes.is_alone:
+            return torch.cat(list(self.batches))
+        return torch.cat(list(self.processes.collect(dict(zip(self.numbers, self.batches, strict=True))).values()))
+
+    def all_held_out(self) -> Tensor:
+        """The same of the held-out images, in an order of its own."""
+        if self.processes.is_alone:
+            return torch.cat(list(self.held_out))
+        own = range(self.processes.index, self.processes.count * len(self.held_out), self.processes.count)
+        return torch.cat(list(self.processes.collect(dict(zip(own, self.held_out, strict=True))).values()))
 
     @property
     def factored(self) -> list[Target]:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from ..hooks import removed_afterwards
 from ..inference import evaluation_mode
 from ..outputs import ModelOutput, select_output
+from ..stages import share_model
 from .augmentation import augment
 from .compensator import COMPENSATORS, Compensation, Compensator
 from .groups import factor_groups, vector_group
 from .held_out import held_out_error
+from .relative import relative_loss
 from .training import TrainingSettings, balanced_factors, train
 
 
@@ -26,14 +28,18 @@ class DistillationCompensator(Compensator):
     of the last hidden state over all tokens; without a class head the features alone. Images are flipped, cropped and
     mixed; the original sees the same views. The state with the lowest held-out error is kept.
 
-    Memory: gradients, two moments and one copy of the trained parameters, and the activations of a batch. Time: per
-    epoch a forward pass of the original and a forward and backward pass of the compressed model.
+    Memory: all images, gradients, two moments and one copy of the trained parameters, and the activations of a batch.
+    Time: per epoch a forward pass of the original and a forward and backward pass of the compressed model.
+
+    Several processes share every batch out and sum their gradients, so that the result is that of one process up to
+    rounding. Each holds all images on the host, since batches are drawn from all of them.
 
     Args:
         feature_weight: Weight of the feature term.
     """
 
     name = "distillation"
+    shares_images = True
 
     def __init__(self, feature_weight: float = 1.0) -> None:
         self.feature_weight = feature_weight
@@ -41,7 +47,8 @@ class DistillationCompensator(Compensator):
     def compensate(self, task: Compensation) -> Mapping[str, Any]:
         """See `Compensator.compensate`."""
         config = task.config
-        images = torch.cat(list(task.batches))
+        processes = task.processes
+        images = task.all_images()
         settings = TrainingSettings(
             epochs=config.epochs,
             learning_rate=config.learning_rate,
@@ -51,15 +58,18 @@ class DistillationCompensator(Compensator):
         generator = torch.Generator().manual_seed(config.seed)
 
         def loss(indices: Tensor) -> Tensor:
-            return self._loss(task.original, task.model, augment(images[indices], generator))
+            part, share = processes.part(len(indices))
+            return self._loss(task, augment(images[indices], generator, part=part), share)
 
         with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
-            factors = factor_groups(task.model, names, images, settings.batch_size, config.seed)
+            factors = factor_groups(task.model, names, images, settings.batch_size, config.seed, processes)
             vectors = vector_group(task.model, names, getattr(task.model, "base_model", task.model))
             groups = [vectors, *(group for pair in factors.values() for group in pair)]
             history = train(
-                task.model, groups, len(images), loss, lambda: held_out_error(task), settings, "Distilling"
+                task.model, groups, len(images), loss, lambda: held_out_error(task), settings, "Distilling", processes
             )
+        # Not all kernels of a GPU give the same bits every time, and pivots are chosen anew.
+        share_model(task.model, task.targets, processes)
         return {
             "epochs": settings.epochs,
             "best_epoch": history.best_epoch,
@@ -67,33 +77,24 @@ class DistillationCompensator(Compensator):
             "errors": list(history.errors),
         }
 
-    def _loss(self, original: nn.Module, model: nn.Module, pixel_values: Tensor) -> Tensor:
-        with torch.no_grad():
-            theirs, their_features = _run(original, pixel_values)
-        ours, our_features = _run(model, pixel_values)
-        total = torch.zeros((), device=next(model.parameters()).device)
+    def _loss(self, task: Compensation, pixel_values: Tensor, share: float) -> Tensor:
+        """The part that a share of a batch has in the loss of the batch."""
+        with task.processes.agreed():
+            with torch.no_grad():
+                theirs, their_features = _run(task.original, pixel_values)
+            ours, our_features = _run(task.model, pixel_values)
+        total = torch.zeros((), device=next(task.model.parameters()).device)
         if ours.logits is not None and theirs.logits is not None:
             log_q = ours.logits.float().log_softmax(dim=-1)
             log_p = theirs.logits.float().log_softmax(dim=-1)
-            total = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+            total = share * nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
         features = list(zip(theirs.features, ours.features, strict=True))
         if their_features is not None and our_features is not None:
             features.append((their_features, our_features))
         for reference, feature in features:
-            total = total + self.feature_weight * relative_loss(reference, feature) / len(features)
+            loss = relative_loss(reference, feature, share, task.processes)
+            total = total + self.feature_weight * loss.to(total.device) / len(features)
         return total
-
-
-def relative_loss(reference: Tensor, feature: Tensor) -> Tensor:
-    """Squared error over the variance of the reference, each feature centred over all tokens of the batch.
-
-    Args:
-        reference: `[batch, ..., width]`.
-        feature: The same shape.
-    """
-    reference, feature = reference.float(), feature.float()
-    centred = reference - reference.flatten(0, -2).mean(dim=0)
-    return (feature - reference).square().mean() / centred.square().mean().clamp_min(1e-12)
 
 
 def _run(model: nn.Module, pixel_values: Tensor) -> tuple[ModelOutput, Tensor | None]:

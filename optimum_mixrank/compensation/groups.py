@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..calibration.collect import collect_statistics
 from ..calibration.images import Batch
-from ..decomposition import Statistic
+from ..decomposition import LayerStatistics, Statistic
+from ..distributed import ALONE, Processes
 from ..modeling import to_float64
 from .whitening import Roots, whitened_balance
 
@@ -27,19 +28,26 @@ Group = dict[str, Any]
 
 
 def factor_groups(
-    model: nn.Module, names: Sequence[str], images: Tensor, batch_size: int, seed: int
+    model: nn.Module,
+    names: Sequence[str],
+    images: Tensor,
+    batch_size: int,
+    seed: int,
+    processes: Processes = ALONE,
 ) -> dict[str, list[Group]]:
     """Groups of `WhitenedAdam` for the factors of layers, which are balanced anew in the coordinates of their groups.
 
     Takes one forward and one backward pass over some of the images. Memory: three float64 matrices of the size of its
-    input and its output for every layer while they are collected, one of float32 afterwards.
+    input and its output for every layer while they are collected, one of float32 afterwards. Several processes share
+    images and layers out, and all get the same.
 
     Args:
         model: The compressed model, its layers as `LowRankLinear`.
         names: Module names of these layers.
-        images: `[images, channels, height, width]`.
+        images: `[images, channels, height, width]`; the same in all processes.
         batch_size: Of these passes.
         seed: Of the draw of images and of the Fisher probes.
+        processes: Those that share the work.
 
     Returns:
         Two groups by layer, with `params`, `left` or `right`, and `scale`: steps are relative to the factors' size.
@@ -50,30 +58,64 @@ def factor_groups(
     generator = torch.Generator().manual_seed(seed)
     chosen = images[torch.randperm(len(images), generator=generator)[:NUM_IMAGES]]
     wanted = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE, Statistic.GRADIENT_MOMENT})
-    batches = [Batch(part, index=index) for index, part in enumerate(chosen.split(batch_size))]
-    statistics, _ = collect_statistics(model, batches, dict.fromkeys(names, wanted), seed=seed)
+    batches = [
+        Batch(part, index=index) for index, part in enumerate(chosen.split(batch_size)) if processes.owns(index)
+    ]
+    statistics, _ = collect_statistics(
+        model, batches, dict.fromkeys(names, wanted), len(chosen), seed=seed, processes=processes
+    )
+    # Layers with the same input share its statistics and hence its roots.
+    sharing: dict[int, list[str]] = {}
+    for name in names:
+        sharing.setdefault(id(statistics[name].input_covariance), []).append(name)
+    costs = {same[0]: float(sum(_cost(model.get_submodule(name)) for name in same)) for same in sharing.values()}
+    owners = processes.share_out(costs)
+    found: dict[str, dict[str, Tensor]] = {}
+    with processes.agreed():
+        for same in sharing.values():
+            if owners[same[0]] == processes.index:
+                found[same[0]] = _coordinates(model, same, statistics)
     groups: dict[str, list[Group]] = {}
-    inputs: dict[int, tuple[Roots, Tensor]] = {}
+    for same in sharing.values():
+        device = model.get_submodule(same[0]).factor_a.weight.device
+        tensors = processes.send(found.get(same[0]), owners[same[0]], device)
+        for name in same:
+            layer = model.get_submodule(name)
+            weights, scale = (layer.factor_a.weight, layer.factor_b.weight), float(tensors[f"{name}.scale"])
+            with torch.no_grad():
+                for weight, factor in zip(weights, "AB", strict=True):
+                    weight.copy_(tensors[f"{name}.{factor}"])
+            groups[name] = [
+                {"params": [weights[0]], "right": tensors["right"], "scale": scale},
+                {"params": [weights[1]], "left": tensors[f"{name}.left"], "scale": scale},
+            ]
+    return {name: groups[name] for name in names}
+
+
+def _cost(layer: nn.Module) -> int:
+    """Of the eigendecompositions."""
+    return int(layer.in_features**3 + layer.out_features**3)
+
+
+def _coordinates(
+    model: nn.Module, names: Sequence[str], statistics: Mapping[str, LayerStatistics]
+) -> dict[str, Tensor]:
+    """Coordinates and balanced factors of layers that share an input, in the dtype of their factors."""
+    tensors: dict[str, Tensor] = {}
+    inputs: Roots | None = None
     for name in names:
         layer = model.get_submodule(name)
-        # Layers with the same input share its statistics and hence its roots.
-        key = id(statistics[name].input_covariance)
+        A, B = layer.factor_a.weight, layer.factor_b.weight
         found = statistics[name].about_zero(to_float64(layer.product()))
-        if key not in inputs:
-            roots = Roots.of(found.require(Statistic.INPUT_COVARIANCE), INPUT_DAMPING)
-            inputs[key] = roots, roots.inverse.to(layer.factor_a.weight)
-        roots, right = inputs[key]
+        if inputs is None:
+            inputs = Roots.of(found.require(Statistic.INPUT_COVARIANCE), INPUT_DAMPING)
+            tensors["right"] = inputs.inverse.to(A)
         outputs = Roots.of(found.require(Statistic.GRADIENT_MOMENT), OUTPUT_DAMPING)
-        weights = layer.factor_a.weight, layer.factor_b.weight
-        A, B, scale = whitened_balance(to_float64(weights[0]), to_float64(weights[1]), roots, outputs)
-        with torch.no_grad():
-            for weight, value in zip(weights, (A, B), strict=True):
-                weight.copy_(value)
-        groups[name] = [
-            {"params": [weights[0]], "right": right, "scale": scale},
-            {"params": [weights[1]], "left": outputs.inverse.to(weights[1]), "scale": scale},
-        ]
-    return groups
+        balanced_A, balanced_B, scale = whitened_balance(to_float64(A), to_float64(B), inputs, outputs)
+        tensors[f"{name}.left"] = outputs.inverse.to(B)
+        tensors[f"{name}.A"], tensors[f"{name}.B"] = balanced_A.to(A), balanced_B.to(B)
+        tensors[f"{name}.scale"] = torch.tensor(scale, dtype=torch.float64)
+    return tensors
 
 
 def vector_group(model: nn.Module, names: Sequence[str], scope: nn.Module) -> Group:

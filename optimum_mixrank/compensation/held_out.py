@@ -123,13 +123,12 @@ def _same_work(compensator: Compensator, task: Compensation) -> Mapping[str, Any
     """Run a compensator on all images in every process; what the main process has made of the model holds for all."""
     if task.processes.is_alone:
         return compensator.compensate(task)
-    batches = task.processes.collect(dict(zip(task.numbers, task.batches, strict=True)))
-    own = range(task.processes.index, task.processes.count * len(task.held_out), task.processes.count)
-    held_out = list(task.processes.collect(dict(zip(own, task.held_out, strict=True))).values())
+    size = max(task.processes.gather(max(map(len, task.batches), default=1)))
+    batches, held_out = (list(images.split(size)) for images in (task.all_images(), task.all_held_out()))
     with task.processes.agreed():
         whole = replace(
             task,
-            batches=list(batches.values()),
+            batches=batches,
             held_out=held_out,
             references=model_outputs(task.original, held_out),
             processes=ALONE,

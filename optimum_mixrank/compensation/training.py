@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..decomposition import balance
+from ..distributed import ALONE, Processes
 from ..modeling import FactoredLinear, LowRankLinear, replace_module, to_float64
 from ..stages import factored_linear
 from .whitening import WhitenedAdam
@@ -65,20 +66,26 @@ def train(
     error: Callable[[], float],
     settings: TrainingSettings,
     description: str,
+    processes: Processes = ALONE,
 ) -> TrainingHistory:
     """Train parameters of a module and leave it in the best state that was seen, the first one included.
+
+    Several processes take every step together: each gives its part of the loss, and gradients are summed. Where they
+    start from the same parameters, they hold the same ones all the way.
 
     Args:
         module: What holds the parameters.
         groups: What is trained: groups of `WhitenedAdam`, with `scale` beside them.
         num_images: Images there are.
-        loss: Mean loss over the images with these indices, int64, `[batch]`.
-        error: Error on held-out images.
+        loss: Mean loss over the images with these indices, int64, `[batch]`. Of several processes each is asked for the
+            same images, and gives its part: the parts of all add up to the mean.
+        error: Error on held-out images, the same in all processes.
         settings: How to train.
         description: Of the progress bar.
+        processes: Those that share the images out.
 
     Raises:
-        ValueError: if the loss becomes NaN or Inf.
+        ValueError: if the loss becomes NaN or Inf, on all processes if it does on one.
     """
     steps_per_epoch = math.ceil(num_images / settings.batch_size)
     total = settings.epochs * steps_per_epoch
@@ -95,18 +102,21 @@ def train(
         for epoch in range(settings.epochs):
             sum_of_losses = 0.0
             for indices in torch.randperm(num_images, generator=generator).split(settings.batch_size):
-                value = loss(indices)
-                if not torch.isfinite(value):
+                own = loss(indices)
+                value = sum(processes.gather(own.item()))
+                if not math.isfinite(value):
                     raise ValueError(
-                        f"{description}: the loss is {value.item()} in epoch {epoch + 1}; lower "
+                        f"{description}: the loss is {value} in epoch {epoch + 1}; lower "
                         f"learning_rate={settings.learning_rate}, or use dtype='float32'."
                     )
                 optimizer.zero_grad(set_to_none=True)
-                value.backward()
+                with processes.agreed():
+                    own.backward()
+                processes.sum_gradients(parameters)
                 nn.utils.clip_grad_norm_(parameters, settings.max_norm)
                 optimizer.step()
                 schedule.step()
-                sum_of_losses += value.item() * len(indices)
+                sum_of_losses += value * len(indices)
                 progress.update()
             losses.append(sum_of_losses / num_images)
             errors.append(error())

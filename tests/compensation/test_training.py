@@ -7,7 +7,7 @@ from torch import nn
 
 from optimum_mixrank import FactoredLinear, LowRankLinear
 from optimum_mixrank.compensation.augmentation import augment
-from optimum_mixrank.compensation.distillation import relative_loss
+from optimum_mixrank.compensation.relative import relative_loss
 from optimum_mixrank.compensation.training import TrainingSettings, balanced_factors, train
 
 
@@ -105,6 +105,16 @@ def test_mixed_views_lie_between_two_images():
     for index, view in enumerate(views):
         low, high = sorted((batch[index].mean(), batch[index - 1].mean()))
         assert low - 1e-3 <= view.min() and view.max() <= high + 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_parts_of_the_views_are_those_of_the_batch(count):
+    batch = images(count)
+    whole = augment(batch, torch.Generator().manual_seed(3))
+    for size in (1, 3):
+        parts = [slice(start, start + size) for start in range(0, count, size)]
+        views = [augment(batch, torch.Generator().manual_seed(3), part=part) for part in parts]
+        assert torch.equal(torch.cat(views), whole)
 
 
 def test_relative_loss():

@@ -8,8 +8,8 @@ from compensation.cases import config, images
 from models import tiny_swin, tiny_vit
 from safetensors.torch import save_file
 
-from optimum_mixrank import MixRankCompressor
-from optimum_mixrank.compensation import COMPENSATORS
+from optimum_mixrank import FactoredLinear, MixRankCompressor
+from optimum_mixrank.compensation import COMPENSATORS, Compensator
 
 
 MODELS = {"vit": tiny_vit(), "swin": tiny_swin(), "no_head": tiny_swin().swin}
@@ -67,6 +67,40 @@ def case_residual(processes, folder):
 
 def case_training(processes, folder):
     return compress("training", processes, folder, compensation=["sequential", "blocks", "distillation"])
+
+
+def case_training_of_features(processes, folder):
+    """Of more processes than images in a batch, and an uneven last batch."""
+    changes = {"metric": "second_moment", "layout": "factors", "train_batch_size": 2, "epochs": 1}
+    source = list(images(23).split(5))
+    return compress(
+        "training_of_features",
+        processes,
+        folder,
+        "no_head",
+        source,
+        compensation=["blocks", "distillation"],
+        **changes,
+    )
+
+
+class Nudge(Compensator):
+    """Knows nothing of processes: it needs all images, and does the same with them everywhere."""
+
+    name = "nudge"
+
+    def compensate(self, task):
+        assert task.processes.is_alone
+        mean = torch.cat(list(task.batches)).mean()
+        for module in task.model.modules():
+            if isinstance(module, FactoredLinear):
+                module.factor_a.weight.data.mul_(1 + 1e-3 * mean)
+        return {"images": sum(map(len, task.batches)), "held_out": sum(map(len, task.held_out))}
+
+
+def case_the_same_work_in_every_process(processes, folder):
+    COMPENSATORS.register(Nudge)
+    return compress("the_same_work_in_every_process", processes, folder, compensation=["nudge"])
 
 
 def case_without_images(processes, folder):

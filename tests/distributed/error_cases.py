@@ -9,6 +9,7 @@ from models import pixels, tiny_swin, tiny_vit
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank import compressor as compressor_module
+from optimum_mixrank.compensation import distillation
 
 
 VIT, SWIN = tiny_vit(), tiny_swin()
@@ -134,6 +135,54 @@ def case_in_place(processes, folder):
         return {"error": str(error), "same": same and before.keys() == model.state_dict().keys()}
     finally:
         factored_linear["factored_linear"] = make
+
+
+def case_training_that_diverges(processes, folder):
+    """In one process alone; the others would wait for its gradients."""
+    relative_loss = distillation.relative_loss
+
+    def diverging(reference, feature, *args):
+        last = processes.index == processes.count - 1
+        return relative_loss(reference, feature * torch.nan if last else feature, *args)
+
+    distillation.relative_loss = diverging
+    try:
+        return train()
+    finally:
+        distillation.relative_loss = relative_loss
+
+
+def case_training_that_fails(processes, folder):
+    """On the way back of one process."""
+    run = distillation._run
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(context, tensor):
+            return tensor.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            raise MemoryError("out of memory")
+
+    def failing(model, pixel_values):
+        output, hidden = run(model, pixel_values)
+        if processes.index == processes.count - 1 and hidden.requires_grad:
+            hidden = Broken.apply(hidden)
+        return output, hidden
+
+    distillation._run = failing
+    try:
+        return train()
+    finally:
+        distillation._run = run
+
+
+def train():
+    model = copy.deepcopy(VIT)
+    config = MixRankConfig(**FAST, compensation=["distillation"], epochs=1, train_batch_size=4)
+    MixRankCompressor(model).compress(config, images())
+    return {}
 
 
 def case_work_after_all_that(processes, folder):

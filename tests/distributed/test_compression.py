@@ -50,6 +50,8 @@ def test_the_model_is_that_of_one_process(found, case, count):
         assert ours["kept"] == theirs["kept"]
         for error in ("error_before", "error_after"):
             assert ours[error] == pytest.approx(theirs[error], rel=1e-5)
+        for name, value in theirs["details"].items():
+            assert ours["details"][name] == pytest.approx(value, rel=1e-4)
     expected = load_file(alone["file"])
     values = load_file(together["file"])
     assert {name: tensor.shape for name, tensor in values.items()} == {

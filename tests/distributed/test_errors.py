@@ -20,6 +20,8 @@ ANYWHERE = {
     "a_folder_with_files": "is not empty; choose another",
     "a_full_disk": "OSError: No space left on device",
     "in_place": "no luck",
+    "training_that_diverges": "ValueError: Distilling: the loss is nan in epoch 1; lower learning_rate=",
+    "training_that_fails": "MemoryError: out of memory",
 }
 AMONG_SEVERAL = {
     "different_orders": "ValueError: The processes were given different images, or the same in different orders",

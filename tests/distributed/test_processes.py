@@ -1,0 +1,17 @@
+"""How work is shared out, without any process."""
+
+import pytest
+
+from optimum_mixrank.distributed import Processes
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("items", [1, 2, 7, 16])
+def test_parts_cover_all_items_once(count, items):
+    parts = [Processes(index, count).part(items) for index in range(count)]
+    assert sum(share for _, share in parts) == pytest.approx(1)
+    assert [item for part, share in parts if share for item in range(items)[part]] == list(range(items))
+    # No process stands idle in an exchange, and none has two items more than another.
+    sizes = [len(range(items)[part]) for part, _ in parts]
+    assert min(sizes) == max(1, items // count) and max(sizes) - min(sizes) <= 1
+    assert all(share in (0, size / items) for (_, share), size in zip(parts, sizes, strict=True))
