@@ -29,7 +29,7 @@ from .distributed import Processes, find_processes, only_main_speaks
 from .evaluation.flops import flops_per_image, tokens_per_image
 from .evaluation.labels import find_label_column, map_labels
 from .modeling import replace_module
-from .original import load_image_processor, load_original
+from .original import check_placement, load_image_processor, load_original
 from .planning import LayerSpec, RankPlan
 from .profile import RankProfile, profile_budgets
 from .quantizer import MixRankHfQuantizer, attach
@@ -94,6 +94,7 @@ class MixRankCompressor(OptimumQuantizer):
                 f"model is a {type(model).__name__}, not a Transformers model; use "
                 "`MixRankCompressor.from_pretrained(path_or_hub_id)` for a path or Hub id."
             )
+        check_placement(model, find_processes(accelerator))
         self.model = model
         self.image_processor = image_processor
         self.accelerator = accelerator
@@ -120,28 +121,38 @@ class MixRankCompressor(OptimumQuantizer):
             dtype: Precision of the loaded weights and of the compressed checkpoint, float32 whatever the file holds;
                 `"auto"` keeps the file's.
             device: Where to put the model, such as `"cuda"`. Default: a model in memory stays where it is; a checkpoint
-                goes to the device of the `accelerator`, or of each of several processes, else to the CPU.
+                goes to the device of the `accelerator`, or of each of several processes, else to the CPU. A model for
+                which one device is too small is loaded with `device_map="auto"` in place of it.
             auto_class: Class to load with, such as `AutoModelForSemanticSegmentation`; default: the architecture
                 that the checkpoint names.
-            **hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, `trust_remote_code`, … as
-                for Transformers' `from_pretrained`.
+            **hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, `trust_remote_code`,
+                `device_map`, `max_memory`, … as for Transformers' `from_pretrained`.
 
         Raises:
             OSError: if there is no such checkpoint.
             TypeError: if Hub arguments are given for a model in memory.
+            ValueError: if weights would have to be offloaded, or `device` is given for a model that has a `device_map`.
         """
         if isinstance(model_or_path, PreTrainedModel):
             if hub_kwargs or auto_class is not None:
                 surplus = ", ".join([*hub_kwargs, *(["auto_class"] if auto_class is not None else [])])
                 raise TypeError(f"A model in memory takes no {surplus}; they belong to a path or Hub id.")
             model = model_or_path
+            places = getattr(model, "hf_device_map", None) or {}
+            device_map = places if len(set(places.values())) > 1 else None
         else:
+            device_map = hub_kwargs.get("device_map")
+        if device is not None and device_map is not None:
+            raise ValueError(
+                f"device={str(device)!r} and device_map={device_map!r} both say where the model lies; leave one out."
+            )
+        if not isinstance(model_or_path, PreTrainedModel):
             processes = find_processes(accelerator)
             with only_main_speaks(processes):
                 model = load_original(model_or_path, dtype, auto_class, hub_kwargs)
                 if image_processor is None:
                     image_processor = load_image_processor(model_or_path, hub_kwargs)
-            if device is None and not (processes.is_alone and accelerator is None):
+            if device_map is None and device is None and not (processes.is_alone and accelerator is None):
                 device = processes.device
         return cls(model if device is None else model.to(device), image_processor, accelerator)
 

@@ -10,6 +10,8 @@ import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
+from .distributed import Processes
+
 
 logger = logging.get_logger(__name__)
 
@@ -34,6 +36,27 @@ def load_original(
         architectures = getattr(config, "architectures", None) or [None]
         auto_class = getattr(transformers, architectures[0] or "", AutoModel)
     return auto_class.from_pretrained(path, dtype=parse_dtype(dtype), **hub_kwargs)
+
+
+def check_placement(model: PreTrainedModel, processes: Processes) -> None:
+    """Check that all weights lie where they are computed with: on one device, or each on its own.
+
+    Raises:
+        ValueError: if weights are offloaded, or each of several processes was to use several devices.
+    """
+    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if offloaded:
+        raise ValueError(
+            f"{len(offloaded)} weights of this {type(model).__name__} are offloaded or were never loaded, the first is "
+            f"{offloaded[0]!r}; compression needs all of them in memory. Load with dtype='bfloat16', give `device_map` "
+            "more devices or a larger `max_memory`, or leave it out and compress on the CPU."
+        )
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1 and not processes.is_alone:
+        raise ValueError(
+            f"The model is spread over {', '.join(devices)} in each of {processes.count} processes. Use one process "
+            "for a model on several devices, or leave `device_map` out, so that each process has one device."
+        )
 
 
 def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
