@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import datasets
 import torch
@@ -31,6 +31,7 @@ from .evaluation.labels import find_label_column, map_labels
 from .modeling import replace_module
 from .original import check_placement, load_image_processor, load_original
 from .planning import LayerSpec, RankPlan
+from .precision import tf32_statistics
 from .profile import RankProfile, profile_budgets
 from .quantizer import MixRankHfQuantizer, attach
 from .reporting.build import build_report, measure
@@ -54,7 +55,8 @@ def _in_every_process(method: Callable[Parameters, Result]) -> Callable[Paramete
 
     @functools.wraps(method)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with only_main_speaks(args[0].processes):  # type: ignore[attr-defined] # a `MixRankCompressor`
+        compressor = cast("MixRankCompressor", args[0])
+        with only_main_speaks(compressor.processes), tf32_statistics(compressor.allow_tf32):
             return method(*args, **kwargs)
 
     return wrapped
@@ -69,12 +71,16 @@ class MixRankCompressor(OptimumQuantizer):
         accelerator: Stands for the processes that share the work. Default: one is made where several were launched, as
             by `accelerate launch`. All of them then call `calibrate`, `compress`, `profile`, `evaluate`,
             `save_pretrained` and `push_to_hub`, with the same arguments; each works on its share of images and layers,
-            all get the same result, and the main one prints and saves.
+            all get the same result, and the main one prints and saves. Its `mixed_precision` is that of forward passes
+            for statistics and of training; statistics are summed in float32 or better all the same.
+        allow_tf32: Whether statistics may be multiplied in TF32 where PyTorch is set to it, on GPUs that can: faster,
+            and less exact.
 
     Attributes:
         model: The original model; `compress` leaves it alone unless asked for `inplace=True`.
         image_processor: As given.
         accelerator: As given.
+        allow_tf32: As given.
         report: `CompressionReport` of the last compression, or None.
 
     Example:
@@ -86,7 +92,12 @@ class MixRankCompressor(OptimumQuantizer):
     """
 
     def __init__(
-        self, model: PreTrainedModel, image_processor: Any = None, accelerator: Accelerator | None = None
+        self,
+        model: PreTrainedModel,
+        image_processor: Any = None,
+        accelerator: Accelerator | None = None,
+        *,
+        allow_tf32: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, PreTrainedModel):
@@ -98,6 +109,7 @@ class MixRankCompressor(OptimumQuantizer):
         self.model = model
         self.image_processor = image_processor
         self.accelerator = accelerator
+        self.allow_tf32 = allow_tf32
         self.report: CompressionReport | None = None
 
     @classmethod
@@ -109,6 +121,7 @@ class MixRankCompressor(OptimumQuantizer):
         accelerator: Accelerator | None = None,
         dtype: str | torch.dtype = "float32",
         device: str | torch.device | None = None,
+        allow_tf32: bool = False,
         auto_class: Any = None,
         **hub_kwargs: Any,
     ) -> MixRankCompressor:
@@ -123,6 +136,7 @@ class MixRankCompressor(OptimumQuantizer):
             device: Where to put the model, such as `"cuda"`. Default: a model in memory stays where it is; a checkpoint
                 goes to the device of the `accelerator`, or of each of several processes, else to the CPU. A model for
                 which one device is too small is loaded with `device_map="auto"` in place of it.
+            allow_tf32: See `MixRankCompressor`.
             auto_class: Class to load with, such as `AutoModelForSemanticSegmentation`; default: the architecture
                 that the checkpoint names.
             **hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, `trust_remote_code`,
@@ -154,7 +168,8 @@ class MixRankCompressor(OptimumQuantizer):
                     image_processor = load_image_processor(model_or_path, hub_kwargs)
             if device_map is None and device is None and not (processes.is_alone and accelerator is None):
                 device = processes.device
-        return cls(model if device is None else model.to(device), image_processor, accelerator)
+        model = model if device is None else model.to(device)
+        return cls(model, image_processor, accelerator, allow_tf32=allow_tf32)
 
     @property
     def processes(self) -> Processes:
@@ -331,7 +346,7 @@ class MixRankCompressor(OptimumQuantizer):
             compensation=results,
             predicted=metric.common_unit,
             profile=profile,
-            num_processes=processes.count,
+            processes=processes,
         )
         # Timings are those of the main process.
         self.report = processes.broadcast(report)

@@ -11,8 +11,8 @@ import builtins
 import logging as python_logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import datasets
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from transformers.utils import logging
+
+from .precision import AUTOCAST_DTYPES
 
 
 if TYPE_CHECKING:
@@ -40,12 +42,14 @@ class Processes:
         count: How many there are.
         device: Where this process is to compute.
         wire: Where tensors have to be to be sent: NCCL knows GPUs alone, gloo the host alone.
+        mixed_precision: As of an `Accelerator`: `"no"`, `"bf16"` or `"fp16"`.
     """
 
     index: int = 0
     count: int = 1
     device: torch.device = _HOST
     wire: torch.device = _HOST
+    mixed_precision: str = "no"
 
     @property
     def is_main(self) -> bool:
@@ -70,6 +74,16 @@ class Processes:
         sizes = [count // self.count + (index < count % self.count) for index in range(self.count)]
         start, size = sum(sizes[: self.index]), sizes[self.index]
         return (slice(start, start + size), size / count) if size else (slice(0, 1), 0.0)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Forward passes on this device run in the mixed precision that was asked for; backward passes follow them."""
+        if self.mixed_precision == "no":
+            return nullcontext()
+        return torch.autocast(device.type, AUTOCAST_DTYPES[self.mixed_precision])
+
+    def apart(self) -> Processes:
+        """This process as one that works alone, in the same precision."""
+        return replace(ALONE, mixed_precision=self.mixed_precision)
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -190,10 +204,12 @@ def find_processes(accelerator: Accelerator | None = None) -> Processes:
     Raises:
         RuntimeError: if several processes were launched, but the accelerator works alone; or if they are not connected
             by `torch.distributed`.
+        ValueError: for a mixed precision other than bf16 and fp16.
     """
     if accelerator is None:
         if not was_launched():
-            return ALONE
+            # `accelerate launch` says so to a single process too.
+            return _alone(_HOST, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
         from accelerate import Accelerator
 
         # On a machine without GPU the processes are connected only if the CPU is asked for.
@@ -204,7 +220,7 @@ def find_processes(accelerator: Accelerator | None = None) -> Processes:
                 f"{os.environ['WORLD_SIZE']} processes were launched, but the Accelerator of each works alone. On CPUs, "
                 "make it with `Accelerator(cpu=True)`, or set ACCELERATE_USE_CPU=true."
             )
-        return Processes(device=accelerator.device)
+        return _alone(accelerator.device, accelerator.mixed_precision)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise RuntimeError(
             f"The {accelerator.num_processes} processes ({accelerator.distributed_type}) are not connected by "
@@ -212,7 +228,20 @@ def find_processes(accelerator: Accelerator | None = None) -> Processes:
         )
     on_host = torch.distributed.get_backend() in ("gloo", "mpi")
     device = accelerator.device
-    return Processes(accelerator.process_index, accelerator.num_processes, device, _HOST if on_host else device)
+    return replace(
+        _alone(device, accelerator.mixed_precision),
+        index=accelerator.process_index,
+        count=accelerator.num_processes,
+        wire=_HOST if on_host else device,
+    )
+
+
+def _alone(device: torch.device, mixed_precision: str) -> Processes:
+    if mixed_precision not in ("no", *AUTOCAST_DTYPES):
+        raise ValueError(
+            f"mixed_precision={mixed_precision!r} is not supported; choose 'no', 'bf16' or 'fp16' for the Accelerator."
+        )
+    return Processes(device=device, mixed_precision=mixed_precision)
 
 
 def was_launched() -> bool:

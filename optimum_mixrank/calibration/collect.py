@@ -234,7 +234,8 @@ def collect_statistics(
         def run(batch: ImageBatch) -> int:
             pixel_values = batch.pixel_values.to(device=device, dtype=parameter.dtype)
             # Some input has to require gradients for the activations to have any; parameters do not.
-            output = model(pixel_values=pixel_values.detach().requires_grad_(bool(with_gradients)))
+            with processes.autocast(device):
+                output = model(pixel_values=pixel_values.detach().requires_grad_(bool(with_gradients)))
             if gradients is not None:
                 gradients.update(select_output(output, getattr(model, "config", None)), batch.index)
             progress.update(len(pixel_values))

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from ..distributed import Processes
+from ..precision import float32_products
 
 
 class MomentAccumulator:
     """Mean and covariance (or variance) of a stream of vectors.
 
     The vectors are shifted by the mean of the first batch before anything is multiplied, so that a mean much larger
-    than the spread cancels nothing. Products are summed over a batch in float32 (float64 for float64 input) and over
-    batches in float64.
+    than the spread cancels nothing. Products are summed over a batch in float32 (float64 for float64 input), never in
+    less, and over batches in float64.
 
     Several processes may each take in a part of the stream: one of them takes in the first batch and gives the others
     its `shift`; afterwards all call `reduce`. The sums are then those of one process up to the order of summation.
@@ -49,8 +50,7 @@ class MomentAccumulator:
         centred = vectors - self.shift
         self._sum = _add(self._sum, centred.sum(dim=0))
         if self._products:
-            # Autocast, under which the model may run, would multiply in half precision.
-            with torch.autocast(vectors.device.type, enabled=False):
+            with float32_products(vectors.device):
                 product = centred.T @ centred if self._full else centred.square().sum(dim=0)
             self._product = _add(self._product, product)
         self.count += len(vectors)
@@ -131,7 +131,7 @@ class PairAccumulator:
             self._inputs.update(inputs)
         self._targets.update(targets)
         input_shift, target_shift = self._both_shifts()
-        with torch.autocast(inputs.device.type, enabled=False):
+        with float32_products(inputs.device):
             product = (targets - target_shift).T @ (inputs - input_shift)
         self._cross = _add(self._cross, product)
 

@@ -102,7 +102,7 @@ class _Reconstruction:
     def loss(self, indices: Tensor) -> Tensor:
         """Of the batch with this index; see `train`."""
         index = int(indices[0])
-        with self.processes.agreed():
+        with self.processes.agreed(), self.processes.autocast(self.wanted[index].device):
             output = self._output(index)
         return relative_loss(self.wanted[index], output, self.shares[index], self.processes)
 

@@ -80,10 +80,12 @@ class DistillationCompensator(Compensator):
     def _loss(self, task: Compensation, pixel_values: Tensor, share: float) -> Tensor:
         """The part that a share of a batch has in the loss of the batch."""
         with task.processes.agreed():
-            with torch.no_grad():
-                theirs, their_features = _run(task.original, pixel_values)
-            ours, our_features = _run(task.model, pixel_values)
-        total = torch.zeros((), device=next(task.model.parameters()).device)
+            device = next(task.model.parameters()).device
+            with task.processes.autocast(device):
+                with torch.no_grad():
+                    theirs, their_features = _run(task.original, pixel_values)
+                ours, our_features = _run(task.model, pixel_values)
+        total = torch.zeros((), device=device)
         if ours.logits is not None and theirs.logits is not None:
             log_q = ours.logits.float().log_softmax(dim=-1)
             log_p = theirs.logits.float().log_softmax(dim=-1)

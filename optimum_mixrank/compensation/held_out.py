@@ -131,7 +131,7 @@ def _same_work(compensator: Compensator, task: Compensation) -> Mapping[str, Any
             batches=batches,
             held_out=held_out,
             references=model_outputs(task.original, held_out),
-            processes=ALONE,
+            processes=task.processes.apart(),
         )
         details = compensator.compensate(whole)
     # Not all kernels of a GPU give the same bits every time.

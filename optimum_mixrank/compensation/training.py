@@ -94,6 +94,8 @@ def train(
         [{**group, "lr": settings.learning_rate * group.get("scale", 1.0)} for group in groups], settings.learning_rate
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total, settings.warmup))
+    # Gradients are too small for float16; without it this does nothing.
+    scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=processes.mixed_precision == "fp16")
     generator = torch.Generator().manual_seed(settings.seed)
     losses, errors = [], [error()]
     best = _snapshot(parameters)
@@ -111,10 +113,12 @@ def train(
                     )
                 optimizer.zero_grad(set_to_none=True)
                 with processes.agreed():
-                    own.backward()
+                    scaler.scale(own).backward()
                 processes.sum_gradients(parameters)
+                scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(parameters, settings.max_norm)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 schedule.step()
                 sum_of_losses += value * len(indices)
                 progress.update()

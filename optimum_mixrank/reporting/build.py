@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..calibration.result import Calibration
 from ..compensation import CompensationResult
 from ..configuration import MixRankConfig
+from ..distributed import ALONE, Processes
 from ..evaluation.flops import flops_per_image
 from ..evaluation.size import count_parameters, safetensors_bytes
 from ..layout import FactoredLayer, stored_values
@@ -75,7 +76,7 @@ def build_report(
     compensation: Sequence[CompensationResult] = (),
     predicted: bool = False,
     profile: RankProfile | None = None,
-    num_processes: int = 1,
+    processes: Processes = ALONE,
 ) -> CompressionReport:
     """Describe what was done to every linear layer of the encoder, targeted or not.
 
@@ -92,7 +93,7 @@ def build_report(
         compensation: What came of every step.
         predicted: Whether the losses are in a common unit, so that their sum says something.
         profile: What other budgets would have cost.
-        num_processes: Processes that shared the work.
+        processes: Those that shared the work.
     """
     layers = []
     for linear in linears:
@@ -121,7 +122,11 @@ def build_report(
     return CompressionReport(
         layers=layers,
         settings=settings,
-        environment={**environment(next(model.parameters()).device), "processes": num_processes},
+        environment={
+            **environment(next(model.parameters()).device),
+            "processes": processes.count,
+            "mixed_precision": processes.mixed_precision,
+        },
         model_parameters_before=original.parameters,
         model_parameters_after=compressed.parameters,
         bytes_on_disk_before=original.bytes,
