@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,11 @@ from huggingface_hub import HfApi
 from transformers.utils import logging
 
 from .evaluation.size import check_stored_values, safetensors_bytes
+from .journal import explained_no_space
 from .modeling import FactoredLinear
+from .reporting import HTML_NAME, RANKS_NAME, plot_ranks
 from .reporting.card import model_card
-from .reporting.report import HTML_NAME
+from .swap import flush_tree, put_in_place, recover, remove_leftovers, temporary_prefix
 
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def writable_directory(directory: str | Path, overwrite: bool) -> Path:
         NotADirectoryError: if it is a file.
     """
     directory = Path(directory).expanduser()
+    recover(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"save_directory={str(directory)!r} is a file; name a folder.")
     if not overwrite and directory.is_dir() and any(directory.iterdir()):
@@ -53,9 +56,21 @@ def save_checkpoint(
     report: CompressionReport | None,
     *,
     overwrite: bool = False,
+    picture: bool = False,
+    announce: Callable[[Path], None] | None = None,
     **kwargs: Any,
 ) -> CompressionReport | None:
     """Write the checkpoint beside its destination and move it there when it is complete.
+
+    Args:
+        model: The compressed model.
+        directory: The destination.
+        image_processor: To save with it, or None.
+        report: To save with it, or None.
+        overwrite: Whether the destination may hold files.
+        picture: Whether to save the picture of the ranks too.
+        announce: Called with the complete folder before it is moved.
+        **kwargs: Of Transformers' `save_pretrained`.
 
     Returns:
         The report with the bytes on disk filled in.
@@ -68,7 +83,7 @@ def save_checkpoint(
         raise ValueError(
             f"This {type(model).__name__} holds no factored layer; save a dense model with its own `save_pretrained`."
         )
-    with _complete_or_not_at_all(directory, overwrite) as temporary:
+    with _complete_or_not_at_all(directory, overwrite, announce) as temporary:
         model.save_pretrained(temporary, **kwargs)
         check_stored_values(model, temporary)
         if image_processor is not None:
@@ -76,17 +91,22 @@ def save_checkpoint(
         if report is not None:
             report = dataclasses.replace(report, bytes_on_disk_after=safetensors_bytes(temporary))
             report.save(temporary)
-            _save_page(report, temporary)
+            _save_pictures(report, temporary, picture)
             model_card(model, report).save(temporary / "README.md")
     return report
 
 
-def _save_page(report: CompressionReport, directory: Path) -> None:
-    try:
-        report.save_html(directory)
-    except Exception as error:
-        # What took hours is not given up for a picture that could not be drawn.
-        logger.warning(f"The checkpoint is saved without its page {HTML_NAME!r}, which could not be made: {error}")
+def _save_pictures(report: CompressionReport, directory: Path, picture: bool) -> None:
+    """The page, and the picture of the ranks if it is asked for."""
+    savers: dict[str, Callable[[], Any]] = {HTML_NAME: lambda: report.save_html(directory)}
+    if picture:
+        savers[RANKS_NAME] = lambda: plot_ranks(report, directory / RANKS_NAME)
+    for name, save in savers.items():
+        try:
+            save()
+        except Exception as error:
+            # What took hours is not given up for a picture that could not be drawn.
+            logger.warning(f"The checkpoint is saved without {name!r}, which could not be made: {error}")
 
 
 def save_dense(
@@ -104,20 +124,27 @@ def save_dense(
 
 
 @contextmanager
-def _complete_or_not_at_all(directory: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside the destination that takes its place when everything has been written."""
+def _complete_or_not_at_all(
+    directory: str | Path, overwrite: bool, announce: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
+    """A folder beside the destination that takes its place when everything has been written and is on the disk."""
     destination = writable_directory(directory, overwrite)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    try:
-        # mkdtemp makes folders for the owner's eyes only; a checkpoint is as readable as other new folders.
-        temporary.chmod(0o755)
-        yield temporary
-        for file in temporary.rglob("*"):
-            # Some releases of safetensors write files for the owner's eyes only.
-            file.chmod(0o755 if file.is_dir() else 0o644)
-        _move(temporary, destination)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    remove_leftovers(destination)
+    with explained_no_space(destination):
+        temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(destination), dir=destination.parent))
+        try:
+            # mkdtemp makes folders for the owner's eyes only; a checkpoint is as readable as other new folders.
+            temporary.chmod(0o755)
+            yield temporary
+            for file in temporary.rglob("*"):
+                # Some releases of safetensors write files for the owner's eyes only.
+                file.chmod(0o755 if file.is_dir() else 0o644)
+            flush_tree(temporary)
+            if announce is not None:
+                announce(temporary)
+            put_in_place(temporary, destination)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def push_checkpoint(
@@ -141,18 +168,3 @@ def push_checkpoint(
         return api.upload_folder(
             repo_id=repository.repo_id, folder_path=directory, revision=revision, commit_message=commit_message
         )
-
-
-def _move(source: Path, destination: Path) -> None:
-    """Put a folder in the place of another; the old one goes only when the new one stands."""
-    if not destination.exists():
-        source.rename(destination)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}-old-", dir=destination.parent))
-    destination.rename(old / "checkpoint")
-    try:
-        source.rename(destination)
-    except OSError:
-        (old / "checkpoint").rename(destination)
-        raise
-    shutil.rmtree(old)

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
@@ -20,6 +20,7 @@ from .calibration.collect import collect_statistics
 from .calibration.fingerprint import fingerprint_model
 from .calibration.images import Batch, ImageBatches
 from .calibration.result import Calibration
+from .calibration.saved_pass import forget_pass
 from .calibration.sources import load_image_dataset
 from .checkpoint import push_checkpoint, save_checkpoint, writable_directory
 from .compensation.run import compensate, prepare_images
@@ -28,6 +29,7 @@ from .decomposition import METRICS, Metric, Statistic
 from .distributed import Processes, find_processes, only_main_speaks
 from .evaluation.flops import flops_per_image, tokens_per_image
 from .evaluation.labels import find_label_column, map_labels
+from .journal import NO_JOURNAL, Journal
 from .modeling import replace_module
 from .original import check_placement, load_image_processor, load_original
 from .planning import LayerSpec, RankPlan
@@ -37,6 +39,7 @@ from .quantizer import MixRankHfQuantizer, attach
 from .reporting.build import build_report, measure
 from .stages import allocation_losses, check_weights, decompose_layers, factorize_layers, rank_map_of
 from .targets import Target, encoder_linears, find_targets, match_values, select_targets
+from .unfinished import UnfinishedRun, check_images, has_saved, identity_of
 
 
 if TYPE_CHECKING:
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import EvaluationResult
     from .reporting.report import CompressionReport
 
+
+_STATISTICS = "statistics"
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -111,6 +116,7 @@ class MixRankCompressor(OptimumQuantizer):
         self.accelerator = accelerator
         self.allow_tf32 = allow_tf32
         self.report: CompressionReport | None = None
+        self._unfinished: UnfinishedRun | None = None
 
     @classmethod
     def from_pretrained(
@@ -254,6 +260,8 @@ class MixRankCompressor(OptimumQuantizer):
         inplace: bool = False,
         overwrite: bool = False,
         max_broken_share: float = 0.05,
+        resume_directory: str | Path | None = None,
+        save_interval: float = 60.0,
     ) -> PreTrainedModel:
         """Compress the model.
 
@@ -271,31 +279,46 @@ class MixRankCompressor(OptimumQuantizer):
                 from a copy of the original, which is dropped at the end.
             overwrite: Whether `save_directory` may hold files already.
             max_broken_share: Tolerated share of images that cannot be decoded.
+            resume_directory: Where the run notes what it has finished. The same call goes on from there after it was
+                cut off, and ends with the same result, bit by bit. The folder is removed when the compressed model is
+                saved, here or by `save_pretrained`. None notes nothing.
+            save_interval: Seconds between two savings of work that goes on; at most so much is lost.
 
         Returns:
             The compressed model, a Transformers model of the same class; `self.report` describes it.
 
         Raises:
             ValueError: for a ratio that cannot be reached, patterns that match nothing, missing or unusable
-                calibration data, NaN or Inf in weights or activations; before the model is changed.
+                calibration data, NaN or Inf in weights or activations; before the model is changed. If
+                `resume_directory` holds a run of another model, dataset or configuration.
             FileExistsError: if `save_directory` holds files and `overwrite` is False.
+            OSError: if a disk is full; what was saved before stays as it is.
         """
         config = config or MixRankConfig()
         processes = self.processes
+        self._unfinished = None
         with processes.agreed():
             config.validate()
+            if save_interval <= 0:
+                raise ValueError(f"save_interval={save_interval!r} is not a positive number of seconds.")
             if save_directory is not None and processes.is_main:
-                writable_directory(save_directory, overwrite)
+                writable_directory(save_directory, overwrite or has_saved(resume_directory, save_directory))
             metric = METRICS.create(config.metric)
             linears = encoder_linears(self.model)
             targets = select_targets(linears, config.target_modules, config.exclude_modules)
             check_weights(targets)
             plan = self._plan(config, targets)
             plan.check()
-
-        images, calibration = self._images_and_statistics(
-            config, metric, targets, calibration_dataset, calibration, batch_size, max_broken_share
-        )
+            batches = self._image_source(
+                config, metric, calibration_dataset, calibration, batch_size, max_broken_share
+            )
+        journal = NO_JOURNAL
+        if resume_directory is not None:
+            given = None if calibration is None else calibration.data_fingerprint
+            limits = {"batch_size": batch_size, "max_broken_share": max_broken_share, "statistics": given}
+            self._unfinished = self._open_run(resume_directory, config, batches, limits, save_interval)
+            journal = self._unfinished.journal
+        images, calibration = self._images_and_statistics(config, metric, targets, batches, calibration, journal)
         original = measure(self.model)
         prepared = prepare_images(self.model, images, config, processes) if config.compensation else None
         start = time.perf_counter()
@@ -458,28 +481,42 @@ class MixRankCompressor(OptimumQuantizer):
         save_directory: str | Path,
         *,
         overwrite: bool = False,
+        picture: bool = False,
         **kwargs: Any,
     ) -> None:
         """Save a compressed model with its image processor and the report.
 
-        The checkpoint is written beside its destination and moved there when it is complete.
+        The checkpoint is written beside its destination and moved there when it is complete and on the disk: what stands
+        there is the old content or the whole new one, whenever the process ends.
 
         Args:
             model: The compressed model; saved in the dtype that it has.
             save_directory: A new or empty folder.
             overwrite: Whether the folder may hold files already; they are replaced.
+            picture: Whether to save a picture of the ranks too, `ranks.png`.
             **kwargs: `max_shard_size`, … as for Transformers' `save_pretrained`.
 
         Raises:
             FileExistsError: if the folder holds files and `overwrite` is False.
+            OSError: if the disk is full; what was in the folder stays as it is.
         """
-        processes, report = self.processes, self.report
+        processes, report, run = self.processes, self.report, self._unfinished
         with processes.agreed():
             if processes.is_main:
+                ours = run is not None and has_saved(run.journal.directory, save_directory)
                 report = save_checkpoint(
-                    model, save_directory, self.image_processor, report, overwrite=overwrite, **kwargs
+                    model,
+                    save_directory,
+                    self.image_processor,
+                    report,
+                    overwrite=overwrite or ours,
+                    picture=picture,
+                    announce=None if run is None else run.announce,
+                    **kwargs,
                 )
-        self.report = processes.broadcast(report)
+                if run is not None:
+                    run.close()
+        self.report, self._unfinished = processes.broadcast(report), None
 
     @_in_every_process
     def push_to_hub(self, model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
@@ -539,6 +576,7 @@ class MixRankCompressor(OptimumQuantizer):
         targets: Sequence[Target],
         fisher_samples: int,
         seed: int,
+        journal: Journal = NO_JOURNAL,
     ) -> Calibration:
         """Statistics of images, or of those that have been decoded from them already."""
         processes = self.processes
@@ -552,41 +590,85 @@ class MixRankCompressor(OptimumQuantizer):
             fisher_samples=fisher_samples,
             seed=seed,
             processes=processes,
+            journal=journal,
         )
         seconds = time.perf_counter() - start
         return Calibration(layers, num_images, tuple(batches.broken), seconds, fingerprint, batches.fingerprint)
+
+    def _image_source(
+        self,
+        config: MixRankConfig,
+        metric: Metric,
+        dataset: Any,
+        calibration: Calibration | None,
+        batch_size: int,
+        max_broken_share: float,
+    ) -> ImageBatches | None:
+        """The images, if statistics or compensation need them."""
+        if dataset is None and calibration is None:
+            dataset = config.dataset
+        if not config.compensation and (calibration is not None or not metric.uses_data):
+            return None
+        if dataset is None:
+            step = f"metric={config.metric!r}" if metric.uses_data and calibration is None else "compensation"
+            raise ValueError(
+                f"{step} needs calibration images: pass `calibration_dataset`. Without images there are only "
+                "metric='svd' and compensation=[], which lose far more accuracy."
+            )
+        if isinstance(dataset, str | Path):
+            dataset = self.get_calibration_dataset(dataset, num_samples=config.num_samples, seed=config.seed)
+        return self._batches(dataset, batch_size, max_broken_share)
+
+    def _open_run(
+        self,
+        directory: str | Path,
+        config: MixRankConfig,
+        batches: ImageBatches | None,
+        limits: Mapping[str, Any],
+        save_interval: float,
+    ) -> UnfinishedRun:
+        """The run whose progress is kept in a folder, new or cut off before.
+
+        Raises:
+            ValueError: if the folder belongs to another run.
+        """
+        processes = self.processes
+        fingerprint, images = self._fingerprint(processes), None
+        with processes.agreed():
+            if batches is not None and processes.is_main:
+                images = batches.source_fingerprint()
+        identity = identity_of(
+            self.model,
+            fingerprint,
+            self.image_processor,
+            config,
+            **limits,
+            num_images=None if batches is None else batches.num_images,
+            images=processes.broadcast(images),
+            processes=processes.count,
+        )
+        return UnfinishedRun(directory, identity, save_interval, processes)
 
     def _images_and_statistics(
         self,
         config: MixRankConfig,
         metric: Metric,
         targets: Sequence[Target],
-        dataset: Any,
+        batches: ImageBatches | None,
         calibration: Calibration | None,
-        batch_size: int,
-        max_broken_share: float,
+        journal: Journal,
     ) -> tuple[list[Batch], Calibration | None]:
         """Images for compensation, decoded once, and statistics; empty and None where they are not needed."""
         processes = self.processes
-        if dataset is None and calibration is None:
-            dataset = config.dataset
-        uses_images = bool(config.compensation) or (metric.uses_data and calibration is None)
-        if uses_images and dataset is None:
-            step = f"metric={config.metric!r}" if metric.uses_data and calibration is None else "compensation"
-            raise ValueError(
-                f"{step} needs calibration images: pass `calibration_dataset`. Without images there are only "
-                "metric='svd' and compensation=[], which lose far more accuracy."
-            )
-        with processes.agreed():
-            if uses_images and isinstance(dataset, str | Path):
-                dataset = self.get_calibration_dataset(dataset, num_samples=config.num_samples, seed=config.seed)
-            batches = self._batches(dataset, batch_size, max_broken_share) if uses_images else None
         images: list[Batch] = []
         if config.compensation and batches is not None:
             # Compensation goes over the images many times: they are decoded once, and kept as the model sees them.
             with processes.agreed():
                 images = list(logging.tqdm(batches, desc="Decoding", unit="batch"))
             batches.settle()
+            check_images(journal, batches.fingerprint, processes)
+        finished = _finished_statistics(journal, processes) if calibration is None else None
+        calibration = calibration or finished
         if calibration is not None:
             seen = batches.fingerprint if batches is not None and config.compensation else None
             calibration.check(self._fingerprint(processes), seen)
@@ -594,7 +676,9 @@ class MixRankCompressor(OptimumQuantizer):
             calibration = None
         elif calibration is None and batches is not None:
             decoded = images if config.compensation else None
-            calibration = self._calibrate(batches, decoded, [metric], targets, config.fisher_samples, config.seed)
+            arguments = batches, decoded, [metric], targets, config.fisher_samples, config.seed
+            calibration = self._calibrate(*arguments, journal)
+            _finish_statistics(calibration, journal, processes)
         return images, calibration
 
     def _fingerprint(self, processes: Processes) -> str:
@@ -656,6 +740,22 @@ class MixRankCompressor(OptimumQuantizer):
             num_channels=getattr(self.model.config, "num_channels", 3),
             processes=self.processes,
         )
+
+
+def _finished_statistics(journal: Journal, processes: Processes) -> Calibration | None:
+    """Those that the run had taken before it was cut off, if all processes find them."""
+    with processes.agreed():
+        path = journal.path(_STATISTICS, shared=True) if journal.is_kept else None
+        found = None if path is None or not path.is_file() else Calibration.load(path)
+    return found if all(processes.gather(found is not None)) else None
+
+
+def _finish_statistics(calibration: Calibration, journal: Journal, processes: Processes) -> None:
+    """Note the statistics, which makes what was noted on the way to them superfluous."""
+    with processes.agreed():
+        if journal.is_kept and processes.is_main:
+            calibration.save(journal.path(_STATISTICS, shared=True))
+    forget_pass(journal)
 
 
 def _around(plan: RankPlan) -> list[RankPlan]:

@@ -6,19 +6,24 @@ flushed to the disk and renamed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -41,30 +46,43 @@ class Journal:
     Attributes:
         directory: Where they are; None keeps none: nothing is ever found or due.
         interval: Seconds between two entries of work that goes on.
-        process: Number of the process; each has entries of its own.
+        process: Number of the process. Each has entries of its own beside those that are shared: these the main process
+            writes and all read.
+        prefix: Of the names of all entries, for one part of the run.
     """
 
     directory: Path | None = None
     interval: float = 60.0
     process: int = 0
+    prefix: str = ""
     _saved: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether anything is written at all."""
+        return self.directory is not None
+
+    def part(self, name: str) -> Journal:
+        """The journal of one part of the run, whose entries have names of their own."""
+        return replace(self, prefix=f"{self.prefix}{name}-")
 
     def due(self) -> bool:
         """Whether so much time has passed since the last entry that the next one should be written."""
         return self.directory is not None and time.monotonic() - self._saved >= self.interval
 
-    def load(self, name: str) -> Entry | None:
+    def load(self, name: str, shared: bool = False) -> Entry | None:
         """An entry; None if there is none.
 
         Raises:
             ValueError: if it is damaged.
         """
-        if self.directory is None or not self._path(name).is_file():
+        if self.directory is None or not self.path(name, shared).is_file():
             return None
-        path = self._path(name)
+        path = self.path(name, shared)
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+                # Copies are aligned in memory as what they were saved from; arithmetic may depend on it.
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - no mapping
                 values = json.loads((file.metadata() or {})["values"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(
@@ -72,50 +90,100 @@ class Journal:
             ) from error
         return Entry(tensors, values)
 
-    def save(self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        values: Mapping[str, Any] | None = None,
+        shared: bool = False,
+    ) -> None:
         """Write an entry in the place of an earlier one of the same name.
 
         Args:
             name: Letters, digits, dots, dashes and underscores.
             tensors: Copied to the host.
             values: JSON values.
+            shared: Whether it is the same for all processes; the main one alone writes it then.
 
         Raises:
             OSError: if the disk is full, say; the earlier entry stays.
         """
-        if self.directory is None:
+        if self.directory is None or (shared and self.process):
             return
-        content = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        with replaced_file(self._path(name)) as temporary:
+        content: dict[str, Tensor] = {}
+        places: set[int] = set()
+        for key, tensor in tensors.items():
+            tensor = tensor.detach().cpu().contiguous()
+            # safetensors stores no tensor that shares its memory with another.
+            place = tensor.untyped_storage().data_ptr()
+            content[key] = tensor.clone() if place in places else tensor
+            places.add(place)
+        with replaced_file(self.path(name, shared)) as temporary:
             save_file(content, temporary, metadata={"values": json.dumps(dict(values or {}))})
         self._saved = time.monotonic()
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, shared: bool = False) -> None:
         """Forget an entry that is not needed any more."""
-        if self.directory is not None:
-            self._path(name).unlink(missing_ok=True)
+        if self.directory is not None and not (shared and self.process):
+            self.path(name, shared).unlink(missing_ok=True)
 
-    def _path(self, name: str) -> Path:
-        assert self.directory is not None
-        return self.directory / f"{name}.{self.process}.safetensors"
+    def path(self, name: str, shared: bool = False) -> Path:
+        """The file of an entry."""
+        if self.directory is None:
+            raise ValueError("A journal that is not kept has no files.")
+        return self.directory / f"{self.prefix}{name}{'' if shared else f'.{self.process}'}.safetensors"
+
+
+NO_JOURNAL = Journal()
 
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A file beside another, which takes its place when it has been written and is on the disk; else it goes."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    """A file beside another, which takes its place when it has been written and is on the disk; else it goes.
+
+    Raises:
+        OSError: if the disk is full, say; what was there stays.
+    """
+    temporary: Path | None = None
     try:
-        yield temporary
-        # mkstemp makes files for the owner's eyes only; these are as readable as other new files.
-        temporary.chmod(0o644)
-        flush(temporary)
-        temporary.replace(path)
-        flush(path.parent)
+        with explained_no_space(path):
+            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+            os.close(descriptor)
+            temporary = Path(name)
+            yield temporary
+            # mkstemp makes files for the owner's eyes only; these are as readable as other new files.
+            temporary.chmod(0o644)
+            flush(temporary)
+            temporary.replace(path)
+            flush(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def explained_no_space(path: Path) -> Iterator[None]:
+    """Say what could not be written, and that nothing is lost, where a disk or a quota is full.
+
+    Raises:
+        OSError: in the place of one that says so, or of safetensors' own error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _error_number(error)
+        if number not in _NO_SPACE:
+            raise
+        raise OSError(
+            f"{os.strerror(number)}: {str(path)!r} could not be written. What stood there before is as it was; free some "
+            "space and try again."
+        ) from error
+
+
+def _error_number(error: SafetensorError) -> int:
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else 0
 
 
 def flush(path: Path) -> None:
@@ -127,6 +195,3 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-NO_JOURNAL = Journal()

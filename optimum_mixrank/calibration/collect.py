@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -15,10 +17,12 @@ from ..decomposition.statistics import LayerStatistics, Statistic
 from ..distributed import ALONE, Processes
 from ..hooks import OutputListener
 from ..inference import evaluation_mode
+from ..journal import NO_JOURNAL, Journal
 from ..outputs import select_output
 from .fisher import GradientCollector, activation_gradients
 from .images import ImageBatches
-from .moments import MeanInputAccumulator, MomentAccumulator
+from .moments import MeanInputAccumulator, MomentAccumulator, flatten, to_device, unflatten
+from .saved_pass import SavedPass
 
 
 Accumulator = MomentAccumulator | MeanInputAccumulator
@@ -91,6 +95,21 @@ class StatisticsCollector(OutputListener):
             accumulator = self._accumulators.setdefault(key, _NEW_ACCUMULATOR[key[1]]())
             if isinstance(accumulator, MomentAccumulator):
                 accumulator.shift = shifts[_label(*key)]
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that has been collected so far, as tensors and JSON values; `resume` is the exact inverse."""
+        states = {_label(*key): accumulator.state_dict() for key, accumulator in self._accumulators.items()}
+        keys = [[name, statistic.value] for name, statistic in self._accumulators]
+        return flatten(states), {"accumulators": keys, "leaders": self._leaders}
+
+    def resume(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], device: torch.device) -> None:
+        """Take over what another collector had collected; sums go to the device of the model."""
+        self._leaders = dict(values["leaders"])
+        states = unflatten(tensors)
+        for name, value in values["accumulators"]:
+            key = name, Statistic(value)
+            self._accumulators[key] = _NEW_ACCUMULATOR[key[1]]()
+            self._accumulators[key].load_state_dict(to_device(states[_label(*key)], device))
 
     def reduce(self, processes: Processes) -> None:
         """Take in what all processes have collected; all hold the same then.
@@ -194,6 +213,7 @@ def collect_statistics(
     fisher_samples: int = 1,
     seed: int = 42,
     processes: Processes = ALONE,
+    journal: Journal = NO_JOURNAL,
 ) -> tuple[dict[str, LayerStatistics], int]:
     """Run a model over images and collect statistics of its layers.
 
@@ -209,6 +229,8 @@ def collect_statistics(
         fisher_samples: Random probes per image for `GRADIENT_MOMENT`; each costs a backward pass.
         seed: Of these probes.
         processes: Those that share the batches out.
+        journal: Where it is noted how far the pass is, and found when the run goes on: batches that were done then are
+            not run again, and the result is the same, bit by bit.
 
     Returns:
         The statistics by module name, and the number of images seen.
@@ -231,7 +253,9 @@ def collect_statistics(
             gradients = stack.enter_context(GradientCollector(model, with_gradients, fisher_samples, seed))
             stack.enter_context(activation_gradients(model))
 
-        def run(batch: ImageBatch) -> int:
+        taken = SavedPass(journal, collector, gradients, batches)
+
+        def run(batch: ImageBatch) -> None:
             pixel_values = batch.pixel_values.to(device=device, dtype=parameter.dtype)
             # Some input has to require gradients for the activations to have any; parameters do not.
             with processes.autocast(device):
@@ -239,30 +263,38 @@ def collect_statistics(
             if gradients is not None:
                 gradients.update(select_output(output, getattr(model, "config", None)), batch.index)
             progress.update(len(pixel_values))
-            return len(pixel_values)
+            taken.images += len(pixel_values)
+            taken.batches += 1
 
-        rest = iter(batches)
+        resumed = taken.resume(processes, device)
+        rest = taken.rest(batches)
+        if resumed:
+            progress.update(taken.images)
+        else:
+            with processes.agreed():
+                waiting = next(rest, None)
+            # One process runs the first of all batches, and the others start from what it has found.
+            source = processes.first_holder(None if waiting is None else waiting.index)
+            with processes.agreed():
+                if waiting is not None and processes.index == source:
+                    run(waiting)
+                    waiting = None
+                    collector.check_finite()
+            if source is not None and not processes.is_alone:
+                collector.start_from(processes, source)
+                if gradients is not None:
+                    gradients.shifts = processes.send(gradients.shifts, source)
+            rest = rest if waiting is None else itertools.chain([waiting], rest)
         with processes.agreed():
-            waiting = next(rest, None)
-        # One process runs the first of all batches, and the others start from what it has found.
-        source = processes.first_holder(None if waiting is None else waiting.index)
-        seen = 0
-        with processes.agreed():
-            if waiting is not None and processes.index == source:
-                seen, waiting = run(waiting), None
-                collector.check_finite()
-        if source is not None and not processes.is_alone:
-            collector.start_from(processes, source)
-            if gradients is not None:
-                gradients.shifts = processes.send(gradients.shifts, source)
-        with processes.agreed():
-            if waiting is not None:
-                seen += run(waiting)
             for batch in rest:
-                seen += run(batch)
+                run(batch)
+                taken.save_when_due()
+            if not processes.is_alone:
+                # What others save is of use only beside the entry of this process, which may wait for them for long.
+                taken.save()
         if isinstance(batches, ImageBatches):
             batches.settle()
-        seen = sum(processes.gather(seen))
+        seen = sum(processes.gather(taken.images))
         if seen == 0:
             raise ValueError("The calibration dataset holds no image; a few hundred are needed.")
         collector.reduce(processes)

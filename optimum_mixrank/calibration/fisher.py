@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..distributed import Processes
 from ..hooks import OutputListener
 from ..outputs import ModelOutput
-from .moments import MomentAccumulator
+from .moments import MomentAccumulator, flatten, to_device, unflatten
 
 
 class GradientCollector(OutputListener):
@@ -64,6 +64,15 @@ class GradientCollector(OutputListener):
     def shifts(self, shifts: Mapping[str, Tensor]) -> None:
         for name, shift in shifts.items():
             self._accumulators[name].shift = shift
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All gradients seen so far; `load_state_dict` is the exact inverse."""
+        return flatten({name: accumulator.state_dict() for name, accumulator in self._accumulators.items()})
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take over what another collector had seen; sums go to the device of the model."""
+        for name, state in unflatten(tensors).items():
+            self._accumulators[name].load_state_dict(to_device(state, device))
 
     def reduce(self, processes: Processes) -> None:
         """See `MomentAccumulator.reduce`."""

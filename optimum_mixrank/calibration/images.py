@@ -18,7 +18,16 @@ from ..distributed import ALONE, Processes
 from .collating import Batch, Collator
 from .decoding import BrokenImageError
 from .fingerprint import ImageFingerprint
-from .rows import ImageRows, Row, delivers_images, fingerprint_rows, num_images, single_rows, stream_rows
+from .rows import (
+    ImageRows,
+    Row,
+    delivers_images,
+    fingerprint_content,
+    fingerprint_rows,
+    num_images,
+    single_rows,
+    stream_rows,
+)
 from .sources import load_image_dataset
 
 
@@ -100,6 +109,7 @@ class ImageBatches:
         self._named: set[str] = set()
         self._with_fingerprint = fingerprint
         self._pass = _Pass()
+        self._resumed: _Pass | None = None
         self.broken: list[str] = []
         self.num_images = num_images(source) if self._rows is None else len(self._rows)
         if self._rows is not None:
@@ -125,9 +135,14 @@ class ImageBatches:
         return len(range(self._processes.index, batches, self._processes.count))
 
     def __iter__(self) -> Iterator[Batch]:
-        self.broken = []
-        self._pass = _Pass()
-        for index, batch, broken in self._batches():
+        self._pass, self._resumed = self._resumed or _Pass(), None
+        self.broken = [error.name for _, error in self._pass.broken]
+        done = self._pass.last
+        for index, batch, broken in _named_death_of_workers(self._batches(done)):
+            if index <= done:
+                self._pass.check_the_same(index, batch)
+                continue
+            self._pass.last = index
             self._leave_out(broken, index)
             if self._rows is not None:
                 self._check_broken_share(len(self._rows))
@@ -144,6 +159,22 @@ class ImageBatches:
     def fingerprint(self) -> str:
         """Of the usable images of the last pass; see `ImageFingerprint`."""
         return self._pass.fingerprint.hexdigest()
+
+    def source_fingerprint(self) -> str | None:
+        """Of the images as they lie on the disk, in their order; None where that cannot be known before a pass."""
+        return None if self._rows is None else fingerprint_content(self._rows)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """How far the pass is, as tensors and JSON values."""
+        return self._pass.state()
+
+    def resume(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Let the next pass go on behind the batches that the pass whose `state` this is has seen.
+
+        Encoded images, whose `source_fingerprint` is to be compared beforehand, are not decoded again. Of other sources
+        the batches seen before are looked at again, and iterating raises ValueError where they differ.
+        """
+        self._resumed = _Pass.of(tensors, values)
 
     def settle(self) -> None:
         """Bring together what all processes found in a pass; every one calls this after its own.
@@ -169,16 +200,19 @@ class ImageBatches:
             self._name(error)
         self._check()
 
-    def _batches(self) -> Iterator[Loaded]:
-        """Batches of this process with their numbers, and the broken images among them."""
-        rows: Sequence[Row] | None = self._rows
-        if rows is None and not self._processes.is_alone:
-            rows = single_rows(self._source, *self._columns)
+    def _batches(self, done: int) -> Iterator[Loaded]:
+        """Batches of this process with their numbers, and the broken images among them.
+
+        Those up to the number `done` need not be loaded again.
+        """
+        if self._rows is not None:
+            return self._load(self._rows, done)
+        rows = None if self._processes.is_alone else single_rows(self._source, *self._columns)
         return self._stream() if rows is None else self._load(rows)
 
-    def _load(self, rows: Sequence[Row]) -> Iterator[Loaded]:
+    def _load(self, rows: Sequence[Row], done: int = -1) -> Iterator[Loaded]:
         starts = range(0, len(rows), self._batch_size)
-        own = [index for index in range(len(starts)) if self._processes.owns(index)]
+        own = [index for index in range(done + 1, len(starts)) if self._processes.owns(index)]
         # What a dataset of the user's own delivers may be random, as its transforms may be: its length has to do.
         look = rows is self._rows and not self._processes.is_alone
         self._pass.source = (len(rows), fingerprint_rows([rows[0], rows[len(rows) - 1]] if look else []))
@@ -259,6 +293,7 @@ class _Pass:
         shape: Of an image, `(channels, height, width)`.
         source: Size of the source and fingerprint of its first rows, which are the same for all processes.
         fingerprint: Of the usable images.
+        last: Number of the last batch.
     """
 
     usable: int = 0
@@ -266,6 +301,39 @@ class _Pass:
     shape: torch.Size | None = None
     source: tuple[int, str] = (0, "")
     fingerprint: ImageFingerprint = dataclasses.field(default_factory=ImageFingerprint)
+    last: int = -1
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As tensors and JSON values."""
+        broken = [[index, error.name, str(error.reason)] for index, error in self.broken]
+        shape = None if self.shape is None else list(self.shape)
+        values = {"usable": self.usable, "broken": broken, "shape": shape, "source": self.source, "last": self.last}
+        return self.fingerprint.state_dict(), values
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> _Pass:
+        """The pass whose state this is."""
+        broken = [(index, BrokenImageError(name, reason)) for index, name, reason in values["broken"]]
+        shape = None if values["shape"] is None else torch.Size(values["shape"])
+        size, first = values["source"]
+        resumed = cls(values["usable"], broken, shape, (size, first), last=values["last"])
+        resumed.fingerprint.load_state_dict(tensors)
+        return resumed
+
+    def check_the_same(self, index: int, batch: Batch | None) -> None:
+        """Check a batch that was seen before.
+
+        Raises:
+            ValueError: if it holds other images.
+        """
+        found = ImageFingerprint()
+        if batch is not None:
+            found.update(batch.pixel_values, index)
+        if found.digests(index) != self.fingerprint.digests(index):
+            raise ValueError(
+                f"Batch {index} holds other images than in the run that was cut off. Give the same images in the same "
+                "order (shuffle or transform at random with the same seed, or not at all), or start anew."
+            )
 
     def take_in(self, pixel_values: Tensor) -> None:
         self._check_shape(pixel_values.shape[1:])
@@ -285,6 +353,19 @@ class _Pass:
                 "crop them to one size."
             )
         self.shape = shape
+
+
+def _named_death_of_workers(batches: Iterator[Loaded]) -> Iterator[Loaded]:
+    """Say what to do where a process that loads images has died."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RuntimeError(
+            f"A process that loads images has died ({error}). Mostly memory ran out, /dev/shm say: use fewer workers or "
+            "smaller batches."
+        ) from error
 
 
 def _check_whole(source: Any) -> None:

@@ -70,6 +70,17 @@ class MomentAccumulator:
                 processes.sum_(total)
         self.count = sum(processes.gather(self.count))
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that has been seen; `load_state_dict` is the exact inverse."""
+        state = {"shift": self.shift, "sum": self._sum, "product": self._product}
+        tensors = {name: tensor for name, tensor in state.items() if tensor is not None}
+        return {**tensors, "count": torch.tensor(self.count)}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what another accumulator of the same kind had seen."""
+        self.count = int(tensors["count"])
+        self.shift, self._sum, self._product = (tensors.get(name) for name in ("shift", "sum", "product"))
+
     @property
     def is_finite(self) -> bool:
         """Whether all vectors so far were free of NaN and Inf."""
@@ -221,6 +232,15 @@ class MeanInputAccumulator:
             processes.sum_(self._sum)
         self.count = sum(processes.gather(self.count))
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that has been seen; `load_state_dict` is the exact inverse."""
+        tensors = {} if self._sum is None else {"sum": self._sum}
+        return {**tensors, "count": torch.tensor(self.count)}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what another accumulator had seen."""
+        self.count, self._sum = int(tensors["count"]), tensors.get("sum")
+
     @property
     def is_finite(self) -> bool:
         """Whether all inputs so far were free of NaN and Inf."""
@@ -246,3 +266,25 @@ def _add(total: Tensor | None, batch: Tensor) -> Tensor:
     device = torch.device("cpu") if batch.device.type == "mps" else batch.device
     batch = batch.to(device, torch.float64)
     return batch if total is None else total.add_(batch)
+
+
+def flatten(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """States of several accumulators as one mapping."""
+    return {f"{owner}/{name}": tensor for owner, state in states.items() for name, tensor in state.items()}
+
+
+def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The inverse of `flatten`."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        owner, _, name = key.rpartition("/")
+        states.setdefault(owner, {})[name] = tensor
+    return states
+
+
+def to_device(state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The state of an accumulator where the model runs; sums in float64 stay on the host beside Apple's GPUs."""
+    keep = device.type == "mps"
+    return {
+        name: tensor if keep and tensor.dtype == torch.float64 else tensor.to(device) for name, tensor in state.items()
+    }

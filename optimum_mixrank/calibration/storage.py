@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..decomposition.statistics import LayerStatistics, Statistic
+from ..journal import replaced_file
 from ..version import __version__
 from .result import Calibration
 
@@ -59,16 +58,8 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
         "data_fingerprint": calibration.data_fingerprint,
         "library_version": __version__,
     }
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(descriptor)
-    try:
+    with replaced_file(path) as temporary:
         save_file(tensors, temporary, metadata={"format": _FORMAT, "calibration": json.dumps(content)})
-        # mkstemp makes files for the owner's eyes only; statistics are as readable as other new files.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
     return path
 
 
@@ -90,7 +81,8 @@ def load_calibration(path: str | Path) -> Calibration:
                     f"{str(path)!r} has the format {metadata.get('format')!r}, not {_FORMAT!r}; collect the statistics "
                     "anew with this version."
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            # Copies are aligned in memory as what they were saved from; arithmetic may depend on it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
         content = json.loads(metadata["calibration"])
         layers = {name: _layer(entry, tensors) for name, entry in content["layers"].items()}
         if not all(isinstance(content[f"{what}_fingerprint"], str) for what in ("model", "data")):

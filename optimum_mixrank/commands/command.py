@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from abc import abstractmethod
@@ -51,6 +52,10 @@ class MixRankSubcommand(BaseOptimumCLICommand):
             The result as text, and as JSON values.
         """
 
+    def advice(self) -> str:
+        """What to tell after an interruption."""
+        return "Nothing was written over."
+
     def parse_args(self, parser: ArgumentParser) -> None:
         """See `BaseOptimumCLICommand`."""
         parser.formatter_class = RawDescriptionHelpFormatter
@@ -79,12 +84,15 @@ class MixRankSubcommand(BaseOptimumCLICommand):
             logging.set_verbosity_info()
         if self.args.quiet or index or not sys.stderr.isatty():
             logging.disable_progress_bar()
+        # A scheduler that ends a job asks first, by SIGTERM.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             text, values = self.execute()
         except KeyboardInterrupt:
             if self.args.debug:
                 raise
-            print("Interrupted; nothing was written over.", file=sys.stderr)
+            if index == 0:
+                print(f"Interrupted. {self.advice()}", file=sys.stderr)
             sys.exit(INTERRUPTED)
         except Exception as error:
             if self.args.debug:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, BooleanOptionalAction
+from pathlib import Path
 from typing import Any
 
 from .command import (
@@ -39,6 +40,7 @@ on several GPUs:
         parser.add_argument("--evaluate-on", help="labelled images to measure the loss on")
         parser.add_argument("--evaluate-split", help="default: validation, test, or the only one")
         parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository")
+        add_resume_arguments(parser)
         add_field_arguments(parser)
         add_hub_arguments(parser)
 
@@ -48,21 +50,29 @@ on several GPUs:
         config = configuration(args)
         from ..checkpoint import writable_directory
         from ..decomposition import METRICS
-        from ..reporting import HTML_NAME, format_table, plot_ranks
+        from ..reporting import HTML_NAME, format_table
+        from ..unfinished import discard, has_saved
 
-        writable_directory(args.output, args.overwrite)
+        run = unfinished_run(args)
+        writable_directory(args.output, args.overwrite or has_saved(run, args.output))
         if config.dataset is None and (config.compensation or METRICS[config.metric].uses_data):
             raise ValueError("--dataset is missing: name a folder of images, or use --metric svd --compensation none.")
         compressor = open_compressor(args, args.model)
         images = None if config.dataset is None else calibration_images(args, compressor, config)
-        model = compressor.compress(config, images, batch_size=args.batch_size)
+        if run is not None and not args.resume and compressor.processes.is_main:
+            discard(run)
+        model = compressor.compress(
+            config,
+            images,
+            batch_size=args.batch_size,
+            resume_directory=run,
+            save_interval=args.save_interval or 60.0,
+        )
         if args.evaluate_on is not None:
             compressor.evaluate(model, args.evaluate_on, split=args.evaluate_split, batch_size=args.batch_size)
-        compressor.save_pretrained(model, args.output, overwrite=args.overwrite)
+        compressor.save_pretrained(model, args.output, overwrite=args.overwrite, picture=True)
         report = compressor.report
         assert report is not None  # `compress` has made one
-        if compressor.processes.is_main:
-            plot_ranks(report, args.output / "ranks.png")
         if args.push_to_hub is not None:
             compressor.push_to_hub(model, args.push_to_hub, token=args.token)
         text = (
@@ -71,3 +81,40 @@ on several GPUs:
             f"The same to look at in a browser: {args.output / HTML_NAME}"
         )
         return text, {"output": str(args.output), **report.to_dict()}
+
+    def advice(self) -> str:
+        """See `MixRankSubcommand`."""
+        run = unfinished_run(self.args)
+        if run is None or not run.is_dir():
+            return super().advice()
+        return f"What was finished is kept in {str(run)!r}: the same command goes on from there."
+
+
+def add_resume_arguments(parser: ArgumentParser) -> None:
+    """Options of runs that may be cut off."""
+    group = parser.add_argument_group("interrupted runs")
+    group.add_argument(
+        "--resume",
+        action=BooleanOptionalAction,
+        default=True,
+        help="go on where the same command was cut off (the default), or start anew",
+    )
+    group.add_argument(
+        "--save-interval",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="between two savings of what is finished, in OUTPUT.unfinished beside the output; default 60, 0 for none",
+    )
+
+
+def unfinished_run(args: Any) -> Path | None:
+    """The folder beside the output in which the run notes what it has finished; None if it is not to.
+
+    Raises:
+        ValueError: for a negative interval.
+    """
+    if args.save_interval < 0:
+        raise ValueError(f"--save-interval {args.save_interval} is negative; give seconds, or 0 to save nothing.")
+    output = args.output.expanduser().absolute()
+    return output.with_name(f"{output.name}.unfinished") if args.save_interval else None

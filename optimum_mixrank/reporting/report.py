@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +11,14 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..journal import replaced_file
+
 
 logger = logging.get_logger(__name__)
 
 REPORT_NAME = "mixrank_report.json"
 HTML_NAME = "report.html"
+RANKS_NAME = "ranks.png"
 
 
 @dataclass(frozen=True)
@@ -227,16 +228,8 @@ def _file(path: str | Path, name: str) -> Path:
 
 
 def _write(file: Path, text: str) -> Path:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        # mkstemp makes files for the owner's eyes only; a report is as readable as other new files.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replaced_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return file
 
 

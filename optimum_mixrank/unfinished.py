@@ -1,0 +1,195 @@
+"""The folder of an unfinished run: opened for the very run that it belongs to, removed when the result is saved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers.utils import logging
+
+from .distributed import Processes
+from .journal import Entry, Journal
+from .reporting import REPORT_NAME
+from .version import __version__
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .configuration import MixRankConfig
+
+
+logger = logging.get_logger(__name__)
+
+_RUN = "run"
+_OURS = re.compile(r"(.+\.safetensors|\..+\.safetensors-[a-z0-9_]{8})")
+_MISSING = "nothing"
+
+
+class UnfinishedRun:
+    """A run whose progress is kept in a folder, from its start until its result is saved.
+
+    Args:
+        directory: The folder; it is made where there is none.
+        identity: What the result depends on, JSON values by name.
+        interval: Seconds between two savings of work that goes on.
+        processes: Those that share the work; all make the object.
+
+    Attributes:
+        journal: For the entries of this process.
+
+    Raises:
+        ValueError: if the folder belongs to a run with another identity.
+        FileExistsError: if it holds other files.
+    """
+
+    def __init__(
+        self, directory: str | Path, identity: Mapping[str, Any], interval: float, processes: Processes
+    ) -> None:
+        directory = Path(directory).expanduser()
+        self.journal = Journal(directory, interval, processes.index)
+        self._is_main = processes.is_main
+        self._identity = json.loads(json.dumps(dict(identity)))
+        # Whoever gets past this point finds a folder that the main process has looked through.
+        with processes.agreed():
+            if self._is_main:
+                self._open(directory)
+
+    def _open(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for each in directory.iterdir():
+            if not _OURS.fullmatch(each.name):
+                raise FileExistsError(
+                    f"The folder {str(directory)!r} for an unfinished run holds something else ({each.name!r}); name "
+                    "another."
+                )
+        entry = self.journal.load(_RUN, shared=True)
+        for each in directory.iterdir():
+            # Without the identity of their run no entries can be trusted; unfinished files are of no use.
+            if entry is None or each.name.startswith("."):
+                each.unlink()
+        if entry is None:
+            self._save(None)
+            return
+        _check(entry.values["identity"], self._identity, directory)
+        logger.warning(f"Going on with the unfinished run in {str(directory)!r}.")
+
+    def announce(self, folder: Path) -> None:
+        """Note, before a complete checkpoint is moved to its place, that it is the result of this run."""
+        self._save(_fingerprint(folder))
+
+    def close(self) -> None:
+        """Remove the folder, for the result is saved."""
+        if self._is_main:
+            assert self.journal.directory is not None  # given
+            discard(self.journal.directory)
+
+    def _save(self, result: str | None) -> None:
+        self.journal.save(_RUN, {}, {"identity": self._identity, "result": result}, shared=True)
+
+
+def discard(directory: str | Path) -> None:
+    """Remove the folder of an unfinished run, if there is one."""
+    directory = Path(directory).expanduser()
+    if not directory.is_dir():
+        return
+    last = Journal(directory).path(_RUN, shared=True)
+    for each in directory.iterdir():
+        if _OURS.fullmatch(each.name) and each != last:
+            each.unlink(missing_ok=True)
+    # Last, for without it nobody would know that the result beside the folder comes from it.
+    last.unlink(missing_ok=True)
+    if not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def has_saved(directory: str | Path | None, output: str | Path) -> bool:
+    """Whether what stands in `output` is the result of the run in `directory`, which was cut off right after saving."""
+    if directory is None:
+        return False
+    entry = _load(Path(directory).expanduser())
+    result = _fingerprint(Path(output).expanduser())
+    return entry is not None and result is not None and entry.values["result"] == result
+
+
+def check_images(journal: Journal, fingerprint: str, processes: Processes) -> None:
+    """Check that images, now that they are decoded, are those of the run so far.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    with processes.agreed():
+        entry = journal.load("images", shared=True)
+        before = None if entry is None else entry.values["fingerprint"]
+        if before is None:
+            journal.save("images", {}, {"fingerprint": fingerprint}, shared=True)
+        elif before != fingerprint:
+            raise ValueError(
+                f"The calibration images have the fingerprint {fingerprint}, those of the unfinished run in "
+                f"{str(journal.directory)!r} had {before}. Give the same images in the same order, or start anew."
+            )
+
+
+def identity_of(
+    model: PreTrainedModel, fingerprint: str, image_processor: Any, config: MixRankConfig, **more: Any
+) -> dict[str, Any]:
+    """What the result of a compression depends on.
+
+    Args:
+        model: The original.
+        fingerprint: Of its weights.
+        image_processor: Of the original, or None.
+        config: What to do.
+        **more: JSON values by name.
+    """
+    settings = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    return {
+        "model": f"{type(model).__name__} {fingerprint}",
+        "model's config.json": _digest(settings),
+        "image processor": None if image_processor is None else _digest(_settings(image_processor)),
+        **config.to_dict(),
+        **more,
+        "optimum-mixrank": __version__,
+        "PyTorch": torch.__version__,
+        "Transformers": transformers.__version__,
+        "device": next(model.parameters()).device.type,
+    }
+
+
+def _check(before: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
+    differences = [
+        f"{name} was {before.get(name, _MISSING)!r} and is {now.get(name, _MISSING)!r}"
+        for name in {**before, **now}
+        if before.get(name, _MISSING) != now.get(name, _MISSING)
+    ]
+    if differences:
+        raise ValueError(
+            f"The unfinished run in {str(directory)!r} is another one: {'; '.join(differences)}. Go on with it as it was "
+            "started, or start anew: on the command line with --no-resume, else by removing that folder."
+        )
+
+
+def _load(directory: Path) -> Entry | None:
+    return Journal(directory).load(_RUN, shared=True) if directory.is_dir() else None
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """Of the result in a folder: of its report, which holds times that no other run has had."""
+    report = folder / REPORT_NAME
+    return hashlib.sha256(report.read_bytes()).hexdigest() if report.is_file() else None
+
+
+def _settings(image_processor: Any) -> Any:
+    return image_processor.to_dict() if hasattr(image_processor, "to_dict") else type(image_processor).__name__
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(
+        json.dumps(values, sort_keys=True, default=lambda value: type(value).__name__).encode()
+    ).hexdigest()
