@@ -337,7 +337,7 @@ class MixRankCompressor(OptimumQuantizer):
             factorized = time.perf_counter()
             if prepared is not None:
                 results = compensate(
-                    original_model, model, targets, rank_map, calibration, prepared, config, processes
+                    original_model, model, targets, rank_map, calibration, prepared, config, processes, journal
                 )
             # Compensation keeps ranks and layouts, and chooses new pivots.
             rank_map = rank_map_of(model, targets)

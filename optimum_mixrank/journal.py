@@ -100,7 +100,7 @@ class Journal:
         """Write an entry in the place of an earlier one of the same name.
 
         Args:
-            name: Letters, digits, dots, dashes and underscores.
+            name: Letters, digits, dashes and underscores.
             tensors: Copied to the host.
             values: JSON values.
             shared: Whether it is the same for all processes; the main one alone writes it then.
@@ -126,6 +126,14 @@ class Journal:
         """Forget an entry that is not needed any more."""
         if self.directory is not None and not (shared and self.process):
             self.path(name, shared).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Forget all entries of this part of the run, of this process and, in the main one, the shared ones."""
+        if self.directory is None:
+            return
+        for path in self.directory.glob(f"{self.prefix}*.safetensors"):
+            if path.name.endswith(f".{self.process}.safetensors") or (self.process == 0 and path.name.count(".") == 1):
+                path.unlink(missing_ok=True)
 
     def path(self, name: str, shared: bool = False) -> Path:
         """The file of an entry."""

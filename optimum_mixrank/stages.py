@@ -161,11 +161,23 @@ def _share_layer(layer: FactoredLinear | None, dense: nn.Linear, processes: Proc
     if layer is not None:
         return layer
     assert entry is not None  # `source` has made the layer
-    received = empty_layer(dense, entry)
-    received.load_state_dict(tensors, assign=True)
-    for parameter in (*received.factor_a.parameters(), *received.factor_b.parameters()):
+    return layer_from_state(tensors, dense, entry)
+
+
+def layer_from_state(state: Mapping[str, torch.Tensor], dense: nn.Linear, entry: FactoredLayer) -> FactoredLinear:
+    """A factored layer from its values.
+
+    Args:
+        state: Of its state dict; the empty `weight` may be left out.
+        dense: The layer whose place it takes.
+        entry: Of the rank map.
+    """
+    layer = empty_layer(dense, entry)
+    state = {name: tensor.to(dense.weight.device) for name, tensor in state.items()}
+    layer.load_state_dict({"weight": dense.weight.new_empty(0), **state}, assign=True)
+    for parameter in (*layer.factor_a.parameters(), *layer.factor_b.parameters()):
         parameter.requires_grad_(dense.weight.requires_grad)
-    return received.train(dense.training)
+    return layer.train(dense.training)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import sys
 import time
 from abc import abstractmethod
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -84,8 +85,9 @@ class MixRankSubcommand(BaseOptimumCLICommand):
             logging.set_verbosity_info()
         if self.args.quiet or index or not sys.stderr.isatty():
             logging.disable_progress_bar()
-        # A scheduler that ends a job asks first, by SIGTERM.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with suppress(ValueError):  # not in the main thread
+            # Those who end a job ask first, by SIGTERM.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             text, values = self.execute()
         except KeyboardInterrupt:

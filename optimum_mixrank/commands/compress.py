@@ -54,7 +54,7 @@ on several GPUs:
         from ..unfinished import discard, has_saved
 
         run = unfinished_run(args)
-        writable_directory(args.output, args.overwrite or has_saved(run, args.output))
+        writable_directory(args.output, args.overwrite or (args.resume and has_saved(run, args.output)))
         if config.dataset is None and (config.compensation or METRICS[config.metric].uses_data):
             raise ValueError("--dataset is missing: name a folder of images, or use --metric svd --compensation none.")
         compressor = open_compressor(args, args.model)

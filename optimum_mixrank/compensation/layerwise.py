@@ -18,6 +18,7 @@ from ..stages import make_layers
 from ..targets import Target
 from .anchors import find_anchors
 from .compensator import Compensation, Compensator
+from .saved_steps import load_layers, save_layers
 from .segments import Call, SegmentReplay, find_segments, run_segment
 
 
@@ -66,7 +67,6 @@ class LayerwiseCompensator(Compensator):
         batches = list(task.batches)
         if task.config.mirror:
             batches += [batch.flip(-1) for batch in task.batches]
-        anchored = 0
         processes = task.processes
         source = 0 if processes.is_alone else processes.first_holder(task.numbers[0] if task.numbers else None)
         assert source is not None  # there is an image to learn from
@@ -76,27 +76,54 @@ class LayerwiseCompensator(Compensator):
                 theirs = SegmentReplay(task.original, segments, batches)
                 ours = SegmentReplay(task.model, segments, batches)
             logger.info(f"Activations at a segment boundary take {2 * theirs.num_bytes / 2**20:,.0f} MiB.")
-            for segment in segments:
+            done, anchored = self._resume(task)
+            for position, segment in enumerate(segments):
                 inside = {
                     name.removeprefix(f"{segment}."): target
                     for name, target in layers.items()
                     if name.startswith(f"{segment}.")
                 }
-                structure: tuple[dict[str, str], list[list[str]]] = {}, []
-                with processes.agreed():
-                    if processes.index == source:
-                        structure = self._structure(theirs, list(inside))
-                anchors, groups = processes.broadcast(structure, source)
-                anchored += len(anchors)
-                with processes.agreed():
-                    outputs = _OriginalOutputs(theirs, list(inside), anchors, self.max_bytes)
-                for group in groups:
-                    self._replace(task, ours, {name: inside[name] for name in group}, anchors, outputs, source)
-                    progress.update(len(group))
+                if position < done:
+                    progress.update(len(inside))
+                else:
+                    anchored += self._solve_segment(task, theirs, ours, inside, source, progress)
+                    with processes.agreed():
+                        if task.journal.due():
+                            layers_so_far = _layers_in(task, segments[: position + 1])
+                            values = {"segments": position + 1, "anchored": anchored}
+                            save_layers(task.journal, "layers", task.model, layers_so_far, values)
                 with processes.agreed():
                     theirs.advance()
                     ours.advance()
         return {"layers": len(layers), "layers_with_residual_target": anchored}
+
+    def _resume(self, task: Compensation) -> tuple[int, int]:
+        """Put the layers in that were made before the run was cut off; how many segments and anchors they are of."""
+        values = load_layers(task.journal, "layers", task.model, task.targets, task.processes)
+        return (0, 0) if values is None else (values["segments"], values["anchored"])
+
+    def _solve_segment(
+        self,
+        task: Compensation,
+        theirs: SegmentReplay,
+        ours: SegmentReplay,
+        inside: Mapping[str, Target],
+        source: int,
+        progress: Any,
+    ) -> int:
+        """Replace the layers of a segment, given by their names in it; return the number of anchors."""
+        processes = task.processes
+        structure: tuple[dict[str, str], list[list[str]]] = {}, []
+        with processes.agreed():
+            if processes.index == source:
+                structure = self._structure(theirs, list(inside))
+        anchors, groups = processes.broadcast(structure, source)
+        with processes.agreed():
+            outputs = _OriginalOutputs(theirs, list(inside), anchors, self.max_bytes)
+        for group in groups:
+            self._replace(task, ours, {name: inside[name] for name in group}, anchors, outputs, source)
+            progress.update(len(group))
+        return len(anchors)
 
     def _structure(self, replay: SegmentReplay, names: Sequence[str]) -> tuple[dict[str, str], list[list[str]]]:
         """Anchors of the layers of a segment, and which of them share an input."""
@@ -158,6 +185,13 @@ class LayerwiseCompensator(Compensator):
             # From the factors as they are stored, so that the bias absorbs the mean of their rounding too.
             layer.set_bias(target_mean - layer.product() @ input_mean)
         return layer
+
+
+def _layers_in(task: Compensation, segments: Sequence[str]) -> list[str]:
+    """The factored layers in some segments."""
+    return [
+        target.name for target in task.factored if any(target.name.startswith(f"{segment}.") for segment in segments)
+    ]
 
 
 def group_by_input(segment: nn.Module, call: Call, names: Sequence[str]) -> list[list[str]]:

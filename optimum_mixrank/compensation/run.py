@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -12,11 +12,13 @@ from transformers.utils import logging
 from ..calibration.images import Batch
 from ..calibration.result import Calibration
 from ..distributed import ALONE, Processes
+from ..journal import NO_JOURNAL, Journal
 from ..layout import FactoredLayer
 from ..outputs import ModelOutput
 from ..targets import Target
 from .compensator import COMPENSATORS, Compensation, CompensationResult
 from .held_out import compensate_and_keep_the_better, model_outputs, output_error, split_batches
+from .saved_steps import resume_steps, save_steps
 
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ def compensate(
     images: CompensationImages,
     config: MixRankConfig,
     processes: Processes = ALONE,
+    journal: Journal = NO_JOURNAL,
 ) -> list[CompensationResult]:
     """Improve a compressed model in place by the steps that `config.compensation` names.
 
@@ -82,6 +85,7 @@ def compensate(
         images: See `prepare_images`.
         config: The configuration.
         processes: Those that share the images out.
+        journal: Where the outcome of every step is noted, and found when the run goes on.
 
     Returns:
         What came of every step.
@@ -101,15 +105,19 @@ def compensate(
         config=config,
         processes=processes,
         numbers=list(images.batches),
+        journal=journal,
     )
     num_held_out = sum(processes.gather(sum(map(len, images.held_out))))
-    results = []
-    for name in config.compensation:
-        result = compensate_and_keep_the_better(COMPENSATORS.create(name), task)
+    results = resume_steps(task)
+    for position, name in enumerate(config.compensation[len(results) :], len(results)):
+        step = replace(task, journal=journal.part(f"step{position}"))
+        result = compensate_and_keep_the_better(COMPENSATORS.create(name), step)
         if not result.kept:
             logger.warning(
                 f"Compensation {name!r} did not lower the error on the {num_held_out} held-out "
                 f"images ({result.error_before:.4g} -> {result.error_after:.4g}) and was not kept."
             )
         results.append(result)
+        save_steps(task, results)
+        step.journal.clear()
     return results
