@@ -249,7 +249,7 @@ def load_test(compressor: MixRankCompressor, args: argparse.Namespace) -> tuple[
             image_processor=compressor.image_processor,
             batch_size=args.batch_size,
             label_column=column,
-            label_map=map_labels(dataset, column, compressor.model.config.label2id),
+            label_map=map_labels(dataset, column, compressor.model.config.id2label),
         )
     )
     return [batch.pixel_values for batch in batches], torch.cat([batch.labels for batch in batches])

@@ -14,26 +14,26 @@ from optimum_mixrank.evaluation.labels import find_label_column, map_labels
 
 
 def model_inputs(
-    dataset: datasets.Dataset, image_processor: Any, label2id: Mapping[str, int] | None = None, mirror: bool = False
+    dataset: datasets.Dataset, image_processor: Any, id2label: Mapping[int, str] | None = None, mirror: bool = False
 ) -> datasets.Dataset:
     """A dataset whose rows are `pixel_values` and `labels`, decoded when they are read.
 
     Args:
         dataset: With a column of images.
         image_processor: The model's.
-        label2id: The model's classes; None leaves labels out.
+        id2label: The model's classes; None leaves labels out.
         mirror: Whether to mirror half of the images.
 
     Raises:
         ValueError: if labels are asked for and there are none, or the model does not know them.
     """
     image_column = find_image_column(dataset.features)
-    label_column = None if label2id is None else find_label_column(dataset)
+    label_column = None if id2label is None else find_label_column(dataset)
     labels = None
-    if label2id is not None:
+    if id2label is not None:
         if label_column is None:
             raise ValueError(f"Labels are needed, and the data has none: {', '.join(dataset.column_names)}.")
-        labels = map_labels(dataset, label_column, label2id)
+        labels = map_labels(dataset, label_column, id2label)
 
     def transform(rows: dict[str, list]) -> dict[str, Any]:
         images = [image.convert("RGB") for image in rows[image_column]]

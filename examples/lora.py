@@ -95,7 +95,7 @@ def main() -> None:
     def top1(prediction: EvalPrediction) -> dict[str, float]:
         return metric.compute(predictions=prediction.predictions, references=prediction.label_ids, k=1)
 
-    def trainer_of(model: torch.nn.Module, label2id: dict[str, int]) -> Trainer:
+    def trainer_of(model: torch.nn.Module, id2label: dict[int, str]) -> Trainer:
         return Trainer(
             model=model,
             args=TrainingArguments(
@@ -112,23 +112,23 @@ def main() -> None:
                 report_to=[],
                 seed=args.seed,
             ),
-            train_dataset=model_inputs(data, processor, label2id, mirror=True),
-            eval_dataset=model_inputs(test_data, processor, label2id),
+            train_dataset=model_inputs(data, processor, id2label, mirror=True),
+            eval_dataset=model_inputs(test_data, processor, id2label),
             compute_metrics=top1,
         )
 
-    def accuracy(model: torch.nn.Module, label2id: dict[str, int]) -> float:
-        return trainer_of(model, label2id).evaluate()["eval_top1"]
+    def accuracy(model: torch.nn.Module, id2label: dict[int, str]) -> float:
+        return trainer_of(model, id2label).evaluate()["eval_top1"]
 
-    label2id = model.config.label2id
-    before = accuracy(model, label2id)
+    id2label = model.config.id2label
+    before = accuracy(model, id2label)
     targets = args.target_modules[0] if args.target_modules == ["all-linear"] else args.target_modules
     adapted = get_peft_model(
         model,
         LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=targets, modules_to_save=["classifier"]),
     )
     trained, total = adapted.get_nb_trainable_parameters()
-    trainer_of(adapted, label2id).train()
+    trainer_of(adapted, id2label).train()
 
     # The adapter alone, for a base model that several of them share.
     adapted.save_pretrained(args.output / "adapter")
@@ -141,7 +141,7 @@ def main() -> None:
     print(f"{trained:,} parameters trained beside {total - trained:,} frozen ones")
     print(f"{'top-1 before':20}{before:>8.2%}")
     for name, each in (("with adapter", with_adapter), ("merged", merged)):
-        print(f"{name:20}{accuracy(each, label2id):>8.2%}")
+        print(f"{name:20}{accuracy(each, id2label):>8.2%}")
     print(f"Adapter and merged checkpoint: {args.output}/")
 
 

@@ -88,7 +88,7 @@ def main() -> None:
     original = compressor.model
     dataset = load_image_dataset(args.data, split=args.split, num_samples=args.num_samples, seed=args.seed)
     train_dataset = model_inputs(
-        dataset, compressor.image_processor, original.config.label2id if args.label_weight else None, mirror=True
+        dataset, compressor.image_processor, original.config.id2label if args.label_weight else None, mirror=True
     )
     if args.model is None:
         images = compressor.get_calibration_dataset(dataset, num_samples=min(512, len(dataset)), seed=args.seed)

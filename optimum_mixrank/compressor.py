@@ -729,7 +729,7 @@ class MixRankCompressor(OptimumQuantizer):
         if isinstance(dataset, datasets.Dataset):
             label_column = label_column or find_label_column(dataset)
             if label_column is not None:
-                label_map = map_labels(dataset, label_column, self.model.config.label2id)
+                label_map = map_labels(dataset, label_column, self.model.config.id2label)
         return ImageBatches(
             dataset,
             image_processor=self.image_processor,

@@ -11,7 +11,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
-def find_label_column(data: datasets.Dataset) -> str | None:
+def find_label_column(data: datasets.Dataset | datasets.IterableDataset) -> str | None:
     """The column with class labels, or None: the one `ClassLabel` column, else `label` or `labels`."""
     classes = [name for name, feature in data.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(classes) == 1:
@@ -19,16 +19,20 @@ def find_label_column(data: datasets.Dataset) -> str | None:
     return next((name for name in ("label", "labels") if name in data.features), None)
 
 
-def map_labels(data: datasets.Dataset, label_column: str, label2id: Mapping[str, int]) -> list[int] | None:
+def map_labels(
+    data: datasets.Dataset | datasets.IterableDataset, label_column: str, id2label: Mapping[int, str]
+) -> list[int] | None:
     """Model label by dataset label.
 
-    By name, where the model knows all class names of the dataset (in any case of letters); by index, with a warning,
-    where it knows none and the numbers of classes agree.
+    By index, where model and dataset have as many classes and no name stands elsewhere; by name otherwise, where the
+    model knows all class names of the dataset, each for one class. Letters of either case are the same, unless names
+    differ in nothing else. ImageNet is a case for the index: two of its classes are called "crane", which models keep
+    and datasets have to tell apart.
 
     Args:
         data: The dataset.
         label_column: Its column with labels.
-        label2id: Of the model's configuration.
+        id2label: Of the model's configuration. Its `label2id` lacks classes where two have the same name.
 
     Returns:
         `[classes of the dataset]`; None where the column has no class names, so that its numbers are taken as they are.
@@ -39,17 +43,31 @@ def map_labels(data: datasets.Dataset, label_column: str, label2id: Mapping[str,
     feature = data.features[label_column]
     if not isinstance(feature, datasets.ClassLabel):
         return None
-    exact = {str(name): int(index) for name, index in label2id.items()}
-    any_case = {name.lower(): index for name, index in exact.items()}
-    ids = [exact.get(name, any_case.get(name.lower())) for name in feature.names]
-    known = [index for index in ids if index is not None]
-    if len(known) == len(ids):
+    exact: dict[str, list[int]] = {}
+    any_case: dict[str, list[int]] = {}
+    for index, name in id2label.items():
+        exact.setdefault(name, []).append(int(index))
+        any_case.setdefault(name.lower(), []).append(int(index))
+    candidates = [exact.get(name) or any_case.get(name.lower(), []) for name in feature.names]
+    unknown = [name for name, indices in zip(feature.names, candidates, strict=True) if not indices]
+    if len(feature.names) == len(id2label) and all(
+        index in indices for index, indices in enumerate(candidates) if indices
+    ):
+        if unknown:
+            logger.warning(
+                f"The dataset names {len(unknown)} of its {len(feature.names)} classes otherwise than the model "
+                f"({', '.join(unknown[:3])}); labels are matched by index."
+            )
+        return list(range(len(feature.names)))
+    known = [indices[0] for indices in candidates if len(indices) == 1]
+    if len(known) == len(candidates):
         return known
-    if not known and len(ids) == len(exact):
-        logger.warning("The dataset names its classes otherwise than the model; labels are matched by index.")
-        return list(range(len(ids)))
-    unknown = [name for name, index in zip(feature.names, ids, strict=True) if index is None]
+    if unknown:
+        problem = f"the model does not know {unknown[:5]}"
+    else:
+        twice = [name for name, indices in zip(feature.names, candidates, strict=True) if len(indices) > 1]
+        problem = f"the model has several classes for each of {twice[:5]}"
     raise ValueError(
-        f"The dataset has {len(ids)} classes, the model {len(exact)}; the model does not know {unknown[:5]}. "
-        "Rename or reorder the classes to match the model's `config.label2id`."
+        f"The dataset has {len(candidates)} classes, the model {len(id2label)}; {problem}. "
+        "Rename or reorder the classes to match the model's `config.id2label`."
     )
