@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
-from transformers.utils import logging
 
 from .evaluation.size import check_stored_values, safetensors_bytes
 from .journal import explained_no_space
+from .messages import get_logger
 from .modeling import FactoredLinear
 from .reporting import HTML_NAME, RANKS_NAME, plot_ranks
 from .reporting.card import model_card
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .reporting.report import CompressionReport
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 def writable_directory(directory: str | Path, overwrite: bool) -> Path:

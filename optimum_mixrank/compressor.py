@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -29,9 +28,11 @@ from .decomposition import METRICS, Metric, Statistic
 from .distributed import Processes, find_processes, only_main_speaks
 from .evaluation.flops import flops_per_image, tokens_per_image
 from .evaluation.labels import find_label_column, map_labels
+from .evaluation.size import safetensors_bytes
 from .journal import NO_JOURNAL, Journal
 from .modeling import replace_module
 from .original import check_placement, load_image_processor, load_original
+from .phases import count, phase, size
 from .planning import LayerSpec, RankPlan
 from .precision import tf32_statistics
 from .profile import RankProfile, profile_budgets
@@ -321,24 +322,29 @@ class MixRankCompressor(OptimumQuantizer):
         images, calibration = self._images_and_statistics(config, metric, targets, batches, calibration, journal)
         original = measure(self.model)
         prepared = prepare_images(self.model, images, config, processes) if config.compensation else None
-        start = time.perf_counter()
-        decompositions = decompose_layers(metric, targets, calibration, config.layout, processes)
-        decomposed = time.perf_counter()
-        losses = allocation_losses(metric, decompositions)
-        ranks = processes.broadcast(plan.allocate(losses, config.allocation))
-        allocated = time.perf_counter()
-        profile = profile_budgets(_around(plan), losses, config.allocation, metric.common_unit)
-        profiled = time.perf_counter()
+        with phase("Decomposed") as decomposing:
+            decompositions = decompose_layers(metric, targets, calibration, config.layout, processes)
+            decomposing.tell(f"{len(targets)} layers")
+        with phase("Allocated") as allocating:
+            losses = allocation_losses(metric, decompositions)
+            ranks = processes.broadcast(plan.allocate(losses, config.allocation))
+            allocating.tell(_rank_range(ranks))
+        with phase("Profiled", logging.DEBUG) as profiling:
+            profile = profile_budgets(_around(plan), losses, config.allocation, metric.common_unit)
         model = self.model if inplace else copy.deepcopy(self.model)
         original_model = copy.deepcopy(self.model) if inplace and config.compensation else self.model
         results = []
         try:
-            rank_map = factorize_layers(model, targets, decompositions, ranks, calibration, config.layout, processes)
-            factorized = time.perf_counter()
-            if prepared is not None:
-                results = compensate(
-                    original_model, model, targets, rank_map, calibration, prepared, config, processes, journal
+            with phase("Factorized") as factorizing:
+                rank_map = factorize_layers(
+                    model, targets, decompositions, ranks, calibration, config.layout, processes
                 )
+                factorizing.tell(f"{len(rank_map)} of {len(targets)} layers")
+            with phase("Compensated", logging.DEBUG) as compensating:
+                if prepared is not None:
+                    results = compensate(
+                        original_model, model, targets, rank_map, calibration, prepared, config, processes, journal
+                    )
             # Compensation keeps ranks and layouts, and chooses new pivots.
             rank_map = rank_map_of(model, targets)
             config = dataclasses.replace(config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
@@ -347,7 +353,6 @@ class MixRankCompressor(OptimumQuantizer):
                 _restore(model, targets, original_model)
             raise
         attach(model, MixRankHfQuantizer(config, pre_quantized=True))
-        compensated = time.perf_counter()
 
         report = build_report(
             config=config,
@@ -360,11 +365,11 @@ class MixRankCompressor(OptimumQuantizer):
             calibration=calibration,
             seconds={
                 "calibrate": calibration.seconds if calibration else 0.0,
-                "decompose": decomposed - start,
-                "allocate": allocated - decomposed,
-                "profile": profiled - allocated,
-                "factorize": factorized - profiled,
-                "compensate": compensated - factorized,
+                "decompose": decomposing.seconds,
+                "allocate": allocating.seconds,
+                "profile": profiling.seconds,
+                "factorize": factorizing.seconds,
+                "compensate": compensating.seconds,
             },
             compensation=results,
             predicted=metric.common_unit,
@@ -469,7 +474,9 @@ class MixRankCompressor(OptimumQuantizer):
         processes = self.processes
         with processes.agreed():
             batches = self._labelled_batches(dataset, batch_size, split, image_column, label_column, num_samples, seed)
-        result = evaluate_model(model, batches, reference=self.model, processes=processes)
+        with phase("Evaluated") as evaluating:
+            result = evaluate_model(model, batches, reference=self.model, processes=processes)
+            evaluating.tell(*result.facts())
         if self.report is not None:
             self.report = dataclasses.replace(self.report, evaluation=dataclasses.asdict(result))
         return result
@@ -503,17 +510,19 @@ class MixRankCompressor(OptimumQuantizer):
         processes, report, run = self.processes, self.report, self._unfinished
         with processes.agreed():
             if processes.is_main:
-                ours = run is not None and has_saved(run.journal.directory, save_directory)
-                report = save_checkpoint(
-                    model,
-                    save_directory,
-                    self.image_processor,
-                    report,
-                    overwrite=overwrite or ours,
-                    picture=picture,
-                    announce=None if run is None else run.announce,
-                    **kwargs,
-                )
+                with phase("Saved") as saving:
+                    ours = run is not None and has_saved(run.journal.directory, save_directory)
+                    report = save_checkpoint(
+                        model,
+                        save_directory,
+                        self.image_processor,
+                        report,
+                        overwrite=overwrite or ours,
+                        picture=picture,
+                        announce=None if run is None else run.announce,
+                        **kwargs,
+                    )
+                    saving.tell(str(save_directory), size(safetensors_bytes(save_directory)))
                 if run is not None:
                     run.close()
         self.report, self._unfinished = processes.broadcast(report), None
@@ -581,19 +590,24 @@ class MixRankCompressor(OptimumQuantizer):
         """Statistics of images, or of those that have been decoded from them already."""
         processes = self.processes
         fingerprint = self._fingerprint(processes)
-        start = time.perf_counter()
-        layers, num_images = collect_statistics(
-            self.model,
-            batches if decoded is None else decoded,
-            _required(metrics, targets),
-            batches.num_images,
-            fisher_samples=fisher_samples,
-            seed=seed,
-            processes=processes,
-            journal=journal,
+        with phase("Calibrated") as calibrating:
+            layers, num_images = collect_statistics(
+                self.model,
+                batches if decoded is None else decoded,
+                _required(metrics, targets),
+                batches.num_images,
+                fisher_samples=fisher_samples,
+                seed=seed,
+                processes=processes,
+                journal=journal,
+            )
+            tokens = {statistics.num_tokens for statistics in layers.values()}
+            calibrating.tell(
+                f"{num_images:,} images", f"{'up to ' * (len(tokens) > 1)}{count(max(tokens))} tokens per layer"
+            )
+        return Calibration(
+            layers, num_images, tuple(batches.broken), calibrating.seconds, fingerprint, batches.fingerprint
         )
-        seconds = time.perf_counter() - start
-        return Calibration(layers, num_images, tuple(batches.broken), seconds, fingerprint, batches.fingerprint)
 
     def _image_source(
         self,
@@ -663,9 +677,11 @@ class MixRankCompressor(OptimumQuantizer):
         images: list[Batch] = []
         if config.compensation and batches is not None:
             # Compensation goes over the images many times: they are decoded once, and kept as the model sees them.
-            with processes.agreed():
-                images = list(logging.tqdm(batches, desc="Decoding", unit="batch"))
-            batches.settle()
+            with phase("Decoded") as decoding:
+                with processes.agreed():
+                    images = list(logging.tqdm(batches, desc="Decoding", unit="batch"))
+                batches.settle()
+                decoding.tell(f"{sum(processes.gather(sum(batch.num_images for batch in images))):,} images")
             check_images(journal, batches.fingerprint, processes)
         finished = _finished_statistics(journal, processes) if calibration is None else None
         calibration = calibration or finished
@@ -756,6 +772,12 @@ def _finish_statistics(calibration: Calibration, journal: Journal, processes: Pr
         if journal.is_kept and processes.is_main:
             calibration.save(journal.path(_STATISTICS, shared=True))
     forget_pass(journal)
+
+
+def _rank_range(ranks: Mapping[str, int | None]) -> str:
+    """`ranks 3 to 60`; dense layers have none."""
+    given = [rank for rank in ranks.values() if rank is not None]
+    return f"ranks {min(given)} to {max(given)}" if given else "all layers stay dense"
 
 
 def _around(plan: RankPlan) -> list[RankPlan]:

@@ -9,16 +9,16 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._registration import QUANT_METHOD
 from .layout import LAYOUT_NAMES, LAYOUT_VERSION, FactoredLayer, parse_rank_map
+from .messages import get_logger
 from .recipes import RECIPES
 from .version import __version__
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 SCOPES = ("model", "targets")
 

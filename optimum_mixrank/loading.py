@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import nn
-from transformers.utils import logging
 
 from .layout import FactoredLayer, decode_rows
+from .messages import get_logger
 from .modeling import FactoredLinear, LowRankLinear, PivotedLinear, replace_module
 from .targets import canonical_names
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]) -> None:

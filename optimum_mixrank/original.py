@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import logging
 
 from .distributed import Processes
+from .messages import get_logger
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 def load_original(

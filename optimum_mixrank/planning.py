@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from transformers.utils import logging
 
 from .allocation import ALLOCATORS, AllocationProblem, BudgetError, LayerProfile
 from .layout import break_even, stored_values
+from .messages import get_logger
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # In stored values or ranks: a ratio like 0.6 of a round number is not missed by the rounding of floating point numbers.
 _TOLERANCE = 1e-6

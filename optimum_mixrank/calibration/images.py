@@ -12,9 +12,9 @@ import datasets
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers.utils import logging
 
 from ..distributed import ALONE, Processes
+from ..messages import get_logger
 from .collating import Batch, Collator
 from .decoding import BrokenImageError
 from .fingerprint import ImageFingerprint
@@ -31,7 +31,7 @@ from .rows import (
 from .sources import load_image_dataset
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 Loaded = tuple[int, Batch | None, list[BrokenImageError]]
 

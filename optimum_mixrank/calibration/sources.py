@@ -10,10 +10,11 @@ from typing import Any
 import datasets
 import numpy as np
 from PIL import Image
-from transformers.utils import logging
+
+from ..messages import get_logger
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 _COLUMN_NAMES = ("image", "img", "images", "picture", "photo")
 

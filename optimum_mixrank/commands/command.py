@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging as python_logging
 import signal
 import sys
 import time
@@ -67,24 +68,17 @@ class MixRankSubcommand(BaseOptimumCLICommand):
             "--json", action="store_true", help="print the result as JSON, and nothing else, to stdout"
         )
         common.add_argument("--quiet", action="store_true", help="no progress bars and no messages below errors")
-        common.add_argument("--verbose", action="store_true", help="more messages")
+        common.add_argument("--verbose", action="store_true", help="more messages, those of Transformers too")
         common.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def run(self) -> None:
         """Execute; an error is one sentence on stderr and exit code 1, an interruption 130."""
-        from transformers.utils import logging
-
         from ..distributed import disconnect, launched_index
 
         index = launched_index()
         if index and not self.shares_work:
             return
-        if self.args.quiet:
-            logging.set_verbosity_error()
-        elif self.args.verbose:
-            logging.set_verbosity_info()
-        if self.args.quiet or index or not sys.stderr.isatty():
-            logging.disable_progress_bar()
+        self._set_verbosity(index == 0)
         with suppress(ValueError):  # not in the main thread
             # Those who end a job ask first, by SIGTERM.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -107,6 +101,25 @@ class MixRankSubcommand(BaseOptimumCLICommand):
         disconnect()
         if index == 0:
             print(json.dumps(values, indent=2, ensure_ascii=False) if self.args.json else text)
+
+    def _set_verbosity(self, is_main: bool) -> None:
+        import datasets
+        from transformers.utils import logging
+
+        if self.args.quiet or not is_main:
+            level = logging.ERROR
+            logging.set_verbosity_error()
+            datasets.utils.logging.set_verbosity_error()
+        elif self.args.verbose:
+            level = logging.DEBUG
+            logging.set_verbosity_info()
+            datasets.utils.logging.set_verbosity_info()
+        else:
+            level = logging.INFO  # a line per phase
+        python_logging.getLogger("optimum_mixrank").setLevel(level)
+        if self.args.quiet or not is_main or not sys.stderr.isatty():
+            logging.disable_progress_bar()
+            datasets.disable_progress_bars()
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..calibration.moments import PairAccumulator
 from ..hooks import removed_afterwards
 from ..inference import evaluation_mode
+from ..messages import get_logger
 from ..modeling import FactoredLinear, replace_module, to_float64
 from ..stages import make_layers
 from ..targets import Target
@@ -22,7 +23,7 @@ from .saved_steps import load_layers, save_layers
 from .segments import Call, SegmentReplay, find_segments, run_segment
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class LayerwiseCompensator(Compensator):
@@ -75,7 +76,7 @@ class LayerwiseCompensator(Compensator):
             with processes.agreed():
                 theirs = SegmentReplay(task.original, segments, batches)
                 ours = SegmentReplay(task.model, segments, batches)
-            logger.info(f"Activations at a segment boundary take {2 * theirs.num_bytes / 2**20:,.0f} MiB.")
+            logger.debug(f"Activations at a segment boundary take {2 * theirs.num_bytes / 2**20:,.0f} MiB.")
             done, anchored = self._resume(task)
             for position, segment in enumerate(segments):
                 inside = {

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from ..calibration.images import Batch
 from ..calibration.result import Calibration
 from ..distributed import ALONE, Processes
 from ..journal import NO_JOURNAL, Journal
 from ..layout import FactoredLayer
+from ..messages import get_logger
 from ..outputs import ModelOutput
+from ..phases import phase
 from ..targets import Target
 from .compensator import COMPENSATORS, Compensation, CompensationResult
 from .held_out import compensate_and_keep_the_better, model_outputs, output_error, split_batches
@@ -24,7 +25,7 @@ from .saved_steps import resume_steps, save_steps
 if TYPE_CHECKING:
     from ..configuration import MixRankConfig
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,12 @@ def compensate(
     results = resume_steps(task)
     for position, name in enumerate(config.compensation[len(results) :], len(results)):
         step = replace(task, journal=journal.part(f"step{position}"))
-        result = compensate_and_keep_the_better(COMPENSATORS.create(name), step)
+        with phase(f"Compensated ({name})") as compensating:
+            result = compensate_and_keep_the_better(COMPENSATORS.create(name), step)
+            compensating.tell(
+                f"error on {num_held_out:,} held-out images {result.error_before:.4g} -> {result.error_after:.4g}",
+                "kept" if result.kept else "not kept",
+            )
         if not result.kept:
             logger.warning(
                 f"Compensation {name!r} did not lower the error on the {num_held_out} held-out "

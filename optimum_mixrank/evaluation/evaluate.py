@@ -56,6 +56,20 @@ class EvaluationResult:
     kl: float | None = None
     feature_error: float | None = None
 
+    def facts(self) -> list[str]:
+        """What was measured, in words: `2,000 images`, `top-1 90.45 % (original 90.30 %)`, …."""
+        found = [f"{self.num_images:,} images"]
+        if self.top1 is not None:
+            original = "" if self.reference_top1 is None else f" (original {self.reference_top1:.2%})"
+            found.append(f"top-1 {self.top1:.2%}{original}")
+        if self.agreement is not None:
+            found.append(f"agreement {self.agreement:.2%}")
+        if self.kl is not None:
+            found.append(f"KL {self.kl:.4g} nats")
+        if self.feature_error is not None:
+            found.append(f"relative error of features {self.feature_error:.4g}")
+        return found
+
 
 def evaluate_model(
     model: nn.Module,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import datasets
-from transformers.utils import logging
+
+from ..messages import get_logger
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 def find_label_column(data: datasets.Dataset | datasets.IterableDataset) -> str | None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers.utils import logging
 
 from ..calibration.result import Calibration
 from ..compensation import CompensationResult
@@ -21,6 +20,7 @@ from ..distributed import ALONE, Processes
 from ..evaluation.flops import flops_per_image
 from ..evaluation.size import count_parameters, safetensors_bytes
 from ..layout import FactoredLayer, stored_values
+from ..messages import get_logger
 from ..profile import RankProfile
 from ..targets import Target
 from .report import CompressionReport, LayerReport
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 _PACKAGES = ("optimum-mixrank", "torch", "transformers", "optimum", "datasets", "safetensors")
 

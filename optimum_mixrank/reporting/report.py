@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
 from ..journal import replaced_file
+from ..messages import get_logger
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 REPORT_NAME = "mixrank_report.json"
 HTML_NAME = "report.html"

@@ -44,8 +44,26 @@ def test_compress_writes_a_checkpoint_and_a_report(compressed):
     assert values["removed_of_model"] >= 0.5 and 0.8 < values["evaluation"]["top1"] < 1
     assert f"{values['evaluation']['kl']:.4f} nats" in (out / "report.html").read_text()
     assert (out / "ranks.png").stat().st_size > 1000 and (out / "preprocessor_config.json").exists()
-    # No progress bars where nobody watches.
-    assert "img/s" not in stderr
+    # A line per phase, and no progress bars where nobody watches.
+    phases = [line.partition(":")[0] for line in stderr.splitlines()]
+    assert phases == ["Calibrated", "Decomposed", "Allocated", "Factorized", "Evaluated", "Saved"]
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted", "unwanted"),
+    [
+        pytest.param((), ["Factorized: ", "all of them are used"], ["Profiled", "[transformers]"], id="default"),
+        pytest.param(("--quiet",), [], ["\n"], id="quiet"),
+        pytest.param(("--verbose",), ["Factorized: ", "Profiled: ", "Configuration saved in"], [], id="verbose"),
+    ],
+)
+def test_levels_of_messages(tmp_path, option, wanted, unwanted):
+    stdout, stderr = cli(
+        *("compress", "--model", MODEL, "--dataset", DATA, "--split", "test", "--num-samples", 5000),
+        *("--metric", "svd", "--compensation", "none", "--output", tmp_path / "out", "--json", *option),
+    )
+    assert json.loads(stdout)["settings"]["metric"] == "svd"
+    assert all(text in stderr for text in wanted) and not any(text in stderr for text in unwanted)
 
 
 def test_compress_says_where_everything_is(tmp_path):
