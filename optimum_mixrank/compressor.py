@@ -223,6 +223,7 @@ class MixRankCompressor(OptimumQuantizer):
         max_broken_share: float = 0.05,
         fisher_samples: int = 1,
         seed: int = 42,
+        num_workers: int = 0,
     ) -> Calibration:
         """Collect the statistics that one or several metrics need, in one forward pass over the images.
 
@@ -237,6 +238,7 @@ class MixRankCompressor(OptimumQuantizer):
             max_broken_share: Tolerated share of images that cannot be decoded.
             fisher_samples: As in `MixRankConfig`.
             seed: Of the probes of the Fisher information.
+            num_workers: See `compress`.
 
         Raises:
             ValueError: for unusable images, NaN or Inf, or layers that never run.
@@ -246,7 +248,7 @@ class MixRankCompressor(OptimumQuantizer):
             targets = find_targets(self.model, target_modules, exclude_modules)
             if not _required(metrics, targets):
                 return Calibration({}, 0)
-            batches = self._batches(calibration_dataset, batch_size, max_broken_share)
+            batches = self._batches(calibration_dataset, batch_size, max_broken_share, num_workers)
         return self._calibrate(batches, None, metrics, targets, fisher_samples, seed)
 
     @_in_every_process
@@ -261,6 +263,7 @@ class MixRankCompressor(OptimumQuantizer):
         inplace: bool = False,
         overwrite: bool = False,
         max_broken_share: float = 0.05,
+        num_workers: int = 0,
         resume_directory: str | Path | None = None,
         save_interval: float = 60.0,
     ) -> PreTrainedModel:
@@ -280,6 +283,8 @@ class MixRankCompressor(OptimumQuantizer):
                 from a copy of the original, which is dropped at the end.
             overwrite: Whether `save_directory` may hold files already.
             max_broken_share: Tolerated share of images that cannot be decoded.
+            num_workers: Processes that read and decode datasets and lists of images ahead while the model runs; 0
+                decodes in between. The result is the same for any number.
             resume_directory: Where the run notes what it has finished. The same call goes on from there after it was
                 cut off, and ends with the same result, bit by bit. The folder is removed when the compressed model is
                 saved, here or by `save_pretrained`. None notes nothing.
@@ -311,7 +316,7 @@ class MixRankCompressor(OptimumQuantizer):
             plan = self._plan(config, targets)
             plan.check()
             batches = self._image_source(
-                config, metric, calibration_dataset, calibration, batch_size, max_broken_share
+                config, metric, calibration_dataset, calibration, batch_size, max_broken_share, num_workers
             )
         journal = NO_JOURNAL
         if resume_directory is not None:
@@ -453,6 +458,7 @@ class MixRankCompressor(OptimumQuantizer):
         label_column: str | None = None,
         num_samples: int | None = None,
         seed: int = 42,
+        num_workers: int = 0,
     ) -> EvaluationResult:
         """Measure what a compressed model has lost against the original, `self.model`.
 
@@ -465,6 +471,7 @@ class MixRankCompressor(OptimumQuantizer):
             label_column: Default: `label` or `labels`, where there is one.
             num_samples: Draw so many images; None for all.
             seed: Seed of that draw.
+            num_workers: See `compress`.
 
         Returns:
             Accuracy of both models, agreement, and KL from the original in nats; also kept in `self.report`.
@@ -473,7 +480,9 @@ class MixRankCompressor(OptimumQuantizer):
 
         processes = self.processes
         with processes.agreed():
-            batches = self._labelled_batches(dataset, batch_size, split, image_column, label_column, num_samples, seed)
+            batches = self._labelled_batches(
+                dataset, batch_size, split, image_column, label_column, num_samples, seed, num_workers
+            )
         with phase("Evaluated") as evaluating:
             result = evaluate_model(model, batches, reference=self.model, processes=processes)
             evaluating.tell(*result.facts())
@@ -617,6 +626,7 @@ class MixRankCompressor(OptimumQuantizer):
         calibration: Calibration | None,
         batch_size: int,
         max_broken_share: float,
+        num_workers: int,
     ) -> ImageBatches | None:
         """The images, if statistics or compensation need them."""
         if dataset is None and calibration is None:
@@ -631,7 +641,7 @@ class MixRankCompressor(OptimumQuantizer):
             )
         if isinstance(dataset, str | Path):
             dataset = self.get_calibration_dataset(dataset, num_samples=config.num_samples, seed=config.seed)
-        return self._batches(dataset, batch_size, max_broken_share)
+        return self._batches(dataset, batch_size, max_broken_share, num_workers, bool(config.compensation))
 
     def _open_run(
         self,
@@ -711,13 +721,18 @@ class MixRankCompressor(OptimumQuantizer):
             )
         return fingerprint
 
-    def _batches(self, dataset: Any, batch_size: int, max_broken_share: float) -> ImageBatches:
+    def _batches(
+        self, dataset: Any, batch_size: int, max_broken_share: float, num_workers: int, keep: bool = False
+    ) -> ImageBatches:
+        """Batches to learn from; those that are kept are not to fill the memory that a GPU copies from."""
         return ImageBatches(
             dataset,
             image_processor=self.image_processor,
             batch_size=batch_size,
             max_broken_share=max_broken_share,
             num_channels=getattr(self.model.config, "num_channels", 3),
+            num_workers=num_workers,
+            pin_memory=not keep and self.model.device.type == "cuda",
             processes=self.processes,
             fingerprint=True,
         )
@@ -731,6 +746,7 @@ class MixRankCompressor(OptimumQuantizer):
         label_column: str | None,
         num_samples: int | None,
         seed: int,
+        num_workers: int,
     ) -> ImageBatches:
         if isinstance(dataset, str | Path | datasets.DatasetDict):
             dataset = load_image_dataset(
@@ -754,6 +770,8 @@ class MixRankCompressor(OptimumQuantizer):
             label_column=label_column,
             label_map=label_map,
             num_channels=getattr(self.model.config, "num_channels", 3),
+            num_workers=num_workers,
+            pin_memory=self.model.device.type == "cuda",
             processes=self.processes,
         )
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calibration.pictures import processor, write
 from datasets import load_dataset
 from models import tiny_swin, tiny_vit
 from optimum.quantization_base import OptimumQuantizer
@@ -114,6 +115,23 @@ def test_same_seed_same_checkpoint(tmp_path):
         MixRankCompressor(tiny_vit()).compress(config(), [PIXELS], tmp_path / name)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+def test_workers_change_nothing_but_the_time(tmp_path):
+    paths = sorted(write(tmp_path, 13, broken=[5]).iterdir())
+    found = []
+    for num_workers in (0, 2):
+        compressor = MixRankCompressor(tiny_vit(), processor())
+        loading = {"batch_size": 3, "num_workers": num_workers}
+        model = compressor.compress(config(), paths, max_broken_share=0.1, **loading)
+        calibration = compressor.calibrate(paths, "kfac", max_broken_share=0.1, **loading)
+        found.append((model.state_dict(), calibration, compressor.evaluate(model, paths[:5], **loading)))
+    (state, calibration, result), (other_state, other_calibration, other_result) = found
+    assert all(torch.equal(tensor, other_state[name]) for name, tensor in state.items())
+    assert calibration.data_fingerprint == other_calibration.data_fingerprint
+    for name, statistics in calibration.layers.items():
+        assert torch.equal(statistics.gradient_moment, other_calibration.layers[name].gradient_moment)
+    assert result == other_result
 
 
 def test_quantize_is_optimums_name_for_it(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,10 @@ class Batch:
     def num_images(self) -> int:
         """Images in this batch."""
         return len(self.pixel_values)
+
+    def pin_memory(self) -> Batch:
+        """The same with pixels in pinned memory, as `DataLoader` asks for it."""
+        return replace(self, pixel_values=self.pixel_values.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,23 @@ class Collator:
         elif isinstance(label, int) and 0 <= label < len(self.label_map):
             return self.label_map[label]
         raise ValueError(f"The label {label!r} of {name} is no class of the model; leave out images without a class.")
+
+
+@dataclass(frozen=True)
+class ErrorsReturned:
+    """A `Collator` that returns an error in place of a batch.
+
+    `DataLoader` would raise the error of a worker with the worker's traceback in its message.
+    """
+
+    collate: Collator
+
+    def __call__(self, rows: Sequence[Row]) -> tuple[Batch | None, list[BrokenImageError]] | Exception:
+        """See `Collator`."""
+        try:
+            return self.collate(rows)
+        except Exception as error:
+            return error
 
 
 def _different_sizes(shapes: set[tuple[int, ...]]) -> ValueError:

@@ -256,7 +256,8 @@ def collect_statistics(
         taken = SavedPass(journal, collector, gradients, batches)
 
         def run(batch: ImageBatch) -> None:
-            pixel_values = batch.pixel_values.to(device=device, dtype=parameter.dtype)
+            pixel_values = batch.pixel_values
+            pixel_values = pixel_values.to(device, parameter.dtype, non_blocking=pixel_values.is_pinned())
             # Some input has to require gradients for the activations to have any; parameters do not.
             with processes.autocast(device):
                 output = model(pixel_values=pixel_values.detach().requires_grad_(bool(with_gradients)))

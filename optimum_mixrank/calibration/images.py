@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from ..distributed import ALONE, Processes
 from ..messages import get_logger
-from .collating import Batch, Collator
+from .collating import Batch, Collator, ErrorsReturned
 from .decoding import BrokenImageError
 from .fingerprint import ImageFingerprint
 from .rows import (
@@ -56,7 +56,8 @@ class ImageBatches:
         label_map: Model label by dataset label, if they differ.
         max_broken_share: Tolerated share of images that cannot be decoded, in [0, 1].
         num_channels: Channels that the model takes; 1 makes grey images.
-        num_workers: Processes that decode ahead, for datasets and lists of images.
+        num_workers: Processes that read and decode ahead, for datasets and lists of images.
+        pin_memory: Whether to put the pixels where a GPU copies them from while it computes.
         dtype: Of the pixels.
         processes: Those that share the batches out.
         fingerprint: Whether to take the images' fingerprint.
@@ -67,9 +68,11 @@ class ImageBatches:
 
     Raises:
         TypeError: for a source of another kind.
-        ValueError: for a missing image processor, image column or label column, and for a DataLoader that shares its
-            batches out already. While iterating: for more broken images than tolerated, no usable image, images of
-            different sizes or unusable `pixel_values`, and for the second pass through an iterator.
+        ValueError: for a missing image processor, image column or label column, a negative number of workers, and for a
+            DataLoader that shares its batches out already. While iterating: for more broken images than tolerated, no
+            usable image, images of different sizes or unusable `pixel_values`, and for the second pass through an
+            iterator.
+        RuntimeError: while iterating, if a worker dies.
     """
 
     def __init__(
@@ -84,12 +87,15 @@ class ImageBatches:
         max_broken_share: float = 0.05,
         num_channels: int = 3,
         num_workers: int = 0,
+        pin_memory: bool = False,
         dtype: torch.dtype = torch.float32,
         processes: Processes = ALONE,
         fingerprint: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is not a positive number of images.")
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers} is negative; 0 decodes in this process.")
         if not 0 <= max_broken_share <= 1:
             raise ValueError(f"max_broken_share={max_broken_share} is not in [0, 1].")
         if isinstance(source, str | Path | datasets.DatasetDict):
@@ -104,6 +110,7 @@ class ImageBatches:
         self._columns = (image_column, label_column)
         self._max_broken_share = max_broken_share
         self._num_workers = num_workers
+        self._pin_memory = pin_memory
         self._rows = ImageRows(source, *self._columns) if delivers_images(source) else None
         self._used_up = False
         self._named: set[str] = set()
@@ -220,10 +227,13 @@ class ImageBatches:
             rows,  # a sequence serves as a map-style dataset
             batch_sampler=[range(starts[i], min(starts[i] + self._batch_size, len(rows))) for i in own],
             num_workers=self._num_workers,
-            collate_fn=self._collate,
+            pin_memory=self._pin_memory,
+            collate_fn=ErrorsReturned(self._collate),
         )
-        for index, (batch, broken) in zip(own, loader, strict=True):
-            yield index, batch, broken
+        for index, loaded in zip(own, _from_workers(loader), strict=True):
+            if isinstance(loaded, Exception):
+                raise loaded
+            yield index, *loaded
 
     def _stream(self) -> Iterator[Loaded]:
         if isinstance(self._source, Iterator):
@@ -281,6 +291,23 @@ class ImageBatches:
                 f"than max_broken_share={self._max_broken_share} tolerates. The first are {', '.join(self.broken[:3])}. "
                 "Mend or remove them, or raise max_broken_share."
             )
+
+
+def _from_workers(loader: DataLoader) -> Iterator[Any]:
+    """What a loader delivers.
+
+    Raises:
+        RuntimeError: if one of its workers has died.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise RuntimeError(
+            f"A process that decodes images has died, of too little memory perhaps ({error}). Lower num_workers="
+            f"{loader.num_workers} or the batch size; num_workers=0 decodes in the main process."
+        ) from error
 
 
 @dataclasses.dataclass

@@ -125,6 +125,7 @@ class MixRankSubcommand(BaseOptimumCLICommand):
 def add_model_arguments(parser: ArgumentParser) -> None:
     """Options of what `open_compressor` opens and runs."""
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass; default 32")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images ahead; default 0")
     parser.add_argument("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
     parser.add_argument("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
 

@@ -61,15 +61,12 @@ on several GPUs:
         images = None if config.dataset is None else calibration_images(args, compressor, config)
         if run is not None and not args.resume and compressor.processes.is_main:
             discard(run)
+        loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
         model = compressor.compress(
-            config,
-            images,
-            batch_size=args.batch_size,
-            resume_directory=run,
-            save_interval=args.save_interval or 60.0,
+            config, images, resume_directory=run, save_interval=args.save_interval or 60.0, **loading
         )
         if args.evaluate_on is not None:
-            compressor.evaluate(model, args.evaluate_on, split=args.evaluate_split, batch_size=args.batch_size)
+            compressor.evaluate(model, args.evaluate_on, split=args.evaluate_split, **loading)
         compressor.save_pretrained(model, args.output, overwrite=args.overwrite, picture=True)
         report = compressor.report
         assert report is not None  # `compress` has made one

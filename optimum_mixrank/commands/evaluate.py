@@ -52,6 +52,7 @@ example:
             model,
             args.dataset,
             batch_size=args.batch_size,
+            num_workers=args.num_workers,
             split=args.split,
             image_column=args.image_column,
             label_column=args.label_column,

@@ -50,6 +50,7 @@ example:
                 calibration_images(args, compressor, config),
                 config.metric,
                 batch_size=args.batch_size,
+                num_workers=args.num_workers,
                 fisher_samples=config.fisher_samples,
                 seed=config.seed,
             )

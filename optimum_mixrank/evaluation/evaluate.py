@@ -180,7 +180,8 @@ def _run(model: nn.Module, pixel_values: Tensor, who: str) -> ModelOutput:
     device = next((parameter.device for parameter in parameters if not parameter.is_meta), pixel_values.device)
     dtype = parameters[0].dtype if parameters else pixel_values.dtype
     # On the CPU two models can be compared.
-    output = select_output(model(pixel_values=pixel_values.to(device, dtype)), getattr(model, "config", None)).cpu()
+    pixel_values = pixel_values.to(device, dtype, non_blocking=pixel_values.is_pinned())
+    output = select_output(model(pixel_values=pixel_values), getattr(model, "config", None)).cpu()
     for tensor in (*output.features, *(() if output.logits is None else (output.logits,))):
         if not torch.isfinite(tensor).all():
             raise ValueError(

@@ -1,3 +1,6 @@
+import os
+import signal
+
 import datasets
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTImageProcessor
 
 from optimum_mixrank.calibration.images import ImageBatches
+from optimum_mixrank.distributed import Processes
 
 
 SIZE = 8
@@ -208,6 +212,41 @@ def test_broken_files_are_left_out(tmp_path, caplog, num_workers):
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert f"Broken image left out: {folder / '07.png'} cannot be decoded" in record.message
+
+
+class Fatal(torch.utils.data.Dataset):
+    """Pixels of which reading some ends the process that reads them, as a lack of memory does."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        if index == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return expected(6)[index]
+
+
+def test_a_worker_that_dies_is_an_error_that_says_what_to_do():
+    # Among several processes, a dataset of tensors is read by index.
+    batches = ImageBatches(Fatal(), batch_size=2, num_workers=1, processes=Processes(index=0, count=2))
+    with pytest.raises(
+        RuntimeError, match=r"A process that decodes images has died.*Lower num_workers=1 or the batch"
+    ):
+        list(batches)
+
+
+def test_an_error_in_a_worker_reads_as_in_the_main_process():
+    messages = []
+    for num_workers in (0, 1):
+        with pytest.raises(ValueError) as error:
+            list(ImageBatches(pictures(2), image_processor=processor(image_std=[0, 1, 1]), num_workers=num_workers))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and "hold NaN or Inf" in messages[0]
+
+
+def test_workers_are_not_fewer_than_none():
+    with pytest.raises(ValueError, match="num_workers=-1 is negative"):
+        ImageBatches(pictures(1), image_processor=processor(), num_workers=-1)
 
 
 def test_labels_stay_with_their_images(tmp_path):
