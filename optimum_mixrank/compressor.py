@@ -201,7 +201,8 @@ class MixRankCompressor(OptimumQuantizer):
             split: Default: `train`, or the only one there is.
             image_column: Default: the one image column there is.
             seed: Seed of the draw.
-            **hub_kwargs: `revision`, `token`, `cache_dir`, `name` as for `datasets.load_dataset`.
+            **hub_kwargs: `revision`, `token`, `cache_dir`, `name` as for `datasets.load_dataset`; `streaming=True` draws
+                without downloading all of the dataset.
 
         Raises:
             ValueError: if there is no such data, split or column.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -15,6 +15,11 @@ from ..messages import get_logger
 
 
 logger = get_logger(__name__)
+
+Data = TypeVar("Data", datasets.Dataset, datasets.IterableDataset)
+
+_WINDOW = 1024
+"""Images of a stream among which the next one is drawn, at least."""
 
 _COLUMN_NAMES = ("image", "img", "images", "picture", "photo")
 
@@ -39,7 +44,9 @@ def load_image_dataset(
         image_column: Name of the image column; default: the one there is.
         num_samples: How many images to draw, without replacement; they stay in the dataset's order. None for all.
         seed: Seed of the draw.
-        **hub_kwargs: `revision`, `token`, `cache_dir`, `name`, … as for `datasets.load_dataset`.
+        **hub_kwargs: `revision`, `token`, `cache_dir`, `name`, … as for `datasets.load_dataset`. With `streaming=True`
+            only a little more than the images that are drawn is downloaded: files are taken in random order, images
+            from a window that moves over them. They are kept in memory, undecoded.
 
     Returns:
         The dataset, all columns kept, with undecoded images.
@@ -47,12 +54,17 @@ def load_image_dataset(
     Raises:
         FileNotFoundError: if the source is a path that does not exist, or a folder without data.
         TypeError: if the source is something else.
-        ValueError: if the split or the image column is missing or ambiguous; the message lists what there is.
+        ValueError: if the split or the image column is missing or ambiguous; the message lists what there is. Also if a
+            stream is to be drawn from without a number of images.
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} is not a positive number of images; use None for all.")
     data = _select_split(_load(source, hub_kwargs), split, default_splits)
+    if data.features is None:
+        raise ValueError("The stream does not tell its columns before it is read; load the dataset without streaming.")
     data = _undecoded(data, find_image_column(data.features, image_column))
+    if isinstance(data, datasets.IterableDataset):
+        return _draw_from_stream(data, num_samples, seed)
     if num_samples is None:
         return data
     if num_samples > len(data):
@@ -84,7 +96,7 @@ def find_image_column(columns: Mapping[str, Any], image_column: str | None = Non
     return found[0]
 
 
-def _load(source: Any, hub_kwargs: Mapping[str, Any]) -> datasets.Dataset | datasets.DatasetDict:
+def _load(source: Any, hub_kwargs: Mapping[str, Any]) -> Any:
     if isinstance(source, datasets.Dataset | datasets.DatasetDict):
         _refuse(hub_kwargs, "a dataset in memory")
         return source
@@ -118,13 +130,13 @@ def _refuse(hub_kwargs: Mapping[str, Any], source: str) -> None:
         raise ValueError(f"{', '.join(given)} cannot be applied to {source}; leave it out.")
 
 
-def _select_split(data: Any, split: str | None, default_splits: tuple[str, ...]) -> datasets.Dataset:
+def _select_split(data: Any, split: str | None, default_splits: tuple[str, ...]) -> Any:
     if isinstance(data, datasets.Dataset):
         if split is not None:
             raise ValueError(f"split={split!r} cannot be chosen: this is one dataset without splits; leave it out.")
         return data
-    if not isinstance(data, datasets.DatasetDict):
-        raise TypeError(f"A {type(data).__name__} cannot be drawn from; load the dataset without streaming.")
+    if not isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise TypeError(f"A {type(data).__name__} cannot be drawn from; load all splits of the dataset.")
     names = list(data)
     if split is not None and split not in names:
         raise ValueError(f"split={split!r} does not exist; the splits are {', '.join(names)}.")
@@ -134,7 +146,16 @@ def _select_split(data: Any, split: str | None, default_splits: tuple[str, ...])
     return data[candidates[0] if candidates else names[0]]
 
 
-def _undecoded(data: datasets.Dataset, column: str) -> datasets.Dataset:
+def _draw_from_stream(stream: datasets.IterableDataset, num_samples: int | None, seed: int) -> datasets.Dataset:
+    if num_samples is None:
+        raise ValueError("streaming=True needs num_samples, since the images are kept in memory; or do not stream.")
+    drawn = list(stream.shuffle(seed=seed, buffer_size=max(_WINDOW, num_samples)).take(num_samples))
+    if len(drawn) < num_samples:
+        logger.warning(f"num_samples={num_samples}, but the dataset holds {len(drawn)} images; all of them are used.")
+    return datasets.Dataset.from_list(drawn, features=stream.features)
+
+
+def _undecoded(data: Data, column: str) -> Data:
     feature = data.features[column]
     if isinstance(feature, datasets.Image) and not feature.decode:
         return data

@@ -65,6 +65,9 @@ def add_field_arguments(parser: ArgumentParser) -> None:
     """Declare an option for every field, `--config` for a file of them, and how to read the dataset."""
     parser.add_argument("--split", help="of the dataset; default: train, or the only one")
     parser.add_argument("--image-column", help="of the dataset; default: the one image column")
+    parser.add_argument(
+        "--streaming", action="store_true", help="draw images from the Hub without downloading all of the dataset"
+    )
     group = parser.add_argument_group("method")
     group.add_argument(
         "--config", type=Path, help="YAML or JSON file with fields of MixRankConfig; options override it"
@@ -110,6 +113,7 @@ def calibration_images(args: Any, compressor: MixRankCompressor, config: MixRank
         split=args.split,
         image_column=args.image_column,
         seed=config.seed,
+        **({"streaming": True} if args.streaming else {}),
         **hub,
     )
 

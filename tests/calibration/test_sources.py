@@ -101,11 +101,31 @@ def test_hub(monkeypatch):
     ]
 
 
-def test_streams_are_refused(monkeypatch):
-    stream = datasets.IterableDatasetDict({"train": in_memory().to_iterable_dataset()})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
-    with pytest.raises(TypeError, match="cannot be drawn from; load the dataset without streaming"):
-        load_image_dataset("user/birds", streaming=True)
+def test_streams(tmp_path, caplog):
+    (tmp_path / "data").mkdir()
+    for shard in range(4):
+        in_memory(10).to_parquet(tmp_path / "data" / f"train-{shard:05}-of-00004.parquet")
+
+    def draw(count, seed=0):
+        return load_image_dataset(tmp_path, num_samples=count, seed=seed, streaming=True)
+
+    assert_undecoded(draw(12), 12)
+    assert draw(12).features["label"].names == ["cat", "dog"]
+    assert draw(12)[:] == draw(12)[:] != draw(12, seed=1)[:]
+    assert not caplog.records
+    assert len(draw(41)) == 40
+    assert "num_samples=41, but the dataset holds 40 images; all of them are used" in caplog.text
+    with pytest.raises(ValueError, match="streaming=True needs num_samples"):
+        draw(None)
+    with pytest.raises(ValueError, match="split='test' does not exist; the splits are train"):
+        load_image_dataset(tmp_path, split="test", num_samples=1, streaming=True)
+
+
+def test_a_stream_without_known_columns_is_refused(monkeypatch):
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"image": None}]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.IterableDatasetDict(train=stream))
+    with pytest.raises(ValueError, match="does not tell its columns before it is read"):
+        load_image_dataset("user/birds", num_samples=1, streaming=True)
 
 
 @pytest.mark.parametrize("source", ["./images", "~/no-such-images", "/no/images", "data/many/images", "../x"])
