@@ -13,6 +13,7 @@ in by `hf auth login`.
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 import datasets
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="the output folder may hold files; they are replaced")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
+    logging.getLogger("optimum_mixrank").setLevel(logging.INFO)  # a line per phase
 
     accelerator = Accelerator()
     compressor = MixRankCompressor.from_pretrained(args.model, accelerator=accelerator)
