@@ -44,7 +44,7 @@ from .unfinished import UnfinishedRun, check_images, has_saved, identity_of
 
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
     from .evaluation.evaluate import EvaluationResult
     from .reporting.report import CompressionReport
@@ -74,11 +74,12 @@ class MixRankCompressor(OptimumQuantizer):
     Args:
         model: A Transformers model with a ViT-like encoder and any head.
         image_processor: Its image processor; needed wherever images rather than `pixel_values` are given.
-        accelerator: Stands for the processes that share the work. Default: one is made where several were launched, as
-            by `accelerate launch`. All of them then call `calibrate`, `compress`, `profile`, `evaluate`,
-            `save_pretrained` and `push_to_hub`, with the same arguments; each works on its share of images and layers,
-            all get the same result, and the main one prints and saves. Its `mixed_precision` is that of forward passes
-            for statistics and of training; statistics are summed in float32 or better all the same.
+        accelerator: Stands for the processes that share the work; an `accelerate.PartialState` serves too. Default:
+            those that were launched together, as by `accelerate launch`. All of them then call `calibrate`, `compress`,
+            `profile`, `evaluate`, `save_pretrained` and `push_to_hub`, with the same arguments; each works on its share
+            of images and layers, all get the same result, and the main one prints and saves. Its `mixed_precision` is
+            that of forward passes for statistics and of training; statistics are summed in float32 or better all the
+            same.
         allow_tf32: Whether statistics may be multiplied in TF32 where PyTorch is set to it, on GPUs that can: faster,
             and less exact.
 
@@ -101,7 +102,7 @@ class MixRankCompressor(OptimumQuantizer):
         self,
         model: PreTrainedModel,
         image_processor: Any = None,
-        accelerator: Accelerator | None = None,
+        accelerator: Accelerator | PartialState | None = None,
         *,
         allow_tf32: bool = False,
     ) -> None:
@@ -125,7 +126,7 @@ class MixRankCompressor(OptimumQuantizer):
         model_or_path: str | Path | PreTrainedModel,
         *,
         image_processor: Any = None,
-        accelerator: Accelerator | None = None,
+        accelerator: Accelerator | PartialState | None = None,
         dtype: str | torch.dtype = "float32",
         device: str | torch.device | None = None,
         allow_tf32: bool = False,

@@ -25,7 +25,7 @@ from .precision import AUTOCAST_DTYPES
 
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
 
 Value = TypeVar("Value")
@@ -194,12 +194,13 @@ class Processes:
 ALONE = Processes()
 
 
-def find_processes(accelerator: Accelerator | None = None) -> Processes:
+def find_processes(accelerator: Accelerator | PartialState | None = None) -> Processes:
     """The processes that an `Accelerator` stands for.
 
     Args:
-        accelerator: Default: one is made where several processes were launched, as by `accelerate launch` and
-            `torchrun`. A process that was started alone needs none.
+        accelerator: Default: where several processes were launched, as by `accelerate launch` and `torchrun`, they are
+            connected by a `PartialState`. An `Accelerator` may be made later, with any settings. A process that was
+            started alone needs none.
 
     Raises:
         RuntimeError: if several processes were launched, but the accelerator works alone; or if they are not connected
@@ -208,19 +209,20 @@ def find_processes(accelerator: Accelerator | None = None) -> Processes:
     """
     if accelerator is None:
         if not was_launched():
-            # `accelerate launch` says so to a single process too.
-            return _alone(_HOST, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
-        from accelerate import Accelerator
+            return _alone(_HOST, _launched_precision())
+        from accelerate import PartialState
 
         # On a machine without GPU the processes are connected only if the CPU is asked for.
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        accelerator = PartialState(cpu=not torch.accelerator.is_available())
+    # A `PartialState` knows of no precision.
+    mixed_precision = getattr(accelerator, "mixed_precision", None) or _launched_precision()
     if accelerator.num_processes == 1:
         if was_launched():
             raise RuntimeError(
                 f"{os.environ['WORLD_SIZE']} processes were launched, but the Accelerator of each works alone. On CPUs, "
                 "make it with `Accelerator(cpu=True)`, or set ACCELERATE_USE_CPU=true."
             )
-        return _alone(accelerator.device, accelerator.mixed_precision)
+        return _alone(accelerator.device, mixed_precision)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise RuntimeError(
             f"The {accelerator.num_processes} processes ({accelerator.distributed_type}) are not connected by "
@@ -229,11 +231,16 @@ def find_processes(accelerator: Accelerator | None = None) -> Processes:
     on_host = torch.distributed.get_backend() in ("gloo", "mpi")
     device = accelerator.device
     return replace(
-        _alone(device, accelerator.mixed_precision),
+        _alone(device, mixed_precision),
         index=accelerator.process_index,
         count=accelerator.num_processes,
         wire=_HOST if on_host else device,
     )
+
+
+def _launched_precision() -> str:
+    """What `accelerate launch --mixed_precision` has said, to a single process too."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def _alone(device: torch.device, mixed_precision: str) -> Processes:

@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import torch
 from compensation.cases import config, images
 from models import tiny_swin, tiny_vit
 

@@ -188,3 +188,13 @@ def train():
 def case_work_after_all_that(processes, folder):
     """After all of that the processes are still in step."""
     return {"num_images": MixRankCompressor(VIT).calibrate(images(), "kfac").num_images}
+
+
+def case_work_then_an_accelerator(processes, folder):
+    """Work without an Accelerator decides nothing for the one that a program makes later."""
+    accelerate.state.AcceleratorState._reset_state()  # forget those of other cases
+    calibrate(images())
+    accelerator = accelerate.Accelerator(mixed_precision="bf16")
+    with_it = MixRankCompressor(VIT, accelerator=accelerator).calibrate(images(), "kfac").num_images
+    with_state = MixRankCompressor(VIT, accelerator=accelerate.PartialState()).calibrate(images(), "kfac").num_images
+    return {"precision": accelerator.mixed_precision, "num_images": [with_it, with_state]}

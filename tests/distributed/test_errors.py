@@ -52,6 +52,13 @@ def test_the_processes_are_in_step_afterwards(found, count):
     assert all(each["in_place"]["same"] for each in found[count])
 
 
+@pytest.mark.parametrize("count", COUNTS)
+def test_an_accelerator_may_be_made_later(found, count):
+    for each in found[count]:
+        assert each["work_then_an_accelerator"].get("precision") == "bf16", each["work_then_an_accelerator"]
+        assert each["work_then_an_accelerator"]["num_images"] == [12, 12]
+
+
 def test_nothing_was_written(found, tmp_path_factory):
     for folder in tmp_path_factory.getbasetemp().glob("errors*/*"):
         assert [file.name for file in (folder / "full").iterdir()] == ["notes.txt"]

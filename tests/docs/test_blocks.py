@@ -24,6 +24,16 @@ NOT_EXECUTED = {
     ("install.md", "pip install ."): "installs into the environment; .ci/run installs the same",
     ("checkpoints.md", "push_to_hub"): "needs the Hub and a token",
     (
+        "multi_gpu.md",
+        "-m optimum.commands.optimum_cli",
+    ): "several processes; tests/distributed/test_cli.py runs the same",
+    ("multi_gpu.md", "one_node.yaml"): "several processes; tests/distributed/test_imagenet_example.py runs the same",
+    (
+        "multi_gpu.md",
+        "several_nodes.yaml",
+    ): "several processes; tests/distributed/test_imagenet_example.py runs the same",
+    ("multi_gpu.md", "ACCELERATE_USE_CPU"): "several processes; tests/distributed runs all of its programs so",
+    (
         "deployment.md",
         "optimum-cli export onnx",
     ): "needs optimum-onnx and Transformers 4.57; .ci/full runs the same",
