@@ -254,6 +254,8 @@ def _statistics(calibration: Calibration, target: Target) -> LayerStatistics:
         Statistic.INPUT_COVARIANCE: (n, n),
         Statistic.OUTPUT_COVARIANCE: (m, m),
         Statistic.GRADIENT_MOMENT: (m, m),
+        Statistic.INPUT_GRADIENT_MOMENT: (n, n),
+        Statistic.GRADIENT_ENERGY: (),
     }
     for statistic, shape in expected.items():
         tensor = getattr(statistics, statistic.value)

@@ -36,6 +36,9 @@ _NEW_ACCUMULATOR: dict[Statistic, Callable[[], Accumulator]] = {
 }
 
 
+_GRADIENTS = frozenset({Statistic.GRADIENT_MOMENT, Statistic.INPUT_GRADIENT_MOMENT, Statistic.GRADIENT_ENERGY})
+
+
 class ImageBatch(Protocol):
     """What calibration needs of a batch."""
 
@@ -61,6 +64,7 @@ class StatisticsCollector(OutputListener):
     def __init__(self, model: nn.Module, required: Mapping[str, frozenset[Statistic]]) -> None:
         super().__init__({name: model.get_submodule(name) for name in required})
         self._required = {name: sorted(statistics) for name, statistics in required.items()}
+        self._summed = {name: _without_mean(statistics) for name, statistics in self._required.items()}
         self._accumulators: dict[tuple[str, Statistic], Accumulator] = {}
         self._leaders: dict[str, str] = {}
         self._last_input: Tensor | None = None
@@ -142,18 +146,23 @@ class StatisticsCollector(OutputListener):
         tensors: dict[tuple[str, Statistic], Tensor] = {}
         for key, accumulator in self._accumulators.items():
             tensors[key] = _finish(key[1], accumulator)
+            if key[1] is Statistic.INPUT_COVARIANCE:
+                tensors.setdefault((key[0], Statistic.INPUT_MEAN), accumulator.mean())
         return {
             name: LayerStatistics(
-                num_tokens=self._accumulators[self._owner(name, required[0]), required[0]].count if required else 0,
-                **{statistic.value: tensors[self._owner(name, statistic), statistic] for statistic in required},
+                num_tokens=self._accumulators[self._owner(name, summed[0]), summed[0]].count if summed else 0,
+                **{
+                    statistic.value: tensors[self._owner(name, statistic), statistic]
+                    for statistic in self._required[name]
+                },
             )
-            for name, required in self._required.items()
+            for name, summed in self._summed.items()
         }
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             self._follow(name, args[0])
-            for statistic in self._required[name]:
+            for statistic in self._summed[name]:
                 if statistic is Statistic.OUTPUT_COVARIANCE:
                     self._update(name, statistic, output)
                 elif statistic not in self._taken_in:
@@ -194,6 +203,13 @@ class StatisticsCollector(OutputListener):
         self._accumulators[owner, statistic].update(tensor)
 
 
+def _without_mean(statistics: list[Statistic]) -> list[Statistic]:
+    """What is to be summed: the sums of a covariance hold the mean."""
+    return [
+        each for each in statistics if each is not Statistic.INPUT_MEAN or Statistic.INPUT_COVARIANCE not in statistics
+    ]
+
+
 def _label(name: str, statistic: Statistic) -> str:
     return f"{name}:{statistic.value}"
 
@@ -226,7 +242,7 @@ def collect_statistics(
         batches: Batches of images; of several processes, those of this one.
         required: Statistics to collect, by module name.
         num_images: Their number in all processes, where known, for the progress bar.
-        fisher_samples: Random probes per image for `GRADIENT_MOMENT`; each costs a backward pass.
+        fisher_samples: Random probes per image for statistics of gradients; each costs a backward pass.
         seed: Of these probes.
         processes: Those that share the batches out.
         journal: Where it is noted how far the pass is, and found when the run goes on: batches that were done then are
@@ -240,8 +256,9 @@ def collect_statistics(
     """
     parameter = next(model.parameters())
     device = getattr(model, "device", parameter.device)
-    with_gradients = [name for name, statistics in required.items() if Statistic.GRADIENT_MOMENT in statistics]
-    forward = {name: statistics - {Statistic.GRADIENT_MOMENT} for name, statistics in required.items()}
+    with_gradients = [name for name, statistics in required.items() if statistics & _GRADIENTS]
+    projected = [name for name in with_gradients if Statistic.GRADIENT_MOMENT not in required[name]]
+    forward = {name: statistics - _GRADIENTS for name, statistics in required.items()}
     share = None if num_images is None else math.ceil(num_images / processes.count)
     progress = logging.tqdm(total=share, desc="Calibrating", unit="img")
     with ExitStack() as stack:
@@ -250,7 +267,7 @@ def collect_statistics(
         stack.enter_context(progress)
         gradients = None
         if with_gradients:
-            gradients = stack.enter_context(GradientCollector(model, with_gradients, fisher_samples, seed))
+            gradients = stack.enter_context(GradientCollector(model, with_gradients, fisher_samples, seed, projected))
             stack.enter_context(activation_gradients(model))
 
         taken = SavedPass(journal, collector, gradients, batches)
@@ -303,5 +320,5 @@ def collect_statistics(
         if gradients is not None:
             gradients.reduce(processes)
             for name in with_gradients:
-                layers[name] = replace(layers[name], gradient_moment=gradients.moment(name))
+                layers[name] = replace(layers[name], **gradients.statistics(name, required[name]))
         return layers, seen

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..decomposition.statistics import Statistic
 from ..distributed import Processes
 from ..hooks import OutputListener
 from ..outputs import ModelOutput
+from ..precision import float32_products
 from .moments import MomentAccumulator, flatten, to_device, unflatten
 
 
@@ -23,14 +25,20 @@ class GradientCollector(OutputListener):
         names: Module names of the layers.
         samples: Random probes per batch; each costs a backward pass.
         seed: Of the probes.
+        projected: Those of the layers of which `input_moment` and `energy` alone are wanted, `moment` not. Layers with
+            more outputs than inputs are then far cheaper: their gradients are projected on the columns of the weight.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], samples: int = 1, seed: int = 42) -> None:
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], samples: int = 1, seed: int = 42, projected: Sequence[str] = ()
+    ) -> None:
         super().__init__({name: model.get_submodule(name) for name in names})
         self._samples = samples
         self._seed = seed
         self._outputs: dict[str, list[Tensor]] = {}
         self._accumulators = {name: MomentAccumulator() for name in names}
+        self._accumulators |= {_squares(name): MomentAccumulator(full=False) for name in projected}
+        self._bases = {name: torch.linalg.qr(self._weight(name).float()).Q for name in projected}
 
     def update(self, output: ModelOutput, batch: int = 0) -> None:
         """Take in the gradients of the batch that has just run.
@@ -51,7 +59,7 @@ class GradientCollector(OutputListener):
             for name, tensor, gradient in zip(owners, outputs, gradients, strict=True):
                 # A layer on which the output does not depend has the gradient zero.
                 gradient = torch.zeros_like(tensor) if gradient is None else gradient
-                self._accumulators[name].update(gradient.float() / scale if scale != 1 else gradient)
+                self._take_in(name, gradient.float() / scale if scale != 1 else gradient)
         self._forget()
 
     @property
@@ -85,13 +93,68 @@ class GradientCollector(OutputListener):
         Raises:
             ValueError: if the layer was never called, or its gradients hold NaN or Inf.
         """
-        accumulator = self._accumulators[name]
+        assert name not in self._bases  # of a projected layer it is not known
+        return self._second_moment(name, name)
+
+    def input_moment(self, name: str) -> Tensor:
+        """`E[(Wᵀg) (Wᵀg)ᵀ]` over tokens and probes, `[in_features, in_features]`, float64.
+
+        Raises:
+            ValueError: as `moment`.
+        """
+        moment = self._second_moment(name, name)
+        weight = self._weight(name).to(moment)
+        # The columns of the weight by those of the basis; the basis is orthonormal to float32's precision.
+        columns = self._bases[name].to(moment).T @ weight if name in self._bases else weight
+        return columns.T @ moment @ columns
+
+    def energy(self, name: str) -> Tensor:
+        """`E[‖g‖²]` over tokens and probes, `[]`, float64.
+
+        Raises:
+            ValueError: as `moment`.
+        """
+        if name in self._bases:
+            return self._second_moment(name, _squares(name)).sum()
+        return self._second_moment(name, name).trace()
+
+    def statistics(self, name: str, required: Collection[Statistic]) -> dict[str, Tensor]:
+        """Those of the required statistics that are taken from gradients, by name.
+
+        Raises:
+            ValueError: as `moment`.
+        """
+        found = {
+            Statistic.GRADIENT_MOMENT: self.moment,
+            Statistic.INPUT_GRADIENT_MOMENT: self.input_moment,
+            Statistic.GRADIENT_ENERGY: self.energy,
+        }
+        return {statistic.value: take(name) for statistic, take in found.items() if statistic in required}
+
+    def _take_in(self, name: str, gradient: Tensor) -> None:
+        if name not in self._bases:
+            self._accumulators[name].update(gradient)
+            return
+        if gradient.dtype != torch.float64:
+            gradient = gradient.float()
+        self._accumulators[_squares(name)].update(gradient)
+        with float32_products(gradient.device):
+            # Orthonormal columns, not those of the weight itself, so that no direction is lost in float32's rounding.
+            self._accumulators[name].update(gradient @ self._bases[name].to(gradient.dtype))
+
+    def _second_moment(self, name: str, key: str) -> Tensor:
+        accumulator = self._accumulators[key]
         if not accumulator.is_finite:
             raise ValueError(
                 f"NaN or Inf in the gradients of layer {name!r}; a half-precision model may overflow, load it with "
                 "dtype='float32'."
             )
         return accumulator.second_moment()
+
+    def _weight(self, name: str) -> Tensor:
+        weight = self._layers[name].weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -101,6 +164,10 @@ class GradientCollector(OutputListener):
 
     def _forget(self) -> None:
         self._outputs.clear()
+
+
+def _squares(name: str) -> str:
+    return f"{name}:squares"
 
 
 def _generator(seed: int, batch: int) -> torch.Generator:

@@ -16,7 +16,7 @@ class MomentAccumulator:
 
     The vectors are shifted by the mean of the first batch before anything is multiplied, so that a mean much larger
     than the spread cancels nothing. Products are summed over a batch in float32 (float64 for float64 input), never in
-    less, and over batches in float64.
+    less, and over batches in float64; of a covariance, the blocks on and above the diagonal alone are computed.
 
     Several processes may each take in a part of the stream: one of them takes in the first batch and gives the others
     its `shift`; afterwards all call `reduce`. The sums are then those of one process up to the order of summation.
@@ -51,8 +51,10 @@ class MomentAccumulator:
         self._sum = _add(self._sum, centred.sum(dim=0))
         if self._products:
             with float32_products(vectors.device):
-                product = centred.T @ centred if self._full else centred.square().sum(dim=0)
-            self._product = _add(self._product, product)
+                if self._full:
+                    self._product = _add_upper_gram(self._product, centred)
+                else:
+                    self._product = _add(self._product, centred.square().sum(dim=0))
         self.count += len(vectors)
 
     def reduce(self, processes: Processes) -> None:
@@ -100,13 +102,14 @@ class MomentAccumulator:
         offset = self._offset()
         if not self._full:
             return (self._product / self.count - offset.square()).clamp_min(0)
-        covariance = self._product / self.count - torch.outer(offset, offset)
-        return (covariance + covariance.T) / 2
+        # Below the diagonal nothing was summed.
+        product = self._product.triu() + self._product.triu(1).T
+        return product / self.count - torch.outer(offset, offset)
 
     def second_moment(self) -> Tensor:
-        """`E[x xᵀ]` about zero, `[n, n]`, float64."""
+        """`E[x xᵀ]` about zero, `[n, n]`, or its diagonal, `[n]`; float64."""
         mean = self.mean()
-        return self.covariance() + torch.outer(mean, mean)
+        return self.covariance() + (torch.outer(mean, mean) if self._full else mean.square())
 
     def _offset(self) -> Tensor:
         return self._totals()[1] / self.count
@@ -263,8 +266,7 @@ class MeanInputAccumulator:
 
 def _add(total: Tensor | None, batch: Tensor) -> Tensor:
     """Add to a float64 total, which lives on the batch's device where that knows float64, else on the host."""
-    device = torch.device("cpu") if batch.device.type == "mps" else batch.device
-    batch = batch.to(device, torch.float64)
+    batch = batch.to(_device_of_total(batch), torch.float64)
     return batch if total is None else total.add_(batch)
 
 
@@ -288,3 +290,26 @@ def to_device(state: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
     return {
         name: tensor if keep and tensor.dtype == torch.float64 else tensor.to(device) for name, tensor in state.items()
     }
+
+
+def _add_upper_gram(total: Tensor | None, vectors: Tensor) -> Tensor:
+    """Add the upper triangle of `XᵀX` to a float64 total, panel by panel; what is below the diagonal means nothing.
+
+    Args:
+        total: `[n, n]`.
+        vectors: `X`, `[count, n]`.
+    """
+    size = vectors.shape[1]
+    if total is None:
+        total = torch.zeros(size, size, dtype=torch.float64, device=_device_of_total(vectors))
+    # A GPU is not busy with narrow panels.
+    width = 192 if vectors.device.type == "cpu" else 1024
+    for start in range(0, size, width):
+        stop = min(start + width, size)
+        panel = vectors[:, start:stop].T @ vectors[:, start:]
+        total[start:stop, start:].add_(panel.to(total.device))
+    return total
+
+
+def _device_of_total(batch: Tensor) -> torch.device:
+    return torch.device("cpu") if batch.device.type == "mps" else batch.device

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..decomposition import anchored_weight, damped, decompose_two_sided
+from ..decomposition import OutputFisher, anchored_weight
 from ..modeling import FactoredLinear, to_float64
 from ..stages import factored_linear
 from ..targets import Target
@@ -39,8 +39,9 @@ class SequentialCompensator(LayerwiseCompensator):
         weight = to_float64(target.module.weight)
         best = anchored_weight(weight, input_moment, target_moment, self.ridge)
         statistics = task.statistics.get(target.name)
-        fisher = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-        if statistics is not None and statistics.gradient_moment is not None:
-            fisher = damped(statistics.gradient_moment.to(weight), self.damping)
-        A, B = decompose_two_sided(best, fisher, input_moment).factors(entry.rank)
+        if statistics is not None and statistics.has_gradients:
+            fisher = OutputFisher.of(weight, statistics, self.damping)
+        else:
+            fisher = OutputFisher(torch.eye(len(weight), dtype=weight.dtype, device=weight.device))
+        A, B = fisher.decompose(best, input_moment).factors(entry.rank)
         return factored_linear(target.module, A, B, entry.layout)

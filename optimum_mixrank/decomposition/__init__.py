@@ -15,7 +15,7 @@ from .pivoting import Pivoting, pivot_rows
 from .second_moment import SecondMomentMetric
 from .statistics import LayerStatistics, Statistic
 from .svd import SvdMetric
-from .two_sided import damped, decompose_two_sided
+from .two_sided import OutputFisher, damped, decompose_two_sided
 
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "LayerStatistics",
     "MeanInputMetric",
     "Metric",
+    "OutputFisher",
     "Pivoting",
     "SecondMomentMetric",
     "Statistic",

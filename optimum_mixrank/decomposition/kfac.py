@@ -9,7 +9,7 @@ from torch import Tensor
 from .factorization import Decomposition
 from .metric import METRICS, Metric
 from .statistics import LayerStatistics, Statistic
-from .two_sided import damped, decompose_two_sided
+from .two_sided import OutputFisher
 
 
 @METRICS.register
@@ -19,8 +19,7 @@ class KfacMetric(Metric):
     `F = E[g gᵀ]` is the Fisher information of the layer's output: `g` are gradients of the log-likelihood of labels that
     the model itself would draw, so no labels are needed. All layers are measured in the same unit.
 
-    Memory: `F` takes `[out_features, out_features]` in float64 for every layer, beside the covariance of the smaller
-    side.
+    Memory: two float64 matrices of the smaller side for every layer, one of them shared by layers that share an input.
 
     Args:
         damping: Share of the mean diagonal of `F` that is added to it.
@@ -33,19 +32,21 @@ class KfacMetric(Metric):
         self.damping = damping
 
     def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:
-        """Mean of the inputs, the covariance of the smaller side and the second moment of the output gradients."""
+        """Mean of the inputs, the covariance of the smaller side and the second moment of its gradients."""
         smaller = Statistic.OUTPUT_COVARIANCE if out_features < in_features else Statistic.INPUT_COVARIANCE
-        return frozenset({Statistic.INPUT_MEAN, smaller, Statistic.GRADIENT_MOMENT})
+        gradients = {Statistic.GRADIENT_MOMENT}
+        if out_features > in_features:
+            gradients = {Statistic.INPUT_GRADIENT_MOMENT, Statistic.GRADIENT_ENERGY}
+        return frozenset({Statistic.INPUT_MEAN, smaller, *gradients})
 
     def decompose(self, weight: Tensor, statistics: LayerStatistics | None) -> Decomposition:
         """See `Metric.decompose`."""
         statistics = statistics or LayerStatistics(0)
-        gradients = damped(statistics.require(Statistic.GRADIENT_MOMENT), self.damping)
+        fisher = OutputFisher.of(weight, statistics, self.damping)
         if weight.shape[0] < weight.shape[1]:
-            output = statistics.require(Statistic.OUTPUT_COVARIANCE)
-            found = decompose_two_sided(weight, gradients, output_covariance=output)
+            found = fisher.decompose(weight, output_covariance=statistics.require(Statistic.OUTPUT_COVARIANCE))
         else:
-            found = decompose_two_sided(weight, gradients, statistics.require(Statistic.INPUT_COVARIANCE))
+            found = fisher.decompose(weight, statistics.require(Statistic.INPUT_COVARIANCE))
         # Of a layer on which the output does not depend nothing is lost, whatever its rank.
-        matters = bool((statistics.require(Statistic.GRADIENT_MOMENT).diagonal() > 0).any())
+        matters = bool(statistics.total_gradient_energy > 0)
         return dataclasses.replace(found, energies=found.energies * (statistics.tokens_per_image / 2 * matters))

@@ -28,6 +28,13 @@ class Statistic(str, Enum):
     """Fisher information of the output: `E[g gᵀ]` over tokens, `[out_features, out_features]`, where `g` is the gradient
     of an image's log-likelihood by the layer's output at a token, for labels drawn from the model itself."""
 
+    INPUT_GRADIENT_MOMENT = "input_gradient_moment"
+    """The same of what the layer passes back to its input, `E[(Wᵀg) (Wᵀg)ᵀ] = WᵀFW`, `[in_features, in_features]`: all
+    that matters of `F` to weights whose columns are combinations of those of `W`."""
+
+    GRADIENT_ENERGY = "gradient_energy"
+    """`E[‖g‖²] = tr F`, `[]`."""
+
     REPRESENTATIVE_INPUT = "representative_input"
     """Mean over images of the inputs, `[tokens, in_features]` (arXiv 2402.06004)."""
 
@@ -47,12 +54,26 @@ class LayerStatistics:
     output_covariance: Tensor | None = None
     representative_input: Tensor | None = None
     gradient_moment: Tensor | None = None
+    input_gradient_moment: Tensor | None = None
+    gradient_energy: Tensor | None = None
     centred: bool = True
 
     @property
     def tokens_per_image(self) -> float:
         """How often the layer runs for one image; 1 if the number of images is not known."""
         return self.num_tokens / self.num_images if self.num_images else 1.0
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether they tell how much an error of the output matters."""
+        return self.gradient_moment is not None or self.input_gradient_moment is not None
+
+    @property
+    def total_gradient_energy(self) -> Tensor:
+        """`E[‖g‖²]`, `[]`, from whichever statistic of the gradients there is."""
+        if self.gradient_moment is not None:
+            return self.gradient_moment.trace()
+        return self.require(Statistic.GRADIENT_ENERGY)
 
     def about_zero(self, weight: Tensor) -> LayerStatistics:
         """The same statistics about zero instead of about the mean, for a layer that has no bias to absorb the mean.

@@ -6,9 +6,12 @@ from models import pixels, tiny_swin, tiny_vit
 from torch import nn
 
 from optimum_mixrank import MixRankCompressor
+from optimum_mixrank.calibration.collect import collect_statistics
 from optimum_mixrank.calibration.fisher import GradientCollector, activation_gradients, probe_likelihood
+from optimum_mixrank.calibration.images import Batch
 from optimum_mixrank.decomposition import Statistic
 from optimum_mixrank.outputs import ModelOutput
+from optimum_mixrank.targets import encoder_linears
 
 
 class Head(nn.Module):
@@ -69,15 +72,39 @@ def test_features_are_measured_relative_to_their_spread():
         assert g.square().sum() / 3 == pytest.approx(1 / float(feature.detach().var()), rel=0.5)
 
 
+@pytest.mark.parametrize("singular", [False, True], ids=["full rank", "singular"])
+def test_gradients_of_the_input_are_those_of_the_output_through_the_weight(singular):
+    model, images = tiny_vit(), pixels(6)
+    names = [target.name for target in encoder_linears(model) if target.shape[0] > target.shape[1]]
+    if singular:
+        with torch.no_grad():
+            model.get_submodule(names[0]).weight[:, 3] = 0
+    batches = [Batch(images[:2], index=0), Batch(images[2:], index=1)]
+    of_input = {Statistic.INPUT_MEAN, Statistic.INPUT_GRADIENT_MOMENT, Statistic.GRADIENT_ENERGY}
+    cheap, _ = collect_statistics(model, batches, dict.fromkeys(names, frozenset(of_input)))
+    full, _ = collect_statistics(model, batches, dict.fromkeys(names, frozenset(Statistic)))
+    for name in names:
+        weight, moment = model.get_submodule(name).weight.detach().double(), full[name].gradient_moment
+        for expected, found in (
+            (weight.T @ moment @ weight, [cheap[name].input_gradient_moment, full[name].input_gradient_moment]),
+            (moment.trace(), [cheap[name].gradient_energy, full[name].gradient_energy]),
+        ):
+            for each in found:
+                torch.testing.assert_close(each, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        assert cheap[name].gradient_moment is None
+
+
 @pytest.mark.parametrize("model", [tiny_vit(), tiny_swin(), tiny_swin().swin], ids=["vit", "swin", "no head"])
 def test_calibration_delivers_it_and_leaves_the_model_alone(model):
     model.train()
     images = pixels(6)
     calibration = MixRankCompressor(model).calibrate([images], "kfac")
     for name, statistics in calibration.layers.items():
-        moment = statistics.require(Statistic.GRADIENT_MOMENT)
-        m = model.get_submodule(name).out_features
-        assert moment.shape == (m, m) and torch.isfinite(moment).all()
+        layer = model.get_submodule(name)
+        size = min(layer.out_features, layer.in_features)
+        is_wide = layer.out_features > layer.in_features
+        moment = statistics.require(Statistic.INPUT_GRADIENT_MOMENT if is_wide else Statistic.GRADIENT_MOMENT)
+        assert moment.shape == (size, size) and torch.isfinite(moment).all()
         assert statistics.num_images == 6
         # Products are summed in float32.
         eigenvalues = torch.linalg.eigvalsh(moment)

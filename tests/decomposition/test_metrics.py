@@ -41,6 +41,8 @@ def statistics_of(inputs, weight):
         output_covariance=outputs.T @ outputs / len(flat),
         representative_input=inputs.mean(0),
         gradient_moment=gradient_moment(len(weight)),
+        input_gradient_moment=weight.T @ gradient_moment(len(weight)) @ weight,
+        gradient_energy=gradient_moment(len(weight)).trace(),
     )
 
 

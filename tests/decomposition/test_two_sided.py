@@ -6,6 +6,7 @@ import torch
 from optimum_mixrank.decomposition import (
     METRICS,
     LayerStatistics,
+    OutputFisher,
     anchored_weight,
     damped,
     decompose_two_sided,
@@ -84,6 +85,57 @@ def test_without_gradients_it_is_the_one_sided_metric(generator):
 def test_one_covariance_is_needed():
     with pytest.raises(ValueError, match="Either the covariance"):
         decompose_two_sided(torch.eye(3).double(), torch.eye(3).double())
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.3])
+@pytest.mark.parametrize("outside", [False, True], ids=["columns of the weight", "other columns"])
+@pytest.mark.parametrize("shape", [(9, 6), (7, 1), (40, 6)], ids=str)
+def test_gradients_of_the_input_serve_as_well(generator, shape, outside, damping):
+    m, n = shape
+    W, S, F = random(generator, m, n), moment(generator, n), moment(generator, m)
+    if outside:
+        # What the gradients of the input do not tell of is taken to be alike in all directions.
+        Q = torch.linalg.qr(W, mode="complete").Q
+        F = Q[:, :n] @ moment(generator, n) @ Q[:, :n].T + 0.7 * Q[:, n:] @ Q[:, n:].T
+    other = random(generator, m, n) if outside else W @ (torch.eye(n) + 0.1 * random(generator, n, n))
+    found = OutputFisher.of(
+        W, LayerStatistics(10, input_gradient_moment=W.T @ F @ W, gradient_energy=F.trace()), damping
+    ).decompose(other, S)
+    expected = OutputFisher.of(W, LayerStatistics(10, gradient_moment=F), damping).decompose(other, S)
+    torch.testing.assert_close(found.energies, expected.energies, rtol=1e-7, atol=1e-10)
+    for rank in range(1, n + 1):
+        first, second = (B @ A for A, B in (each.factors(rank) for each in (found, expected)))
+        torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_of_the_input_of_a_singular_weight(generator):
+    W, S, F = random(generator, 9, 6), moment(generator, 6), moment(generator, 9)
+    W[:, 5] = W[:, 0] - W[:, 1]
+    found = OutputFisher.of(
+        W, LayerStatistics(10, input_gradient_moment=W.T @ F @ W, gradient_energy=F.trace()), 0.03
+    ).decompose(W, S)
+    expected = OutputFisher.of(W, LayerStatistics(10, gradient_moment=F), 0.03).decompose(W, S)
+    for rank in range(1, 6):
+        first, second = (B @ A for A, B in (each.factors(rank) for each in (found, expected)))
+        torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9)], ids=str)
+def test_a_layer_without_gradients_loses_nothing_and_has_factors(generator, shape):
+    m, n = shape
+    W, S = random(generator, m, n), moment(generator, n)
+    statistics = LayerStatistics(
+        10,
+        input_covariance=S,
+        output_covariance=W @ S @ W.T,
+        gradient_moment=torch.zeros(m, m).double() if m < n else None,
+        input_gradient_moment=torch.zeros(n, n).double(),
+        gradient_energy=torch.zeros(()).double(),
+    )
+    found = METRICS.create("kfac").decompose(W, statistics)
+    assert torch.equal(found.energies, torch.zeros(6).double())
+    A, B = found.factors(6)
+    torch.testing.assert_close(B @ A, W)
 
 
 def test_damping():
