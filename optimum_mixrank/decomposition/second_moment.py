@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from torch import Tensor
 
-from .factorization import Decomposition, decompose_by_input, decompose_by_output, root_of_covariance
+from .factorization import Decomposition, decompose_by_output
 from .metric import METRICS, Metric
 from .statistics import LayerStatistics, Statistic
 
@@ -33,4 +36,7 @@ class SecondMomentMetric(Metric):
         covariance = statistics.require(Statistic.INPUT_COVARIANCE)
         if out_features == in_features:
             return decompose_by_output(weight, weight @ covariance @ weight.T)
-        return decompose_by_input(weight, root_of_covariance(covariance))
+        # Orthonormal columns in front change no error: the problem is that of the triangular factor, `[n, n]`.
+        Q, R = torch.linalg.qr(weight)
+        found = decompose_by_output(R, R @ covariance @ R.T)
+        return dataclasses.replace(found, left=Q @ found.left)
