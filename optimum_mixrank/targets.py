@@ -2,7 +2,8 @@
 
 Targets are found by structure, not by a list of classes: an encoder is a stack of blocks, and a stack is a
 `nn.ModuleList`. Every linear layer of the base model that lies inside such a stack is a target; embeddings, poolers and
-heads lie outside. ViT, DeiT and Swin (with its patch merging) are covered, and so is any encoder built alike.
+heads lie outside. Layers whose inputs are the same for every image are left out: Swin V2 computes its position biases
+by such layers. ViT, DeiT and Swin (with its patch merging) are covered, and so is any encoder built alike.
 
 A layer has two names. Its *module name* is what this release of Transformers calls it in this model. Its *canonical
 name* is what a checkpoint on disk calls it, relative to the base model: `encoder.layer.0.attention.attention.query`.
@@ -17,14 +18,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.utils import logging
 
+from .hooks import removed_afterwards
+from .inference import evaluation_mode
 from .modeling import FactoredLinear
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+logger = logging.get_logger(__name__)
 
 Value = TypeVar("Value")
 
@@ -50,7 +56,9 @@ class Target:
 
 
 def encoder_linears(model: PreTrainedModel) -> list[Target]:
-    """All linear layers of the model's encoder, in forward order.
+    """All linear layers of the model's encoder that images pass through, in forward order.
+
+    The model runs once, on a black image.
 
     Raises:
         ValueError: if the model has none, or holds factored layers already.
@@ -74,7 +82,34 @@ def encoder_linears(model: PreTrainedModel) -> list[Target]:
             f"{type(model).__name__} has no linear layer inside a stack of blocks (`nn.ModuleList`), so there is no "
             "encoder to compress. Supported are encoders built like ViT, DeiT and Swin."
         )
-    return found
+    constant = _constant_layers(model, found)
+    if constant:
+        logger.info(f"Left out, since their inputs are the same for every image: {', '.join(sorted(constant))}.")
+    return [target for target in found if target.name not in constant]
+
+
+def _constant_layers(model: PreTrainedModel, linears: Sequence[Target]) -> set[str]:
+    """Names of layers whose inputs do not depend on the image."""
+    # Here, since to open a checkpoint needs the names of layers, but neither of these.
+    from .calibration.fisher import activation_gradients
+    from .evaluation.flops import black_image
+
+    reached: dict[str, bool] = {}
+    handles = []
+    for target in linears:
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], name: str = target.name) -> None:
+            reached[name] = reached.get(name, False) or args[0].requires_grad
+
+        handles.append(target.module.register_forward_pre_hook(hook))
+    try:
+        with removed_afterwards(handles), evaluation_mode(model), activation_gradients(model):
+            model(pixel_values=black_image(model).requires_grad_())
+    except Exception:
+        # A model that does not run on a black image, on the meta device say, is judged by its structure alone.
+        return set()
+    # A model may hold back all gradients.
+    return {name for name, depends in reached.items() if not depends} if any(reached.values()) else set()
 
 
 def find_targets(

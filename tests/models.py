@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
     SwinConfig,
     SwinForImageClassification,
+    Swinv2Config,
+    Swinv2ForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -52,6 +54,16 @@ def tiny_swin(cls=SwinForImageClassification, **changes) -> PreTrainedModel:
         "num_labels": 5,
     }
     return _model(cls, SwinConfig, {**sizes, **changes})
+
+
+def tiny_swinv2(**changes) -> PreTrainedModel:
+    """As `tiny_swin`, with an MLP of its own for the position biases of every block."""
+    sizes = {"image_size": IMAGE_SIZE, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
+    return _model(
+        Swinv2ForImageClassification,
+        Swinv2Config,
+        {**sizes, "window_size": 4, "mlp_ratio": 2.0, "num_labels": 5, **changes},
+    )
 
 
 def compressed(model, layout, **changes) -> PreTrainedModel:

@@ -37,7 +37,7 @@ def flops_per_image(model: nn.Module, pixel_values_shape: Sequence[int] | None =
     Raises:
         ValueError: if the shape is not given and the configuration does not tell it, or is not of that form.
     """
-    pixel_values = _black_image(model, pixel_values_shape)
+    pixel_values = black_image(model, pixel_values_shape)
     # Where somebody listens to a factor, the layer computes by its two factors as they stand.
     listened = [module.factor_b for module in model.modules() if isinstance(module, PivotedLinear)]
     with (
@@ -73,11 +73,16 @@ def tokens_per_image(
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
     with removed_afterwards(handles), evaluation_mode(model):
-        model(pixel_values=_black_image(model, pixel_values_shape))
+        model(pixel_values=black_image(model, pixel_values_shape))
     return counts
 
 
-def _black_image(model: nn.Module, pixel_values_shape: Sequence[int] | None) -> torch.Tensor:
+def black_image(model: nn.Module, pixel_values_shape: Sequence[int] | None = None) -> torch.Tensor:
+    """An image of the size that a model takes, `[1, channels, height, width]`, on its device and in its dtype.
+
+    Raises:
+        ValueError: as `flops_per_image`.
+    """
     shape = configured_shape(model) if pixel_values_shape is None else tuple(pixel_values_shape)
     if len(shape) != 3 or any(size < 1 for size in shape):
         raise ValueError(f"pixel_values_shape={shape} is not (channels, height, width).")
