@@ -672,6 +672,8 @@ class MixRankCompressor(OptimumQuantizer):
             num_images=None if batches is None else batches.num_images,
             images=processes.broadcast(images),
             processes=processes.count,
+            mixed_precision=processes.mixed_precision,
+            allow_tf32=self.allow_tf32,
         )
         return UnfinishedRun(directory, identity, save_interval, processes)
 

@@ -267,7 +267,8 @@ class MeanInputAccumulator:
 def _add(total: Tensor | None, batch: Tensor) -> Tensor:
     """Add to a float64 total, which lives on the batch's device where that knows float64, else on the host."""
     batch = batch.to(_device_of_total(batch), torch.float64)
-    return batch if total is None else total.add_(batch)
+    # Read from a file, a total lies beside the model's first layer, which may have another device.
+    return batch if total is None else total.to(batch.device).add_(batch)
 
 
 def flatten(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -299,15 +300,14 @@ def _add_upper_gram(total: Tensor | None, vectors: Tensor) -> Tensor:
         total: `[n, n]`.
         vectors: `X`, `[count, n]`.
     """
-    size = vectors.shape[1]
-    if total is None:
-        total = torch.zeros(size, size, dtype=torch.float64, device=_device_of_total(vectors))
+    size, device = vectors.shape[1], _device_of_total(vectors)
+    total = torch.zeros(size, size, dtype=torch.float64, device=device) if total is None else total.to(device)
     # A GPU is not busy with narrow panels.
     width = 192 if vectors.device.type == "cpu" else 1024
     for start in range(0, size, width):
         stop = min(start + width, size)
         panel = vectors[:, start:stop].T @ vectors[:, start:]
-        total[start:stop, start:].add_(panel.to(total.device))
+        total[start:stop, start:].add_(panel.to(device))
     return total
 
 
