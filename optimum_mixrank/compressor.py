@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .calibration.collect import collect_statistics
 from .calibration.fingerprint import fingerprint_model
-from .calibration.images import Batch, ImageBatches
+from .calibration.images import Batch, ImageBatches, explained_death_of_workers
 from .calibration.result import Calibration
 from .calibration.saved_pass import forget_pass
 from .calibration.sources import load_image_dataset
@@ -62,7 +62,11 @@ def _in_every_process(method: Callable[Parameters, Result]) -> Callable[Paramete
     @functools.wraps(method)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         compressor = cast("MixRankCompressor", args[0])
-        with only_main_speaks(compressor.processes), tf32_statistics(compressor.allow_tf32):
+        with (
+            only_main_speaks(compressor.processes),
+            tf32_statistics(compressor.allow_tf32),
+            explained_death_of_workers(),
+        ):
             return method(*args, **kwargs)
 
     return wrapped

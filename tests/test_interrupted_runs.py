@@ -1,12 +1,17 @@
 """A run that is cut off goes on from where it was and ends with the same result, bit by bit."""
 
 import copy
+import os
+import signal
 
 import pytest
+import torch
+from calibration.pictures import processor, write
 from compensation.cases import config, images
 from models import tiny_swin, tiny_vit
 
 from optimum_mixrank import MixRankCompressor
+from optimum_mixrank.calibration import collating
 from optimum_mixrank.journal import Journal
 
 
@@ -39,11 +44,13 @@ def cut_off(monkeypatch):
     return prepare
 
 
-def compress(out, run=None, model=None, source=None, interval=1e-9, **changes):
+def compress(out, run=None, model=None, source=None, image_processor=None, **changes):
     settings = config(**{"epochs": 1, "train_batch_size": 8, **changes})
-    compressor = MixRankCompressor(copy.deepcopy(model or tiny_vit()))
+    compressor = MixRankCompressor(copy.deepcopy(model or tiny_vit()), image_processor)
     source = list(IMAGES.split(6)) if source is None else source
-    compressor.compress(settings, source, out, resume_directory=run, save_interval=interval, batch_size=6)
+    compressor.compress(
+        settings, source, out, resume_directory=run, save_interval=1e-9, batch_size=6, max_broken_share=0.1
+    )
     return (out / "model.safetensors").read_bytes(), (out / "config.json").read_bytes()
 
 
@@ -65,7 +72,7 @@ def test_after_any_entry(case, cut_off, tmp_path):
     assert compress(out, run, **CASES[case]) == expected
     total = len(entries)
     assert total > 4 and not run.exists()
-    for count in range(1, total + 1):
+    for count in sorted({1, 2, 3, total // 2, total - 1, total}):
         out = tmp_path / f"out-{count}"
         cut_off(count, before=count % 2 == 0)
         with pytest.raises(CutOff):
@@ -74,3 +81,109 @@ def test_after_any_entry(case, cut_off, tmp_path):
         cut_off(10**6, before=False)
         assert compress(out, run, **CASES[case]) == expected
         assert not run.exists()
+
+
+def interrupted(cut_off, out, run, count=2, **changes):
+    cut_off(count, before=False)
+    with pytest.raises(CutOff):
+        compress(out, run, **changes)
+    cut_off(10**6, before=False)
+
+
+FAST = {"compensation": []}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compression_ratio": 0.4}, "compression_ratio was 0.5 and is 0.4"),
+        ({"model": tiny_vit(num_labels=4)}, "model was 'ViTForImageClassification [0-9a-f]{64}' and is"),
+        ({"model": tiny_vit(layer_norm_eps=1e-3)}, "model's config.json was '[0-9a-f]{64}' and is"),
+        ({"source": list(IMAGES[:18].split(6))}, "num_images was 24 and is 18"),
+        ({"source": list(IMAGES.flip(0).split(6))}, "Batch 0 holds other images than in the run"),
+    ],
+    ids=["config", "weights", "model_config", "fewer_images", "other_images"],
+)
+def test_another_run_is_refused_and_the_unfinished_one_stays(cut_off, tmp_path, changes, message):
+    out, run = tmp_path / "out", tmp_path / "run"
+    interrupted(cut_off, out, run, **FAST)
+    with pytest.raises(ValueError, match=message):
+        compress(out, run, **{**FAST, **changes})
+    assert not out.exists()
+    assert compress(out, run, **FAST) == compress(tmp_path / "undisturbed", **FAST)
+
+
+def test_a_changed_image_file_is_noticed_before_work(cut_off, tmp_path):
+    write(tmp_path / "images", 13, broken=[5])
+    paths = sorted((tmp_path / "images").iterdir())
+    arguments = {"source": [str(path) for path in paths], "image_processor": processor(), **FAST}
+    out, run = tmp_path / "out", tmp_path / "run"
+    interrupted(cut_off, out, run, **arguments)
+    content = paths[3].read_bytes()
+    paths[3].write_bytes(paths[4].read_bytes())
+    with pytest.raises(ValueError, match="images was '[0-9a-f]{64}' and is '[0-9a-f]{64}'"):
+        compress(out, run, **arguments)
+    paths[3].write_bytes(content)
+    assert compress(out, run, **arguments) == compress(tmp_path / "undisturbed", **arguments)
+
+
+def test_batches_that_were_done_are_not_decoded_again(cut_off, tmp_path, monkeypatch):
+    write(tmp_path / "images", 18, broken=[1])
+    paths = sorted(map(str, (tmp_path / "images").iterdir()))
+    arguments = {"source": paths, "image_processor": processor(), **FAST}
+    decoded = []
+    decode = collating.decode_image
+    monkeypatch.setattr(collating, "decode_image", lambda item, name: decoded.append(item) or decode(item, name))
+    # Entries are the identity, and what two batches of six gave.
+    interrupted(cut_off, tmp_path / "out", tmp_path / "run", **arguments)
+    assert decoded == paths[:12]
+    compress(tmp_path / "out", tmp_path / "run", **arguments)
+    assert decoded == paths
+
+
+def test_after_saving_but_before_the_folder_is_removed(tmp_path, monkeypatch):
+    out, run = tmp_path / "out", tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr("optimum_mixrank.unfinished.UnfinishedRun.close", cut)
+        with pytest.raises(CutOff):
+            compress(out, run, **FAST)
+    expected = (out / "model.safetensors").read_bytes(), (out / "config.json").read_bytes()
+    # The output is not taken for somebody else's; after the end it is.
+    assert compress(out, run, **FAST) == expected and not run.exists()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        compress(out, run, **FAST)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds something else \('notes.txt'\)"):
+        compress(tmp_path / "out", tmp_path, **FAST)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_the_folder_stays_until_the_model_is_saved(tmp_path):
+    compressor = MixRankCompressor(tiny_vit())
+    run = tmp_path / "run"
+    model = compressor.compress(config(**FAST), [IMAGES], resume_directory=run)
+    assert run.is_dir()
+    compressor.save_pretrained(model, tmp_path / "out")
+    assert not run.exists()
+
+
+def test_a_worker_that_dies(tmp_path):
+    class Images(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            if index == 5 and torch.utils.data.get_worker_info() is not None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return IMAGES[index]
+
+    with pytest.raises(RuntimeError, match="A process that loads images has died"):
+        compress(tmp_path / "out", source=torch.utils.data.DataLoader(Images(), batch_size=2, num_workers=1), **FAST)
+    assert not (tmp_path / "out").exists()
+
+
+def cut(*arguments):
+    raise CutOff

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ class ImageBatches:
         self._pass, self._resumed = self._resumed or _Pass(), None
         self.broken = [error.name for _, error in self._pass.broken]
         done = self._pass.last
-        for index, batch, broken in _named_death_of_workers(self._batches(done)):
+        for index, batch, broken in self._batches(done):
             if index <= done:
                 self._pass.check_the_same(index, batch)
                 continue
@@ -382,16 +383,21 @@ class _Pass:
         self.shape = shape
 
 
-def _named_death_of_workers(batches: Iterator[Loaded]) -> Iterator[Loaded]:
-    """Say what to do where a process that loads images has died."""
+@contextmanager
+def explained_death_of_workers() -> Iterator[None]:
+    """Say what to do where a process that loads images dies, which PyTorch reports in the midst of any other work.
+
+    Raises:
+        RuntimeError: in the place of PyTorch's.
+    """
     try:
-        yield from batches
+        yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker"):
             raise
         raise RuntimeError(
-            f"A process that loads images has died ({error}). Mostly memory ran out, /dev/shm say: use fewer workers or "
-            "smaller batches."
+            f"A process that loads images has died, of too little memory perhaps ({str(error).rstrip(' .')}). Use fewer "
+            "workers or smaller batches."
         ) from error
 
 
