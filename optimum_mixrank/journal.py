@@ -39,6 +39,13 @@ class Entry:
     values: Mapping[str, Any]
 
 
+@dataclass
+class _Clock:
+    """When an entry was saved last, by the journal or one of its parts."""
+
+    saved: float
+
+
 @dataclass(eq=False)
 class Journal:
     """The entries of one process of one run.
@@ -55,7 +62,7 @@ class Journal:
     interval: float = 60.0
     process: int = 0
     prefix: str = ""
-    _saved: float = field(default_factory=time.monotonic)
+    _clock: _Clock = field(default_factory=lambda: _Clock(time.monotonic()))
 
     @property
     def is_kept(self) -> bool:
@@ -68,7 +75,7 @@ class Journal:
 
     def due(self) -> bool:
         """Whether so much time has passed since the last entry that the next one should be written."""
-        return self.directory is not None and time.monotonic() - self._saved >= self.interval
+        return self.directory is not None and time.monotonic() - self._clock.saved >= self.interval
 
     def load(self, name: str, shared: bool = False) -> Entry | None:
         """An entry; None if there is none.
@@ -120,7 +127,7 @@ class Journal:
             places.add(place)
         with replaced_file(self.path(name, shared)) as temporary:
             save_file(content, temporary, metadata={"values": json.dumps(dict(values or {}))})
-        self._saved = time.monotonic()
+        self._clock.saved = time.monotonic()
 
     def remove(self, name: str, shared: bool = False) -> None:
         """Forget an entry that is not needed any more."""

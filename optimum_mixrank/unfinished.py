@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers.utils import logging
 
 from .distributed import Processes
 from .journal import Entry, Journal
+from .messages import get_logger
 from .reporting import REPORT_NAME
 from .version import __version__
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .configuration import MixRankConfig
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 _RUN = "run"
 _OURS = re.compile(r"(.+\.safetensors|\..+\.safetensors-[a-z0-9_]{8})")

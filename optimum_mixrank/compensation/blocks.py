@@ -54,7 +54,7 @@ class BlockCompensator(Compensator):
             with processes.agreed():
                 theirs = SegmentReplay(task.original, segments, batches)
                 ours = SegmentReplay(task.model, segments, batches)
-            for segment in segments:
+            for position, segment in enumerate(segments):
                 inside = [name for name in names if name.startswith(f"{segment}.")]
                 with processes.agreed():
                     wanted = [first_tensor(call(theirs.segment)) for call in theirs.calls]
@@ -71,6 +71,7 @@ class BlockCompensator(Compensator):
                         settings,
                         f"Training {segment}",
                         processes,
+                        task.journal.part(f"block{position}"),
                     )
                     improved.append(history.best_epoch > 0)
                 with processes.agreed():

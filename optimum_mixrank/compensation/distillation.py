@@ -66,7 +66,16 @@ class DistillationCompensator(Compensator):
             vectors = vector_group(task.model, names, getattr(task.model, "base_model", task.model))
             groups = [vectors, *(group for pair in factors.values() for group in pair)]
             history = train(
-                task.model, groups, len(images), loss, lambda: held_out_error(task), settings, "Distilling", processes
+                task.model,
+                groups,
+                len(images),
+                loss,
+                lambda: held_out_error(task),
+                settings,
+                "Distilling",
+                processes,
+                task.journal,
+                [generator],
             )
         # Not all kernels of a GPU give the same bits every time, and pivots are chosen anew.
         share_model(task.model, task.targets, processes)

@@ -14,8 +14,10 @@ from transformers.utils import logging
 
 from ..decomposition import balance
 from ..distributed import ALONE, Processes
+from ..journal import NO_JOURNAL, Journal
 from ..modeling import FactoredLinear, LowRankLinear, replace_module, to_float64
 from ..stages import factored_linear
+from .saved_training import SavedTraining
 from .whitening import WhitenedAdam
 
 
@@ -67,6 +69,8 @@ def train(
     settings: TrainingSettings,
     description: str,
     processes: Processes = ALONE,
+    journal: Journal = NO_JOURNAL,
+    generators: Sequence[torch.Generator] = (),
 ) -> TrainingHistory:
     """Train parameters of a module and leave it in the best state that was seen, the first one included.
 
@@ -83,6 +87,8 @@ def train(
         settings: How to train.
         description: Of the progress bar.
         processes: Those that share the images out.
+        journal: Where it is noted how far the training is, and found when the run goes on.
+        generators: Those that `loss` draws from, for the journal.
 
     Raises:
         ValueError: if the loss becomes NaN or Inf, on all processes if it does on one.
@@ -97,13 +103,21 @@ def train(
     # Gradients are too small for float16; without it this does nothing.
     scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=processes.mixed_precision == "fp16")
     generator = torch.Generator().manual_seed(settings.seed)
-    losses, errors = [], [error()]
-    best = _snapshot(parameters)
-    progress = logging.tqdm(total=total, desc=description, unit="step")
+    others = {"schedule": schedule, "scaler": scaler}
+    saved = SavedTraining(journal, processes, parameters, optimizer, others, [generator, *generators])
+    if not saved.resume():
+        saved.progress.errors, saved.best = [error()], _snapshot(parameters)
+    done = saved.progress
+    losses, errors = done.losses, done.errors
+    progress = logging.tqdm(
+        total=total, desc=description, unit="step", initial=done.epoch * steps_per_epoch + done.step
+    )
     with progress, _trainable(module, parameters):
-        for epoch in range(settings.epochs):
-            sum_of_losses = 0.0
-            for indices in torch.randperm(num_images, generator=generator).split(settings.batch_size):
+        for epoch in range(done.epoch, settings.epochs):
+            saved.begin_epoch()
+            order = torch.randperm(num_images, generator=generator).split(settings.batch_size)
+            for indices in order[done.step :]:
+                saved.save_when_due()
                 own = loss(indices)
                 value = sum(processes.gather(own.item()))
                 if not math.isfinite(value):
@@ -120,15 +134,19 @@ def train(
                 scaler.step(optimizer)
                 scaler.update()
                 schedule.step()
-                sum_of_losses += value * len(indices)
+                done.sum_of_losses += value * len(indices)
+                done.step += 1
                 progress.update()
-            losses.append(sum_of_losses / num_images)
+            losses.append(done.sum_of_losses / num_images)
             errors.append(error())
+            done.epoch, done.step, done.sum_of_losses = epoch + 1, 0, 0.0
             progress.set_postfix(loss=f"{losses[-1]:.4g}", held_out=f"{errors[-1]:.4g}")
             if errors[-1] < min(errors[:-1]):
-                best = _snapshot(parameters)
+                saved.best = _snapshot(parameters)
+        saved.begin_epoch()
+        saved.save_when_due()
     with torch.no_grad():
-        for parameter, value in zip(parameters, best, strict=True):
+        for parameter, value in zip(parameters, saved.best, strict=True):
             parameter.copy_(value)
     return TrainingHistory(losses, errors)
 
