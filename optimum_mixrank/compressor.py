@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -24,12 +25,15 @@ from .calibration.sources import load_image_dataset
 from .checkpoint import push_checkpoint, save_checkpoint, writable_directory
 from .compensation.run import compensate, prepare_images
 from .configuration import MixRankConfig
-from .decomposition import METRICS, Metric, Statistic
+from .decomposition import METRICS, Decomposition, Metric, Statistic
 from .distributed import Processes, find_processes, only_main_speaks
 from .evaluation.flops import flops_per_image, tokens_per_image
 from .evaluation.labels import find_label_column, map_labels
+from .evaluation.memory import PeakMemory
 from .evaluation.size import safetensors_bytes
 from .journal import NO_JOURNAL, Journal
+from .memory_limits import MaxMemory, announce_memory, foresee_memory, layer_groups, memory_record
+from .memory_plan import GRADIENTS, KEPT_OUTPUTS, MemoryPlan
 from .modeling import replace_module
 from .original import check_placement, load_image_processor, load_original
 from .phases import count, phase, size
@@ -270,6 +274,7 @@ class MixRankCompressor(OptimumQuantizer):
         overwrite: bool = False,
         max_broken_share: float = 0.05,
         num_workers: int = 0,
+        max_memory: MaxMemory = None,
         resume_directory: str | Path | None = None,
         save_interval: float = 60.0,
     ) -> PreTrainedModel:
@@ -291,6 +296,10 @@ class MixRankCompressor(OptimumQuantizer):
             max_broken_share: Tolerated share of images that cannot be decoded.
             num_workers: Processes that read and decode datasets and lists of images ahead while the model runs; 0
                 decodes in between. The result is the same for any number.
+            max_memory: Most memory to use beside the model that is there, such as `"8GiB"`; or by device, as for
+                Accelerate, `{"cpu": "16GiB", 0: "8GiB"}`. What will be needed is foreseen before the work starts, and
+                announced in the log. Where it is more, statistics are collected in several passes over the images, each
+                for some of the layers, and layer-wise compensation computes anew what it would keep.
             resume_directory: Where the run notes what it has finished. The same call goes on from there after it was
                 cut off, and ends with the same result, bit by bit. The folder is removed when the compressed model is
                 saved, here or by `save_pretrained`. None notes nothing.
@@ -301,8 +310,9 @@ class MixRankCompressor(OptimumQuantizer):
 
         Raises:
             ValueError: for a ratio that cannot be reached, patterns that match nothing, missing or unusable
-                calibration data, NaN or Inf in weights or activations; before the model is changed. If
-                `resume_directory` holds a run of another model, dataset or configuration.
+                calibration data, NaN or Inf in weights or activations, or memory that `max_memory` does not
+                allow; before the model is changed. If `resume_directory` holds a run of another model, dataset or
+                configuration.
             FileExistsError: if `save_directory` holds files and `overwrite` is False.
             OSError: if a disk is full; what was saved before stays as it is.
         """
@@ -330,12 +340,25 @@ class MixRankCompressor(OptimumQuantizer):
             limits = {"batch_size": batch_size, "max_broken_share": max_broken_share, "statistics": given}
             self._unfinished = self._open_run(resume_directory, config, batches, limits, save_interval)
             journal = self._unfinished.journal
-        images, calibration = self._images_and_statistics(config, metric, targets, batches, calibration, journal)
+        peak = PeakMemory(self.model.device)
+        images = self._decoded(config, batches, journal)
+        memory = announce_memory(
+            self.model,
+            config,
+            targets,
+            {} if calibration is not None else _required([metric], targets),
+            self._share_of_images(batches, images),
+            processes,
+            batch_size=batch_size,
+            inplace=inplace,
+            max_memory=max_memory,
+        )
         original = measure(self.model)
         prepared = prepare_images(self.model, images, config, processes) if config.compensation else None
-        with phase("Decomposed") as decomposing:
-            decompositions = decompose_layers(metric, targets, calibration, config.layout, processes)
-            decomposing.tell(f"{len(targets)} layers")
+        decompositions, calibration, decomposing = self._decompose(
+            config, metric, layer_groups(self.model, targets, memory), batches, images, calibration, journal
+        )
+        decompositions = {target.canonical_name: decompositions[target.canonical_name] for target in targets}
         with phase("Allocated") as allocating:
             losses = allocation_losses(metric, decompositions)
             ranks = processes.broadcast(plan.allocate(losses, config.allocation))
@@ -351,10 +374,20 @@ class MixRankCompressor(OptimumQuantizer):
                     model, targets, decompositions, ranks, calibration, config.layout, processes
                 )
                 factorizing.tell(f"{len(rank_map)} of {len(targets)} layers")
+            del decompositions
             with phase("Compensated", logging.DEBUG) as compensating:
                 if prepared is not None:
                     results = compensate(
-                        original_model, model, targets, rank_map, calibration, prepared, config, processes, journal
+                        original_model,
+                        model,
+                        targets,
+                        rank_map,
+                        calibration,
+                        prepared,
+                        config,
+                        processes,
+                        journal,
+                        KEPT_OUTPUTS if memory is None else memory.kept_outputs,
                     )
             # Compensation keeps ranks and layouts, and chooses new pivots.
             rank_map = rank_map_of(model, targets)
@@ -376,7 +409,7 @@ class MixRankCompressor(OptimumQuantizer):
             calibration=calibration,
             seconds={
                 "calibrate": calibration.seconds if calibration else 0.0,
-                "decompose": decomposing.seconds,
+                "decompose": decomposing,
                 "allocate": allocating.seconds,
                 "profile": profiling.seconds,
                 "factorize": factorizing.seconds,
@@ -386,12 +419,48 @@ class MixRankCompressor(OptimumQuantizer):
             predicted=metric.common_unit,
             profile=profile,
             processes=processes,
+            memory=memory_record(memory, peak),
         )
         # Timings are those of the main process.
         self.report = processes.broadcast(report)
         if save_directory is not None:
             self.save_pretrained(model, save_directory, overwrite=overwrite)
         return model
+
+    def memory_plan(
+        self,
+        config: MixRankConfig | None = None,
+        num_images: int | None = None,
+        *,
+        batch_size: int = 32,
+        inplace: bool = False,
+        max_memory: MaxMemory = None,
+    ) -> MemoryPlan:
+        """How much memory `compress` will need beside the model, by phase; `print` it.
+
+        Args:
+            config: What to do; default `MixRankConfig()`.
+            num_images: Calibration images; default `config.num_samples`.
+            batch_size: As for `compress`.
+            inplace: As for `compress`.
+            max_memory: As for `compress`.
+
+        Raises:
+            ValueError: if `max_memory` does not allow it; the message says what is needed.
+        """
+        config = config or MixRankConfig()
+        targets = find_targets(self.model, config.target_modules, config.exclude_modules)
+        count = math.ceil((num_images or config.num_samples) / self.processes.count)
+        return foresee_memory(
+            self.model,
+            config,
+            targets,
+            _required([METRICS.create(config.metric)], targets),
+            count,
+            batch_size=batch_size,
+            inplace=inplace,
+            max_memory=max_memory,
+        )
 
     @_in_every_process
     def profile(
@@ -681,39 +750,94 @@ class MixRankCompressor(OptimumQuantizer):
         )
         return UnfinishedRun(directory, identity, save_interval, processes)
 
-    def _images_and_statistics(
+    def _decoded(self, config: MixRankConfig, batches: ImageBatches | None, journal: Journal) -> list[Batch]:
+        """Images for compensation, which goes over them many times: decoded once, and kept as the model sees them."""
+        if not config.compensation or batches is None:
+            return []
+        processes = self.processes
+        with phase("Decoded") as decoding:
+            with processes.agreed():
+                images = list(logging.tqdm(batches, desc="Decoding", unit="batch"))
+            batches.settle()
+            decoding.tell(f"{sum(processes.gather(sum(batch.num_images for batch in images))):,} images")
+        check_images(journal, batches.fingerprint, processes)
+        return images
+
+    def _share_of_images(self, batches: ImageBatches | None, images: Sequence[Batch]) -> int:
+        """Images of this process; 0 where a source does not tell."""
+        if images or batches is None or batches.num_images is None:
+            return sum(batch.num_images for batch in images)
+        return math.ceil(batches.num_images / self.processes.count)
+
+    def _decompose(
+        self,
+        config: MixRankConfig,
+        metric: Metric,
+        groups: Sequence[Sequence[Target]],
+        batches: ImageBatches | None,
+        images: Sequence[Batch],
+        calibration: Calibration | None,
+        journal: Journal,
+    ) -> tuple[dict[str, Decomposition], Calibration | None, float]:
+        """Decompositions, the statistics that later steps need, and the seconds that decomposing took.
+
+        Statistics that are not given are collected group by group, each in a pass over the images, and those that have
+        served are let go.
+        """
+        processes, seconds = self.processes, 0.0
+        if calibration is not None:
+            seen = batches.fingerprint if batches is not None and config.compensation else None
+            calibration.check(self._fingerprint(processes), seen)
+        targets = [target for group in groups for target in group]
+        if calibration is not None or not metric.uses_data:
+            calibration = calibration if metric.uses_data else None
+            with phase("Decomposed") as decomposing:
+                found = decompose_layers(metric, targets, calibration, config.layout, processes)
+                decomposing.tell(f"{len(targets)} layers")
+            return found, calibration, decomposing.seconds
+        assert batches is not None  # `_image_source` has seen to that
+        decompositions: dict[str, Decomposition] = {}
+        parts: list[Calibration] = []
+        device = None if len(groups) == 1 else "cpu"
+        for index, group in enumerate(groups):
+            own = journal if len(groups) == 1 else journal.part(f"pass{index}of{len(groups)}")
+            part = self._statistics(config, metric, group, batches, images, own)
+            with phase("Decomposed") as decomposing:
+                found = decompose_layers(metric, group, part, config.layout, processes)
+                decomposing.tell(f"{len(group)} layers")
+            seconds += decomposing.seconds
+            decompositions |= {name: each if device is None else each.to(device) for name, each in found.items()}
+            kept = GRADIENTS if config.compensation else frozenset()
+            layers = {name: statistics.only(kept, device) for name, statistics in part.layers.items()}
+            parts.append(dataclasses.replace(part, layers=layers))
+            del part
+        together = dataclasses.replace(
+            parts[0],
+            layers={name: statistics for part in parts for name, statistics in part.layers.items()},
+            seconds=sum(part.seconds for part in parts),
+        )
+        return decompositions, together, seconds
+
+    def _statistics(
         self,
         config: MixRankConfig,
         metric: Metric,
         targets: Sequence[Target],
-        batches: ImageBatches | None,
-        calibration: Calibration | None,
+        batches: ImageBatches,
+        images: Sequence[Batch],
         journal: Journal,
-    ) -> tuple[list[Batch], Calibration | None]:
-        """Images for compensation, decoded once, and statistics; empty and None where they are not needed."""
+    ) -> Calibration:
+        """Statistics of some layers, found in the journal or collected."""
         processes = self.processes
-        images: list[Batch] = []
-        if config.compensation and batches is not None:
-            # Compensation goes over the images many times: they are decoded once, and kept as the model sees them.
-            with phase("Decoded") as decoding:
-                with processes.agreed():
-                    images = list(logging.tqdm(batches, desc="Decoding", unit="batch"))
-                batches.settle()
-                decoding.tell(f"{sum(processes.gather(sum(batch.num_images for batch in images))):,} images")
-            check_images(journal, batches.fingerprint, processes)
-        finished = _finished_statistics(journal, processes) if calibration is None else None
-        calibration = calibration or finished
+        calibration = _finished_statistics(journal, processes)
         if calibration is not None:
-            seen = batches.fingerprint if batches is not None and config.compensation else None
-            calibration.check(self._fingerprint(processes), seen)
-        if not metric.uses_data:
-            calibration = None
-        elif calibration is None and batches is not None:
-            decoded = images if config.compensation else None
-            arguments = batches, decoded, [metric], targets, config.fisher_samples, config.seed
-            calibration = self._calibrate(*arguments, journal)
-            _finish_statistics(calibration, journal, processes)
-        return images, calibration
+            calibration.check(self._fingerprint(processes), batches.fingerprint if config.compensation else None)
+            return calibration
+        decoded = images if config.compensation else None
+        arguments = batches, decoded, [metric], targets, config.fisher_samples, config.seed
+        calibration = self._calibrate(*arguments, journal)
+        _finish_statistics(calibration, journal, processes)
+        return calibration
 
     def _fingerprint(self, processes: Processes) -> str:
         """Of the model.

@@ -131,7 +131,7 @@ class StatisticsCollector(OutputListener):
             accumulator.reduce(processes)
 
     def result(self) -> dict[str, LayerStatistics]:
-        """The statistics by module name; layers that share an input share its tensors.
+        """The statistics by module name; layers that share an input share its tensors. To be asked for once.
 
         Raises:
             ValueError: if a layer was never called, or saw NaN or Inf.
@@ -144,13 +144,16 @@ class StatisticsCollector(OutputListener):
             )
         self.check_finite()
         tensors: dict[tuple[str, Statistic], Tensor] = {}
-        for key, accumulator in self._accumulators.items():
+        counts = {key: accumulator.count for key, accumulator in self._accumulators.items()}
+        for key in counts:
+            # Its sums are let go, so that all sums and all statistics are not there at once.
+            accumulator = self._accumulators.pop(key)
             tensors[key] = _finish(key[1], accumulator)
             if key[1] is Statistic.INPUT_COVARIANCE:
                 tensors.setdefault((key[0], Statistic.INPUT_MEAN), accumulator.mean())
         return {
             name: LayerStatistics(
-                num_tokens=self._accumulators[self._owner(name, summed[0]), summed[0]].count if summed else 0,
+                num_tokens=counts[self._owner(name, summed[0]), summed[0]] if summed else 0,
                 **{
                     statistic.value: tensors[self._owner(name, statistic), statistic]
                     for statistic in self._required[name]

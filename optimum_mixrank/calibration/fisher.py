@@ -119,7 +119,7 @@ class GradientCollector(OutputListener):
         return self._second_moment(name, name).trace()
 
     def statistics(self, name: str, required: Collection[Statistic]) -> dict[str, Tensor]:
-        """Those of the required statistics that are taken from gradients, by name.
+        """Those of the required statistics that are taken from gradients, by name. To be asked for once.
 
         Raises:
             ValueError: as `moment`.
@@ -129,7 +129,9 @@ class GradientCollector(OutputListener):
             Statistic.INPUT_GRADIENT_MOMENT: self.input_moment,
             Statistic.GRADIENT_ENERGY: self.energy,
         }
-        return {statistic.value: take(name) for statistic, take in found.items() if statistic in required}
+        taken = {statistic.value: take(name) for statistic, take in found.items() if statistic in required}
+        self._accumulators.pop(name)
+        return taken
 
     def _take_in(self, name: str, gradient: Tensor) -> None:
         if name not in self._bases:

@@ -40,6 +40,11 @@ on several GPUs:
         parser.add_argument("--evaluate-on", help="labelled images to measure the loss on")
         parser.add_argument("--evaluate-split", help="default: validation, test, or the only one")
         parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository")
+        parser.add_argument(
+            "--max-memory",
+            metavar="SIZE",
+            help="most memory to use beside the model, 8GiB say; where more would be needed, several passes are made",
+        )
         add_resume_arguments(parser)
         add_field_arguments(parser)
         add_hub_arguments(parser)
@@ -63,7 +68,12 @@ on several GPUs:
             discard(run)
         loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
         model = compressor.compress(
-            config, images, resume_directory=run, save_interval=args.save_interval or 60.0, **loading
+            config,
+            images,
+            max_memory=args.max_memory,
+            resume_directory=run,
+            save_interval=args.save_interval or 60.0,
+            **loading,
         )
         if args.evaluate_on is not None:
             compressor.evaluate(model, args.evaluate_on, split=args.evaluate_split, **loading)

@@ -14,6 +14,7 @@ from ..decomposition import LayerStatistics
 from ..distributed import ALONE, Processes
 from ..journal import NO_JOURNAL, Journal
 from ..layout import FactoredLayer
+from ..memory_plan import KEPT_OUTPUTS
 from ..outputs import ModelOutput
 from ..registry import Registry
 from ..targets import Target
@@ -39,6 +40,7 @@ class Compensation:
         config: The configuration.
         processes: Those that share the images out: batches, held-out images and references are the share of this one.
         numbers: Of `batches` among those of all processes, ascending; not needed for one process.
+        kept_outputs: Most bytes of the original's outputs that may be kept rather than computed again.
         journal: Where a compensator may note how far it is, and finds it when the run goes on.
     """
 
@@ -53,6 +55,7 @@ class Compensation:
     config: MixRankConfig
     processes: Processes = ALONE
     numbers: Sequence[int] = ()
+    kept_outputs: int = KEPT_OUTPUTS
     journal: Journal = NO_JOURNAL
 
     def all_images(self) -> Tensor:

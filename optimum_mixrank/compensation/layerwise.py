@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..calibration.moments import PairAccumulator
 from ..hooks import removed_afterwards
 from ..inference import evaluation_mode
+from ..memory_plan import KEPT_OUTPUTS
 from ..messages import get_logger
 from ..modeling import FactoredLinear, replace_module, to_float64
 from ..stages import make_layers
@@ -48,7 +49,7 @@ class LayerwiseCompensator(Compensator):
     description: ClassVar[str]
     residual_targets: ClassVar[bool]
     shares_images = True
-    max_bytes: ClassVar[int] = 4 * 2**30
+    max_bytes: ClassVar[int] = KEPT_OUTPUTS
 
     @abstractmethod
     def solve(self, task: Compensation, target: Target, input_moment: Tensor, target_moment: Tensor) -> FactoredLinear:
@@ -120,7 +121,7 @@ class LayerwiseCompensator(Compensator):
                 structure = self._structure(theirs, list(inside))
         anchors, groups = processes.broadcast(structure, source)
         with processes.agreed():
-            outputs = _OriginalOutputs(theirs, list(inside), anchors, self.max_bytes)
+            outputs = _OriginalOutputs(theirs, list(inside), anchors, min(self.max_bytes, task.kept_outputs))
         for group in groups:
             self._replace(task, ours, {name: inside[name] for name in group}, anchors, outputs, source)
             progress.update(len(group))

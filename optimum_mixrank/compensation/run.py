@@ -13,6 +13,7 @@ from ..calibration.result import Calibration
 from ..distributed import ALONE, Processes
 from ..journal import NO_JOURNAL, Journal
 from ..layout import FactoredLayer
+from ..memory_plan import KEPT_OUTPUTS
 from ..messages import get_logger
 from ..outputs import ModelOutput
 from ..phases import phase
@@ -74,6 +75,7 @@ def compensate(
     config: MixRankConfig,
     processes: Processes = ALONE,
     journal: Journal = NO_JOURNAL,
+    kept_outputs: int = KEPT_OUTPUTS,
 ) -> list[CompensationResult]:
     """Improve a compressed model in place by the steps that `config.compensation` names.
 
@@ -87,6 +89,7 @@ def compensate(
         config: The configuration.
         processes: Those that share the images out.
         journal: Where the outcome of every step is noted, and found when the run goes on.
+        kept_outputs: See `Compensation`.
 
     Returns:
         What came of every step.
@@ -107,6 +110,7 @@ def compensate(
         processes=processes,
         numbers=list(images.batches),
         journal=journal,
+        kept_outputs=kept_outputs,
     )
     num_held_out = sum(processes.gather(sum(map(len, images.held_out))))
     results = resume_steps(task)

@@ -45,6 +45,10 @@ class Decomposition:
             self.left[:, :rank].to(dtype).contiguous(), self.right[:rank].to(dtype).contiguous(), self.energies
         )
 
+    def to(self, device: torch.device | str) -> Decomposition:
+        """The same on another device."""
+        return Decomposition(self.left.to(device), self.right.to(device), self.energies.to(device))
+
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Balanced factors `A`, `[rank, in_features]`, and `B`, `[out_features, rank]`, in float64."""
         return balance(self.right[:rank].double(), self.left[:, :rank].double())

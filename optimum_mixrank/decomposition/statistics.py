@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -93,6 +96,20 @@ class LayerStatistics:
         if self.output_covariance is not None:
             changes["output_covariance"] = self.output_covariance + output_mean.outer(output_mean)
         return dataclasses.replace(self, centred=False, **changes)
+
+    def only(self, statistics: Collection[Statistic], device: torch.device | str | None = None) -> LayerStatistics:
+        """The mean of the inputs and some more of the statistics; the others are let go.
+
+        Args:
+            statistics: Those to keep.
+            device: Where to keep them; None for where they are.
+        """
+        values: dict[str, Any] = {}
+        for statistic in Statistic:
+            tensor = getattr(self, statistic.value)
+            wanted = tensor is not None and (statistic is Statistic.INPUT_MEAN or statistic in statistics)
+            values[statistic.value] = (tensor if device is None else tensor.to(device)) if wanted else None
+        return dataclasses.replace(self, **values)
 
     def require(self, statistic: Statistic) -> Tensor:
         """The statistic's tensor.

@@ -1,9 +1,11 @@
-"""Memory that a forward pass takes beside the weights."""
+"""Memory that a forward pass takes beside the weights, and the peak of a piece of work."""
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,18 +35,71 @@ def activation_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     """
     tensors = [tensor for tensor in tree_leaves(dict(inputs)) if isinstance(tensor, Tensor)]
     with evaluation_mode(model):
-        if any(tensor.is_cuda for tensor in tensors):
-            # A first pass makes what stays, such as the workspace of cuBLAS.
-            model(**inputs)
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            model(**inputs)
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before
-        with _LiveTensors([*tensors, *model.parameters(), *model.buffers()]) as live:
-            model(**inputs)
+        return live_bytes(model, lambda: model(**inputs), tensors)
+
+
+def live_bytes(model: nn.Module, work: Callable[[], Any], known: list[Tensor] | None = None) -> int:
+    """Most bytes that some work with a model holds at once beside its weights; see `activation_bytes`.
+
+    Args:
+        model: The model.
+        work: What to do, with the gradient mode as it is.
+        known: Tensors that are there beforehand and are not counted.
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_cuda for tensor in (*weights, *(known or []))):
+        # A first pass makes what stays, such as the workspace of cuBLAS.
+        work()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with _LiveTensors([*(known or []), *weights]) as live:
+        work()
     return live.peak
+
+
+class PeakMemory:
+    """By how much memory has grown at most since this was made.
+
+    On the host it is the resident memory that the Linux kernel counts for the process, whose mark of the highest value
+    is set back. Elsewhere than on Linux it is not known.
+
+    Args:
+        device: A GPU to watch too.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device if device is not None and device.type == "cuda" else None
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self._host = _kernel_bytes("VmRSS")
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._allocated = torch.cuda.memory_allocated(self._device)
+
+    @property
+    def host(self) -> int | None:
+        """Bytes on the host; None if not known."""
+        peak = _kernel_bytes("VmHWM")
+        return None if peak is None or self._host is None else max(0, peak - self._host)
+
+    @property
+    def device(self) -> int | None:
+        """Bytes of tensors on the GPU; None without one."""
+        if self._device is None:
+            return None
+        return torch.cuda.max_memory_allocated(self._device) - self._allocated
+
+
+def _kernel_bytes(name: str) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 class _LiveTensors(TorchDispatchMode):

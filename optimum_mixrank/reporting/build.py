@@ -77,6 +77,7 @@ def build_report(
     predicted: bool = False,
     profile: RankProfile | None = None,
     processes: Processes = ALONE,
+    memory: Mapping[str, Any] | None = None,
 ) -> CompressionReport:
     """Describe what was done to every linear layer of the encoder, targeted or not.
 
@@ -94,6 +95,7 @@ def build_report(
         predicted: Whether the losses are in a common unit, so that their sum says something.
         profile: What other budgets would have cost.
         processes: Those that shared the work.
+        memory: What was announced and what was measured; see `CompressionReport`.
     """
     layers = []
     for linear in linears:
@@ -139,6 +141,7 @@ def build_report(
         loss_unit=None if profile is None else profile.unit,
         compensation=[dataclasses.asdict(result) for result in compensation],
         seconds={phase: round(value, 3) for phase, value in seconds.items()},
+        memory=memory or {},
     )
 
 

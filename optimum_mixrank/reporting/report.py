@@ -79,6 +79,9 @@ class CompressionReport:
         profile: What other budgets were predicted to cost, before compensation, by ascending ratio:
             `compression_ratio`, `model_parameters` and `loss` of each.
         loss_unit: Unit of the profile's losses.
+        memory: Beside the original, of the main process: `announced_bytes` and `peak_bytes` by place (`host`, `device`;
+            None where there is none or it is not known), `passes` over the images for statistics, and `not_counted`, the
+            steps of which nothing was announced.
 
     Raises:
         TypeError: if settings and the like hold something else than JSON values.
@@ -102,10 +105,11 @@ class CompressionReport:
     model_name: str | None = None
     profile: Sequence[Mapping[str, Any]] = ()
     loss_unit: str | None = None
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        for name in ("settings", "environment", "calibration", "seconds", "evaluation", "compensation", "profile"):
+        for name in _JSON_FIELDS:
             object.__setattr__(self, name, _json_value(getattr(self, name), name))
 
     @property
@@ -212,6 +216,16 @@ class CompressionReport:
         return cls.from_dict(content)
 
 
+_JSON_FIELDS = (
+    "settings",
+    "environment",
+    "calibration",
+    "seconds",
+    "evaluation",
+    "compensation",
+    "profile",
+    "memory",
+)
 _RATIOS = ("removed_of_model", "removed_of_targets", "removed_of_encoder", "kept_of_encoder")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..memory_plan import format_bytes
 from .report import CompressionReport, LayerReport
 
 
@@ -110,6 +111,11 @@ def _summary(report: CompressionReport) -> list[str]:
     if report.seconds:
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items())
         lines.append(_fact("Time", phases))
+    for place, peak in report.memory.get("peak_bytes", {}).items():
+        if peak is not None:
+            announced = report.memory["announced_bytes"][place]
+            beside = "" if announced is None else f", {format_bytes(announced)} announced"
+            lines.append(_fact(f"Memory of the {place}", f"{format_bytes(peak)} beside the original{beside}"))
     return lines
 
 
