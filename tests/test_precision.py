@@ -35,7 +35,12 @@ class Watch:
     def __init__(self, model):
         self.dtypes = set()
         layer = next(m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "0" in n)
-        self._handle = layer.register_forward_hook(lambda module, args, output: self.dtypes.add(output.dtype))
+        self._handle = layer.register_forward_hook(self._note)
+
+    def _note(self, module, args, output):
+        # A single image is the black one, on which targets are found.
+        if len(output) > 1:
+            self.dtypes.add(output.dtype)
 
     def __enter__(self):
         return self
