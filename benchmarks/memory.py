@@ -1,0 +1,80 @@
+"""Memory that is announced beside what is measured, each setting in a process of its own.
+
+    python benchmarks/memory.py --output results/memory
+
+Wanted is a peak within 20 % of what was announced. A setting is `SHAPE:RECIPE:IMAGES:BATCH_SIZE`, and `:LIMIT` after it
+for `max_memory`. Weights and images are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from support import described, machine, random_images, random_model, table, write
+
+from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank.memory_plan import format_bytes
+
+
+SETTINGS = ["deit-s:fast:32:8", "deit-s:best:32:8", "deit-b:fast:16:8", "deit-b:fast:16:8:700MiB"]
+MARK = "result: "
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", default=SETTINGS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--blocks", type=int, help="fewer blocks than the shapes have, for a trial")
+    parser.add_argument("--one", action="store_true", help="measure the first setting in this process")
+    parser.add_argument("--output", type=Path, help="OUTPUT.md and OUTPUT.json are written")
+    args = parser.parse_args()
+    if args.one:
+        print(MARK + json.dumps(measured(args.settings[0], args.device, args.blocks)))
+        return
+    if args.output is None:
+        parser.error("--output is missing")
+    common = ["--device", args.device, *(["--blocks", str(args.blocks)] if args.blocks else [])]
+    records = []
+    for setting in args.settings:
+        command = [sys.executable, __file__, "--one", "--settings", setting, *common]
+        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        [found] = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+        records.append({"setting": setting, **json.loads(found)})
+    rows = [row for record in records for row in rows_of(record)]
+    header = ("setting", "limit", "place", "announced", "peak", "peak / announced", "passes")
+    settings = {"random weights, image size": 224, "blocks": args.blocks or "all", "dtype": "float32"}
+    lines = [described(settings, args.device), "", *table(header, rows)]
+    write(args.output, {"settings": settings, "environment": machine(args.device), "rows": records}, lines)
+
+
+def measured(setting: str, device: str, blocks: int | None) -> dict:
+    """The memory record of a report."""
+    shape, recipe, images, batch_size, *limit = setting.split(":")
+    model = random_model(shape, blocks=blocks).to(device)
+    batches = list(random_images(int(images), model).split(int(batch_size)))
+    compressor = MixRankCompressor(model)
+    config = MixRankConfig(recipe=recipe, compression_ratio=0.5)
+    compressor.compress(config, batches, batch_size=int(batch_size), max_memory=limit[0] if limit else None)
+    assert compressor.report is not None  # `compress` has made one
+    return {"memory": compressor.report.memory, "seconds": compressor.report.seconds}
+
+
+def rows_of(record: dict) -> list[tuple]:
+    """One for every place."""
+    shape, recipe, images, batch_size, *limit = record["setting"].split(":")
+    name = f"{shape}, `{recipe}`, {images} images, batch size {batch_size}"
+    rows = []
+    for place, peak in record["memory"]["peak_bytes"].items():
+        announced = record["memory"]["announced_bytes"][place]
+        if peak is not None and announced:
+            figures = (format_bytes(announced), format_bytes(peak), f"{peak / announced:.2f}")
+            rows.append((name, limit[0] if limit else "none", place, *figures, record["memory"]["passes"]))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
