@@ -792,18 +792,20 @@ class MixRankCompressor(OptimumQuantizer):
         if calibration is not None or not metric.uses_data:
             calibration = calibration if metric.uses_data else None
             with phase("Decomposed") as decomposing:
-                found = decompose_layers(metric, targets, calibration, config.layout, processes)
+                found = decompose_layers(metric, targets, calibration, config.layout, processes, journal)
                 decomposing.tell(f"{len(targets)} layers")
             return found, calibration, decomposing.seconds
         assert batches is not None  # `_image_source` has seen to that
         decompositions: dict[str, Decomposition] = {}
         parts: list[Calibration] = []
         device = None if len(groups) == 1 else "cpu"
-        for index, group in enumerate(groups):
-            own = journal if len(groups) == 1 else journal.part(f"pass{index}of{len(groups)}")
+        for group in groups:
+            # By its layers, for another limit of memory makes other groups.
+            layers_of_group = "\n".join(target.name for target in group).encode()
+            own = journal if len(groups) == 1 else journal.part(f"group{zlib.crc32(layers_of_group):08x}")
             part = self._statistics(config, metric, group, batches, images, own)
             with phase("Decomposed") as decomposing:
-                found = decompose_layers(metric, group, part, config.layout, processes)
+                found = decompose_layers(metric, group, part, config.layout, processes, own)
                 decomposing.tell(f"{len(group)} layers")
             seconds += decomposing.seconds
             decompositions |= {name: each if device is None else each.to(device) for name, each in found.items()}

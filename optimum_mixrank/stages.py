@@ -15,9 +15,11 @@ from transformers.utils import logging
 from .calibration.result import Calibration
 from .decomposition import Decomposition, LayerStatistics, Metric, Statistic, corrected_bias, pivot_rows
 from .distributed import ALONE, Processes
+from .journal import NO_JOURNAL, Journal
 from .layout import FactoredLayer, break_even
 from .loading import empty_layer
 from .modeling import FactoredLinear, LowRankLinear, PivotedLinear, replace_module, to_float64
+from .saved_decompositions import SavedDecompositions
 from .targets import Target
 
 
@@ -38,6 +40,7 @@ def decompose_layers(
     calibration: Calibration | None,
     layout: str = "factors",
     processes: Processes = ALONE,
+    journal: Journal = NO_JOURNAL,
 ) -> dict[str, Decomposition]:
     """Decompose every layer, in float64.
 
@@ -51,16 +54,21 @@ def decompose_layers(
         calibration: Statistics by module name; None for a metric without data.
         layout: How factors will be stored; it says where break-even is.
         processes: Those that share the work.
+        journal: Where it is noted what takes long, and found when the run goes on.
 
     Raises:
         ValueError: if the calibration lacks a layer or a statistic.
     """
     owners = processes.share_out({target.name: math.prod(target.shape) * min(target.shape) for target in targets})
     own = [target for target in targets if owners[target.name] == processes.index]
-    found: dict[str, Decomposition] = {}
+    saved = SavedDecompositions(journal, {target.name: to_float64(target.module.weight[:0]).device for target in own})
     with processes.agreed():
+        found = saved.load()
         for target in logging.tqdm(own, desc="Decomposing", unit="layer"):
-            found[target.name] = _decompose(metric, target, calibration, layout)
+            if target.name not in found:
+                found[target.name] = _decompose(metric, target, calibration, layout)
+                saved.add(target.name, found[target.name])
+        saved.finish()
     if processes.is_alone:
         return {target.canonical_name: found[target.name] for target in targets}
     decompositions = {}
