@@ -9,7 +9,8 @@ uniformly over a phase, the phases taking turns, and starts again until it comes
 twice more on the way. Every other time the output holds an older checkpoint that is to be replaced.
 
 Checked are, after every kill, that the output is as it was before or complete; and at the end, that the SHA-256 of every
-file is that of the undisturbed run, and that nothing else is left. Only times are left out, which the report states.
+file is that of the undisturbed run, and that nothing else is left. Only what the report states of time and memory is
+left out.
 
 Phases are told by what lies on the disk: no run yet (start), its folder (decoding and calibration), its statistics
 (decomposition, allocation, factorization, compensation), the folder that is being saved (saving), the new output
@@ -176,16 +177,16 @@ def _fork(arguments: Sequence[str], log: Path) -> Started:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file; of what states times, without them."""
+    """SHA-256 of every file; of what states times and peaks of memory, without them."""
     found = {}
     for file in sorted(folder.rglob("*")):
         content = file.read_bytes()
         if file.name == "mixrank_report.json":
             report = json.loads(content)
-            del report["seconds"]
+            del report["seconds"], report["memory"]
             content = json.dumps(report).encode()
         elif file.suffix in (".md", ".html"):
-            content = re.sub(rb"\b\d+\.\d s\b", b"- s", content)
+            content = re.sub(rb"\b[\d.,]+ (s|[KMG]iB)\b", b"-", content)
         found[file.name] = hashlib.sha256(content).hexdigest()
     return found
 
