@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FAILED, INTERRUPTED = 1, 130
 
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 30.0
 """How long a process beside the main one waits for it to report the same error, before it reports its own."""
 
 
