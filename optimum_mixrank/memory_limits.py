@@ -119,7 +119,10 @@ def announce_memory(
     if not plans:
         return None
     plan = max(plans, key=lambda each: each.passes)
-    logger.info(str(plan))
+    peaks, *phases = str(plan).splitlines()
+    logger.info(peaks)
+    for line in phases:
+        logger.debug(line)
     return plan
 
 

@@ -130,7 +130,8 @@ def test_workers_change_nothing_but_the_time(tmp_path):
     assert all(torch.equal(tensor, other_state[name]) for name, tensor in state.items())
     assert calibration.data_fingerprint == other_calibration.data_fingerprint
     for name, statistics in calibration.layers.items():
-        assert torch.equal(statistics.gradient_moment, other_calibration.layers[name].gradient_moment)
+        assert torch.equal(statistics.input_covariance, other_calibration.layers[name].input_covariance)
+        assert torch.equal(statistics.total_gradient_energy, other_calibration.layers[name].total_gradient_energy)
     assert result == other_result
 
 

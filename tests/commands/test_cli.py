@@ -45,7 +45,8 @@ def test_compress_writes_a_checkpoint_and_a_report(compressed):
     assert f"{values['evaluation']['kl']:.4f} nats" in (out / "report.html").read_text()
     assert (out / "ranks.png").stat().st_size > 1000 and (out / "preprocessor_config.json").exists()
     # A line per phase, and no progress bars where nobody watches.
-    phases = [line.partition(":")[0] for line in stderr.splitlines()]
+    announced, *phases = [line.partition(":")[0] for line in stderr.splitlines()]
+    assert announced == "Memory beside the model"
     assert phases == ["Calibrated", "Decomposed", "Allocated", "Factorized", "Evaluated", "Saved"]
 
 
