@@ -95,6 +95,8 @@ class MixRankSubcommand(BaseOptimumCLICommand):
                 raise
             if index:
                 # Mostly the main process has the same error, and its end is the end of all.
+                with suppress(ValueError):
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(GRACE_SECONDS)
             print(f"Error: {error}", file=sys.stderr)
             sys.exit(FAILED)
