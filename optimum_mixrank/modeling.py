@@ -336,19 +336,20 @@ class PivotedLinear(FactoredLinear):
         if not order.is_meta:
             self.order = order
         pivots = self.factor_a(input)
-        if _is_plain(self.factor_b):
-            return nn.functional.linear(pivots, *self._ordered_rows(order))
+        plain = _plain(self.factor_b)
+        if plain is not None:
+            return nn.functional.linear(pivots, *self._ordered_rows(plain, order))
         outputs = torch.cat([pivots, self.factor_b(pivots)], dim=-1)
         # `index_select(-1, …)` says the same and takes up to fifteen times as long on a CPU.
         return outputs.gather(-1, order.expand(outputs.shape))
 
-    def _ordered_rows(self, order: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _ordered_rows(self, factor: nn.Linear, order: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight, `[out_features, rank]`, and bias that give all outputs from those of the pivots, in their order.
 
         The identity costs `rank²` multiply-adds per token, but to bring a few weights into order takes less time than to
         bring all outputs into order.
         """
-        C, c = self.factor_b.weight, self.factor_b.bias
+        C, c = factor.weight, factor.bias
         weight = torch.cat([torch.eye(self.rank, dtype=C.dtype, device=C.device), C]).index_select(0, order)
         return weight, None if c is None else torch.cat([c.new_zeros(self.rank), c]).index_select(0, order)
 
@@ -359,19 +360,27 @@ class PivotedLinear(FactoredLinear):
         return torch.cat([A, to_float64(self.factor_b.weight) @ A]).index_select(0, self.order.to(A.device))
 
 
-def _is_plain(factor: nn.Module) -> bool:
-    """Whether a factor computes what its weight and bias say, here and now, and nobody listens to it.
+def _plain(factor: nn.Module) -> nn.Linear | None:
+    """The linear layer whose weight and bias say what a factor computes, here and now; None if anything else does.
 
-    Adapters, quantizers, hooks and offloading put something else in its place. Exporters see its module, so that files
-    hold the factors as they are stored.
+    Adapters, quantizers, hooks and offloading put something else in its place; an adapter that is switched off leaves all
+    to the layer under it. Exporters see the factor's module, so that files hold the factors as they are stored.
     """
-    return (
+    if getattr(factor, "disable_adapters", False) and not (factor.merged or _is_listened_to(factor)):
+        factor = factor.base_layer
+    is_plain = (
         type(factor) is nn.Linear
         and type(factor.weight) is nn.Parameter
-        and not (factor._forward_hooks or factor._forward_pre_hooks)
-        and not (factor._backward_hooks or factor._backward_pre_hooks)
+        and not _is_listened_to(factor)
         and "forward" not in vars(factor)
         and not (_is_exporting() or torch.jit.is_tracing())
+    )
+    return factor if is_plain else None
+
+
+def _is_listened_to(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
