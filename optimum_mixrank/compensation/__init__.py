@@ -4,9 +4,10 @@ A compensator is one file with one class that is registered here. Whatever it do
 error on images that were held out.
 """
 
+# First, for messages list compensators in the order of their registration.
+from .distillation import DistillationCompensator  # isort: skip
 from .blocks import BlockCompensator
 from .compensator import COMPENSATORS, Compensation, CompensationResult, Compensator
-from .distillation import DistillationCompensator
 from .residual import ResidualCompensator
 from .sequential import SequentialCompensator
 
