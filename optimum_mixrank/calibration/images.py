@@ -231,10 +231,12 @@ class ImageBatches:
             pin_memory=self._pin_memory,
             collate_fn=ErrorsReturned(self._collate),
         )
-        for index, loaded in zip(own, _from_workers(loader), strict=True):
-            if isinstance(loaded, Exception):
-                raise loaded
-            yield index, *loaded
+        mend = f"Lower num_workers={self._num_workers} or the batch size; num_workers=0 decodes in the main process."
+        with explained_death_of_workers("decodes", mend):
+            for index, loaded in zip(own, loader, strict=True):
+                if isinstance(loaded, Exception):
+                    raise loaded
+                yield index, *loaded
 
     def _stream(self) -> Iterator[Loaded]:
         if isinstance(self._source, Iterator):
@@ -292,23 +294,6 @@ class ImageBatches:
                 f"than max_broken_share={self._max_broken_share} tolerates. The first are {', '.join(self.broken[:3])}. "
                 "Mend or remove them, or raise max_broken_share."
             )
-
-
-def _from_workers(loader: DataLoader) -> Iterator[Any]:
-    """What a loader delivers.
-
-    Raises:
-        RuntimeError: if one of its workers has died.
-    """
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise RuntimeError(
-            f"A process that decodes images has died, of too little memory perhaps ({error}). Lower num_workers="
-            f"{loader.num_workers} or the batch size; num_workers=0 decodes in the main process."
-        ) from error
 
 
 @dataclasses.dataclass
@@ -384,8 +369,14 @@ class _Pass:
 
 
 @contextmanager
-def explained_death_of_workers() -> Iterator[None]:
+def explained_death_of_workers(
+    does: str = "loads", mend: str = "Use fewer workers or smaller batches."
+) -> Iterator[None]:
     """Say what to do where a process that loads images dies, which PyTorch reports in the midst of any other work.
+
+    Args:
+        does: What it does with images.
+        mend: What to do.
 
     Raises:
         RuntimeError: in the place of PyTorch's.
@@ -395,9 +386,9 @@ def explained_death_of_workers() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
+        reason = str(error).rstrip(" .")
         raise RuntimeError(
-            f"A process that loads images has died, of too little memory perhaps ({str(error).rstrip(' .')}). Use fewer "
-            "workers or smaller batches."
+            f"A process that {does} images has died, of too little memory perhaps ({reason}). {mend}"
         ) from error
 
 
