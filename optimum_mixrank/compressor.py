@@ -27,6 +27,7 @@ from .checkpoint import push_checkpoint, save_checkpoint, writable_directory
 from .compensation.run import compensate, prepare_images
 from .configuration import MixRankConfig
 from .decomposition import METRICS, Decomposition, Metric, Statistic
+from .decomposition.statistics import GRADIENT_STATISTICS
 from .distributed import Processes, find_processes, only_main_speaks
 from .evaluation.flops import flops_per_image, tokens_per_image
 from .evaluation.labels import find_label_column, map_labels
@@ -34,7 +35,7 @@ from .evaluation.memory import PeakMemory
 from .evaluation.size import safetensors_bytes
 from .journal import NO_JOURNAL, Journal
 from .memory_limits import MaxMemory, announce_memory, foresee_memory, layer_groups, memory_record
-from .memory_plan import GRADIENTS, KEPT_OUTPUTS, MemoryPlan
+from .memory_plan import KEPT_OUTPUTS, MemoryPlan
 from .modeling import replace_module
 from .original import check_placement, load_image_processor, load_original
 from .phases import count, phase, size
@@ -357,7 +358,7 @@ class MixRankCompressor(OptimumQuantizer):
         original = measure(self.model)
         prepared = prepare_images(self.model, images, config, processes) if config.compensation else None
         decompositions, calibration, decomposing = self._decompose(
-            config, metric, layer_groups(self.model, targets, memory), batches, images, calibration, journal
+            config, metric, layer_groups(targets, memory), batches, images, calibration, journal
         )
         decompositions = {target.canonical_name: decompositions[target.canonical_name] for target in targets}
         with phase("Allocated") as allocating:
@@ -810,7 +811,7 @@ class MixRankCompressor(OptimumQuantizer):
                 decomposing.tell(f"{len(group)} layers")
             seconds += decomposing.seconds
             decompositions |= {name: each if device is None else each.to(device) for name, each in found.items()}
-            kept = GRADIENTS if config.compensation else frozenset()
+            kept = GRADIENT_STATISTICS if config.compensation else frozenset()
             layers = {name: statistics.only(kept, device) for name, statistics in part.layers.items()}
             parts.append(dataclasses.replace(part, layers=layers))
             del part

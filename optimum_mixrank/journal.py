@@ -152,6 +152,20 @@ class Journal:
 NO_JOURNAL = Journal()
 
 
+def flatten(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of several owners as one mapping; names of tensors hold no slash."""
+    return {f"{owner}/{name}": tensor for owner, state in states.items() for name, tensor in state.items()}
+
+
+def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The inverse of `flatten`."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        owner, _, name = key.rpartition("/")
+        states.setdefault(owner, {})[name] = tensor
+    return states
+
+
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
     """A file beside another, which takes its place when it has been written and is on the disk; else it goes.

@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from .decomposition.statistics import Statistic
+from .decomposition.statistics import GRADIENT_STATISTICS, Statistic
 from .distributed import Processes
 from .evaluation.memory import PeakMemory
 from .memory_plan import (
     DEVICE,
-    GRADIENTS,
     HOST,
     MemoryPlan,
     MemoryTask,
     fit_memory,
     parse_limits,
     plan_memory,
-    split_layers,
 )
 from .memory_probe import probe_model
 from .messages import get_logger
@@ -62,7 +60,7 @@ def foresee_memory(
     Raises:
         ValueError: if the limits cannot be kept to, or the model's configuration names no size of images.
     """
-    with_gradients = any(statistics & GRADIENTS for statistics in required.values())
+    with_gradients = any(statistics & GRADIENT_STATISTICS for statistics in required.values())
     size = probe_model(model, targets, with_gradients)
     task = MemoryTask(
         required=required,
@@ -126,13 +124,12 @@ def announce_memory(
     return plan
 
 
-def layer_groups(model: PreTrainedModel, targets: Sequence[Target], plan: MemoryPlan | None) -> list[list[Target]]:
+def layer_groups(targets: Sequence[Target], plan: MemoryPlan | None) -> list[list[Target]]:
     """The layers of which statistics are collected in one pass over the images, for each pass."""
     if plan is None or plan.passes == 1:
         return [list(targets)]
     by_name = {target.name: target for target in targets}
-    groups = split_layers(probe_model(model, targets, False).layers, plan.passes)
-    return [[by_name[layer.name] for layer in group] for group in groups]
+    return [[by_name[name] for name in group] for group in plan.groups]
 
 
 def memory_record(plan: MemoryPlan | None, peak: PeakMemory) -> dict[str, Any]:

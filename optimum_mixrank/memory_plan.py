@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from .decomposition.statistics import Statistic
+from .decomposition.statistics import GRADIENT_STATISTICS, Statistic
 from .layout import break_even
 
 
 HOST, DEVICE = "host", "device"
-
-GRADIENTS = frozenset({Statistic.GRADIENT_MOMENT, Statistic.INPUT_GRADIENT_MOMENT, Statistic.GRADIENT_ENERGY})
-"""Statistics that compensation needs too; the others serve decomposition alone."""
 
 KEPT_OUTPUTS = 4 * 2**30
 """Most bytes of the original's outputs that layer-wise compensation keeps rather than computes again."""
@@ -95,15 +92,20 @@ class MemoryPlan:
 
     Attributes:
         phases: By phase and place (`"host"`, `"device"`): what takes how many bytes at once.
-        passes: In how many passes over the images statistics are collected, each for some of the layers.
+        groups: Names of the layers of which statistics are collected in one pass over the images, for each pass.
         kept_outputs: Most bytes of the original's outputs that layer-wise compensation may keep.
         not_counted: Compensation steps whose memory is not foreseen.
     """
 
     phases: Mapping[str, Mapping[str, Mapping[str, int]]]
-    passes: int = 1
+    groups: Sequence[Sequence[str]] = ((),)
     kept_outputs: int = KEPT_OUTPUTS
-    not_counted: Sequence[str] = field(default_factory=tuple)
+    not_counted: Sequence[str] = ()
+
+    @property
+    def passes(self) -> int:
+        """Over the images, to collect statistics."""
+        return len(self.groups)
 
     def peak(self, place: str) -> int:
         """Most bytes at once on the host or on the device."""
@@ -139,7 +141,7 @@ def plan_memory(size: ModelSize, task: MemoryTask, passes: int = 1, kept_outputs
     groups = split_layers(size.layers, passes)
     # What several passes leave is put by on the host.
     store = HOST if passes > 1 else compute
-    of_gradients = {name: required & GRADIENTS for name, required in task.required.items()}
+    of_gradients = {name: required & GRADIENT_STATISTICS for name, required in task.required.items()}
     with_gradients = any(of_gradients.values())
     found = sum(decomposition_bytes(layer.shape, task.layout) for layer in size.layers)
     kept = statistics_bytes(size.layers, of_gradients if task.compensation else {})
@@ -187,7 +189,8 @@ def plan_memory(size: ModelSize, task: MemoryTask, passes: int = 1, kept_outputs
             (compute, "workspace", max((_solving_workspace(layer.shape) for layer in size.layers), default=0)),
         )
     not_counted = tuple(name for name in task.compensation if name not in LAYERWISE)
-    return MemoryPlan(phases, passes, kept_outputs, not_counted)
+    names = [[layer.name for layer in group] for group in groups]
+    return MemoryPlan(phases, names, kept_outputs, not_counted)
 
 
 def fit_memory(size: ModelSize, task: MemoryTask, limits: Mapping[str, int]) -> MemoryPlan:
@@ -252,7 +255,7 @@ def statistics_bytes(layers: Sequence[LayerSize], required: Mapping[str, frozens
             Statistic.REPRESENTATIVE_INPUT: layer.tokens * n,
         }
         for statistic in required.get(layer.name, ()):
-            own = statistic is Statistic.OUTPUT_COVARIANCE or statistic in GRADIENTS
+            own = statistic is Statistic.OUTPUT_COVARIANCE or statistic in GRADIENT_STATISTICS
             sizes[layer.name if own else layer.leader, statistic] = 8 * elements[statistic]
     return sum(sizes.values())
 

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .calibration.fisher import activation_gradients
 from .compensation.segments import find_segments, first_tensor
-from .evaluation.flops import configured_shape
+from .evaluation.flops import black_image
 from .evaluation.memory import live_bytes, weight_bytes
 from .hooks import removed_afterwards
 from .inference import evaluation_mode
@@ -20,7 +20,7 @@ from .targets import Target
 
 
 def probe_model(model: nn.Module, targets: Sequence[Target], with_gradients: bool) -> ModelSize:
-    """Run a model on one random image, and once more with gradients where they will be needed.
+    """Run a model on one black image, and once more with gradients where they will be needed.
 
     Args:
         model: A model that takes `pixel_values`.
@@ -32,8 +32,7 @@ def probe_model(model: nn.Module, targets: Sequence[Target], with_gradients: boo
     """
     parameter = next(model.parameters())
     device = getattr(model, "device", parameter.device)
-    shape = configured_shape(model)
-    image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device, parameter.dtype)
+    image = black_image(model)
     calls: dict[str, tuple[Tensor, Tensor]] = {}
 
     def listen(name: str) -> RemovableHandle:

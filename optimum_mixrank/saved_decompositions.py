@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from .decomposition import Decomposition
-from .journal import Journal
+from .journal import Journal, flatten, unflatten
 
 
 class SavedDecompositions:
@@ -33,14 +33,8 @@ class SavedDecompositions:
             if entry is None:
                 self._entries = number
                 return found
-            for name in entry.values["layers"]:
-                prefix = f"{name}|"
-                parts = {
-                    key.removeprefix(prefix): tensor.to(self._devices[name])
-                    for key, tensor in entry.tensors.items()
-                    if key.startswith(prefix)
-                }
-                found[name] = Decomposition(**parts)
+            for name, parts in unflatten(entry.tensors).items():
+                found[name] = Decomposition(**parts).to(self._devices[name])
         raise AssertionError  # counting has no end
 
     def add(self, name: str, decomposition: Decomposition) -> None:
@@ -57,11 +51,7 @@ class SavedDecompositions:
             self._save()
 
     def _save(self) -> None:
-        tensors = {
-            f"{name}|{part}": tensor
-            for name, decomposition in self._new.items()
-            for part, tensor in vars(decomposition).items()
-        }
-        self._journal.save(f"{self._entries}", tensors, {"layers": list(self._new)})
+        tensors = flatten({name: vars(decomposition) for name, decomposition in self._new.items()})
+        self._journal.save(f"{self._entries}", tensors)
         self._entries += 1
         self._new.clear()

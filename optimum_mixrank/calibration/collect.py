@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..decomposition.statistics import LayerStatistics, Statistic
+from ..decomposition.statistics import GRADIENT_STATISTICS, LayerStatistics, Statistic
 from ..distributed import ALONE, Processes
 from ..hooks import OutputListener
 from ..inference import evaluation_mode
-from ..journal import NO_JOURNAL, Journal
+from ..journal import NO_JOURNAL, Journal, flatten, unflatten
 from ..outputs import select_output
 from .fisher import GradientCollector, activation_gradients
 from .images import ImageBatches
-from .moments import MeanInputAccumulator, MomentAccumulator, flatten, to_device, unflatten
+from .moments import MeanInputAccumulator, MomentAccumulator, to_device
 from .saved_pass import SavedPass
 
 
@@ -34,9 +34,6 @@ _NEW_ACCUMULATOR: dict[Statistic, Callable[[], Accumulator]] = {
     Statistic.OUTPUT_COVARIANCE: MomentAccumulator,
     Statistic.REPRESENTATIVE_INPUT: MeanInputAccumulator,
 }
-
-
-_GRADIENTS = frozenset({Statistic.GRADIENT_MOMENT, Statistic.INPUT_GRADIENT_MOMENT, Statistic.GRADIENT_ENERGY})
 
 
 class ImageBatch(Protocol):
@@ -259,9 +256,9 @@ def collect_statistics(
     """
     parameter = next(model.parameters())
     device = getattr(model, "device", parameter.device)
-    with_gradients = [name for name, statistics in required.items() if statistics & _GRADIENTS]
+    with_gradients = [name for name, statistics in required.items() if statistics & GRADIENT_STATISTICS]
     projected = [name for name in with_gradients if Statistic.GRADIENT_MOMENT not in required[name]]
-    forward = {name: statistics - _GRADIENTS for name, statistics in required.items()}
+    forward = {name: statistics - GRADIENT_STATISTICS for name, statistics in required.items()}
     share = None if num_images is None else math.ceil(num_images / processes.count)
     progress = logging.tqdm(total=share, desc="Calibrating", unit="img")
     with ExitStack() as stack:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..decomposition.statistics import Statistic
 from ..distributed import Processes
 from ..hooks import OutputListener
+from ..journal import flatten, unflatten
 from ..outputs import ModelOutput
 from ..precision import float32_products
-from .moments import MomentAccumulator, flatten, to_device, unflatten
+from .moments import MomentAccumulator, to_device
 
 
 class GradientCollector(OutputListener):

@@ -271,20 +271,6 @@ def _add(total: Tensor | None, batch: Tensor) -> Tensor:
     return batch if total is None else total.to(batch.device).add_(batch)
 
 
-def flatten(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """States of several accumulators as one mapping."""
-    return {f"{owner}/{name}": tensor for owner, state in states.items() for name, tensor in state.items()}
-
-
-def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The inverse of `flatten`."""
-    states: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        owner, _, name = key.rpartition("/")
-        states.setdefault(owner, {})[name] = tensor
-    return states
-
-
 def to_device(state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The state of an accumulator where the model runs; sums in float64 stay on the host beside Apple's GPUs."""
     keep = device.type == "mps"

@@ -42,6 +42,12 @@ class Statistic(str, Enum):
     """Mean over images of the inputs, `[tokens, in_features]` (arXiv 2402.06004)."""
 
 
+GRADIENT_STATISTICS = frozenset(
+    {Statistic.GRADIENT_MOMENT, Statistic.INPUT_GRADIENT_MOMENT, Statistic.GRADIENT_ENERGY}
+)
+"""Those that are taken from gradients. Compensation needs them too; the others serve decomposition alone."""
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """Statistics of one layer, in float64; those that were not asked for are None. See `Statistic` for shapes.
