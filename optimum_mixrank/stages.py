@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -199,13 +199,15 @@ def share_model(model: nn.Module, targets: Sequence[Target], processes: Processe
     for name, dense in factored.items():
         layer = cast(FactoredLinear, model.get_submodule(name))
         replace_module(model, name, _share_layer(layer if processes.is_main else None, dense, processes, 0))
-    values = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not any(name.startswith(f"{layer}.") for layer in factored)
-    }
+    values = values_beside(model, factored)
     for name, tensor in processes.send(values, 0).items():
         values[name].copy_(tensor)
+
+
+def values_beside(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a model, but for those of some layers, by name; they are the model's own."""
+    prefixes = tuple(f"{layer}." for layer in layers)
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
 
 
 def rank_map_of(model: nn.Module, targets: Sequence[Target]) -> dict[str, FactoredLayer]:

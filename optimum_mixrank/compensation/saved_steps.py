@@ -13,7 +13,7 @@ from ..distributed import Processes
 from ..journal import Entry, Journal
 from ..layout import parse_rank_map
 from ..modeling import FactoredLinear, replace_module
-from ..stages import layer_from_state
+from ..stages import layer_from_state, values_beside
 from ..targets import Target
 from .compensator import Compensation, CompensationResult
 
@@ -69,7 +69,7 @@ def save_layers(
         if tensor.numel()
     }
     if other:
-        tensors.update(_other_values(model, modules))
+        tensors.update(values_beside(model, modules))
     journal.save(name, tensors, {"layers": entries, **values}, shared=True)
 
 
@@ -97,7 +97,7 @@ def load_layers(
     layers = parse_rank_map(entry.values["layers"])
     for layer, described in layers.items():
         replace_module(model, layer, layer_from_state(_state(entry, layer), dense[layer], described))
-    for key, tensor in _other_values(model, layers).items():
+    for key, tensor in values_beside(model, layers).items():
         if key in entry.tensors:
             tensor.copy_(entry.tensors[key])
     return entry.values
@@ -109,9 +109,3 @@ def _state(entry: Entry, layer: str) -> dict[str, Tensor]:
         for key, tensor in entry.tensors.items()
         if key.startswith(f"{layer}.factor_")
     }
-
-
-def _other_values(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
-    """Parameters and buffers outside of layers."""
-    prefixes = tuple(f"{layer}." for layer in layers)
-    return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(prefixes)}
