@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from .hooks import removed_afterwards
 from .inference import evaluation_mode
+from .messages import get_logger
 from .modeling import FactoredLinear
 
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 Value = TypeVar("Value")
 
