@@ -12,7 +12,6 @@ where it stopped; other settings need another `--output`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import resource
 import statistics
@@ -28,6 +27,7 @@ from optimum_mixrank.compensation.held_out import model_outputs
 from optimum_mixrank.decomposition import METRICS
 from optimum_mixrank.evaluation.fidelity import agreement, kl_divergence
 from optimum_mixrank.evaluation.labels import find_label_column, map_labels
+from optimum_mixrank.evaluation.memory import PeakMemory
 from optimum_mixrank.reporting.build import environment
 
 
@@ -144,7 +144,7 @@ def measure(
     forward_seconds: float,
 ) -> dict:
     """Compress once; statistics are shared between methods, their time counts for each."""
-    forget_peak_memory()
+    peak = PeakMemory()
     if METRICS[config.metric].uses_data and config.metric not in calibrations:
         calibrations[config.metric] = compressor.calibrate(
             images,
@@ -168,24 +168,16 @@ def measure(
         "seconds": round(seconds, 1),
         "forward_passes": round(seconds / forward_seconds, 1),
         # Of the whole process while it worked on this row: images, statistics and both models included.
-        "peak_memory_mib": peak_memory_mib(),
+        "peak_memory_mib": peak_memory_mib(peak),
         "compensation": compressor.report.compensation,
         "configuration": parts_of(config),
     }
 
 
-def forget_peak_memory() -> None:
-    """Let the peak that the kernel reports start anew; elsewhere than on Linux it is that of the whole process."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_mib() -> int:
-    """Largest resident memory since `forget_peak_memory`."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) // 1024
+def peak_memory_mib(peak: PeakMemory) -> int:
+    """Largest resident memory of the process since `peak` was made; elsewhere than on Linux, since its start."""
+    if peak.resident is not None:
+        return peak.resident // 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 

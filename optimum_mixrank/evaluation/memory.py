@@ -81,9 +81,14 @@ class PeakMemory:
             self._allocated = torch.cuda.memory_allocated(self._device)
 
     @property
+    def resident(self) -> int | None:
+        """Most bytes of the process on the host, what was there before included; None if not known."""
+        return _kernel_bytes("VmHWM")
+
+    @property
     def host(self) -> int | None:
         """Bytes on the host; None if not known."""
-        peak = _kernel_bytes("VmHWM")
+        peak = self.resident
         return None if peak is None or self._host is None else max(0, peak - self._host)
 
     @property
