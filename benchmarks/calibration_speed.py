@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, ViTImageProcessor
 from optimum_mixrank.calibration.collect import collect_statistics
 from optimum_mixrank.calibration.fisher import activation_gradients
 from optimum_mixrank.calibration.images import Batch, ImageBatches
-from optimum_mixrank.decomposition import METRICS
+from optimum_mixrank.decomposition import METRICS, Statistic
 from optimum_mixrank.targets import encoder_linears
 
 
@@ -58,16 +58,18 @@ def main() -> None:
     model, name = open_model(args)
     preloaded = random_images(args.images, model).to(args.device)
     batches = [Batch(part, index=index) for index, part in enumerate(preloaded.split(args.batch_size))]
+    # Beforehand: to find the targets takes a pass of its own.
+    required = {metric: required_statistics(model, metric) for metric in ("second_moment", "kfac")}
     with tempfile.TemporaryDirectory() as folder:
         from_files = decoded_anew(args, model, Path(folder))
         functions = {
             "forward": lambda: forward(model, batches),
-            "second_moment": lambda: statistics(model, batches, "second_moment"),
+            "second_moment": lambda: collect_statistics(model, batches, required["second_moment"]),
             "forward and backward, activations": lambda: forward_backward(model, batches, False),
             "forward and backward, parameters": lambda: forward_backward(model, batches, True),
-            "kfac": lambda: statistics(model, batches, "kfac"),
+            "kfac": lambda: collect_statistics(model, batches, required["kfac"]),
             "forward, decoding": lambda: forward(model, from_files),
-            "second_moment, decoding": lambda: statistics(model, from_files, "second_moment"),
+            "second_moment, decoding": lambda: collect_statistics(model, from_files, required["second_moment"]),
         }
         pairs = [pair for pair in PAIRS if pair[0].split(",")[0] in args.metrics]
         needed = {name for what, plain, _ in pairs for name in (what, plain)}
@@ -114,11 +116,10 @@ def likelihood(logits: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(dim=-1).amax(dim=-1).sum()
 
 
-def statistics(model: PreTrainedModel, batches: list[Batch] | ImageBatches, metric: str) -> None:
-    """What `metric` needs of every linear layer of the encoder."""
+def required_statistics(model: PreTrainedModel, metric: str) -> dict[str, frozenset[Statistic]]:
+    """What a metric needs of every linear layer of the encoder."""
     chosen = METRICS.create(metric)
-    required = {target.name: chosen.required_statistics(*target.shape) for target in encoder_linears(model)}
-    collect_statistics(model, batches, required)
+    return {target.name: chosen.required_statistics(*target.shape) for target in encoder_linears(model)}
 
 
 def decoded_anew(args: argparse.Namespace, model: PreTrainedModel, folder: Path) -> ImageBatches:
