@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -383,13 +385,26 @@ def explained_death_of_workers(
     """
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, OSError, EOFError) as error:
+        if not _tells_of_a_dead_worker(error):
             raise
         reason = str(error).rstrip(" .")
         raise RuntimeError(
             f"A process that {does} images has died, of too little memory perhaps ({reason}). {mend}"
         ) from error
+
+
+def _tells_of_a_dead_worker(error: Exception) -> bool:
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    # What a worker has sent cannot be fetched after its death, which may be noticed before the death is reported.
+    frames = traceback.walk_tb(error.__traceback__)
+    if not any(frame.f_globals.get("__name__") == "torch.multiprocessing.reductions" for frame, _ in frames):
+        return False
+    with suppress(RuntimeError):
+        # The report would break into any other work; here it ends the sleep.
+        time.sleep(1.0)
+    return True
 
 
 def _check_whole(source: Any) -> None:

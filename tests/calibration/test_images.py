@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.multiprocessing.reductions import rebuild_storage_fd
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTImageProcessor
 
-from optimum_mixrank.calibration.images import ImageBatches
+from optimum_mixrank.calibration.images import ImageBatches, explained_death_of_workers
 from optimum_mixrank.distributed import Processes
 
 
@@ -233,6 +234,20 @@ def test_a_worker_that_dies_is_an_error_that_says_what_to_do():
         RuntimeError, match=r"A process that decodes images has died.*Lower num_workers=1 or the batch"
     ):
         list(batches)
+
+
+def test_what_a_dead_worker_has_sent_is_explained_too():
+    class Gone:
+        def detach(self):
+            raise ConnectionResetError("gone")
+
+    with (
+        pytest.raises(RuntimeError, match=r"A process that loads images has died.*\(gone\)"),
+        explained_death_of_workers(),
+    ):
+        rebuild_storage_fd(torch.UntypedStorage, Gone(), 4)
+    with pytest.raises(ConnectionResetError), explained_death_of_workers():
+        Gone().detach()
 
 
 def test_an_error_in_a_worker_reads_as_in_the_main_process():
