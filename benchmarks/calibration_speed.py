@@ -34,7 +34,8 @@ from transformers import PreTrainedModel, ViTImageProcessor
 from optimum_mixrank.calibration.collect import collect_statistics
 from optimum_mixrank.calibration.fisher import activation_gradients
 from optimum_mixrank.calibration.images import Batch, ImageBatches
-from optimum_mixrank.decomposition import METRICS, Statistic
+from optimum_mixrank.calibration.run import required_statistics
+from optimum_mixrank.decomposition import METRICS
 from optimum_mixrank.targets import encoder_linears
 
 
@@ -59,7 +60,8 @@ def main() -> None:
     preloaded = random_images(args.images, model).to(args.device)
     batches = [Batch(part, index=index) for index, part in enumerate(preloaded.split(args.batch_size))]
     # Beforehand: to find the targets takes a pass of its own.
-    required = {metric: required_statistics(model, metric) for metric in ("second_moment", "kfac")}
+    targets = encoder_linears(model)
+    required = {name: required_statistics([METRICS.create(name)], targets) for name in ("second_moment", "kfac")}
     with tempfile.TemporaryDirectory() as folder:
         from_files = decoded_anew(args, model, Path(folder))
         functions = {
@@ -114,12 +116,6 @@ def forward_backward(model: PreTrainedModel, batches: list[Batch], with_paramete
 def likelihood(logits: torch.Tensor) -> torch.Tensor:
     """Summed over images."""
     return logits.log_softmax(dim=-1).amax(dim=-1).sum()
-
-
-def required_statistics(model: PreTrainedModel, metric: str) -> dict[str, frozenset[Statistic]]:
-    """What a metric needs of every linear layer of the encoder."""
-    chosen = METRICS.create(metric)
-    return {target.name: chosen.required_statistics(*target.shape) for target in encoder_linears(model)}
 
 
 def decoded_anew(args: argparse.Namespace, model: PreTrainedModel, folder: Path) -> ImageBatches:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -17,17 +16,16 @@ from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .calibration.collect import collect_statistics
 from .calibration.fingerprint import fingerprint_model
 from .calibration.images import Batch, ImageBatches, explained_death_of_workers
 from .calibration.result import Calibration
-from .calibration.saved_pass import forget_pass
+from .calibration.run import CalibrationRun, required_statistics
 from .calibration.sources import load_image_dataset
 from .checkpoint import push_checkpoint, save_checkpoint, writable_directory
 from .compensation.run import compensate, prepare_images
 from .configuration import MixRankConfig
-from .decomposition import METRICS, Decomposition, Metric, Statistic
-from .decomposition.statistics import GRADIENT_STATISTICS
+from .decomposition import METRICS, Decomposition, Metric
+from .decomposition_by_groups import decompose_by_groups
 from .distributed import Processes, find_processes, only_main_speaks
 from .evaluation.flops import flops_per_image, tokens_per_image
 from .evaluation.labels import find_label_column, map_labels
@@ -38,7 +36,7 @@ from .memory_limits import MaxMemory, announce_memory, foresee_memory, layer_gro
 from .memory_plan import KEPT_OUTPUTS, MemoryPlan
 from .modeling import replace_module
 from .original import check_placement, load_image_processor, load_original
-from .phases import count, phase, size
+from .phases import phase, size
 from .planning import LayerSpec, RankPlan
 from .precision import tf32_statistics
 from .profile import RankProfile, profile_budgets
@@ -55,8 +53,6 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import EvaluationResult
     from .reporting.report import CompressionReport
 
-
-_STATISTICS = "statistics"
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -258,10 +254,12 @@ class MixRankCompressor(OptimumQuantizer):
         metrics = [METRICS.create(name) for name in ([metric] if isinstance(metric, str) else metric)]
         with self.processes.agreed():
             targets = find_targets(self.model, target_modules, exclude_modules)
-            if not _required(metrics, targets):
+            if not required_statistics(metrics, targets):
                 return Calibration({}, 0)
             batches = self._batches(calibration_dataset, batch_size, max_broken_share, num_workers)
-        return self._calibrate(batches, None, metrics, targets, fisher_samples, seed)
+        fingerprint = self._fingerprint(self.processes)
+        run = CalibrationRun(self.model, fingerprint, batches, None, metrics, fisher_samples, seed, self.processes)
+        return run.collect(targets)
 
     @_in_every_process
     def compress(
@@ -336,11 +334,11 @@ class MixRankCompressor(OptimumQuantizer):
             batches = self._image_source(
                 config, metric, calibration_dataset, calibration, batch_size, max_broken_share, num_workers
             )
-        journal = NO_JOURNAL
+        journal, fingerprint = NO_JOURNAL, self._fingerprint(processes)
         if resume_directory is not None:
             given = None if calibration is None else calibration.data_fingerprint
             limits = {"batch_size": batch_size, "max_broken_share": max_broken_share, "statistics": given}
-            self._unfinished = self._open_run(resume_directory, config, batches, limits, save_interval)
+            self._unfinished = self._open_run(resume_directory, fingerprint, config, batches, limits, save_interval)
             journal = self._unfinished.journal
         peak = PeakMemory(self.model.device)
         images = self._decoded(config, batches, journal)
@@ -348,7 +346,7 @@ class MixRankCompressor(OptimumQuantizer):
             self.model,
             config,
             targets,
-            {} if calibration is not None else _required([metric], targets),
+            {} if calibration is not None else required_statistics([metric], targets),
             self._share_of_images(batches, images),
             processes,
             batch_size=batch_size,
@@ -357,8 +355,16 @@ class MixRankCompressor(OptimumQuantizer):
         )
         original = measure(self.model)
         prepared = prepare_images(self.model, images, config, processes) if config.compensation else None
+        run, decoded = None, images if config.compensation else None
+        if calibration is not None:
+            calibration.check(fingerprint, None if decoded is None or batches is None else batches.fingerprint)
+        elif metric.uses_data:
+            assert batches is not None  # `_image_source` has seen to that
+            arguments = [metric], config.fisher_samples, config.seed, processes
+            run = CalibrationRun(self.model, fingerprint, batches, decoded, *arguments)
+        groups, keep_gradients = layer_groups(targets, memory), bool(config.compensation)
         decompositions, calibration, decomposing = self._decompose(
-            config, metric, layer_groups(targets, memory), batches, images, calibration, journal
+            metric, groups, config.layout, calibration, run, keep_gradients, journal
         )
         decompositions = {target.canonical_name: decompositions[target.canonical_name] for target in targets}
         with phase("Allocated") as allocating:
@@ -457,7 +463,7 @@ class MixRankCompressor(OptimumQuantizer):
             self.model,
             config,
             targets,
-            _required([METRICS.create(config.metric)], targets),
+            required_statistics([METRICS.create(config.metric)], targets),
             count,
             batch_size=batch_size,
             inplace=inplace,
@@ -663,38 +669,6 @@ class MixRankCompressor(OptimumQuantizer):
             layout=config.layout,
         )
 
-    def _calibrate(
-        self,
-        batches: ImageBatches,
-        decoded: Sequence[Batch] | None,
-        metrics: Sequence[Metric],
-        targets: Sequence[Target],
-        fisher_samples: int,
-        seed: int,
-        journal: Journal = NO_JOURNAL,
-    ) -> Calibration:
-        """Statistics of images, or of those that have been decoded from them already."""
-        processes = self.processes
-        fingerprint = self._fingerprint(processes)
-        with phase("Calibrated") as calibrating:
-            layers, num_images = collect_statistics(
-                self.model,
-                batches if decoded is None else decoded,
-                _required(metrics, targets),
-                batches.num_images,
-                fisher_samples=fisher_samples,
-                seed=seed,
-                processes=processes,
-                journal=journal,
-            )
-            tokens = {statistics.num_tokens for statistics in layers.values()}
-            calibrating.tell(
-                f"{num_images:,} images", f"{'up to ' * (len(tokens) > 1)}{count(max(tokens))} tokens per layer"
-            )
-        return Calibration(
-            layers, num_images, tuple(batches.broken), calibrating.seconds, fingerprint, batches.fingerprint
-        )
-
     def _image_source(
         self,
         config: MixRankConfig,
@@ -723,6 +697,7 @@ class MixRankCompressor(OptimumQuantizer):
     def _open_run(
         self,
         directory: str | Path,
+        fingerprint: str,
         config: MixRankConfig,
         batches: ImageBatches | None,
         limits: Mapping[str, Any],
@@ -733,8 +708,7 @@ class MixRankCompressor(OptimumQuantizer):
         Raises:
             ValueError: if the folder belongs to another run.
         """
-        processes = self.processes
-        fingerprint, images = self._fingerprint(processes), None
+        processes, images = self.processes, None
         with processes.agreed():
             if batches is not None and processes.is_main:
                 images = batches.source_fingerprint()
@@ -773,75 +747,23 @@ class MixRankCompressor(OptimumQuantizer):
 
     def _decompose(
         self,
-        config: MixRankConfig,
         metric: Metric,
         groups: Sequence[Sequence[Target]],
-        batches: ImageBatches | None,
-        images: Sequence[Batch],
+        layout: str,
         calibration: Calibration | None,
+        run: CalibrationRun | None,
+        keep_gradients: bool,
         journal: Journal,
     ) -> tuple[dict[str, Decomposition], Calibration | None, float]:
-        """Decompositions, the statistics that later steps need, and the seconds that decomposing took.
-
-        Statistics that are not given are collected group by group, each in a pass over the images, and those that have
-        served are let go.
-        """
-        processes, seconds = self.processes, 0.0
-        if calibration is not None:
-            seen = batches.fingerprint if batches is not None and config.compensation else None
-            calibration.check(self._fingerprint(processes), seen)
+        """Decompositions, the statistics that later steps need, and the seconds that decomposing took."""
+        if run is not None:
+            return decompose_by_groups(metric, groups, layout, run, keep_gradients, journal)
+        calibration = calibration if metric.uses_data else None
         targets = [target for group in groups for target in group]
-        if calibration is not None or not metric.uses_data:
-            calibration = calibration if metric.uses_data else None
-            with phase("Decomposed") as decomposing:
-                found = decompose_layers(metric, targets, calibration, config.layout, processes, journal)
-                decomposing.tell(f"{len(targets)} layers")
-            return found, calibration, decomposing.seconds
-        assert batches is not None  # `_image_source` has seen to that
-        decompositions: dict[str, Decomposition] = {}
-        parts: list[Calibration] = []
-        device = None if len(groups) == 1 else "cpu"
-        for group in groups:
-            # By its layers, for another limit of memory makes other groups.
-            layers_of_group = "\n".join(target.name for target in group).encode()
-            own = journal if len(groups) == 1 else journal.part(f"group{zlib.crc32(layers_of_group):08x}")
-            part = self._statistics(config, metric, group, batches, images, own)
-            with phase("Decomposed") as decomposing:
-                found = decompose_layers(metric, group, part, config.layout, processes, own)
-                decomposing.tell(f"{len(group)} layers")
-            seconds += decomposing.seconds
-            decompositions |= {name: each if device is None else each.to(device) for name, each in found.items()}
-            kept = GRADIENT_STATISTICS if config.compensation else frozenset()
-            layers = {name: statistics.only(kept, device) for name, statistics in part.layers.items()}
-            parts.append(dataclasses.replace(part, layers=layers))
-            del part
-        together = dataclasses.replace(
-            parts[0],
-            layers={name: statistics for part in parts for name, statistics in part.layers.items()},
-            seconds=sum(part.seconds for part in parts),
-        )
-        return decompositions, together, seconds
-
-    def _statistics(
-        self,
-        config: MixRankConfig,
-        metric: Metric,
-        targets: Sequence[Target],
-        batches: ImageBatches,
-        images: Sequence[Batch],
-        journal: Journal,
-    ) -> Calibration:
-        """Statistics of some layers, found in the journal or collected."""
-        processes = self.processes
-        calibration = _finished_statistics(journal, processes)
-        if calibration is not None:
-            calibration.check(self._fingerprint(processes), batches.fingerprint if config.compensation else None)
-            return calibration
-        decoded = images if config.compensation else None
-        arguments = batches, decoded, [metric], targets, config.fisher_samples, config.seed
-        calibration = self._calibrate(*arguments, journal)
-        _finish_statistics(calibration, journal, processes)
-        return calibration
+        with phase("Decomposed") as decomposing:
+            found = decompose_layers(metric, targets, calibration, layout, self.processes, journal)
+            decomposing.tell(f"{len(targets)} layers")
+        return found, calibration, decomposing.seconds
 
     def _fingerprint(self, processes: Processes) -> str:
         """Of the model.
@@ -912,22 +834,6 @@ class MixRankCompressor(OptimumQuantizer):
         )
 
 
-def _finished_statistics(journal: Journal, processes: Processes) -> Calibration | None:
-    """Those that the run had taken before it was cut off, if all processes find them."""
-    with processes.agreed():
-        path = journal.path(_STATISTICS, shared=True) if journal.is_kept else None
-        found = None if path is None or not path.is_file() else Calibration.load(path)
-    return found if all(processes.gather(found is not None)) else None
-
-
-def _finish_statistics(calibration: Calibration, journal: Journal, processes: Processes) -> None:
-    """Note the statistics, which makes what was noted on the way to them superfluous."""
-    with processes.agreed():
-        if journal.is_kept and processes.is_main:
-            calibration.save(journal.path(_STATISTICS, shared=True))
-    forget_pass(journal)
-
-
 def _rank_range(ranks: Mapping[str, int | None]) -> str:
     """`ranks 3 to 60`; dense layers have none."""
     given = [rank for rank in ranks.values() if rank is not None]
@@ -947,12 +853,3 @@ def _restore(model: PreTrainedModel, targets: Sequence[Target], original: PreTra
         replace_module(model, target.name, target.module)
     if original is not model:
         model.load_state_dict(original.state_dict())
-
-
-def _required(metrics: Sequence[Metric], targets: Sequence[Target]) -> dict[str, frozenset[Statistic]]:
-    """Statistics that metrics need, by module name; layers of which none is needed are left out."""
-    required = {
-        target.name: frozenset[Statistic]().union(*(metric.required_statistics(*target.shape) for metric in metrics))
-        for target in targets
-    }
-    return {name: statistics for name, statistics in required.items() if statistics}
