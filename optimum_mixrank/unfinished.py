@@ -6,11 +6,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 
 from .distributed import Processes
 from .journal import Entry, Journal
@@ -28,7 +30,11 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _RUN = "run"
-_OURS = re.compile(r"(.+\.safetensors|\..+\.safetensors-[a-z0-9_]{8})")
+_LOCK = "lock"
+_OURS = re.compile(r"(.+\.safetensors|\..+\.safetensors-[a-z0-9_]{8}|lock)")
+_PATIENCE = 10.0
+"""Seconds: processes that a killed run had started may outlive it by some, and hold its lock so long."""
+
 _MISSING = "nothing"
 
 
@@ -45,7 +51,7 @@ class UnfinishedRun:
         journal: For the entries of this process.
 
     Raises:
-        ValueError: if the folder belongs to a run with another identity.
+        ValueError: if the folder belongs to a run with another identity, or another process works on it now.
         FileExistsError: if it holds other files.
     """
 
@@ -69,10 +75,11 @@ class UnfinishedRun:
                     f"The folder {str(directory)!r} for an unfinished run holds something else ({each.name!r}); name "
                     "another."
                 )
+        self._lock = _locked(directory)
         entry = self.journal.load(_RUN, shared=True)
         for each in directory.iterdir():
             # Without the identity of their run no entries can be trusted; unfinished files are of no use.
-            if entry is None or each.name.startswith("."):
+            if each.name != _LOCK and (entry is None or each.name.startswith(".")):
                 each.unlink()
         if entry is None:
             self._save(None)
@@ -88,23 +95,51 @@ class UnfinishedRun:
         """Remove the folder, for the result is saved."""
         if self._is_main:
             assert self.journal.directory is not None  # given
-            discard(self.journal.directory)
+            _remove(self.journal.directory, self._lock)
 
     def _save(self, result: str | None) -> None:
         self.journal.save(_RUN, {}, {"identity": self._identity, "result": result}, shared=True)
 
 
 def discard(directory: str | Path) -> None:
-    """Remove the folder of an unfinished run, if there is one."""
+    """Remove the folder of an unfinished run, if there is one.
+
+    Raises:
+        ValueError: if another process works on it now.
+    """
     directory = Path(directory).expanduser()
-    if not directory.is_dir():
-        return
-    last = Journal(directory).path(_RUN, shared=True)
+    if directory.is_dir():
+        _remove(directory, _locked(directory))
+
+
+def _locked(directory: Path) -> FileLock | None:
+    """The lock of a folder, taken; None where the file system knows no locks.
+
+    It is let go when the process ends, however it ends, and taken again by the same process without waiting.
+    """
+    lock = FileLock(directory / _LOCK, timeout=_PATIENCE, is_singleton=True)
+    try:
+        with suppress(NotImplementedError):
+            lock.acquire()
+            return lock
+    except Timeout as error:
+        raise ValueError(
+            f"Another process works on the unfinished run in {str(directory)!r}. Wait until it ends, or name another "
+            "output."
+        ) from error
+    return None
+
+
+def _remove(directory: Path, lock: FileLock | None) -> None:
+    last, locked = Journal(directory).path(_RUN, shared=True), directory / _LOCK
     for each in directory.iterdir():
-        if _OURS.fullmatch(each.name) and each != last:
+        if _OURS.fullmatch(each.name) and each not in (last, locked):
             each.unlink(missing_ok=True)
-    # Last, for without it nobody would know that the result beside the folder comes from it.
+    # Late, for without it nobody would know that the result beside the folder comes from it.
     last.unlink(missing_ok=True)
+    if lock is not None:
+        lock.release(force=True)
+    locked.unlink(missing_ok=True)
     if not any(directory.iterdir()):
         directory.rmdir()
 

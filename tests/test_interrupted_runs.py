@@ -1,8 +1,11 @@
 """A run that is cut off goes on from where it was and ends with the same result, bit by bit."""
 
 import copy
+import gc
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from models import tiny_swin, tiny_vit
 from optimum_mixrank import MixRankCompressor
 from optimum_mixrank.calibration import collating
 from optimum_mixrank.journal import Journal
+from optimum_mixrank.unfinished import discard
 
 
 IMAGES = images(24)
@@ -159,6 +163,25 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match=r"holds something else \('notes.txt'\)"):
         compress(tmp_path / "out", tmp_path, **FAST)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_two_processes_do_not_work_on_one_run(cut_off, tmp_path, monkeypatch):
+    out, run = tmp_path / "out", tmp_path / "run"
+    interrupted(cut_off, out, run, **FAST)
+    monkeypatch.setattr("optimum_mixrank.unfinished._PATIENCE", 0.1)
+    program = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    # What this process holds of the run that was cut off is let go.
+    gc.collect()
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(run / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        for work in (lambda: compress(out, run, **FAST), lambda: discard(run)):
+            with pytest.raises(ValueError, match="Another process works on the unfinished run in"):
+                work()
+        other.kill()
+    assert compress(out, run, **FAST) == compress(tmp_path / "undisturbed", **FAST)
+    assert not run.exists()
 
 
 def test_the_folder_stays_until_the_model_is_saved(tmp_path):
