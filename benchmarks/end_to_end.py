@@ -5,18 +5,22 @@
     python benchmarks/end_to_end.py --shapes deit-s --recipes best --processes 1 2 --output results/scaling
 
 Weights and images are random, which does for timing. With `--processes`, this file starts itself by `accelerate launch`,
-every process with the same number of threads (strong scaling: the work stays, its share shrinks). `--paper-gpus` adds a
-model on paper, no measurement: the time for N processes from the measured parts of one, as
+every process with the same number of threads (strong scaling: the work stays, its share shrinks). `--paper` adds a model
+on paper, no measurement: the time for N processes and `--paper-images` from the measured parts of one process, as
 
-    parallel parts / N + serial parts + 2 (N - 1) / N * bytes that are exchanged / bandwidth
+    images  * (1 + ceil((B - 1) / N)) / B     what is done for B batches, of which one process runs the first alone
+    + layers / N                              decompositions and factors
+    + serial parts
+    + 2 (N - 1) / N * bytes that are exchanged / bandwidth
 
-with `--bandwidth` in GB/s between GPUs.
+with `--bandwidth` in GB/s between processes. Where two processes were measured, the model's time for them stands beside.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +31,7 @@ import torch
 from support import SHAPES, described, machine, random_images, random_model, table, write
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank.calibration.run import required_statistics
 from optimum_mixrank.decomposition import METRICS
 from optimum_mixrank.distributed import disconnect, find_processes
 from optimum_mixrank.memory_plan import decomposition_bytes, format_bytes, statistics_bytes
@@ -35,7 +40,8 @@ from optimum_mixrank.targets import encoder_linears
 
 
 PHASES = ("calibrate", "decompose", "allocate", "profile", "factorize", "compensate")
-PARALLEL = ("calibrate", "decompose", "factorize", "compensate")
+BY_IMAGES = ("calibrate", "compensate")
+BY_LAYERS = ("decompose", "factorize")
 """Phases whose images or layers are shared out over processes."""
 
 MARK = "result: "
@@ -53,8 +59,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, default=0, help="of each process; default: cores / most processes")
-    parser.add_argument("--paper-gpus", type=int, nargs="*", default=[])
-    parser.add_argument("--bandwidth", type=float, help="GB/s between GPUs, for --paper-gpus")
+    parser.add_argument("--paper", type=int, nargs="*", default=[], help="numbers of processes")
+    parser.add_argument("--paper-images", type=int, help="default: --images")
+    parser.add_argument("--bandwidth", type=float, default=25.0, help="GB/s between processes, for --paper")
     parser.add_argument("--one", action="store_true", help="measure the first shape and recipe in this process")
     parser.add_argument("--output", type=Path, help="OUTPUT.md and OUTPUT.json are written")
     args = parser.parse_args()
@@ -64,8 +71,8 @@ def main() -> None:
             print(MARK + json.dumps(found), flush=True)
         disconnect()
         return
-    if args.output is None or (args.paper_gpus and not args.bandwidth):
-        parser.error("--output is missing" if args.output is None else "--bandwidth is missing")
+    if args.output is None:
+        parser.error("--output is missing")
     threads = args.threads or max(1, len(os.sched_getaffinity(0)) // max(args.processes))
     records = [
         {"shape": shape, "recipe": recipe, "processes": processes, **launched(args, shape, recipe, processes, threads)}
@@ -84,8 +91,8 @@ def main() -> None:
         "dtype": "float32",
     }
     lines = [described(settings, args.device), "", *measurements(records)]
-    if args.paper_gpus:
-        lines += ["", *on_paper(records, args.paper_gpus, args.bandwidth)]
+    if args.paper:
+        lines += ["", *on_paper(records, args)]
     write(args.output, {"settings": settings, "environment": machine(args.device), "rows": records}, lines)
 
 
@@ -122,8 +129,7 @@ def measured(args: argparse.Namespace) -> dict:
     processes = find_processes()
     compressor = MixRankCompressor(model.to(args.device if processes.is_alone else processes.device))
     targets = encoder_linears(model)
-    metric = METRICS.create(config.metric)
-    required = {target.name: metric.required_statistics(*target.shape) for target in targets}
+    required = required_statistics([METRICS.create(config.metric)], targets)
     layers = probe_model(model, targets, False).layers
     start = time.perf_counter()
     compressor.compress(config, batches, batch_size=args.batch_size)
@@ -136,6 +142,9 @@ def measured(args: argparse.Namespace) -> dict:
         "exchanged_bytes": {
             "statistics": statistics_bytes(layers, required),
             "decompositions": sum(decomposition_bytes(target.shape, config.layout) for target in targets),
+            # Covariances of inputs and of targets with them, in float64, of every layer-wise step.
+            "compensation": len(config.compensation)
+            * sum(8 * n * (m + n) for m, n in (each.shape for each in targets)),
         },
     }
 
@@ -161,36 +170,54 @@ def measurements(records: list[dict]) -> list[str]:
     return table(("shape", "recipe", "processes", *PHASES, "in all", "speed-up", "peak beside the model"), rows)
 
 
-def on_paper(records: list[dict], counts: list[int], bandwidth: float) -> list[str]:
+def on_paper(records: list[dict], args: argparse.Namespace) -> list[str]:
     """A table of times from the model of this file's description."""
+    images = args.paper_images or args.images
+    measured_for = {(row["shape"], row["recipe"], row["processes"]): row["total"] for row in records}
     rows = []
     for row in records:
         if row["processes"] != 1:
             continue
-        parallel = sum(row["seconds"][phase] for phase in PARALLEL)
-        serial = row["total"] - parallel
-        exchanged = sum(row["exchanged_bytes"].values())
-        for count in counts:
-            wire = 2 * (count - 1) / count * exchanged / (bandwidth * 1e9)
-            total = parallel / count + serial + wire
+        name = row["shape"], row["recipe"]
+        settings = [(count, images) for count in (1, *args.paper)]
+        # Beside what was measured, for the same images.
+        settings = [
+            (count, args.images) for count in args.processes if count > 1 and (*name, count) in measured_for
+        ] + settings
+        for count, number in settings:
+            parts = modelled(row, count, args.images, number, args.batch_size, args.bandwidth)
+            total, alone = sum(parts), sum(modelled(row, 1, args.images, number, args.batch_size, args.bandwidth))
+            measured = measured_for.get((*name, count)) if number == args.images else None
             rows.append(
                 (
                     row["shape"],
                     f"`{row['recipe']}`",
+                    f"{number:,}",
                     count,
-                    f"{parallel / count:.1f} s",
-                    f"{serial:.1f} s",
-                    f"{wire:.2f} s",
+                    *(f"{part:.1f} s" for part in parts),
                     f"{total:.1f} s",
-                    f"{row['total'] / total:.1f}",
+                    f"{alone / total:.1f}",
+                    "" if measured is None else f"{measured:.1f} s",
                 )
             )
-    header = ("shape", "recipe", "processes", "parallel parts", "serial parts", "exchange", "in all", "speed-up")
+    header = ("shape", "recipe", "images", "processes", "images' part", "layers' part", "serial parts", "exchange")
     return [
-        f"A model on paper, no measurement: measured parts of one process, {bandwidth:g} GB/s between processes.",
+        f"A model on paper, no measurement: measured parts of one process, {args.bandwidth:g} GB/s between processes.",
         "",
-        *table(header, rows),
+        *table((*header, "in all", "speed-up", "measured"), rows),
     ]
+
+
+def modelled(
+    row: dict, processes: int, images: int, wanted: int, batch_size: int, bandwidth: float
+) -> tuple[float, float, float, float]:
+    """Seconds of the parts for some processes and `wanted` images, from those of one process and `images`."""
+    batches = math.ceil(wanted / batch_size)
+    share = (1 + math.ceil((batches - 1) / processes)) / batches
+    by_images = sum(row["seconds"][phase] for phase in BY_IMAGES)
+    by_layers = sum(row["seconds"][phase] for phase in BY_LAYERS)
+    wire = 2 * (processes - 1) / processes * sum(row["exchanged_bytes"].values()) / (bandwidth * 1e9)
+    return by_images * wanted / images * share, by_layers / processes, row["total"] - by_images - by_layers, wire
 
 
 if __name__ == "__main__":
