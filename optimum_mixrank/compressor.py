@@ -340,6 +340,8 @@ class MixRankCompressor(OptimumQuantizer):
             limits = {"batch_size": batch_size, "max_broken_share": max_broken_share, "statistics": given}
             self._unfinished = self._open_run(resume_directory, fingerprint, config, batches, limits, save_interval)
             journal = self._unfinished.journal
+        original = measure(self.model)
+        # After a first pass, for what libraries take when they first compute is not what a compression needs.
         peak = PeakMemory(self.model.device)
         images = self._decoded(config, batches, journal)
         memory = announce_memory(
@@ -353,7 +355,6 @@ class MixRankCompressor(OptimumQuantizer):
             inplace=inplace,
             max_memory=max_memory,
         )
-        original = measure(self.model)
         prepared = prepare_images(self.model, images, config, processes) if config.compensation else None
         run, decoded = None, images if config.compensation else None
         if calibration is not None:

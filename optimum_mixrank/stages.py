@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .calibration.result import Calibration
 from .decomposition import Decomposition, LayerStatistics, Metric, Statistic, corrected_bias, pivot_rows
 from .distributed import ALONE, Processes
+from .freed import return_freed_memory
 from .journal import NO_JOURNAL, Journal
 from .layout import FactoredLayer, break_even
 from .loading import empty_layer
@@ -68,6 +69,7 @@ def decompose_layers(
             if target.name not in found:
                 found[target.name] = _decompose(metric, target, calibration, layout)
                 saved.add(target.name, found[target.name])
+                return_freed_memory()
         saved.finish()
     if processes.is_alone:
         return {target.canonical_name: found[target.name] for target in targets}
@@ -103,7 +105,7 @@ def allocation_losses(metric: Metric, decompositions: Mapping[str, Decomposition
 def factorize_layers(
     model: nn.Module,
     targets: Sequence[Target],
-    decompositions: Mapping[str, Decomposition],
+    decompositions: MutableMapping[str, Decomposition],
     ranks: Mapping[str, int | None],
     calibration: Calibration | None,
     layout: str = "factors",
@@ -116,7 +118,7 @@ def factorize_layers(
     Args:
         model: Changed in place; `targets` may belong to it or to the model it is a copy of.
         targets: The layers.
-        decompositions: By canonical name.
+        decompositions: By canonical name; those of factored layers are taken out, so that memory does not grow.
         ranks: By canonical name; None leaves a layer dense.
         calibration: Statistics by module name, for the bias; None leaves biases as they are.
         layout: How factors are stored; see `FactoredLayer`.
@@ -127,11 +129,11 @@ def factorize_layers(
         rank = ranks[target.canonical_name]
         assert rank is not None  # dense layers are left out below
         mean = None if calibration is None else _statistics(calibration, target).require(Statistic.INPUT_MEAN)
-        A, B = decompositions[target.canonical_name].factors(rank)
+        A, B = decompositions.pop(target.canonical_name).factors(rank)
         return factored_linear(target.module, A, B, layout, mean)
 
     factored = [target for target in targets if ranks[target.canonical_name] is not None]
-    for name, layer in make_layers(factored, factorize, processes, "Factorizing").items():
+    for name, layer in make_layers(factored, factorize, processes, "Factorizing"):
         replace_module(model, name, layer)
     return rank_map_of(model, targets)
 
@@ -141,8 +143,10 @@ def make_layers(
     make: Callable[[Target], FactoredLinear],
     processes: Processes = ALONE,
     description: str | None = None,
-) -> dict[str, FactoredLinear]:
+) -> Iterator[tuple[str, FactoredLinear]]:
     """Make factored layers, by module name; several processes share them out by cost, and all get the very same ones.
+
+    A process that is alone gives each away before it makes the next, so that dense layers may go as they are replaced.
 
     Args:
         targets: The dense layers whose place they take.
@@ -151,15 +155,21 @@ def make_layers(
         description: Of the progress bar; None shows none.
     """
     owners = processes.share_out({target.name: math.prod(target.shape) * min(target.shape) for target in targets})
-    own = [target for target in targets if owners[target.name] == processes.index]
-    made: dict[str, FactoredLinear] = {}
+    own = logging.tqdm(
+        [target for target in targets if owners[target.name] == processes.index],
+        desc=description,
+        unit="layer",
+        disable=description is None,
+    )
+    if processes.is_alone:
+        for target in own:
+            yield target.name, make(target)
+            return_freed_memory()
+        return
     with processes.agreed():
-        for target in logging.tqdm(own, desc=description, unit="layer", disable=description is None):
-            made[target.name] = make(target)
-    return {
-        target.name: _share_layer(made.get(target.name), target.module, processes, owners[target.name])
-        for target in targets
-    }
+        made = {target.name: make(target) for target in own}
+    for target in targets:
+        yield target.name, _share_layer(made.pop(target.name, None), target.module, processes, owners[target.name])
 
 
 def _share_layer(layer: FactoredLinear | None, dense: nn.Linear, processes: Processes, source: int) -> FactoredLinear:

@@ -171,10 +171,9 @@ class LayerwiseCompensator(Compensator):
                     "overflow, load it with dtype='float32'."
                 )
         by_target = {group[name].name: pair for name, pair in pairs.items()}
-        layers = make_layers(
+        for name, layer in make_layers(
             list(group.values()), lambda target: self._solve(task, target, by_target[target.name]), processes
-        )
-        for name, layer in layers.items():
+        ):
             replace_module(task.model, name, layer)
 
     def _solve(self, task: Compensation, target: Target, pair: PairAccumulator) -> FactoredLinear:

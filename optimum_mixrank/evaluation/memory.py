@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..freed import return_freed_memory
 from ..inference import evaluation_mode
 
 
@@ -65,7 +66,8 @@ class PeakMemory:
     """By how much memory has grown at most since this was made.
 
     On the host it is the resident memory that the Linux kernel counts for the process, whose mark of the highest value
-    is set back. Elsewhere than on Linux it is not known.
+    is set back. Elsewhere than on Linux it is not known. Memory that is free already goes back to the system first, for
+    what takes its place counts.
 
     Args:
         device: A GPU to watch too.
@@ -73,6 +75,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device if device is not None and device.type == "cuda" else None
+        return_freed_memory()
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         self._host = _kernel_bytes("VmRSS")
