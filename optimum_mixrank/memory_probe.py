@@ -60,7 +60,7 @@ def probe_model(model: nn.Module, targets: Sequence[Target], with_gradients: boo
     backward = forward
     if with_gradients:
         with evaluation_mode(model), activation_gradients(model):
-            backward = live_bytes(model, lambda: _gradients(model, image, targets))
+            backward = live_bytes(model, lambda: _gradients(model, image))
     return ModelSize(
         layers=layers,
         weights=weight_bytes(model),
@@ -101,14 +101,8 @@ def _segments(
     return max(boundaries), max(outputs)
 
 
-def _gradients(model: nn.Module, image: Tensor, targets: Sequence[Target]) -> None:
-    outputs: list[Tensor] = []
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs.append(output)
-
-    handles = [model.get_submodule(target.name).register_forward_hook(hook) for target in targets]
-    with removed_afterwards(handles):
-        found = select_output(model(pixel_values=image.clone().requires_grad_()), getattr(model, "config", None))
+def _gradients(model: nn.Module, image: Tensor) -> None:
+    """Run the model and back to the image."""
+    found = select_output(model(pixel_values=image.clone().requires_grad_()), getattr(model, "config", None))
     tensors = [found.logits] if found.logits is not None else list(found.features)
-    torch.autograd.grad(torch.stack([tensor.sum() for tensor in tensors]).sum(), outputs, allow_unused=True)
+    torch.stack([tensor.sum() for tensor in tensors]).sum().backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -21,6 +23,8 @@ from .moments import MomentAccumulator, to_device
 class GradientCollector(OutputListener):
     """Context manager that accumulates `E[g gᵀ]` of the outputs of linear layers; on leaving, no hook remains.
 
+    Every gradient is taken in as soon as it is there, and let go.
+
     Args:
         model: The model that will run, with gradients enabled.
         names: Module names of the layers.
@@ -36,7 +40,13 @@ class GradientCollector(OutputListener):
         super().__init__({name: model.get_submodule(name) for name in names})
         self._samples = samples
         self._seed = seed
-        self._outputs: dict[str, list[Tensor]] = {}
+        # By layer, a gradient of zeros for every call in this batch, and those whose own gradient is yet to come.
+        self._called: dict[str, dict[int, Tensor]] = {}
+        self._awaited: dict[str, dict[int, Tensor]] = {}
+        self._calls = itertools.count()
+        self._scale = 1.0
+        # Each device of a model over several has a thread of its own on the way back.
+        self._lock = threading.Lock()
         self._accumulators = {name: MomentAccumulator() for name in names}
         self._accumulators |= {_squares(name): MomentAccumulator(full=False) for name in projected}
         self._bases = {name: torch.linalg.qr(self._weight(name).float()).Q for name in projected}
@@ -44,23 +54,22 @@ class GradientCollector(OutputListener):
     def update(self, output: ModelOutput, batch: int = 0) -> None:
         """Take in the gradients of the batch that has just run.
 
+        Of all that the output depends on, its images alone may require gradients; see `activation_gradients`.
+
         Args:
             output: Of the model.
             batch: Number of the batch among those of all processes, on which its probes depend.
         """
         generator = _generator(self._seed, batch)
-        outputs = [tensor for tensors in self._outputs.values() for tensor in tensors]
-        owners = [name for name, tensors in self._outputs.items() for _ in tensors]
-        # Gradients of a confident model are too small for float16; as in mixed-precision training they are scaled.
-        scale = 2.0**14 if any(tensor.dtype == torch.float16 for tensor in outputs) else 1.0
         for sample in range(self._samples):
-            scalar = probe_likelihood(output, generator) * scale
-            last = sample + 1 == self._samples
-            gradients = torch.autograd.grad(scalar, outputs, retain_graph=not last, allow_unused=True)
-            for name, tensor, gradient in zip(owners, outputs, gradients, strict=True):
+            scalar = probe_likelihood(output, generator) * self._scale
+            self._awaited = {name: dict(calls) for name, calls in self._called.items()}
+            # Not `grad`, which would hold the gradients of all layers at once.
+            scalar.backward(retain_graph=sample + 1 < self._samples)
+            for name, calls in self._awaited.items():
                 # A layer on which the output does not depend has the gradient zero.
-                gradient = torch.zeros_like(tensor) if gradient is None else gradient
-                self._take_in(name, gradient.float() / scale if scale != 1 else gradient)
+                for zeros in calls.values():
+                    self._take_in(name, zeros.clone())
         self._forget()
 
     @property
@@ -161,12 +170,27 @@ class GradientCollector(OutputListener):
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._outputs.setdefault(name, []).append(output)
+            call = next(self._calls)
+            # A view of one zero takes no memory.
+            self._called.setdefault(name, {})[call] = output.new_zeros(()).expand(output.shape)
+            if output.dtype == torch.float16:
+                # Gradients of a confident model are too small for it; as in mixed-precision training they are scaled.
+                self._scale = 2.0**14
+
+            def arrived(gradient: Tensor) -> None:
+                with self._lock:
+                    del self._awaited[name][call]
+                    scaled = self._scale != 1
+                    self._take_in(name, gradient.float() / self._scale if scaled else gradient)
+
+            if output.requires_grad:
+                output.register_hook(arrived)
 
         return hook
 
     def _forget(self) -> None:
-        self._outputs.clear()
+        self._called.clear()
+        self._scale = 1.0
 
 
 def _squares(name: str) -> str:
