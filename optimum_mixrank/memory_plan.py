@@ -158,7 +158,8 @@ def plan_memory(size: ModelSize, task: MemoryTask, passes: int = 1, kept_outputs
             (HOST, "images", images),
             (compute, "statistics", collected + bases_bytes(largest, task.required)),
             (compute, "activations", batch * (size.backward if with_gradients else size.forward)),
-            (compute, "workspace", 2 * 4 * batch * widest),
+            # Tokens in float32, and centred; of gradients also their squares and a projection.
+            (compute, "workspace", (4 if with_gradients else 2) * 4 * batch * widest),
             (store, "decompositions", left),
         )
     phases["decompose"] = _placed(

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..decomposition.statistics import GRADIENT_STATISTICS, LayerStatistics, Statistic
 from ..distributed import ALONE, Processes
+from ..freed import return_freed_memory
 from ..hooks import OutputListener
 from ..inference import evaluation_mode
 from ..journal import NO_JOURNAL, Journal, flatten, unflatten
@@ -283,6 +284,9 @@ def collect_statistics(
             progress.update(len(pixel_values))
             taken.images += len(pixel_values)
             taken.batches += 1
+            # Blocks of a graph of activations leave holes, into which those of the next one do not fit.
+            del output, pixel_values
+            return_freed_memory()
 
         resumed = taken.resume(processes, device)
         rest = taken.rest(batches)
