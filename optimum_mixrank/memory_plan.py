@@ -15,6 +15,9 @@ HOST, DEVICE = "host", "device"
 KEPT_OUTPUTS = 4 * 2**30
 """Most bytes of the original's outputs that layer-wise compensation keeps rather than computes again."""
 
+HOLES = 1.25
+"""What a graph of activations takes on the host, over the bytes of its tensors: the C library keeps holes between them."""
+
 LAYERWISE = frozenset({"sequential", "residual"})
 """Compensation that is counted; steps that train are not."""
 
@@ -151,13 +154,14 @@ def plan_memory(size: ModelSize, task: MemoryTask, passes: int = 1, kept_outputs
     left = 0 if passes == 1 else round((found + kept) * (1 - 1 / passes))
     batch = min(task.batch_size, task.num_images)
     images = task.num_images * size.pixels if task.compensation else batch * size.pixels
+    holes = HOLES if compute == HOST else 1.0
     widest = max((layer.tokens * max(layer.shape) for layer in size.layers), default=0)
     phases: dict[str, dict[str, dict[str, int]]] = {}
     if task.required:
         phases["calibrate"] = _placed(
             (HOST, "images", images),
             (compute, "statistics", collected + bases_bytes(largest, task.required)),
-            (compute, "activations", batch * (size.backward if with_gradients else size.forward)),
+            (compute, "activations", round(batch * (holes * size.backward if with_gradients else size.forward))),
             # Tokens in float32, and centred; of gradients also their squares and a projection.
             (compute, "workspace", (4 if with_gradients else 2) * 4 * batch * widest),
             (store, "decompositions", left),

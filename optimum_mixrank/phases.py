@@ -36,12 +36,13 @@ class Phase:
 def phase(done: str, level: int = logging.INFO) -> Iterator[Phase]:
     """Time a phase; at its end say so in one line, `Calibrated: 512 images, 12.3 s`. After an error nothing is said.
 
-    What it has freed goes back to the system.
+    What was freed before it and in it goes back to the system.
 
     Args:
         done: What has been done then.
         level: Of the message.
     """
+    return_freed_memory()
     current = Phase()
     start = time.perf_counter()
     yield current
