@@ -179,7 +179,7 @@ def on_paper(records: list[dict], args: argparse.Namespace) -> list[str]:
         if row["processes"] != 1:
             continue
         name = row["shape"], row["recipe"]
-        settings = [(count, images) for count in (1, *args.paper)]
+        settings = [(count, images) for count in dict.fromkeys((1, *args.paper))]
         # Beside what was measured, for the same images.
         settings = [
             (count, args.images) for count in args.processes if count > 1 and (*name, count) in measured_for

@@ -26,7 +26,7 @@ SETTINGS = [
     "deit-b:fast:16:8",
     "deit-b:best:16:8",
     "deit-b:best-one-shot:16:8",
-    "deit-b:best-one-shot:16:8:1600MiB",
+    "deit-b:best-one-shot:16:8:1350MiB",
 ]
 MARK = "result: "
 

@@ -340,6 +340,10 @@ class MixRankCompressor(OptimumQuantizer):
             limits = {"batch_size": batch_size, "max_broken_share": max_broken_share, "statistics": given}
             self._unfinished = self._open_run(resume_directory, fingerprint, config, batches, limits, save_interval)
             journal = self._unfinished.journal
+            with processes.agreed():
+                # A run that has ended while this one waited for the folder may have saved its result.
+                if save_directory is not None and processes.is_main:
+                    writable_directory(save_directory, overwrite or has_saved(resume_directory, save_directory))
         original = measure(self.model)
         # After a first pass, for what libraries take when they first compute is not what a compression needs.
         peak = PeakMemory(self.model.device)

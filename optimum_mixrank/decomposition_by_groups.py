@@ -56,7 +56,8 @@ def decompose_by_groups(
         kept = GRADIENT_STATISTICS if keep_gradients else frozenset()
         layers = {name: statistics.only(kept, device) for name, statistics in part.layers.items()}
         parts.append(dataclasses.replace(part, layers=layers))
-        del part
+        # Before the next pass; on a GPU they are not those that are kept.
+        del part, found, layers
     together = dataclasses.replace(
         parts[0],
         layers={name: statistics for part in parts for name, statistics in part.layers.items()},

@@ -23,4 +23,7 @@ def _malloc_trim() -> Callable[[int], int] | None:
         library = ctypes.CDLL(None)
     except (OSError, TypeError):
         return None
-    return getattr(library, "malloc_trim", None)
+    trim = getattr(library, "malloc_trim", None)
+    if trim is not None:
+        trim.argtypes = [ctypes.c_size_t]
+    return trim

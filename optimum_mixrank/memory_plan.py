@@ -48,7 +48,7 @@ class ModelSize:
         weights: Parameters and buffers.
         pixels: One image, as the model sees it.
         forward: Activations that a forward pass holds at once, for one image.
-        backward: The same with gradients of all targeted layers' outputs.
+        backward: The same on the way there and back to the image.
         boundary: Input of a segment (a block), for one image.
         outputs: Outputs of the targeted layers of a segment, for one image.
         on_host: Whether the model computes on the host.

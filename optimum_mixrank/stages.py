@@ -69,7 +69,8 @@ def decompose_layers(
             if target.name not in found:
                 found[target.name] = _decompose(metric, target, calibration, layout)
                 saved.add(target.name, found[target.name])
-                return_freed_memory()
+                if target.module.weight.device.type == "cpu":
+                    return_freed_memory()
         saved.finish()
     if processes.is_alone:
         return {target.canonical_name: found[target.name] for target in targets}
@@ -118,7 +119,7 @@ def factorize_layers(
     Args:
         model: Changed in place; `targets` may belong to it or to the model it is a copy of.
         targets: The layers.
-        decompositions: By canonical name; those of factored layers are taken out, so that memory does not grow.
+        decompositions: By canonical name; those that this process has used are taken out, so that memory does not grow.
         ranks: By canonical name; None leaves a layer dense.
         calibration: Statistics by module name, for the bias; None leaves biases as they are.
         layout: How factors are stored; see `FactoredLayer`.
@@ -146,7 +147,7 @@ def make_layers(
 ) -> Iterator[tuple[str, FactoredLinear]]:
     """Make factored layers, by module name; several processes share them out by cost, and all get the very same ones.
 
-    A process that is alone gives each away before it makes the next, so that dense layers may go as they are replaced.
+    A process that is alone gives each away before it makes the next: the dense layers of a copy go as they are replaced.
 
     Args:
         targets: The dense layers whose place they take.
@@ -164,7 +165,8 @@ def make_layers(
     if processes.is_alone:
         for target in own:
             yield target.name, make(target)
-            return_freed_memory()
+            if target.module.weight.device.type == "cpu":
+                return_freed_memory()
         return
     with processes.agreed():
         made = {target.name: make(target) for target in own}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -35,6 +37,7 @@ _OURS = re.compile(r"(.+\.safetensors|\..+\.safetensors-[a-z0-9_]{8}|lock)")
 _PATIENCE = 10.0
 """Seconds: processes that a killed run had started may outlive it by some, and hold its lock so long."""
 
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _MISSING = "nothing"
 
 
@@ -117,17 +120,19 @@ def _locked(directory: Path) -> FileLock | None:
 
     It is let go when the process ends, however it ends, and taken again by the same process without waiting.
     """
-    lock = FileLock(directory / _LOCK, timeout=_PATIENCE, is_singleton=True)
+    lock = FileLock(directory / _LOCK, timeout=_PATIENCE, is_singleton=True, thread_local=False)
     try:
-        with suppress(NotImplementedError):
-            lock.acquire()
-            return lock
+        lock.acquire()
+        return lock
     except Timeout as error:
         raise ValueError(
             f"Another process works on the unfinished run in {str(directory)!r}. Wait until it ends, or name another "
             "output."
         ) from error
-    return None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        return None
 
 
 def _remove(directory: Path, lock: FileLock | None) -> None:
@@ -137,10 +142,14 @@ def _remove(directory: Path, lock: FileLock | None) -> None:
             each.unlink(missing_ok=True)
     # Late, for without it nobody would know that the result beside the folder comes from it.
     last.unlink(missing_ok=True)
+    # While it is held, for another process may wait for it and make its own; where that is not allowed, afterwards.
+    with suppress(OSError):
+        locked.unlink(missing_ok=True)
     if lock is not None:
         lock.release(force=True)
-    locked.unlink(missing_ok=True)
-    if not any(directory.iterdir()):
+    with suppress(OSError):
+        if os.name == "nt":
+            locked.unlink(missing_ok=True)
         directory.rmdir()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ class GradientCollector(OutputListener):
         self._scale = 1.0
         # Each device of a model over several has a thread of its own on the way back.
         self._lock = threading.Lock()
+        self._context = contextvars.copy_context()
         self._accumulators = {name: MomentAccumulator() for name in names}
         self._accumulators |= {_squares(name): MomentAccumulator(full=False) for name in projected}
         self._bases = {name: torch.linalg.qr(self._weight(name).float()).Q for name in projected}
@@ -61,6 +63,8 @@ class GradientCollector(OutputListener):
             batch: Number of the batch among those of all processes, on which its probes depend.
         """
         generator = _generator(self._seed, batch)
+        # A thread of a device knows nothing of the precision that is set here.
+        self._context = contextvars.copy_context()
         for sample in range(self._samples):
             scalar = probe_likelihood(output, generator) * self._scale
             self._awaited = {name: dict(calls) for name, calls in self._called.items()}
@@ -177,11 +181,13 @@ class GradientCollector(OutputListener):
                 # Gradients of a confident model are too small for it; as in mixed-precision training they are scaled.
                 self._scale = 2.0**14
 
-            def arrived(gradient: Tensor) -> None:
+            def arrived(gradient: Tensor | None) -> None:
+                if gradient is None:
+                    return
                 with self._lock:
                     del self._awaited[name][call]
                     scaled = self._scale != 1
-                    self._take_in(name, gradient.float() / self._scale if scaled else gradient)
+                    self._context.run(self._take_in, name, gradient.float() / self._scale if scaled else gradient)
 
             if output.requires_grad:
                 output.register_hook(arrived)

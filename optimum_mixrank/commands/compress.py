@@ -64,8 +64,9 @@ on several GPUs:
             raise ValueError("--dataset is missing: name a folder of images, or use --metric svd --compensation none.")
         compressor = open_compressor(args, args.model)
         images = None if config.dataset is None else calibration_images(args, compressor, config)
-        if run is not None and not args.resume and compressor.processes.is_main:
-            discard(run)
+        with compressor.processes.agreed():
+            if run is not None and not args.resume and compressor.processes.is_main:
+                discard(run)
         loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
         model = compressor.compress(
             config,
