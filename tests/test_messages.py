@@ -19,6 +19,9 @@ ROOT = logging.getLogger("optimum_mixrank")
 @pytest.fixture(autouse=True)
 def levels():
     before = transformers_logging.get_verbosity(), ROOT.level
+    # A command that ran in this process before may have set it.
+    ROOT.setLevel(logging.NOTSET)
+    get_logger("optimum_mixrank.tests")
     yield
     transformers_logging.set_verbosity(before[0])
     ROOT.setLevel(before[1])
