@@ -31,6 +31,7 @@ from .evaluation.flops import flops_per_image, tokens_per_image
 from .evaluation.labels import find_label_column, map_labels
 from .evaluation.memory import PeakMemory
 from .evaluation.size import safetensors_bytes
+from .freed import keep_large_blocks_apart
 from .journal import NO_JOURNAL, Journal
 from .memory_limits import MaxMemory, announce_memory, foresee_memory, layer_groups, memory_record
 from .memory_plan import KEPT_OUTPUTS, MemoryPlan
@@ -345,6 +346,8 @@ class MixRankCompressor(OptimumQuantizer):
                 if save_directory is not None and processes.is_main:
                     writable_directory(save_directory, overwrite or has_saved(resume_directory, save_directory))
         original = measure(self.model)
+        if self.model.device.type == "cpu":
+            keep_large_blocks_apart()
         # After a first pass, for what libraries take when they first compute is not what a compression needs.
         peak = PeakMemory(self.model.device)
         images = self._decoded(config, batches, journal)
