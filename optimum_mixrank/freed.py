@@ -6,6 +6,10 @@ import ctypes
 import functools
 from collections.abc import Callable
 
+import torch
+
+
+_HOST = torch.device("cpu")
 
 LARGE_BLOCK = 4 * 2**20
 """Bytes."""
@@ -14,13 +18,16 @@ _MMAP_THRESHOLD = -3
 """`M_MMAP_THRESHOLD` of glibc's `malloc.h`."""
 
 
-def return_freed_memory() -> None:
+def return_freed_memory(device: torch.device = _HOST) -> None:
     """Let the C library return the pages of freed blocks, of which glibc keeps what lies between blocks in use.
 
     Where the C library knows no such thing, nothing happens.
+
+    Args:
+        device: On which the work was done; what a GPU computes leaves nothing on the host.
     """
     trim = _function("malloc_trim", ctypes.c_size_t)
-    if trim is not None:
+    if trim is not None and device.type == "cpu":
         trim(0)
 
 

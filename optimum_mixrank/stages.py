@@ -69,8 +69,7 @@ def decompose_layers(
             if target.name not in found:
                 found[target.name] = _decompose(metric, target, calibration, layout)
                 saved.add(target.name, found[target.name])
-                if target.module.weight.device.type == "cpu":
-                    return_freed_memory()
+                return_freed_memory(target.module.weight.device)
         saved.finish()
     if processes.is_alone:
         return {target.canonical_name: found[target.name] for target in targets}
@@ -165,8 +164,7 @@ def make_layers(
     if processes.is_alone:
         for target in own:
             yield target.name, make(target)
-            if target.module.weight.device.type == "cpu":
-                return_freed_memory()
+            return_freed_memory(target.module.weight.device)
         return
     with processes.agreed():
         made = {target.name: make(target) for target in own}

@@ -284,10 +284,9 @@ def collect_statistics(
             progress.update(len(pixel_values))
             taken.images += len(pixel_values)
             taken.batches += 1
-            if device.type == "cpu":
-                # Blocks of a graph of activations leave holes, into which those of the next one do not fit.
-                del output, pixel_values
-                return_freed_memory()
+            # Blocks of a graph of activations leave holes, into which those of the next one do not fit.
+            del output, pixel_values
+            return_freed_memory(device)
 
         resumed = taken.resume(processes, device)
         rest = taken.rest(batches)
