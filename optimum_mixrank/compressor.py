@@ -362,7 +362,7 @@ class MixRankCompressor(OptimumQuantizer):
             inplace=inplace,
             max_memory=max_memory,
         )
-        prepared = prepare_images(self.model, images, config, processes) if config.compensation else None
+        prepared = prepare_images(self.model, images, config, processes, batches) if config.compensation else None
         run, decoded = None, images if config.compensation else None
         if calibration is not None:
             calibration.check(fingerprint, None if decoded is None or batches is None else batches.fingerprint)

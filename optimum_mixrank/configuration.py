@@ -50,6 +50,8 @@ class MixRankConfig(QuantizationConfigMixin):
         learning_rate (`float`): Of these steps, the peak of a cosine schedule, relative to the size of the factors in
             whitened coordinates; see `optimum_mixrank.compensation.whitening`.
         train_batch_size (`int`): Images per step of training.
+        view_scale (`float`): `"distillation"` draws its random views from images this many times as large on each side
+            as the model sees, where the source gives images rather than tensors; 1 takes those that the model sees.
         fisher_samples (`int`): Random probes per image for the Fisher information of `metric="kfac"`; each costs a
             backward pass.
         target_modules (`str`, `list[str]`, *optional*): Layers to compress, as in PEFT: a string is a regular
@@ -95,8 +97,9 @@ class MixRankConfig(QuantizationConfigMixin):
     held_out_ratio: float = 0.1
     mirror: bool = True
     epochs: int = 10
-    learning_rate: float = 4e-4
-    train_batch_size: int = 32
+    learning_rate: float = 5e-4
+    train_batch_size: int = 64
+    view_scale: float = 2.0
     fisher_samples: int = 1
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
@@ -154,8 +157,13 @@ class MixRankConfig(QuantizationConfigMixin):
             raise ValueError(f"mirror={self.mirror!r} is neither True nor False.")
         _check_integer("epochs", self.epochs, 1)
         if not _is_number(self.learning_rate) or not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate={self.learning_rate!r} is not in (0, 1); the default is 4e-4.")
+            raise ValueError(f"learning_rate={self.learning_rate!r} is not in (0, 1); the default is 5e-4.")
         _check_integer("train_batch_size", self.train_batch_size, 1)
+        if not _is_number(self.view_scale) or not 1 <= self.view_scale <= 8:
+            raise ValueError(
+                f"view_scale={self.view_scale!r} is not in [1, 8]; it is how much larger than the model's input images "
+                "are decoded to draw views from, on each side, 2 is usual."
+            )
         _check_integer("fisher_samples", self.fisher_samples, 1)
         _check_patterns("target_modules", self.target_modules)
         _check_patterns("exclude_modules", self.exclude_modules)

@@ -189,7 +189,7 @@ def plan_memory(size: ModelSize, task: MemoryTask, passes: int = 1, kept_outputs
             # Another compressed one is kept to go back to.
             (compute, "models", (task.copies - 1) * size.weights + 2 * compressed),
             (compute, "activations between blocks", 2 * views * size.boundary),
-            (compute, "outputs of the original", outputs if outputs <= kept_outputs else 0),
+            (compute, "outputs of the original", min(outputs, kept_outputs)),
             (compute, "activations", batch * (size.forward + size.outputs)),
             (compute, "workspace", max((_solving_workspace(layer.shape) for layer in size.layers), default=0)),
         )

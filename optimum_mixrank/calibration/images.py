@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -20,6 +21,7 @@ from ..distributed import ALONE, Processes
 from ..messages import get_logger
 from .collating import Batch, Collator, ErrorsReturned
 from .decoding import BrokenImageError
+from .enlarging import enlarged_processor
 from .fingerprint import ImageFingerprint
 from .rows import (
     ImageRows,
@@ -124,6 +126,22 @@ class ImageBatches:
         self.num_images = num_images(source) if self._rows is None else len(self._rows)
         if self._rows is not None:
             self._collate.check_image_processor()
+
+    def enlarged(self, scale: float) -> ImageBatches | None:
+        """The same batches of the same images, `scale` times as large on each side.
+
+        Returns:
+            None where the source gives tensors or can be read but once, or the image processor has no sizes.
+        """
+        processor = None if self._rows is None else enlarged_processor(self._collate.image_processor, scale)
+        if processor is None:
+            return None
+        enlarged = copy.copy(self)
+        # The eight bits that images have fit into float16.
+        enlarged._collate = dataclasses.replace(self._collate, image_processor=processor, dtype=torch.float16)
+        enlarged._with_fingerprint = enlarged._pin_memory = False
+        enlarged._pass, enlarged._resumed, enlarged.broken = _Pass(), None, []
+        return enlarged
 
     @property
     def num_broken(self) -> int:

@@ -42,8 +42,11 @@ FIELDS: dict[str, Field] = {
     "held_out_ratio": Field("held-out-ratio", "float", "share of the images that decide what is kept; default 0.1"),
     "mirror": Field("mirror", "bool", "learn from mirrored images too; default yes"),
     "epochs": Field("epochs", "int", "of steps that train; default 10"),
-    "learning_rate": Field("learning-rate", "float", "of steps that train, relative to the factors; default 4e-4"),
-    "train_batch_size": Field("train-batch-size", "int", "of steps that train; default 32"),
+    "learning_rate": Field("learning-rate", "float", "of steps that train, relative to the factors; default 5e-4"),
+    "train_batch_size": Field("train-batch-size", "int", "of steps that train; default 64"),
+    "view_scale": Field(
+        "view-scale", "float", "size of the images that distillation crops from, beside the model's input; default 2"
+    ),
     "fisher_samples": Field("fisher-samples", "int", "random probes per image for kfac; default 1"),
     "target_modules": Field("target-modules", "list", "layers to compress; default: all linears of the encoder"),
     "exclude_modules": Field("exclude-modules", "list", "layers to leave alone"),

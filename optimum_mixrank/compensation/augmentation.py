@@ -2,47 +2,108 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 
+@dataclass(frozen=True)
+class Views:
+    """How strongly views differ from their images. The teacher sees the same views, so that nothing is mislabelled.
+
+    Attributes:
+        min_area: Smallest share of the image's area that a crop has, in (0, 1].
+        max_aspect: Largest ratio of a crop's sides, relative to the image's, at least 1.
+        jitter: Contrast, and brightness of every channel, change by at most this, a factor and standard deviations.
+        mix: Share of views that are blended with another one (mixup, arXiv 1710.09412).
+        cut: Share of views into which a square of another one is put (CutMix, arXiv 1905.04899).
+    """
+
+    min_area: float = 0.5
+    max_aspect: float = 4 / 3
+    jitter: float = 0.2
+    mix: float = 0.2
+    cut: float = 0.3
+
+
 def augment(
     pixel_values: Tensor,
+    size: tuple[int, int],
     generator: torch.Generator,
-    min_scale: float = 0.6,
-    mix: float = 0.5,
+    views: Views = Views(),
     part: slice = slice(None),
 ) -> Tensor:
-    """Flip, crop and mix images, each image on its own draw.
-
-    Half of the images are mirrored; each is replaced by a random square crop, stretched to its size, with a share of
-    `min_scale` to 1 of its area; a share `mix` of them is then blended with the next image of the batch, by a weight
-    drawn between 0 and 1.
+    """Mirror, crop, jitter and mix images, each image on its own draw.
 
     Args:
-        pixel_values: `[batch, channels, height, width]`.
+        pixel_values: `[batch, channels, height, width]`, of any floating point dtype. Images larger than `size` give
+            crops with all their details.
+        size: Height and width of the views.
         generator: On the CPU.
-        min_scale: Smallest share of the area.
-        mix: Share of blended images.
+        views: How strongly.
         part: Which views are wanted; they are those that the whole batch would have there.
+
+    Returns:
+        `[views, channels, *size]`, float32.
     """
-    count, _, height, width = pixel_values.shape
-    flips = torch.rand(count, generator=generator) < 0.5
-    scales = (min_scale + (1 - min_scale) * torch.rand(count, generator=generator)).sqrt()
+    count, channels, *_ = pixel_values.shape
+    # All draws for all images first: they do not depend on the part.
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    boxes = _boxes(count, views, generator)
+    contrast = 1 + views.jitter * (2 * torch.rand(count, 1, 1, generator=generator) - 1)
+    brightness = views.jitter * (2 * torch.rand(count, channels, 1, 1, generator=generator) - 1)
+    kinds = torch.rand(count, generator=generator)
+    shares = torch.rand(count, generator=generator)
     places = torch.rand(count, 2, generator=generator)
-    mixed = torch.rand(count, generator=generator) < mix
-    shares = torch.where(mixed, torch.rand(count, generator=generator), torch.zeros(count))
+
+    def view(index: int) -> Tensor:
+        image = _crop(pixel_values[index], boxes[index])
+        image = interpolate(image[None].float(), size, mode="bicubic", antialias=True)[0]
+        mean = image.mean(dim=(1, 2), keepdim=True)
+        image = (image - mean) * contrast[index].to(image) + mean + brightness[index].to(image)
+        return image.flip(-1) if mirrored[index] else image
+
     wanted = range(count)[part]
-    views = {}
-    for index in {(index - before) % count for index in wanted for before in (0, 1)}:
-        scale, place = float(scales[index]), places[index]
-        rows, columns = max(1, round(scale * height)), max(1, round(scale * width))
-        top, left = round(float(place[0]) * (height - rows)), round(float(place[1]) * (width - columns))
-        crop = pixel_values[index, None, :, top : top + rows, left : left + columns]
-        view = interpolate(crop, (height, width), mode="bilinear", antialias=True)
-        views[index] = view.flip(-1) if flips[index] else view
-    images = torch.cat([views[index] for index in wanted])
-    others = torch.cat([views[(index - 1) % count] for index in wanted])
-    share = shares[part].to(images)[:, None, None, None]
-    return images * (1 - share) + others * share
+    needed = {(index - before) % count for index in wanted for before in (0, 1)}
+    images = {index: view(index) for index in sorted(needed)}
+    mixed = []
+    for index in wanted:
+        image, other, share = images[index], images[(index - 1) % count], float(shares[index])
+        if kinds[index] < views.mix:
+            image = image * (1 - share) + other * share
+        elif kinds[index] < views.mix + views.cut:
+            image = _with_square(image, other, share, places[index])
+        mixed.append(image)
+    return torch.stack(mixed)
+
+
+def _boxes(count: int, views: Views, generator: torch.Generator) -> Tensor:
+    """Top, left, height and width of crops as shares of the image's sides, `[count, 4]`."""
+    areas = views.min_area + (1 - views.min_area) * torch.rand(count, generator=generator)
+    aspects = (math.log(views.max_aspect) * (2 * torch.rand(count, generator=generator) - 1)).exp()
+    sides = torch.stack([(areas / aspects).sqrt(), (areas * aspects).sqrt()], dim=1).clamp_max(1)
+    places = torch.rand(count, 2, generator=generator) * (1 - sides)
+    return torch.cat([places, sides], dim=1)
+
+
+def _crop(image: Tensor, box: Tensor) -> Tensor:
+    full = image.shape[-2:]
+    top, left, rows, columns = (max(0, round(float(box[i]) * full[i % 2])) for i in range(4))
+    rows, columns = max(1, rows), max(1, columns)
+    top, left = min(top, full[0] - rows), min(left, full[1] - columns)
+    return image[:, top : top + rows, left : left + columns]
+
+
+def _with_square(image: Tensor, other: Tensor, share: float, place: Tensor) -> Tensor:
+    """Put the part of another image that lies in a rectangle, which has this share of the area, in its place."""
+    full = image.shape[-2:]
+    rows, columns = (max(1, round(math.sqrt(share) * side)) for side in full)
+    top, left = (
+        round(float(where) * (side - length)) for where, side, length in zip(place, full, (rows, columns), strict=True)
+    )
+    image = image.clone()
+    image[:, top : top + rows, left : left + columns] = other[:, top : top + rows, left : left + columns]
+    return image

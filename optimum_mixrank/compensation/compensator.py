@@ -22,6 +22,7 @@ from ..targets import Target
 
 if TYPE_CHECKING:
     from ..configuration import MixRankConfig
+    from .photographs import Photographs
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Compensation:
         numbers: Of `batches` among those of all processes, ascending; not needed for one process.
         kept_outputs: Most bytes of the original's outputs that may be kept rather than computed again.
         journal: Where a compensator may note how far it is, and finds it when the run goes on.
+        photographs: The images of `batches` in more detail; None where there are none.
     """
 
     original: nn.Module
@@ -57,12 +59,20 @@ class Compensation:
     numbers: Sequence[int] = ()
     kept_outputs: int = KEPT_OUTPUTS
     journal: Journal = NO_JOURNAL
+    photographs: Photographs | None = None
 
     def all_images(self) -> Tensor:
         """The images to learn from, of all processes, in the order of their batches; every process calls this."""
         if self.processes.is_alone:
             return torch.cat(list(self.batches))
         return torch.cat(list(self.processes.collect(dict(zip(self.numbers, self.batches, strict=True))).values()))
+
+    def all_photographs(self) -> Tensor:
+        """The same in as much detail as there is, of any floating point dtype."""
+        if self.photographs is None:
+            return self.all_images()
+        own = self.photographs.decode()
+        return torch.cat(list((own if self.processes.is_alone else self.processes.collect(own)).values()))
 
     def all_held_out(self) -> Tensor:
         """The same of the held-out images, in an order of its own."""
@@ -104,10 +114,12 @@ class Compensator(ABC):
         name: Entry of `MixRankConfig.compensation`.
         shares_images: Whether it works on the share of the images that its process has, and exchanges what it finds by
             `task.processes`. If not, every process gets all images and does the same work.
+        uses_photographs: Whether it draws views from `task.photographs`; only a compensator that shares images may.
     """
 
     name: ClassVar[str]
     shares_images: ClassVar[bool] = False
+    uses_photographs: ClassVar[bool] = False
 
     @abstractmethod
     def compensate(self, task: Compensation) -> Mapping[str, Any]:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention import fast_attention_for_training
 from ..hooks import removed_afterwards
 from ..inference import evaluation_mode
 from ..outputs import ModelOutput, select_output
 from ..stages import share_model
-from .augmentation import augment
+from .augmentation import Views, augment
 from .compensator import COMPENSATORS, Compensation, Compensator
 from .groups import factor_groups, vector_group
 from .held_out import held_out_error
@@ -25,10 +26,13 @@ class DistillationCompensator(Compensator):
     """Trains factors, biases and normalizations of the encoder to predict what the original predicts.
 
     The loss of an image is `KL(original ‖ compressed)` in nats plus `feature_weight` times the relative squared error
-    of the last hidden state over all tokens; without a class head the features alone. Images are flipped, cropped and
-    mixed; the original sees the same views. The state with the lowest held-out error is kept.
+    of the last hidden state over all tokens; without a class head the features alone. The original sees the same views
+    of the images, see `Views`: few images are the limit, so each is to look different every time, and views are drawn
+    from the photographs as they are on the disk, where the source has them. The state with the lowest held-out error is
+    kept.
 
-    Memory: all images, gradients, two moments and one copy of the trained parameters, and the activations of a batch.
+    Memory: all images, in float16 and `view_scale` times as large on each side, gradients, two moments and one copy of
+    the trained parameters, and the activations of a batch.
     Time: per epoch a forward pass of the original and a forward and backward pass of the compressed model.
 
     Several processes share every batch out and sum their gradients, so that the result is that of one process up to
@@ -36,19 +40,23 @@ class DistillationCompensator(Compensator):
 
     Args:
         feature_weight: Weight of the feature term.
+        views: How strongly views differ from their images.
     """
 
     name = "distillation"
     shares_images = True
+    uses_photographs = True
 
-    def __init__(self, feature_weight: float = 1.0) -> None:
+    def __init__(self, feature_weight: float = 1.0, views: Views = Views()) -> None:  # noqa: B008 - it is immutable
         self.feature_weight = feature_weight
+        self.views = views
 
     def compensate(self, task: Compensation) -> Mapping[str, Any]:
         """See `Compensator.compensate`."""
         config = task.config
         processes = task.processes
-        images = task.all_images()
+        images, photographs = task.all_images(), task.all_photographs()
+        size = (images.shape[-2], images.shape[-1])
         settings = TrainingSettings(
             epochs=config.epochs,
             learning_rate=config.learning_rate,
@@ -59,24 +67,25 @@ class DistillationCompensator(Compensator):
 
         def loss(indices: Tensor) -> Tensor:
             part, share = processes.part(len(indices))
-            return self._loss(task, augment(images[indices], generator, part=part), share)
+            return self._loss(task, augment(photographs[indices], size, generator, self.views, part), share)
 
         with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
             factors = factor_groups(task.model, names, images, settings.batch_size, config.seed, processes)
             vectors = vector_group(task.model, names, getattr(task.model, "base_model", task.model))
             groups = [vectors, *(group for pair in factors.values() for group in pair)]
-            history = train(
-                task.model,
-                groups,
-                len(images),
-                loss,
-                lambda: held_out_error(task),
-                settings,
-                "Distilling",
-                processes,
-                task.journal,
-                [generator],
-            )
+            with fast_attention_for_training(task.original, task.model):
+                history = train(
+                    task.model,
+                    groups,
+                    len(images),
+                    loss,
+                    lambda: held_out_error(task),
+                    settings,
+                    "Distilling",
+                    processes,
+                    task.journal,
+                    [generator],
+                )
         # Not all kernels of a GPU give the same bits every time, and pivots are chosen anew.
         share_model(task.model, task.targets, processes)
         return {

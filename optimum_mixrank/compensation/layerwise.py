@@ -230,7 +230,7 @@ def group_by_input(segment: nn.Module, call: Call, names: Sequence[str]) -> list
 
 
 class _OriginalOutputs:
-    """What the original gives for every batch: kept where all of it fits into memory, else computed again each time."""
+    """What the original gives for every batch: kept for as many batches as fit, computed again each time for others."""
 
     def __init__(
         self, replay: SegmentReplay, names: Sequence[str], anchors: Mapping[str, str], max_bytes: int
@@ -238,16 +238,17 @@ class _OriginalOutputs:
         self._replay = replay
         self._anchors = anchors
         self._kept: list[dict[str, Tensor]] = []
+        room = max_bytes
         for call in replay.calls:
-            self._kept.append(_wanted(replay.segment, call, names, anchors))
-            size = sum(tensor.numel() * tensor.element_size() for tensor in self._kept[-1].values())
-            if size * len(replay.calls) > max_bytes:
-                self._kept.clear()
+            found = _wanted(replay.segment, call, names, anchors)
+            room -= sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+            if room < 0:
                 break
+            self._kept.append(found)
 
     def of(self, index: int, names: Sequence[str]) -> Mapping[str, Tensor]:
         """By layer, for the batch with this index."""
-        if self._kept:
+        if index < len(self._kept):
             return self._kept[index]
         anchors = {name: place for name, place in self._anchors.items() if name in names}
         return _wanted(self._replay.segment, self._replay.calls[index], names, anchors)

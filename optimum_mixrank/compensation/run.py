@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..calibration.images import Batch
+from ..calibration.images import Batch, ImageBatches
 from ..calibration.result import Calibration
 from ..distributed import ALONE, Processes
 from ..journal import NO_JOURNAL, Journal
@@ -20,6 +20,7 @@ from ..phases import phase
 from ..targets import Target
 from .compensator import COMPENSATORS, Compensation, CompensationResult
 from .held_out import compensate_and_keep_the_better, model_outputs, output_error, split_batches
+from .photographs import Photographs
 from .saved_steps import resume_steps, save_steps
 
 
@@ -37,17 +38,30 @@ class CompensationImages:
         batches: To learn from, by number, each `[batch, channels, height, width]`.
         held_out: To decide by.
         references: Outputs of the original on these.
+        photographs: The images to learn from in more detail, where a step uses it and the source has it.
     """
 
     batches: Mapping[int, Tensor]
     held_out: Sequence[Tensor]
     references: Sequence[ModelOutput]
+    photographs: Photographs | None = None
 
 
 def prepare_images(
-    original: nn.Module, images: Sequence[Batch], config: MixRankConfig, processes: Processes = ALONE
+    original: nn.Module,
+    images: Sequence[Batch],
+    config: MixRankConfig,
+    processes: Processes = ALONE,
+    source: ImageBatches | None = None,
 ) -> CompensationImages:
     """Split the images and run the original over those that are held out; nothing is changed.
+
+    Args:
+        original: The original model.
+        images: Of this process.
+        config: The configuration.
+        processes: Those that share the images out.
+        source: Where the images come from.
 
     Raises:
         ValueError: if there are too few images, or the original does not give the same output twice.
@@ -62,7 +76,17 @@ def prepare_images(
                 f"{type(original).__name__} gives another output each time for the same images (random masks, say), so "
                 "nothing can be learned from it. Load it without that, or set compensation=[]."
             )
-    return CompensationImages(batches, held_out, references)
+    return CompensationImages(batches, held_out, references, _photographs(source, config, processes))
+
+
+def _photographs(source: ImageBatches | None, config: MixRankConfig, processes: Processes) -> Photographs | None:
+    if not any(COMPENSATORS[name].uses_photographs for name in config.compensation) or config.view_scale == 1:
+        return None
+    enlarged = None if source is None else source.enlarged(config.view_scale)
+    if enlarged is None:
+        logger.info("Views are taken from the images as the model sees them: the source does not give larger ones.")
+        return None
+    return Photographs(enlarged, config.held_out_ratio, config.seed, processes)
 
 
 def compensate(
@@ -111,6 +135,7 @@ def compensate(
         numbers=list(images.batches),
         journal=journal,
         kept_outputs=kept_outputs,
+        photographs=images.photographs,
     )
     num_held_out = sum(processes.gather(sum(map(len, images.held_out))))
     results = resume_steps(task)

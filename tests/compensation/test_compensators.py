@@ -91,9 +91,11 @@ def test_swin_and_models_without_a_head(step):
     assert torch.isfinite(model_outputs(compressed, [images(2)])[0].features[0]).all()
 
 
-def test_outputs_that_do_not_fit_into_memory_are_computed_again(monkeypatch):
+# Nothing fits, or some of the batches.
+@pytest.mark.parametrize("max_bytes", [0, 50_000])
+def test_outputs_that_do_not_fit_into_memory_are_computed_again(monkeypatch, max_bytes):
     kept, _ = compress(FAMILIES["swin"](), settings("sequential"))
-    monkeypatch.setattr(COMPENSATORS["sequential"], "max_bytes", 0)
+    monkeypatch.setattr(COMPENSATORS["sequential"], "max_bytes", max_bytes)
     again, _ = compress(FAMILIES["swin"](), settings("sequential"))
     assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), again.state_dict().values(), strict=True))
 

@@ -1,4 +1,4 @@
-"""The training loop, the form in which factors are trained, and the views they are trained on."""
+"""The training loop and the form in which factors are trained."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from compensation.cases import FAMILIES, compress, config, images
 from torch import nn
 
 from optimum_mixrank import FactoredLinear, LowRankLinear
-from optimum_mixrank.compensation.augmentation import augment
 from optimum_mixrank.compensation.relative import relative_loss
 from optimum_mixrank.compensation.training import TrainingSettings, balanced_factors, train
 
@@ -82,39 +81,6 @@ def test_balanced_factors_are_the_same_function_in_between_and_afterwards(layout
         torch.testing.assert_close(model(x).logits, before, rtol=1e-8, atol=1e-8)
     after = {name: type(module) for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
     assert after == kinds
-
-
-def test_views_are_finite_of_the_same_shape_and_repeat_with_the_seed():
-    batch = images(16)
-    views = [augment(batch, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert views[0].shape == batch.shape and torch.isfinite(views[0]).all()
-    assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
-
-
-def test_views_without_crop_and_mix_are_mirrored_or_not():
-    batch = images(32)
-    views = augment(batch, torch.Generator().manual_seed(0), min_scale=1.0, mix=0.0)
-    mirrored = [torch.equal(view, image.flip(-1)) for view, image in zip(views, batch, strict=True)]
-    same = [torch.equal(view, image) for view, image in zip(views, batch, strict=True)]
-    assert all(a or b for a, b in zip(mirrored, same, strict=True)) and 8 < sum(mirrored) < 24
-
-
-def test_mixed_views_lie_between_two_images():
-    batch = torch.stack([torch.full((1, 4, 4), float(value)) for value in (0, 10, 20, 30)])
-    views = augment(batch, torch.Generator().manual_seed(3), min_scale=0.5, mix=1.0)
-    for index, view in enumerate(views):
-        low, high = sorted((batch[index].mean(), batch[index - 1].mean()))
-        assert low - 1e-3 <= view.min() and view.max() <= high + 1e-3
-
-
-@pytest.mark.parametrize("count", [1, 2, 7])
-def test_parts_of_the_views_are_those_of_the_batch(count):
-    batch = images(count)
-    whole = augment(batch, torch.Generator().manual_seed(3))
-    for size in (1, 3):
-        parts = [slice(start, start + size) for start in range(0, count, size)]
-        views = [augment(batch, torch.Generator().manual_seed(3), part=part) for part in parts]
-        assert torch.equal(torch.cat(views), whole)
 
 
 def test_relative_loss():

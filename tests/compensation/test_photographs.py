@@ -1,0 +1,67 @@
+"""Views from the photographs themselves."""
+
+import logging
+
+import torch
+from calibration.pictures import processor, write
+from compensation.cases import FAMILIES, config, images
+from models import IMAGE_SIZE
+from torch.nn.functional import interpolate
+
+from optimum_mixrank import MixRankCompressor
+from optimum_mixrank.calibration.images import ImageBatches
+from optimum_mixrank.compensation import distillation
+from optimum_mixrank.compensation.run import prepare_images
+
+
+DISTILLATION = {"compensation": ["distillation"], "metric": "second_moment", "epochs": 1, "train_batch_size": 4}
+
+
+def test_photographs_are_of_the_images_that_are_learned_from_in_their_order(tmp_path):
+    batches = ImageBatches(
+        [str(path) for path in sorted(write(tmp_path / "images", 11, broken=[4]).iterdir())],
+        image_processor=processor(),
+        batch_size=4,
+        max_broken_share=0.5,
+    )
+    settings = config(**DISTILLATION, held_out_ratio=0.3)
+    prepared = prepare_images(FAMILIES["vit"](), list(batches), settings, source=batches)
+    learned, photographs = prepared.batches, prepared.photographs.decode()
+    assert list(photographs) == list(learned) and sum(map(len, learned.values())) == 7
+    large, small = torch.cat(list(photographs.values())), torch.cat(list(learned.values()))
+    assert large.shape[2:] == (2 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+    again = interpolate(large.float(), (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
+    distance = (again[:, None] - small[None]).square().mean(dim=(2, 3, 4))
+    assert distance.argmin(dim=1).tolist() == list(range(7))
+
+
+def test_only_a_step_that_draws_views_decodes_them(tmp_path):
+    folder = write(tmp_path / "images", 8)
+    batches = ImageBatches([str(path) for path in folder.iterdir()], image_processor=processor(), batch_size=4)
+    for changes in ({"compensation": ["sequential"]}, {"view_scale": 1}):
+        settings = config(**{**DISTILLATION, **changes})
+        assert prepare_images(FAMILIES["vit"](), list(batches), settings, source=batches).photographs is None
+
+
+def test_views_come_from_the_photographs(tmp_path, monkeypatch):
+    shapes = set()
+    augment = distillation.augment
+
+    def spy(pixel_values, size, *args):
+        shapes.add((tuple(pixel_values.shape[2:]), size))
+        return augment(pixel_values, size, *args)
+
+    monkeypatch.setattr(distillation, "augment", spy)
+    model = FAMILIES["vit"]()
+    folder = write(tmp_path / "images", 8)
+    small, large = (IMAGE_SIZE, IMAGE_SIZE), (2 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+    for scale, size in ((1, small), (2, large)):
+        MixRankCompressor(model, processor()).compress(config(**DISTILLATION, view_scale=scale), folder)
+        assert shapes == {(size, small)}
+        shapes.clear()
+
+
+def test_tensors_serve_as_they_are_and_it_is_said(caplog):
+    with caplog.at_level(logging.INFO, logger="optimum_mixrank"):
+        MixRankCompressor(FAMILIES["vit"]()).compress(config(**DISTILLATION), list(images(16).split(8)))
+    assert "Views are taken from the images as the model sees them" in caplog.text
