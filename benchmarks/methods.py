@@ -189,6 +189,7 @@ def settings_of(args: argparse.Namespace, compressor: MixRankCompressor, origina
         "batch_size": args.batch_size,
         "test_images": len(original),
         "dtype": str(next(compressor.model.parameters()).dtype),
+        "mixed_precision": compressor.processes.mixed_precision,
         "fields": fields,
     }
 
@@ -309,7 +310,8 @@ def markdown(record: dict) -> str:
     seeds = sorted({row["seed"] for row in record["rows"]})
     lines = [
         f"{settings['num_samples']} calibration images, {settings['test_images']} test images, seeds "
-        f"{seeds}, batch size {settings['batch_size']}, {settings['dtype']}, fields {settings['fields']}; "
+        f"{seeds}, batch size {settings['batch_size']}, {settings['dtype']}, mixed precision "
+        f"{settings['mixed_precision']}, fields {settings['fields']}; "
         f"PyTorch {machine['torch']}, Transformers {machine['transformers']}, {machine['device']}, "
         f"{machine['threads']} threads. Original: {record['original_top1']:.1%} top-1.",
         "",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 
-from .evaluation.size import check_stored_values, safetensors_bytes
+from .evaluation.size import check_stored_values, safetensors_bytes, stored_dtype
 from .journal import explained_no_space
 from .messages import get_logger
 from .modeling import FactoredLinear
@@ -89,7 +89,11 @@ def save_checkpoint(
         if image_processor is not None:
             image_processor.save_pretrained(temporary)
         if report is not None:
-            report = dataclasses.replace(report, bytes_on_disk_after=safetensors_bytes(temporary))
+            report = dataclasses.replace(
+                report,
+                bytes_on_disk_after=safetensors_bytes(temporary),
+                dtype_on_disk_after=stored_dtype(temporary),
+            )
             report.save(temporary)
             _save_pictures(report, temporary, picture)
             model_card(model, report).save(temporary / "README.md")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import safe_open
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class StoredTensor(NamedTuple):
@@ -81,6 +85,19 @@ def stored_values(folder: str | Path) -> dict[str, StoredTensor]:
                 header = file.get_slice(name)
                 tensors[name] = StoredTensor(tuple(header.get_shape()), header.get_dtype())
     return tensors
+
+
+def stored_dtype(folder: str | Path) -> str | None:
+    """The dtype of most values of a checkpoint, as torch calls it, such as `"float16"`; None if it has no name there.
+
+    Raises:
+        FileNotFoundError: as `safetensors_files`.
+        ValueError: as `stored_values`.
+    """
+    values: Counter[str] = Counter()
+    for tensor in stored_values(folder).values():
+        values[tensor.dtype] += tensor.num_values
+    return _TORCH_NAMES.get(values.most_common(1)[0][0]) if values else None
 
 
 def check_stored_values(model: nn.Module, folder: str | Path) -> None:

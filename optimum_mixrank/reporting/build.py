@@ -18,7 +18,7 @@ from ..compensation import CompensationResult
 from ..configuration import MixRankConfig
 from ..distributed import ALONE, Processes
 from ..evaluation.flops import flops_per_image
-from ..evaluation.size import count_parameters, safetensors_bytes
+from ..evaluation.size import count_parameters, safetensors_bytes, stored_dtype
 from ..layout import FactoredLayer, stored_values
 from ..messages import get_logger
 from ..profile import RankProfile
@@ -41,13 +41,15 @@ class Measurement:
 
     Attributes:
         parameters: Stored values.
-        bytes: Bytes of the safetensors files it was loaded from; None where they are not in a local folder.
         flops: FLOPs per image, or None where the model cannot be run on an image of its size.
+        bytes: Bytes of the safetensors files it was loaded from; None where they are not in a local folder.
+        dtype: Of most values in these files.
     """
 
     parameters: int
-    bytes: int | None
     flops: int | None
+    bytes: int | None = None
+    dtype: str | None = None
 
 
 def measure(model: PreTrainedModel) -> Measurement:
@@ -59,8 +61,9 @@ def measure(model: PreTrainedModel) -> Measurement:
         logger.warning(f"The FLOPs of {type(model).__name__} could not be counted: {error}")
         flops = None
     folder = Path(model.name_or_path)
-    stored = safetensors_bytes(folder) if model.name_or_path and any(folder.glob("*.safetensors")) else None
-    return Measurement(count_parameters(model), stored, flops)
+    if model.name_or_path and any(folder.glob("*.safetensors")):
+        return Measurement(count_parameters(model), flops, safetensors_bytes(folder), stored_dtype(folder))
+    return Measurement(count_parameters(model), flops)
 
 
 def build_report(
@@ -132,6 +135,7 @@ def build_report(
         model_parameters_before=original.parameters,
         model_parameters_after=compressed.parameters,
         bytes_on_disk_before=original.bytes,
+        dtype_on_disk_before=original.dtype,
         flops_before=original.flops,
         flops_after=compressed.flops,
         calibration=_describe(calibration),

@@ -13,7 +13,7 @@ from .colours import ON_DARK
 from .inline_svg import css_variable
 from .pictures import draw_pictures
 from .report import CompressionReport, LayerReport
-from .table import common_prefix, format_count
+from .table import common_prefix, dtype_change, format_count
 from .words import change, percent
 
 
@@ -91,7 +91,9 @@ def _headlines(report: CompressionReport) -> list[Headline]:
     size = report.bytes_on_disk_after
     if size is not None:
         original = report.bytes_on_disk_before
-        note = "" if original is None else f"of {original:,} ({change(original, size)})"
+        note = (
+            "" if original is None else f"of {original:,} ({change(original, size)}) {dtype_change(report)}".rstrip()
+        )
         figures.append(Headline("bytes on disk", f"{size:,}", note))
     if report.flops_before is not None and report.flops_after is not None:
         note = f"of {format_count(report.flops_before)} ({change(report.flops_before, report.flops_after)})"

@@ -67,6 +67,8 @@ class CompressionReport:
         model_parameters_after: The same after the compression.
         bytes_on_disk_before: Of the original's weight files; None if not known.
         bytes_on_disk_after: Of the compressed checkpoint's weight files; None before it is saved.
+        dtype_on_disk_before: The dtype of most of the original's stored values, such as `"float16"`; None if not known.
+        dtype_on_disk_after: Of the compressed checkpoint.
         flops_before: FLOPs per image (a multiply-add counts two); None if not counted.
         flops_after: The same after the compression.
         calibration: `num_images`, `num_tokens`, `num_broken`.
@@ -106,6 +108,8 @@ class CompressionReport:
     profile: Sequence[Mapping[str, Any]] = ()
     loss_unit: str | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
+    dtype_on_disk_before: str | None = None
+    dtype_on_disk_after: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))

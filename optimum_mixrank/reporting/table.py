@@ -47,6 +47,12 @@ def format_count(count: int) -> str:
     return str(count)
 
 
+def dtype_change(report: CompressionReport) -> str:
+    """`float16 -> float32` where a checkpoint is stored in another dtype than the original's, else nothing."""
+    before, after = report.dtype_on_disk_before, report.dtype_on_disk_after
+    return f"{before} -> {after}" if before and after and before != after else ""
+
+
 def _layer_row(layer: LayerReport, name: str) -> tuple[str, ...]:
     dense = "dense" if layer.targeted else "excluded"
     return (
@@ -98,7 +104,7 @@ def _summary(report: CompressionReport) -> list[str]:
     if report.flops_before is not None and report.flops_after is not None:
         lines.append(_change("FLOPs per image", report.flops_before, report.flops_after))
     if report.bytes_on_disk_after is not None:
-        lines.append(_fact("Bytes on disk", _bytes(report.bytes_on_disk_before, report.bytes_on_disk_after)))
+        lines.append(_fact("Bytes on disk", _bytes(report)))
     if report.calibration:
         images, broken = report.calibration.get("num_images", 0), report.calibration.get("num_broken", 0)
         tokens = report.calibration.get("num_tokens", 0)
@@ -149,10 +155,12 @@ def _change(label: str, before: int, after: int) -> str:
     return _fact(label, f"{format_count(before)} -> {format_count(after)}  ({after / before - 1:+.1%})")
 
 
-def _bytes(before: int | None, after: int) -> str:
+def _bytes(report: CompressionReport) -> str:
+    before, after = report.bytes_on_disk_before, report.bytes_on_disk_after
     if before is None:
         return f"{after:,}"
-    return f"{before:,} -> {after:,}  ({after / before - 1:+.1%})"
+    dtypes = dtype_change(report)
+    return f"{before:,} -> {after:,}  ({after / before - 1:+.1%}{f'; {dtypes}' if dtypes else ''})"
 
 
 def _fact(label: str, value: str) -> str:

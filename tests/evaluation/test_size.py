@@ -13,6 +13,7 @@ from optimum_mixrank.evaluation.size import (
     count_parameters,
     safetensors_bytes,
     safetensors_files,
+    stored_dtype,
     stored_values,
 )
 from optimum_mixrank.modeling import replace_module
@@ -58,6 +59,14 @@ def test_dtype_is_that_of_the_file(tmp_path):
     assert {tensor.dtype for tensor in stored_values(tmp_path).values()} == {"F16"}
     shape, dtype = stored_values(tmp_path)["classifier.weight"]
     assert (shape, dtype) == ((5, 32), "F16")
+    assert stored_dtype(tmp_path) == "float16"
+
+
+def test_the_dtype_of_most_values_counts(tmp_path):
+    save_file({"a": torch.zeros(3, dtype=torch.bfloat16), "b": torch.zeros(5)}, tmp_path / "model.safetensors")
+    assert stored_dtype(tmp_path) == "float32"
+    save_file({"a": torch.zeros(9, dtype=torch.int8), "b": torch.zeros(5)}, tmp_path / "model.safetensors")
+    assert stored_dtype(tmp_path) is None
 
 
 def test_check_passes_for_another_precision(tmp_path):

@@ -28,6 +28,8 @@ def make_report(**changes):
         "model_parameters_after": after + 44,
         "bytes_on_disk_before": 1200,
         "bytes_on_disk_after": 1072,
+        "dtype_on_disk_before": "float16",
+        "dtype_on_disk_after": "float32",
         "flops_before": 10**9,
         "flops_after": 8 * 10**8,
         "calibration": {"num_images": 512, "num_tokens": 8704, "num_broken": 1},

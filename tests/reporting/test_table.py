@@ -94,6 +94,12 @@ def test_summary():
     assert "relative error" not in summary
 
 
+def test_another_dtype_on_the_disk_is_named():
+    sizes = {"bytes_on_disk_before": 400, "bytes_on_disk_after": 300, "dtype_on_disk_before": "float16"}
+    for after, text in (("float32", "400 -> 300  (-25.0%; float16 -> float32)"), ("float16", "400 -> 300  (-25.0%)")):
+        assert text in format_table(vit_report(**sizes, dtype_on_disk_after=after))
+
+
 def test_what_is_not_known_is_left_out():
     text = format_table(vit_report(evaluation={"num_images": 7, "top1": 0.5, "feature_error": 0.01}))
     assert not any(word in text for word in ("FLOPs", "Bytes", "Calibration", "Time", "None", "agreement", "KL("))
