@@ -21,7 +21,7 @@ from ..targets import Target
 from .anchors import find_anchors
 from .compensator import Compensation, Compensator
 from .saved_steps import load_layers, save_layers
-from .segments import Call, SegmentReplay, find_segments, run_segment
+from .segments import Call, SegmentReplay, SegmentRun, find_segments, run_segment
 
 
 logger = get_logger(__name__)
@@ -85,17 +85,19 @@ class LayerwiseCompensator(Compensator):
                     for name, target in layers.items()
                     if name.startswith(f"{segment}.")
                 }
+                results: Mapping[int, Any] = {}
                 if position < done:
                     progress.update(len(inside))
                 else:
-                    anchored += self._solve_segment(task, theirs, ours, inside, source, progress)
+                    found, results = self._solve_segment(task, theirs, ours, inside, source, progress)
+                    anchored += found
                     with processes.agreed():
                         if task.journal.due():
                             layers_so_far = _layers_in(task, segments[: position + 1])
                             values = {"segments": position + 1, "anchored": anchored}
                             save_layers(task.journal, "layers", task.model, layers_so_far, values)
                 with processes.agreed():
-                    theirs.advance()
+                    theirs.advance(results)
                     ours.advance()
         return {"layers": len(layers), "layers_with_residual_target": anchored}
 
@@ -112,8 +114,12 @@ class LayerwiseCompensator(Compensator):
         inside: Mapping[str, Target],
         source: int,
         progress: Any,
-    ) -> int:
-        """Replace the layers of a segment, given by their names in it; return the number of anchors."""
+    ) -> tuple[int, Mapping[int, Any]]:
+        """Replace the layers of a segment, given by their names in it.
+
+        Returns:
+            The number of anchors, and what the original segment gave for the batches that were kept.
+        """
         processes = task.processes
         structure: tuple[dict[str, str], list[list[str]]] = {}, []
         with processes.agreed():
@@ -125,7 +131,7 @@ class LayerwiseCompensator(Compensator):
         for group in groups:
             self._replace(task, ours, {name: inside[name] for name in group}, anchors, outputs, source)
             progress.update(len(group))
-        return len(anchors)
+        return len(anchors), outputs.results
 
     def _structure(self, replay: SegmentReplay, names: Sequence[str]) -> tuple[dict[str, str], list[list[str]]]:
         """Anchors of the layers of a segment, and which of them share an input."""
@@ -238,28 +244,37 @@ class _OriginalOutputs:
         self._replay = replay
         self._anchors = anchors
         self._kept: list[dict[str, Tensor]] = []
+        self.results: dict[int, Any] = {}
+        """Of the segment itself, by batch, where they hold nothing but what is kept."""
         room = max_bytes
-        for call in replay.calls:
-            found = _wanted(replay.segment, call, names, anchors)
+        for index, call in enumerate(replay.calls):
+            found, run = _wanted(replay.segment, call, names, anchors)
             room -= sum(tensor.numel() * tensor.element_size() for tensor in found.values())
             if room < 0:
                 break
             self._kept.append(found)
+            if isinstance(run.result, Tensor) or (isinstance(run.result, tuple) and len(run.result) == 1):
+                self.results[index] = run.result
 
     def of(self, index: int, names: Sequence[str]) -> Mapping[str, Tensor]:
         """By layer, for the batch with this index."""
         if index < len(self._kept):
             return self._kept[index]
         anchors = {name: place for name, place in self._anchors.items() if name in names}
-        return _wanted(self._replay.segment, self._replay.calls[index], names, anchors)
+        return _wanted(self._replay.segment, self._replay.calls[index], names, anchors)[0]
 
 
-def _wanted(segment: nn.Module, call: Call, names: Sequence[str], anchors: Mapping[str, str]) -> dict[str, Tensor]:
-    """What the original gives for one batch, by layer: its output, or the residual stream at its anchor."""
+def _wanted(
+    segment: nn.Module, call: Call, names: Sequence[str], anchors: Mapping[str, str]
+) -> tuple[dict[str, Tensor], SegmentRun]:
+    """What the original gives for one batch, by layer: its output, or the residual stream at its anchor; and the run."""
     modules = sorted({place for place in anchors.values() if place})
     outputs = [name for name in names if name not in anchors] + ([""] if "" in anchors.values() else [])
-    streams, given = run_segment(segment, call, modules, outputs)
-    return {name: _at(anchors[name], streams, given) if name in anchors else given[name] for name in names}
+    run = run_segment(segment, call, modules, outputs)
+    wanted = {
+        name: _at(anchors[name], run.inputs, run.outputs) if name in anchors else run.outputs[name] for name in names
+    }
+    return wanted, run
 
 
 def _inputs_and_targets(
@@ -269,7 +284,8 @@ def _inputs_and_targets(
     places = {name: anchors[name] for name in names if name in anchors}
     modules = sorted({place for place in places.values() if place})
     outputs = [*places, *([""] if "" in places.values() else [])]
-    streams, given = run_segment(segment, call, [*names, *modules], outputs)
+    run = run_segment(segment, call, [*names, *modules], outputs)
+    streams, given = run.inputs, run.outputs
     # What the stream holds beside our layer's own output stays; the layer is to add the rest.
     targets = {
         name: wanted[name] - (_at(places[name], streams, given) - given[name]) if name in places else wanted[name]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -86,12 +87,16 @@ class SegmentReplay:
         ]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def advance(self) -> bool:
-        """Run the segment, as it is now, and take the inputs of the next one; False if there is none."""
+    def advance(self, outputs: Mapping[int, Any] = MappingProxyType({})) -> bool:
+        """Take the inputs of the next segment; False if there is none.
+
+        Args:
+            outputs: What the segment, as it is now, gives for the batches with these indices; it is run for the others.
+        """
         if self._position + 1 == len(self._segments):
             return False
         for index, batch in enumerate(self._batches):
-            output = self.calls[index](self.segment)
+            output = outputs[index] if index in outputs else self.calls[index](self.segment)
             self.calls[index] = self._capture(batch, self._position + 1, output)
         self._position += 1
         return True
@@ -130,11 +135,24 @@ def _returning(modules: Sequence[nn.Module], output: Any) -> Iterator[None]:
                 module.forward = forward
 
 
+@dataclass
+class SegmentRun:
+    """What a run of a segment has shown.
+
+    Attributes:
+        inputs: First positional inputs of submodules.
+        outputs: Outputs of submodules, the first tensor of each.
+        result: All that the segment itself returned, if its output was asked for.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    result: Any = None
+
+
 @torch.no_grad()
-def run_segment(
-    segment: nn.Module, call: Call, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """First positional inputs, and outputs, of submodules of a segment; the run ends when all are there.
+def run_segment(segment: nn.Module, call: Call, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> SegmentRun:
+    """Run a segment until all is there that was asked for.
 
     Args:
         segment: The segment.
@@ -142,23 +160,24 @@ def run_segment(
         inputs: Names within the segment; `""` is not allowed.
         outputs: Names within the segment; `""` is the segment itself.
     """
-    taken: dict[str, Tensor] = {}
-    given: dict[str, Tensor] = {}
+    run = SegmentRun()
 
     def check() -> None:
-        if len(taken) == len(inputs) and len(given) == len(outputs):
+        if len(run.inputs) == len(inputs) and len(run.outputs) == len(outputs):
             raise StopForward
 
     def before(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            taken.setdefault(name, args[0])
+            run.inputs.setdefault(name, args[0])
             check()
 
         return hook
 
     def after(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            given.setdefault(name, first_tensor(output))
+            run.outputs.setdefault(name, first_tensor(output))
+            if not name:
+                run.result = output
             check()
 
         return hook
@@ -167,7 +186,7 @@ def run_segment(
     handles += [segment.get_submodule(name).register_forward_hook(after(name)) for name in outputs]
     with suppress(StopForward), removed_afterwards(handles):
         call(segment)
-    return taken, given
+    return run
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -104,7 +104,11 @@ def _summary(report: CompressionReport) -> list[str]:
     if report.flops_before is not None and report.flops_after is not None:
         lines.append(_change("FLOPs per image", report.flops_before, report.flops_after))
     if report.bytes_on_disk_after is not None:
-        lines.append(_fact("Bytes on disk", _bytes(report)))
+        lines.append(
+            _fact(
+                "Bytes on disk", _bytes(report.bytes_on_disk_before, report.bytes_on_disk_after, dtype_change(report))
+            )
+        )
     if report.calibration:
         images, broken = report.calibration.get("num_images", 0), report.calibration.get("num_broken", 0)
         tokens = report.calibration.get("num_tokens", 0)
@@ -155,11 +159,9 @@ def _change(label: str, before: int, after: int) -> str:
     return _fact(label, f"{format_count(before)} -> {format_count(after)}  ({after / before - 1:+.1%})")
 
 
-def _bytes(report: CompressionReport) -> str:
-    before, after = report.bytes_on_disk_before, report.bytes_on_disk_after
+def _bytes(before: int | None, after: int, dtypes: str) -> str:
     if before is None:
         return f"{after:,}"
-    dtypes = dtype_change(report)
     return f"{before:,} -> {after:,}  ({after / before - 1:+.1%}{f'; {dtypes}' if dtypes else ''})"
 
 

@@ -23,8 +23,9 @@ def kind(name):
     return name.rpartition(".")[2]
 
 
+@pytest.mark.parametrize("given", [[], [0]], ids=["run", "given"])
 @torch.no_grad()
-def test_inputs_of_every_segment_are_those_of_the_whole_model(model):
+def test_inputs_of_every_segment_are_those_of_the_whole_model(model, given):
     segments = find_segments(model, names(model))
     assert len(segments) == 2
     batches = list(images(6).split(4))
@@ -42,7 +43,8 @@ def test_inputs_of_every_segment_are_those_of_the_whole_model(model):
         assert replay.segment is model.get_submodule(segment)
         for call, inputs in zip(replay.calls, expected[segment], strict=True):
             assert torch.equal(call.args[0], inputs)
-        assert replay.advance() == (index + 1 < len(segments))
+        known = {batch: replay.calls[batch](replay.segment) for batch in given}
+        assert replay.advance(known) == (index + 1 < len(segments))
     assert not any("forward" in vars(module) for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -58,8 +60,10 @@ def test_run_segment_takes_what_was_asked_for(model):
     replay = SegmentReplay(model, segments, [images(3)])
     call, segment = replay.calls[0], replay.segment
     inside = [name.removeprefix(f"{segments[0]}.") for name in names(model) if name.startswith(segments[0])]
-    inputs, outputs = run_segment(segment, call, inside, [*inside, ""])
+    run = run_segment(segment, call, inside, [*inside, ""])
+    inputs, outputs = run.inputs, run.outputs
     assert torch.equal(outputs[""], first_tensor(call(segment)))
+    assert type(run.result) is type(call(segment)) and first_tensor(run.result) is outputs[""]
     for name in inside:
         assert torch.equal(segment.get_submodule(name)(inputs[name]), outputs[name])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in segment.modules())
