@@ -22,6 +22,11 @@ def test_the_output_is_the_same_and_the_model_is_as_before(family):
     assert model.config._attn_implementation == implementation
 
 
-def test_other_modules_are_left_alone():
-    with fast_attention_for_training(nn.Linear(2, 2)):
-        pass
+def test_other_modules_implementations_and_many_tokens_are_left_alone():
+    eager, large = FAMILIES["vit"](), FAMILIES["vit"]()
+    eager.set_attn_implementation("eager")
+    large.config.image_size = 17 * large.config.patch_size
+    with fast_attention_for_training(nn.Linear(2, 2), eager, large):
+        assert eager.config._attn_implementation == "eager"
+        assert large.config._attn_implementation == "sdpa"
+    assert eager.config._attn_implementation == "eager"

@@ -87,6 +87,23 @@ def test_after_any_entry(case, cut_off, tmp_path):
         assert not run.exists()
 
 
+def test_training_on_photographs_goes_on(cut_off, tmp_path):
+    folder = write(tmp_path / "images", 24, broken=[2, 17])
+    changes = {
+        "compensation": ["distillation"],
+        "metric": "second_moment",
+        "source": [str(path) for path in sorted(folder.iterdir())],
+        "image_processor": processor(),
+    }
+    expected = compress(tmp_path / "undisturbed", **changes)
+    entries = cut_off(10**6, before=False)
+    assert compress(tmp_path / "whole", tmp_path / "run", **changes) == expected
+    # In the middle of the epoch.
+    last = len(entries) - 3
+    interrupted(cut_off, tmp_path / "out", tmp_path / "run", last, **changes)
+    assert compress(tmp_path / "out", tmp_path / "run", **changes) == expected
+
+
 def interrupted(cut_off, out, run, count=2, **changes):
     cut_off(count, before=False)
     with pytest.raises(CutOff):

@@ -24,23 +24,30 @@ def enlarged_processor(image_processor: Any, scale: float) -> Any | None:
     Returns:
         The copy, or None where the processor has no sizes that could be multiplied.
     """
+    # Where an image is cropped only, or resized by a rule of its own, a larger one would show something else.
+    if not getattr(image_processor, "do_resize", True) or getattr(image_processor, "crop_pct", None) is not None:
+        return None
+    used = [name for name, step in STEPS.items() if _is_used(image_processor, name, step)]
+    sizes = {name: _scaled(getattr(image_processor, name), scale) for name in used}
+    if "size" not in sizes or any(size is None for size in sizes.values()):
+        return None
     copied = copy.deepcopy(image_processor)
-    used = [name for name, step in STEPS.items() if getattr(copied, name, None) and getattr(copied, step, True)]
-    for name in used:
-        size = _scaled(getattr(copied, name), scale)
-        if size is None:
-            return None
+    for name, size in sizes.items():
         setattr(copied, name, size)
-    return copied if used else None
+    return copied
+
+
+def _is_used(image_processor: Any, name: str, step: str) -> bool:
+    return getattr(image_processor, name, None) is not None and bool(getattr(image_processor, step, True))
 
 
 def _scaled(size: Any, scale: float) -> Any:
     if isinstance(size, int | float):
         return math.ceil(size * scale)
     # A dict, or an object of Transformers that behaves like one; what is not given is None.
-    items = dict(size if isinstance(size, Mapping) else vars(size))
+    items = size if isinstance(size, Mapping) else getattr(size, "__dict__", {})
     given = {key: value for key, value in items.items() if value is not None}
-    if not given.keys() <= EDGES:
+    if not given or not given.keys() <= EDGES:
         return None
     scaled = {key: math.ceil(value * scale) for key, value in given.items()}
     return scaled if isinstance(size, dict) else type(size)(**scaled)

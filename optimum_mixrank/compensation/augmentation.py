@@ -15,11 +15,12 @@ class Views:
     """How strongly views differ from their images. The teacher sees the same views, so that nothing is mislabelled.
 
     Attributes:
-        min_area: Smallest share of the image's area that a crop has, in (0, 1].
+        min_area: Smallest share of the image's area that a crop has, in (0, 1], up to rounding to pixels.
         max_aspect: Largest ratio of a crop's sides, relative to the image's, at least 1.
-        jitter: Contrast, and brightness of every channel, change by at most this, a factor and standard deviations.
+        jitter: Contrast, and brightness of every channel, change by at most this, as a share and in normalized
+            values.
         mix: Share of views that are blended with another one (mixup, arXiv 1710.09412).
-        cut: Share of views into which a square of another one is put (CutMix, arXiv 1905.04899).
+        cut: Share of views into which a rectangle of another one is put (CutMix, arXiv 1905.04899).
     """
 
     min_area: float = 0.5
@@ -83,7 +84,9 @@ def augment(
 def _boxes(count: int, views: Views, generator: torch.Generator) -> Tensor:
     """Top, left, height and width of crops as shares of the image's sides, `[count, 4]`."""
     areas = views.min_area + (1 - views.min_area) * torch.rand(count, generator=generator)
-    aspects = (math.log(views.max_aspect) * (2 * torch.rand(count, generator=generator) - 1)).exp()
+    # A longer side than the image's does not fit.
+    limits = (-areas.log()).clamp_max(math.log(views.max_aspect))
+    aspects = (limits * (2 * torch.rand(count, generator=generator) - 1)).exp()
     sides = torch.stack([(areas / aspects).sqrt(), (areas * aspects).sqrt()], dim=1).clamp_max(1)
     places = torch.rand(count, 2, generator=generator) * (1 - sides)
     return torch.cat([places, sides], dim=1)

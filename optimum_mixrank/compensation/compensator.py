@@ -67,10 +67,10 @@ class Compensation:
             return torch.cat(list(self.batches))
         return torch.cat(list(self.processes.collect(dict(zip(self.numbers, self.batches, strict=True))).values()))
 
-    def all_photographs(self) -> Tensor:
-        """The same in as much detail as there is, of any floating point dtype."""
+    def all_photographs(self) -> Tensor | None:
+        """The same in more detail, float16; None where there are none."""
         if self.photographs is None:
-            return self.all_images()
+            return None
         own = self.photographs.decode()
         return torch.cat(list((own if self.processes.is_alone else self.processes.collect(own)).values()))
 

@@ -28,11 +28,11 @@ class DistillationCompensator(Compensator):
     The loss of an image is `KL(original ‖ compressed)` in nats plus `feature_weight` times the relative squared error
     of the last hidden state over all tokens; without a class head the features alone. The original sees the same views
     of the images, see `Views`: few images are the limit, so each is to look different every time, and views are drawn
-    from the photographs as they are on the disk, where the source has them. The state with the lowest held-out error is
-    kept.
+    from images `view_scale` times as large as the model sees, where the source has them. The state with the lowest
+    held-out error is kept.
 
-    Memory: all images, in float16 and `view_scale` times as large on each side, gradients, two moments and one copy of
-    the trained parameters, and the activations of a batch.
+    Memory: all images, in float16 and `view_scale` times as large on each side, twice while they are decoded; gradients,
+    two moments and one copy of the trained parameters, and the activations of a batch.
     Time: per epoch a forward pass of the original and a forward and backward pass of the compressed model.
 
     Several processes share every batch out and sum their gradients, so that the result is that of one process up to
@@ -55,12 +55,13 @@ class DistillationCompensator(Compensator):
         """See `Compensator.compensate`."""
         config = task.config
         processes = task.processes
-        images, photographs = task.all_images(), task.all_photographs()
-        size = (images.shape[-2], images.shape[-1])
+        images, larger = task.all_images(), task.all_photographs()
+        photographs = images if larger is None else larger
+        count, size = len(images), (images.shape[-2], images.shape[-1])
         settings = TrainingSettings(
             epochs=config.epochs,
             learning_rate=config.learning_rate,
-            batch_size=min(config.train_batch_size, len(images)),
+            batch_size=min(config.train_batch_size, count),
             seed=config.seed,
         )
         generator = torch.Generator().manual_seed(config.seed)
@@ -72,12 +73,14 @@ class DistillationCompensator(Compensator):
         with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
             factors = factor_groups(task.model, names, images, settings.batch_size, config.seed, processes)
             vectors = vector_group(task.model, names, getattr(task.model, "base_model", task.model))
+            # Beside larger ones they are not needed any more.
+            del images
             groups = [vectors, *(group for pair in factors.values() for group in pair)]
             with fast_attention_for_training(task.original, task.model):
                 history = train(
                     task.model,
                     groups,
-                    len(images),
+                    count,
                     loss,
                     lambda: held_out_error(task),
                     settings,

@@ -40,6 +40,24 @@ def split_batches(
     Raises:
         ValueError: if there are fewer than two images.
     """
+    learn, held_out = {}, []
+    for number, part in held_out_masks(batches, share, seed, processes).items():
+        held_out.append(batches[number][part])
+        if not part.all():
+            learn[number] = batches[number][~part]
+    together = torch.cat(held_out) if held_out else torch.zeros(0)
+    size = max(processes.gather(max(map(len, batches.values()), default=1)))
+    return learn, list(together.split(size)) if len(together) else []
+
+
+def held_out_masks(
+    batches: Mapping[int, Tensor], share: float, seed: int, processes: Processes = ALONE
+) -> dict[int, Tensor]:
+    """Which images of the batches of this process `split_batches` holds out, bool, by number of the batch.
+
+    Raises:
+        ValueError: as `split_batches`.
+    """
     found = processes.gather({number: len(batch) for number, batch in batches.items()})
     sizes = {number: size for each in found for number, size in each.items()}
     total = sum(sizes.values())
@@ -51,16 +69,9 @@ def split_batches(
         )
     is_held_out = torch.zeros(total, dtype=torch.bool)
     is_held_out[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]] = True
-    learn, held_out = {}, []
-    for number, part in zip(
-        sorted(sizes), is_held_out.split([sizes[number] for number in sorted(sizes)]), strict=True
-    ):
-        if number in batches:
-            held_out.append(batches[number][part])
-            if not part.all():
-                learn[number] = batches[number][~part]
-    together = torch.cat(held_out) if held_out else torch.zeros(0)
-    return learn, list(together.split(max(sizes.values()))) if len(together) else []
+    numbers = sorted(sizes)
+    parts = is_held_out.split([sizes[number] for number in numbers])
+    return {number: part for number, part in zip(numbers, parts, strict=True) if number in batches}
 
 
 @torch.no_grad()
@@ -132,6 +143,8 @@ def _same_work(compensator: Compensator, task: Compensation) -> Mapping[str, Any
             held_out=held_out,
             references=model_outputs(task.original, held_out),
             processes=task.processes.apart(),
+            # They are shared out, and would be exchanged.
+            photographs=None,
         )
         details = compensator.compensate(whole)
     # Not all kernels of a GPU give the same bits every time.

@@ -35,9 +35,10 @@ class LayerwiseCompensator(Compensator):
 
     Memory: the activations at one segment boundary of both models, for all images, which are announced in the log before
     the work starts; and the outputs of the linear layers of one segment of the original, about `12 d` values per token
-    in a ViT of width d, if they take no more than `max_bytes`. Time: two runs of the original, and of the compressed
-    model one run to every group of layers that share an input (four in a ViT block) and one through the segment. Where
-    outputs are not kept, the original runs to every group of layers too. Several processes share images and layers out.
+    in a ViT of width d, for as many batches as `max_bytes` hold. Time: one run of the original, two where a segment
+    returns more than one tensor, and of the compressed model one run to every group of layers that share an input (four
+    in a ViT block) and one through the segment. For batches whose outputs are not kept, the original runs to every group
+    of layers too. Several processes share images and layers out.
 
     Attributes:
         description: Of the progress bar.
@@ -245,7 +246,7 @@ class _OriginalOutputs:
         self._anchors = anchors
         self._kept: list[dict[str, Tensor]] = []
         self.results: dict[int, Any] = {}
-        """Of the segment itself, by batch, where they hold nothing but what is kept."""
+        """What the segment itself returned, by batch, where that is one tensor, which is kept as a target anyway."""
         room = max_bytes
         for index, call in enumerate(replay.calls):
             found, run = _wanted(replay.segment, call, names, anchors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,7 +11,6 @@ from transformers.utils import logging
 from ..calibration.images import ImageBatches
 from ..distributed import Processes
 from ..phases import phase
-from .held_out import split_batches
 
 
 @dataclass(frozen=True)
@@ -19,29 +19,46 @@ class Photographs:
 
     Attributes:
         batches: The batches of all calibration images, enlarged.
-        held_out_ratio: Share of the images that is held out, as of the images that the model sees.
-        seed: Of that draw.
+        held_out: Which images of the batches of this process are held out, bool, by number of the batch.
         processes: Those that share the images out.
     """
 
     batches: ImageBatches
-    held_out_ratio: float
-    seed: int
+    held_out: Mapping[int, Tensor]
     processes: Processes
 
     def decode(self) -> dict[int, Tensor]:
         """Those to learn from, by the number of their batch, each `[batch, channels, height, width]`, float16.
 
-        Every process calls this and gets its share. The held-out ones are those that `split_batches` holds out of the
-        images that the model sees.
+        Every process calls this and gets its share.
+
+        Raises:
+            ValueError: if they are not as many as when the model saw them.
         """
         with phase("Decoded photographs") as decoding:
             with self.processes.agreed():
-                found = {
-                    batch.index: batch.pixel_values
-                    for batch in logging.tqdm(self.batches, desc="Decoding photographs", unit="batch")
-                }
+                learn = self._learned_from()
             self.batches.settle()
-            learn, _ = split_batches(found, self.held_out_ratio, self.seed, self.processes)
-            decoding.tell(" x ".join(map(str, next(iter(found.values())).shape[2:])) if found else "")
+            decoding.tell(*(" x ".join(map(str, batch.shape[2:])) for batch in list(learn.values())[:1]))
         return learn
+
+    def _learned_from(self) -> dict[int, Tensor]:
+        learn, seen = {}, set()
+        for batch in logging.tqdm(self.batches, desc="Decoding photographs", unit="batch"):
+            held_out = self.held_out.get(batch.index)
+            if held_out is None or len(held_out) != batch.num_images:
+                raise _changed(batch.index)
+            seen.add(batch.index)
+            if not held_out.all():
+                learn[batch.index] = batch.pixel_values[~held_out]
+        missing = self.held_out.keys() - seen
+        if missing:
+            raise _changed(min(missing))
+        return learn
+
+
+def _changed(index: int) -> ValueError:
+    return ValueError(
+        f"Batch {index} of the calibration images holds other images than when it was decoded first, so that it is not "
+        "known which are held out. Leave the files as they are while a compression runs, or set view_scale=1."
+    )

@@ -19,7 +19,7 @@ from ..outputs import ModelOutput
 from ..phases import phase
 from ..targets import Target
 from .compensator import COMPENSATORS, Compensation, CompensationResult
-from .held_out import compensate_and_keep_the_better, model_outputs, output_error, split_batches
+from .held_out import compensate_and_keep_the_better, held_out_masks, model_outputs, output_error, split_batches
 from .photographs import Photographs
 from .saved_steps import resume_steps, save_steps
 
@@ -76,17 +76,21 @@ def prepare_images(
                 f"{type(original).__name__} gives another output each time for the same images (random masks, say), so "
                 "nothing can be learned from it. Load it without that, or set compensation=[]."
             )
-    return CompensationImages(batches, held_out, references, _photographs(source, config, processes))
+    photographs = _photographs(source, numbered, config, processes)
+    return CompensationImages(batches, held_out, references, photographs)
 
 
-def _photographs(source: ImageBatches | None, config: MixRankConfig, processes: Processes) -> Photographs | None:
+def _photographs(
+    source: ImageBatches | None, batches: Mapping[int, Tensor], config: MixRankConfig, processes: Processes
+) -> Photographs | None:
     if not any(COMPENSATORS[name].uses_photographs for name in config.compensation) or config.view_scale == 1:
         return None
     enlarged = None if source is None else source.enlarged(config.view_scale)
     if enlarged is None:
         logger.info("Views are taken from the images as the model sees them: the source does not give larger ones.")
         return None
-    return Photographs(enlarged, config.held_out_ratio, config.seed, processes)
+    masks = held_out_masks(batches, config.held_out_ratio, config.seed, processes)
+    return Photographs(enlarged, masks, processes)
 
 
 def compensate(

@@ -7,7 +7,7 @@ import torch
 from calibration.pictures import processor, write
 from models import IMAGE_SIZE
 from torch.nn.functional import interpolate
-from transformers import DeiTImageProcessor, ViTImageProcessor
+from transformers import ConvNextImageProcessor, DeiTImageProcessor, ViTImageProcessor
 
 from optimum_mixrank import load_image_dataset
 from optimum_mixrank.calibration.enlarging import enlarged_processor
@@ -43,7 +43,10 @@ def test_sizes_are_multiplied_and_the_view_stays(tmp_path, original, scale):
 def test_processors_without_sizes_that_could_be_multiplied():
     assert enlarged_processor(SimpleNamespace(do_rescale=True), 2) is None
     assert enlarged_processor(SimpleNamespace(size={"max_pixels": 1000}), 2) is None
+    assert enlarged_processor(SimpleNamespace(size=(32, 32)), 2) is None
     assert enlarged_processor(ViTImageProcessor(do_resize=False), 2) is None
+    assert enlarged_processor(DeiTImageProcessor(do_resize=False), 2) is None
+    assert enlarged_processor(ConvNextImageProcessor(), 2) is None
     assert enlarged_processor(SimpleNamespace(size=32), 1.5).size == 48
 
 

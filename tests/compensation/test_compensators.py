@@ -8,7 +8,7 @@ from compensation.cases import FAMILIES, compress, config, images
 from transformers import AutoModelForImageClassification
 
 from optimum_mixrank import FactoredLinear, MixRankCompressor
-from optimum_mixrank.compensation import COMPENSATORS, Compensation, Compensator
+from optimum_mixrank.compensation import COMPENSATORS, Compensation, Compensator, layerwise
 from optimum_mixrank.compensation.held_out import (
     compensate_and_keep_the_better,
     model_outputs,
@@ -92,11 +92,21 @@ def test_swin_and_models_without_a_head(step):
 
 
 # Nothing fits, or some of the batches.
-@pytest.mark.parametrize("max_bytes", [0, 50_000])
-def test_outputs_that_do_not_fit_into_memory_are_computed_again(monkeypatch, max_bytes):
-    kept, _ = compress(FAMILIES["swin"](), settings("sequential"))
+@pytest.mark.parametrize("max_bytes", [0, 1_000_000])
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_outputs_that_do_not_fit_into_memory_are_computed_again(monkeypatch, family, max_bytes):
+    kept, _ = compress(FAMILIES[family](), settings("sequential"))
+    shares = []
+    of = layerwise._OriginalOutputs.of
+
+    def spy(outputs, index, names):
+        shares.append(len(outputs._kept) / len(outputs._replay.calls))
+        return of(outputs, index, names)
+
+    monkeypatch.setattr(layerwise._OriginalOutputs, "of", spy)
     monkeypatch.setattr(COMPENSATORS["sequential"], "max_bytes", max_bytes)
-    again, _ = compress(FAMILIES["swin"](), settings("sequential"))
+    again, _ = compress(FAMILIES[family](), settings("sequential"))
+    assert any(0 < share < 1 for share in shares) if max_bytes else not any(shares)
     assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), again.state_dict().values(), strict=True))
 
 

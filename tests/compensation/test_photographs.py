@@ -2,6 +2,7 @@
 
 import logging
 
+import pytest
 import torch
 from calibration.pictures import processor, write
 from compensation.cases import FAMILIES, config, images
@@ -33,6 +34,18 @@ def test_photographs_are_of_the_images_that_are_learned_from_in_their_order(tmp_
     again = interpolate(large.float(), (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
     distance = (again[:, None] - small[None]).square().mean(dim=(2, 3, 4))
     assert distance.argmin(dim=1).tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("broken", ["03.png", "08.png"])
+def test_images_that_changed_in_between_are_noticed(tmp_path, broken):
+    paths = sorted(write(tmp_path / "images", 9).iterdir())
+    batches = ImageBatches(
+        [str(path) for path in paths], image_processor=processor(), batch_size=4, max_broken_share=0.5
+    )
+    prepared = prepare_images(FAMILIES["vit"](), list(batches), config(**DISTILLATION), source=batches)
+    (tmp_path / "images" / broken).write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"Batch [02] of the calibration images holds other images than when"):
+        prepared.photographs.decode()
 
 
 def test_only_a_step_that_draws_views_decodes_them(tmp_path):

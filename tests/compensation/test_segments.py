@@ -44,7 +44,13 @@ def test_inputs_of_every_segment_are_those_of_the_whole_model(model, given):
         for call, inputs in zip(replay.calls, expected[segment], strict=True):
             assert torch.equal(call.args[0], inputs)
         known = {batch: replay.calls[batch](replay.segment) for batch in given}
-        assert replay.advance(known) == (index + 1 < len(segments))
+        ran = []
+        inner = next(module for module in replay.segment.modules() if isinstance(module, torch.nn.Linear))
+        handle = inner.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
+        is_last = index + 1 == len(segments)
+        assert replay.advance(known) == (not is_last)
+        handle.remove()
+        assert len(ran) == (0 if is_last else len(batches) - len(given))
     assert not any("forward" in vars(module) for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
