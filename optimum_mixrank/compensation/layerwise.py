@@ -26,6 +26,9 @@ from .segments import Call, SegmentReplay, SegmentRun, find_segments, run_segmen
 
 logger = get_logger(__name__)
 
+PROBED_IMAGES = 4
+"""Images on which anchors and shared inputs are looked for."""
+
 
 class LayerwiseCompensator(Compensator):
     """Goes through the factored layers in forward order and replaces each by a better one of the same rank.
@@ -78,6 +81,9 @@ class LayerwiseCompensator(Compensator):
             with processes.agreed():
                 theirs = SegmentReplay(task.original, segments, batches)
                 ours = SegmentReplay(task.model, segments, batches)
+                # Where layers stand is the same for all images.
+                few = [batch[:PROBED_IMAGES] for batch in batches[:1]] if processes.index == source else []
+                probe = SegmentReplay(task.original, segments, few)
             logger.debug(f"Activations at a segment boundary take {2 * theirs.num_bytes / 2**20:,.0f} MiB.")
             done, anchored = self._resume(task)
             for position, segment in enumerate(segments):
@@ -90,7 +96,7 @@ class LayerwiseCompensator(Compensator):
                 if position < done:
                     progress.update(len(inside))
                 else:
-                    found, results = self._solve_segment(task, theirs, ours, inside, source, progress)
+                    found, results = self._solve_segment(task, theirs, ours, probe, inside, source, progress)
                     anchored += found
                     with processes.agreed():
                         if task.journal.due():
@@ -100,6 +106,7 @@ class LayerwiseCompensator(Compensator):
                 with processes.agreed():
                     theirs.advance(results)
                     ours.advance()
+                    probe.advance()
         return {"layers": len(layers), "layers_with_residual_target": anchored}
 
     def _resume(self, task: Compensation) -> tuple[int, int]:
@@ -112,6 +119,7 @@ class LayerwiseCompensator(Compensator):
         task: Compensation,
         theirs: SegmentReplay,
         ours: SegmentReplay,
+        probe: SegmentReplay,
         inside: Mapping[str, Target],
         source: int,
         progress: Any,
@@ -125,7 +133,7 @@ class LayerwiseCompensator(Compensator):
         structure: tuple[dict[str, str], list[list[str]]] = {}, []
         with processes.agreed():
             if processes.index == source:
-                structure = self._structure(theirs, list(inside))
+                structure = self._structure(probe, list(inside))
         anchors, groups = processes.broadcast(structure, source)
         with processes.agreed():
             outputs = _OriginalOutputs(theirs, list(inside), anchors, min(self.max_bytes, task.kept_outputs))

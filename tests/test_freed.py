@@ -1,0 +1,27 @@
+"""Memory that has been freed."""
+
+import pytest
+
+from optimum_mixrank import freed
+
+
+@pytest.fixture
+def mallopt(monkeypatch):
+    calls = []
+    monkeypatch.setattr(freed, "_function", lambda name, *arguments: lambda *values: calls.append((name, *values)))
+    freed.keep_large_blocks_apart.cache_clear()
+    yield calls
+    freed.keep_large_blocks_apart.cache_clear()
+
+
+def test_large_blocks_are_kept_apart_once(mallopt, monkeypatch):
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    freed.keep_large_blocks_apart()
+    freed.keep_large_blocks_apart()
+    assert mallopt == [("mallopt", freed._MMAP_THRESHOLD, freed.LARGE_BLOCK)]
+
+
+def test_a_threshold_of_the_users_stays(mallopt, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1073741824")
+    freed.keep_large_blocks_apart()
+    assert mallopt == []
