@@ -170,16 +170,17 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def add_hub_arguments(parser: ArgumentParser) -> None:
+def add_hub_arguments(parser: ArgumentParser, runs_code: bool = True) -> None:
     """Options of everything that may come from the Hub."""
     group = parser.add_argument_group("Hub")
     group.add_argument("--revision", help="branch, tag or commit of the model")
     group.add_argument("--token", help="access token, or `hf auth login` beforehand")
     group.add_argument("--cache-dir", help="where downloads are kept")
-    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    if runs_code:
+        group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 
 def hub_arguments(args: Any) -> dict[str, Any]:
     """Those that were given, as `from_pretrained` takes them."""
     names = ("revision", "token", "cache_dir", "trust_remote_code")
-    return {name: getattr(args, name) for name in names if getattr(args, name)}
+    return {name: getattr(args, name) for name in names if getattr(args, name, None)}

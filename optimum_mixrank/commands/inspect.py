@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from pathlib import Path
 from typing import Any
 
-from .command import MixRankSubcommand
+from .command import MixRankSubcommand, add_hub_arguments, hub_arguments
 
 
 class InspectCommand(MixRankSubcommand):
@@ -14,42 +13,42 @@ class InspectCommand(MixRankSubcommand):
 
     description = """Show the settings, ranks and sizes of a compressed checkpoint without loading its weights.
 
-example:
+examples:
   optimum-cli mixrank inspect out
+  optimum-cli mixrank inspect someone/deit-base-mixrank --json
 """
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """See `MixRankSubcommand`."""
-        parser.add_argument("checkpoint", type=Path, help="local folder")
+        parser.add_argument("checkpoint", help="local folder or Hub id")
+        add_hub_arguments(parser, runs_code=False)
 
     def execute(self) -> tuple[str, dict[str, Any]]:
         """See `MixRankSubcommand`."""
         import json
 
         from ..configuration import MixRankConfig
-        from ..evaluation.size import safetensors_bytes, stored_values
         from ..reporting import CompressionReport, format_table
+        from .contents import contents_of
 
-        folder = self.args.checkpoint
-        file = folder / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{str(folder)!r} has no config.json; name the folder of a checkpoint.")
-        content = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+        name = self.args.checkpoint
+        contents = contents_of(name, **hub_arguments(self.args))
+        stored = json.loads((contents.folder / "config.json").read_text(encoding="utf-8"))
+        content = stored.get("quantization_config") if isinstance(stored, dict) else None
         if not isinstance(content, dict) or content.get("quant_method") != "mixrank":
-            raise ValueError(f"{str(folder)!r} is no checkpoint that optimum-mixrank has compressed.")
+            raise ValueError(f"{name!r} is no checkpoint that optimum-mixrank has compressed.")
         config = MixRankConfig.from_dict(content)
-        tensors = stored_values(folder)
         values: dict[str, Any] = {
             "config": config.to_dict(),
-            "stored_values": sum(tensor.num_values for tensor in tensors.values()),
-            "bytes_on_disk": safetensors_bytes(folder),
+            "stored_values": sum(tensor.num_values for tensor in contents.tensors.values()),
+            "bytes_on_disk": contents.num_bytes,
         }
         try:
-            report = CompressionReport.load(folder)
+            report = CompressionReport.load(contents.folder)
         except FileNotFoundError:
             lines = [f"{name}: rank {layer.rank}, {layer.layout}" for name, layer in config.factored_layers.items()]
-            text = "\n".join([*lines, "", "The folder holds no report of the compression."])
+            text = "\n".join([*lines, "", "There is no report of the compression."])
         else:
             values["report"] = report.to_dict()
             text = format_table(report)

@@ -84,7 +84,7 @@ class ResidualCompensator(LayerwiseCompensator):
         with torch.enable_grad():
             for _ in range(self.steps):
                 optimizer.zero_grad()
-                (output_loss(factors[1] @ factors[0], *moments) / unit).backward()
+                (output_loss_of_factors(factors[0], factors[1], *moments) / unit).backward()
                 optimizer.step()
                 schedule.step()
         return factors[0].detach().double(), factors[1].detach().double()
@@ -99,3 +99,15 @@ def output_loss(weight: Tensor, input_moment: Tensor, target_moment: Tensor) -> 
         target_moment: `S_t`, `[m, n]`.
     """
     return ((weight @ input_moment) * weight).sum() - 2 * (weight * target_moment).sum()
+
+
+def output_loss_of_factors(A: Tensor, B: Tensor, input_moment: Tensor, target_moment: Tensor) -> Tensor:
+    """`output_loss` of `B A` by products of rank r alone: `tr(BᵀB A S Aᵀ) - 2 tr(Bᵀ S_t Aᵀ)`.
+
+    Args:
+        A: `[r, n]`.
+        B: `[m, r]`.
+        input_moment: `S`, `[n, n]`.
+        target_moment: `S_t`, `[m, n]`.
+    """
+    return ((B.T @ B) * (A @ input_moment @ A.T)).sum() - 2 * (B.T * (A @ target_moment.T)).sum()

@@ -15,7 +15,7 @@ from optimum_mixrank.compensation.held_out import (
     output_error,
     split_batches,
 )
-from optimum_mixrank.compensation.residual import output_loss
+from optimum_mixrank.compensation.residual import output_loss, output_loss_of_factors
 from optimum_mixrank.compensation.training import TrainingSettings, train
 
 
@@ -240,6 +240,13 @@ def test_residual_loss_is_the_output_loss():
     X, T, W = (torch.randn(*shape, generator=generator).double() for shape in ((5, 40), (4, 40), (4, 5)))
     direct = (T - W @ X).square().sum() / 40
     torch.testing.assert_close(output_loss(W, X @ X.T / 40, T @ X.T / 40) + T.square().sum() / 40, direct)
+
+
+def test_residual_loss_of_factors_is_that_of_their_product():
+    generator = torch.Generator().manual_seed(0)
+    A, B, X, T = (torch.randn(*shape, generator=generator).double() for shape in ((2, 5), (4, 2), (5, 40), (4, 40)))
+    moments = X @ X.T / 40, T @ X.T / 40
+    torch.testing.assert_close(output_loss_of_factors(A, B, *moments), output_loss(B @ A, *moments))
 
 
 def test_the_registry_holds_what_the_configuration_names():

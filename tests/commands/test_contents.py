@@ -1,0 +1,108 @@
+"""What `optimum-cli mixrank inspect` sees, in a folder and on a Hub that stands in for the real one."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError
+from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo
+from models import compressed, tiny_vit
+
+from optimum_mixrank.commands.contents import contents_of
+from optimum_mixrank.evaluation.size import stored_values
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    compressed(tiny_vit(), "pivoted").save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+@dataclass
+class StandIn:
+    """Answers as the Hub does for a repository that holds the files of a folder."""
+
+    repository: Path
+    cache: Path
+    token: str | None = None
+
+    def model_info(self, repo_id, revision):
+        if repo_id != "someone/vit":
+            raise HFValidationError(repo_id)
+        return SimpleNamespace(sha=f"commit of {revision}")
+
+    def snapshot_download(self, repo_id, revision, cache_dir, allow_patterns):
+        assert revision == "commit of main"
+        self.cache.mkdir(exist_ok=True)
+        for name in allow_patterns:
+            if (self.repository / name).is_file():
+                shutil.copy(self.repository / name, self.cache)
+        return str(self.cache)
+
+    def get_safetensors_metadata(self, repo_id, revision):
+        assert revision == "commit of main"
+        files = {}
+        for file in self.repository.glob("*.safetensors"):
+            alone = self.cache.parent / file.stem
+            alone.mkdir()
+            shutil.copy(file, alone / "model.safetensors")
+            tensors = {
+                name: TensorInfo(dtype=tensor.dtype, shape=list(tensor.shape), data_offsets=(0, 0))
+                for name, tensor in stored_values(alone).items()
+            }
+            files[file.name] = SafetensorsFileMetadata(metadata={}, tensors=tensors)
+        if not files:
+            raise NotASafetensorsRepoError
+        return SimpleNamespace(files_metadata=files)
+
+    def get_paths_info(self, repo_id, paths, revision):
+        return [SimpleNamespace(size=(self.repository / path).stat().st_size) for path in paths]
+
+
+@pytest.fixture
+def hub(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda token: StandIn(checkpoint, tmp_path / "cache", token))
+    return checkpoint
+
+
+def test_the_hub_shows_what_the_folder_shows(hub):
+    near, far = contents_of(str(hub)), contents_of("someone/vit", revision="main")
+    assert far.tensors == near.tensors and far.num_bytes == near.num_bytes
+    assert (far.folder / "config.json").read_bytes() == (hub / "config.json").read_bytes()
+    assert not list(far.folder.glob("*.safetensors"))
+
+
+def test_errors_name_the_repository_and_the_mend(hub):
+    with pytest.raises(ValueError, match="'someone/else' is no folder here and was not found on the Hub.*--token"):
+        contents_of("someone/else")
+    with pytest.raises(ValueError, match="was not found on the Hub at revision 'v2'"):
+        contents_of("someone/else", revision="v2")
+    (hub / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="'someone/vit' on the Hub has no config.json"):
+        contents_of("someone/vit", revision="main")
+    with pytest.raises(FileNotFoundError, match="has no config.json; name the folder"):
+        contents_of(str(hub))
+
+
+def test_other_formats_of_weights_are_refused(hub):
+    for file in hub.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match="'someone/vit' holds no weights in safetensors"):
+        contents_of("someone/vit", revision="main")
+
+
+def test_without_a_network_the_error_is_one_line(monkeypatch):
+    class Unreachable:
+        def model_info(self, *args, **kwargs):
+            raise RuntimeError("no route\nto the Hub")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda token: Unreachable())
+    with pytest.raises(
+        ValueError, match=r"'someone/vit' is no folder here, and the Hub could not be asked: no route$"
+    ):
+        contents_of("someone/vit")
