@@ -3,14 +3,16 @@
     python benchmarks/cli_start.py --repeats 20
 
 Both are started in turns, each first as often as the other. Without means that an empty module takes the place of the one
-by which `optimum-cli` finds the commands. Printed are the medians, and the median of the differences within pairs with a
-95 % interval (sign test), in seconds.
+by which `optimum-cli` finds the commands. Printed are, in seconds on the clock and on the processors, the medians and the
+median of the differences within pairs with a 95 % interval (sign test). What else runs on the machine lengthens the
+former.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -31,16 +33,27 @@ def main() -> None:
     args = parser.parse_args()
     programs = {"with": WITH, "without": WITHOUT}
     assert b"mixrank" in _help(WITH) and b"mixrank" not in _help(WITHOUT)
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    clock: dict[str, list[float]] = {name: [] for name in programs}
+    processor: dict[str, list[float]] = {name: [] for name in programs}
     for repeat in range(args.repeats):
         for name in sorted(programs, reverse=bool(repeat % 2)):
-            start = time.perf_counter()
+            start, used = time.perf_counter(), _used_by_children()
             _help(programs[name])
-            seconds[name].append(time.perf_counter() - start)
+            clock[name].append(time.perf_counter() - start)
+            processor[name].append(_used_by_children() - used)
+    print(json.dumps({"clock": _compared(clock), "processor": _compared(processor)}, indent=2))
+
+
+def _compared(seconds: dict[str, list[float]]) -> dict[str, float]:
     differences = [ours - theirs for ours, theirs in zip(seconds["with"], seconds["without"], strict=True)]
-    result = {name: statistics.median(values) for name, values in seconds.items()}
     low, high = median_interval(differences)
-    print(json.dumps({**result, "difference": statistics.median(differences), "low": low, "high": high}, indent=2))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {**medians, "difference": statistics.median(differences), "low": low, "high": high}
+
+
+def _used_by_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _help(program: str) -> bytes:
