@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .command import (
     MixRankSubcommand,
     add_hub_arguments,
     add_model_arguments,
     add_output_arguments,
+    hub_arguments,
     open_compressor,
 )
 from .fields import add_field_arguments, calibration_images, configuration
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 class CompressCommand(MixRankSubcommand):
@@ -41,6 +46,13 @@ on several GPUs:
         parser.add_argument("--evaluate-split", help="default: validation, test, or the only one")
         parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository")
         parser.add_argument(
+            "--save-dtype",
+            default="auto",
+            metavar="DTYPE",
+            help="of the compressed checkpoint: float32, float16, bfloat16, or auto (default), that of the original or of "
+            "--dtype, whichever is shorter",
+        )
+        parser.add_argument(
             "--max-memory",
             metavar="SIZE",
             help="most memory to use beside the model, 8GiB say; where more would be needed, several passes are made",
@@ -62,6 +74,7 @@ on several GPUs:
         writable_directory(args.output, args.overwrite or (args.resume and has_saved(run, args.output)))
         if config.dataset is None and (config.compensation or METRICS[config.metric].uses_data):
             raise ValueError("--dataset is missing: name a folder of images, or use --metric svd --compensation none.")
+        stored = dtype_to_save(args)
         compressor = open_compressor(args, args.model)
         images = None if config.dataset is None else calibration_images(args, compressor, config)
         with compressor.processes.agreed():
@@ -76,8 +89,14 @@ on several GPUs:
             save_interval=args.save_interval or 60.0,
             **loading,
         )
+        computed = model.dtype
+        if args.save_dtype == "auto" and (stored is None or stored.itemsize > computed.itemsize):
+            stored = computed
+        # What is evaluated are the values that the files will hold.
+        model.to(stored).to(computed)
         if args.evaluate_on is not None:
             compressor.evaluate(model, args.evaluate_on, split=args.evaluate_split, **loading)
+        model.to(stored)
         compressor.save_pretrained(model, args.output, overwrite=args.overwrite, picture=True)
         report = compressor.report
         assert report is not None  # `compress` has made one
@@ -96,6 +115,26 @@ on several GPUs:
         if run is None or not run.is_dir():
             return super().advice()
         return f"What was finished is kept in {str(run)!r}: the same command goes on from there."
+
+
+def dtype_to_save(args: Any) -> torch.dtype | None:
+    """The dtype that was asked for, or that of the original; None where its configuration does not name one.
+
+    Raises:
+        ValueError: if `--save-dtype` is no floating point dtype.
+    """
+    from transformers import AutoConfig
+
+    from ..original import parse_dtype
+
+    try:
+        dtype = parse_dtype(args.save_dtype)
+    except ValueError as error:
+        raise ValueError(f"--save-{error}") from None
+    if dtype != "auto":
+        return dtype
+    # A loaded model tells what it was loaded in.
+    return getattr(AutoConfig.from_pretrained(args.model, **hub_arguments(args)), "dtype", None)
 
 
 def add_resume_arguments(parser: ArgumentParser) -> None:

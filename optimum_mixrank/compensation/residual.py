@@ -24,7 +24,7 @@ class ResidualCompensator(LayerwiseCompensator):
     `Y`, `[n, q]`, at random, since two zero factors would have no gradient. Adam follows the gradient of
     `E ‖y - (B A + G Yᵀ) x' - b‖²`, which needs the moments of inputs and outputs only, so that every step sees all
     images. The sum is stored as factors of rank r. The paper does not give its optimiser; steps, rate and q are choices
-    of ours, made on training images that nothing was learned from: more steps help, the others hardly matter.
+    of ours, made on training images that nothing was learned from; rate and q hardly matter.
 
     A layer keeps its factors where the loss did not fall; the bias is fitted to `x'` in any case.
 

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForImageClassification
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from optimum_mixrank import MixRankConfig
 from optimum_mixrank.commands.fields import FIELDS
@@ -65,6 +67,37 @@ def test_levels_of_messages(tmp_path, option, wanted, unwanted):
     )
     assert json.loads(stdout)["settings"]["metric"] == "svd"
     assert all(text in stderr for text in wanted) and not any(text in stderr for text in unwanted)
+
+
+def test_checkpoints_are_stored_in_the_dtype_of_the_original(tmp_path):
+    original, dataset = tmp_path / "original", ("--evaluate-on", DATA, "--evaluate-split", "test")
+    AutoModelForImageClassification.from_pretrained(MODEL, dtype=torch.bfloat16).save_pretrained(original)
+    AutoImageProcessor.from_pretrained(MODEL).save_pretrained(original)
+    common = (
+        "--model",
+        original,
+        *dataset,
+        "--metric",
+        "svd",
+        "--compensation",
+        "none",
+        "--batch-size",
+        128,
+        "--json",
+    )
+    found = {}
+    for name, option in {"auto": (), "float32": ("--save-dtype", "float32")}.items():
+        values = json.loads(cli("compress", *common, "--output", tmp_path / name, *option)[0])
+        weights = load_file(tmp_path / name / "model.safetensors")
+        found[name] = {tensor.dtype for tensor in weights.values()}, values["evaluation"]["kl"]
+    assert (found["auto"][0], found["float32"][0]) == ({torch.bfloat16}, {torch.float32})
+    # The rounded values were evaluated.
+    assert found["auto"][1] != found["float32"][1]
+    assert found["auto"][1] == pytest.approx(found["float32"][1], rel=0.2)
+    errors = cli("compress", *common, "--output", tmp_path / "out", "--save-dtype", "int8", code=1)[1]
+    assert errors.splitlines()[-1].startswith(
+        "Error: --save-dtype='int8' is no floating point dtype; choose 'float32'"
+    )
 
 
 def test_compress_says_where_everything_is(tmp_path):
