@@ -323,10 +323,15 @@ def markdown(record: dict) -> str:
         lines.append(
             f"| {row['method']} | {row['kept']:.1%} | {statistics.mean(top1):.1%} ({min(top1):.1%} to {max(top1):.1%}) "
             f"| {100 * row['change']:+.1f} ± {100 * row['half']:.1f} points "
-            f"| {statistics.mean(kl):.3f} ({min(kl):.3f} to {max(kl):.3f}) | {row['forward_passes']:.0f} "
+            f"| {nats(statistics.mean(kl))} ({nats(min(kl))} to {nats(max(kl))}) | {row['forward_passes']:.0f} "
             f"| {row['peak_memory_mib'] / 1024:.1f} GiB |"
         )
     return "\n".join(lines) + "\n"
+
+
+def nats(kl: float) -> str:
+    """Three decimals, or more where they would say too little."""
+    return f"{kl:.3f}" if kl >= 0.01 else f"{kl:.5f}"
 
 
 def plot(record: dict, path: Path) -> None:

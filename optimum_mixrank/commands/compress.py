@@ -134,7 +134,8 @@ def dtype_to_save(args: Any) -> torch.dtype | None:
     if dtype != "auto":
         return dtype
     # A loaded model tells what it was loaded in.
-    return getattr(AutoConfig.from_pretrained(args.model, **hub_arguments(args)), "dtype", None)
+    named = getattr(AutoConfig.from_pretrained(args.model, **hub_arguments(args)), "dtype", None)
+    return None if named is None else parse_dtype(named)
 
 
 def add_resume_arguments(parser: ArgumentParser) -> None:

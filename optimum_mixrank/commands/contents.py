@@ -88,9 +88,8 @@ def _on_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: st
         raise ValueError(f"{repo_id!r} holds no weights in safetensors.") from error
     except Exception as error:
         # Which error a missing network gives depends on the release of huggingface_hub.
-        raise ValueError(
-            f"{repo_id!r} is no folder here, and the Hub could not be asked: {str(error).splitlines()[0]}"
-        ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{repo_id!r} is no folder here, and the Hub could not be asked: {reason}") from error
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{repo_id!r} on the Hub has no config.json; name the repository of a checkpoint.")
     tensors = {
