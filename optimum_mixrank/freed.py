@@ -39,10 +39,10 @@ def keep_large_blocks_apart() -> None:
     By itself glibc raises the size from which it does so with what it sees freed, up to 32 MiB, and smaller activations
     then leave holes in its heap: the same work takes once what its tensors need and once three times as much. This holds
     for the rest of the process, and has its price: the system clears every page again, so that passes over large batches
-    take longer. Nothing happens where `MALLOC_MMAP_THRESHOLD_` is set, since whoever sets it has decided, or where the C
-    library knows no such thing.
+    take longer. Nothing happens where the environment sets the threshold, by `MALLOC_MMAP_THRESHOLD_` or in
+    `GLIBC_TUNABLES`, since whoever sets it has decided, or where the C library knows no such thing.
     """
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     mallopt = _function("mallopt", ctypes.c_int, ctypes.c_int)
     if mallopt is not None:

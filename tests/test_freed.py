@@ -15,13 +15,18 @@ def mallopt(monkeypatch):
 
 
 def test_large_blocks_are_kept_apart_once(mallopt, monkeypatch):
-    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
     freed.keep_large_blocks_apart()
     freed.keep_large_blocks_apart()
     assert mallopt == [("mallopt", freed._MMAP_THRESHOLD, freed.LARGE_BLOCK)]
 
 
-def test_a_threshold_of_the_users_stays(mallopt, monkeypatch):
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1073741824")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MALLOC_MMAP_THRESHOLD_", "1073741824"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=1073741824")],
+)
+def test_a_threshold_of_the_users_stays(name, value, mallopt, monkeypatch):
+    monkeypatch.setenv(name, value)
     freed.keep_large_blocks_apart()
     assert mallopt == []

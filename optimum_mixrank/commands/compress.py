@@ -90,7 +90,7 @@ on several GPUs:
             **loading,
         )
         computed = model.dtype
-        if args.save_dtype == "auto" and (stored is None or stored.itemsize > computed.itemsize):
+        if args.save_dtype == "auto" and (stored is None or stored.itemsize >= computed.itemsize):
             stored = computed
         # What is evaluated are the values that the files will hold.
         model.to(stored).to(computed)
@@ -118,13 +118,15 @@ on several GPUs:
 
 
 def dtype_to_save(args: Any) -> torch.dtype | None:
-    """The dtype that was asked for, or that of the original; None where its configuration does not name one.
+    """The dtype that was asked for, or that of the original; None where neither its files nor its configuration tell.
 
     Raises:
         ValueError: if `--save-dtype` is no floating point dtype.
     """
+    import torch
     from transformers import AutoConfig
 
+    from ..evaluation.size import stored_dtype
     from ..original import parse_dtype
 
     try:
@@ -134,8 +136,12 @@ def dtype_to_save(args: Any) -> torch.dtype | None:
     if dtype != "auto":
         return dtype
     # A loaded model tells what it was loaded in.
-    named = getattr(AutoConfig.from_pretrained(args.model, **hub_arguments(args)), "dtype", None)
-    return None if named is None else parse_dtype(named)
+    if any(Path(args.model).expanduser().glob("*.safetensors")):
+        named = stored_dtype(Path(args.model).expanduser())
+    else:
+        named = getattr(AutoConfig.from_pretrained(args.model, **hub_arguments(args)), "dtype", None)
+    found = getattr(torch, named, None) if isinstance(named, str) else named
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 
 
 def add_resume_arguments(parser: ArgumentParser) -> None:

@@ -32,14 +32,14 @@ def contents_of(
     """Look into a checkpoint.
 
     Args:
-        checkpoint: Local folder, or Hub id, of which a few kilobytes are fetched.
+        checkpoint: Local folder, or Hub id, of which about 100 kB are fetched for every weight file.
         revision: Branch, tag or commit on the Hub.
         token: Access token of the Hub.
         cache_dir: Where downloads are kept.
 
     Raises:
         FileNotFoundError: for a folder without `config.json` or weights.
-        ValueError: if it is neither a folder nor on the Hub, or its weights are not in safetensors.
+        ValueError: if it is neither a folder nor on the Hub, access is restricted, or its weights are not in safetensors.
     """
     folder = Path(checkpoint).expanduser()
     if folder.exists():
@@ -58,10 +58,12 @@ def _in_folder(folder: Path) -> Contents:
 def _on_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: str | None) -> Contents:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
+        GatedRepoError,
         HFValidationError,
         NotASafetensorsRepoError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
+        SafetensorsParsingError,
     )
 
     from ..evaluation.size import StoredTensor
@@ -78,6 +80,10 @@ def _on_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: st
         )
         metadata = api.get_safetensors_metadata(repo_id, revision=commit)
         files = api.get_paths_info(repo_id, list(metadata.files_metadata), revision=commit)
+    except GatedRepoError as error:
+        raise ValueError(
+            f"Access to {repo_id!r} is restricted; ask for it on the page of the repository, and give --token."
+        ) from error
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         where = f" at revision {revision!r}" if revision else ""
         raise ValueError(
@@ -86,10 +92,13 @@ def _on_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: st
         ) from error
     except NotASafetensorsRepoError as error:
         raise ValueError(f"{repo_id!r} holds no weights in safetensors.") from error
+    except SafetensorsParsingError as error:
+        raise ValueError(f"{repo_id!r} holds a damaged safetensors file: {_in_a_line(error)}") from error
     except Exception as error:
         # Which error a missing network gives depends on the release of huggingface_hub.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{repo_id!r} is no folder here, and the Hub could not be asked: {reason}") from error
+        raise ValueError(
+            f"{repo_id!r} is no folder here, and the Hub could not be asked: {_in_a_line(error)}"
+        ) from error
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{repo_id!r} on the Hub has no config.json; name the repository of a checkpoint.")
     tensors = {
@@ -98,3 +107,7 @@ def _on_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: st
         for name, tensor in file.tensors.items()
     }
     return Contents(folder, tensors, sum(file.size for file in files if hasattr(file, "size")))
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
