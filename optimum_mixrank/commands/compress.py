@@ -136,8 +136,9 @@ def dtype_to_save(args: Any) -> torch.dtype | None:
     if dtype != "auto":
         return dtype
     # A loaded model tells what it was loaded in.
-    if any(Path(args.model).expanduser().glob("*.safetensors")):
-        named = stored_dtype(Path(args.model).expanduser())
+    folder = Path(args.model).expanduser()
+    if any(folder.glob("*.safetensors")):
+        named = stored_dtype(folder)
     else:
         named = getattr(AutoConfig.from_pretrained(args.model, **hub_arguments(args)), "dtype", None)
     found = getattr(torch, named, None) if isinstance(named, str) else named
