@@ -263,6 +263,32 @@ class MixRankCompressor(OptimumQuantizer):
         return run.collect(targets)
 
     @_in_every_process
+    def check_calibration(
+        self,
+        calibration: Calibration,
+        calibration_dataset: Any,
+        *,
+        batch_size: int = 32,
+        max_broken_share: float = 0.05,
+        num_workers: int = 0,
+    ) -> None:
+        """Check that statistics were taken from this model and these images; the images are decoded, and not run.
+
+        Args:
+            calibration: Statistics from `calibrate`, reloaded say.
+            calibration_dataset: See `compress`.
+            batch_size: Images to decode at a time.
+            max_broken_share: Tolerated share of images that cannot be decoded.
+            num_workers: See `compress`.
+
+        Raises:
+            ValueError: if they were not.
+        """
+        with self.processes.agreed():
+            batches = self._batches(calibration_dataset, batch_size, max_broken_share, num_workers)
+        self._check_statistics(calibration, self._fingerprint(self.processes), batches, to_read=True)
+
+    @_in_every_process
     def compress(
         self,
         config: MixRankConfig | None = None,
@@ -289,7 +315,7 @@ class MixRankCompressor(OptimumQuantizer):
             save_directory: Where to save the compressed model, its image processor and the report.
             batch_size: Images per forward pass.
             calibration: Statistics from `calibrate` of this very model. With compensation, the images that they were
-                taken from are needed too.
+                taken from are needed too; without it, images that are given all the same are compared with those.
             inplace: False compresses a copy, so that the original stays for comparison; True compresses
                 `self.model` itself. Without compensation that needs no memory for a second model; compensation learns
                 from a copy of the original, which is dropped at the end.
@@ -365,7 +391,7 @@ class MixRankCompressor(OptimumQuantizer):
         prepared = prepare_images(self.model, images, config, processes, batches) if config.compensation else None
         run, decoded = None, images if config.compensation else None
         if calibration is not None:
-            calibration.check(fingerprint, None if decoded is None or batches is None else batches.fingerprint)
+            self._check_statistics(calibration, fingerprint, batches, decoded is None)
         elif metric.uses_data:
             assert batches is not None  # `_image_source` has seen to that
             arguments = [metric], config.fisher_samples, config.seed, processes
@@ -687,10 +713,11 @@ class MixRankCompressor(OptimumQuantizer):
         max_broken_share: float,
         num_workers: int,
     ) -> ImageBatches | None:
-        """The images, if statistics or compensation need them."""
+        """The images, if statistics or compensation need them, or statistics are to be compared with them."""
         if dataset is None and calibration is None:
             dataset = config.dataset
-        if not config.compensation and (calibration is not None or not metric.uses_data):
+        compared = calibration is not None and dataset is not None
+        if not config.compensation and not compared and (calibration is not None or not metric.uses_data):
             return None
         if dataset is None:
             step = f"metric={config.metric!r}" if metric.uses_data and calibration is None else "compensation"
@@ -746,6 +773,31 @@ class MixRankCompressor(OptimumQuantizer):
             decoding.tell(f"{sum(processes.gather(sum(batch.num_images for batch in images))):,} images")
         check_images(journal, batches.fingerprint, processes)
         return images
+
+    def _check_statistics(
+        self, calibration: Calibration, fingerprint: str, batches: ImageBatches | None, to_read: bool
+    ) -> None:
+        """Check that statistics are of the model with this fingerprint, and of these images if there are any.
+
+        Args:
+            calibration: The statistics.
+            fingerprint: Of the model.
+            batches: The images.
+            to_read: Whether they have yet to be read.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        processes = self.processes
+        calibration.check(fingerprint)
+        if batches is None:
+            return
+        if to_read:
+            with phase("Compared"), processes.agreed():
+                for _ in logging.tqdm(batches, desc="Comparing images", unit="batch"):
+                    pass
+            batches.settle()
+        calibration.check(fingerprint, batches.fingerprint)
 
     def _share_of_images(self, batches: ImageBatches | None, images: Sequence[Batch]) -> int:
         """Images of this process; 0 where a source does not tell."""

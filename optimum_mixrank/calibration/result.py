@@ -20,6 +20,7 @@ class Calibration:
         seconds: Wall time of the run.
         model_fingerprint: Of the model that ran; see `fingerprint_model`.
         data_fingerprint: Of the images; see `ImageFingerprint`.
+        fisher_samples: Probes per image that the Fisher information was taken with; None where that is not known.
     """
 
     layers: Mapping[str, LayerStatistics]
@@ -28,9 +29,14 @@ class Calibration:
     seconds: float = 0.0
     model_fingerprint: str | None = None
     data_fingerprint: str | None = None
+    fisher_samples: int | None = None
 
     def save(self, path: str | Path) -> Path:
-        """Write the statistics to a safetensors file, to be used again for another budget without the images."""
+        """Write the statistics to a safetensors file, to be used again for another budget without the images.
+
+        Raises:
+            ValueError: if there are none, as for a metric that needs none.
+        """
         from .storage import save_calibration
 
         return save_calibration(self, path)

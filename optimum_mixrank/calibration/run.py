@@ -81,7 +81,13 @@ class CalibrationRun:
                 f"{num_images:,} images", f"{'up to ' * (len(tokens) > 1)}{count(max(tokens))} tokens per layer"
             )
         return Calibration(
-            layers, num_images, tuple(batches.broken), calibrating.seconds, self.fingerprint, batches.fingerprint
+            layers,
+            num_images,
+            tuple(batches.broken),
+            calibrating.seconds,
+            self.fingerprint,
+            batches.fingerprint,
+            self.fisher_samples,
         )
 
     def collect_once(self, targets: Sequence[Target], journal: Journal) -> Calibration:

@@ -30,7 +30,12 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
 
     Returns:
         The file.
+
+    Raises:
+        ValueError: if there are none.
     """
+    if not calibration.layers:
+        raise ValueError(f"There are no statistics to write to {str(path)!r}: metric='svd' needs none.")
     path = Path(path).expanduser()
     tensors: dict[str, Tensor] = {}
     stored_as: dict[int, str] = {}
@@ -56,6 +61,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
         "seconds": calibration.seconds,
         "model_fingerprint": calibration.model_fingerprint,
         "data_fingerprint": calibration.data_fingerprint,
+        "fisher_samples": calibration.fisher_samples,
         "library_version": __version__,
     }
     with replaced_file(path) as temporary:

@@ -15,6 +15,7 @@ from .command import (
     open_compressor,
 )
 from .fields import add_field_arguments, calibration_images, configuration
+from .statistics import add_statistics_argument, has_statistics, read_statistics, take_statistics
 
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ on several GPUs:
             metavar="SIZE",
             help="most memory to use beside the model, 8GiB say; where more would be needed, several passes are made",
         )
+        add_statistics_argument(parser)
         add_resume_arguments(parser)
         add_field_arguments(parser)
         add_hub_arguments(parser)
@@ -72,8 +74,12 @@ on several GPUs:
 
         run = unfinished_run(args)
         writable_directory(args.output, args.overwrite or (args.resume and has_saved(run, args.output)))
-        if config.dataset is None and (config.compensation or METRICS[config.metric].uses_data):
-            raise ValueError("--dataset is missing: name a folder of images, or use --metric svd --compensation none.")
+        reuse = has_statistics(args, config)
+        if config.dataset is None and (config.compensation or (METRICS[config.metric].uses_data and not reuse)):
+            others = (
+                "--statistics of an earlier run --compensation none" if reuse else "--metric svd --compensation none"
+            )
+            raise ValueError(f"--dataset is missing: name a folder of images, or use {others}.")
         stored = dtype_to_save(args)
         compressor = open_compressor(args, args.model)
         images = None if config.dataset is None else calibration_images(args, compressor, config)
@@ -81,9 +87,14 @@ on several GPUs:
             if run is not None and not args.resume and compressor.processes.is_main:
                 discard(run)
         loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+        calibration = None
+        if args.statistics is not None:
+            assert reuse or images is not None  # the check above has seen to that
+            calibration = read_statistics(args) if reuse else take_statistics(args, compressor, config, images)
         model = compressor.compress(
             config,
             images,
+            calibration=calibration,
             max_memory=args.max_memory,
             resume_directory=run,
             save_interval=args.save_interval or 60.0,

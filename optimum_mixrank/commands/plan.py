@@ -9,6 +9,7 @@ from typing import Any
 
 from .command import MixRankSubcommand, add_hub_arguments, add_model_arguments, open_compressor
 from .fields import add_field_arguments, calibration_images, configuration
+from .statistics import add_statistics_argument, has_statistics, read_statistics, take_statistics
 
 
 class PlanCommand(MixRankSubcommand):
@@ -26,7 +27,7 @@ example:
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """See `MixRankSubcommand`."""
         parser.add_argument("--model", required=True, help="local folder or Hub id")
-        parser.add_argument("--statistics", type=Path, help="file of statistics: read if it is there, else written")
+        add_statistics_argument(parser)
         parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help="budgets")
         parser.add_argument("--plot", type=Path, help="picture to write: .png, .svg or .pdf")
         add_model_arguments(parser)
@@ -38,24 +39,22 @@ example:
         args = self.args
         config = configuration(args)
         from ..calibration.result import Calibration
+        from ..decomposition import METRICS
 
-        reuse = args.statistics is not None and args.statistics.is_file()
-        if config.dataset is None and not reuse:
+        reuse = has_statistics(args, config)
+        needed = METRICS[config.metric].uses_data and not reuse
+        if config.dataset is None and needed:
             raise ValueError("--dataset is missing: name a folder of images, or --statistics of an earlier run.")
         compressor = open_compressor(args, args.model)
-        if reuse:
-            calibration = Calibration.load(args.statistics)
-        else:
-            calibration = compressor.calibrate(
-                calibration_images(args, compressor, config),
-                config.metric,
-                batch_size=args.batch_size,
-                num_workers=args.num_workers,
-                fisher_samples=config.fisher_samples,
-                seed=config.seed,
-            )
-            if args.statistics is not None and compressor.processes.is_main:
-                calibration.save(args.statistics)
+        images = None if config.dataset is None else calibration_images(args, compressor, config)
+        calibration = Calibration({}, 0)
+        if needed:
+            calibration = take_statistics(args, compressor, config, images)
+        elif reuse:
+            calibration = read_statistics(args)
+            if images is not None:
+                reading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+                compressor.check_calibration(calibration, images, **reading)
         profile = compressor.profile(calibration, config, args.ratios)
         if args.plot is not None and compressor.processes.is_main:
             profile.plot(args.plot)

@@ -64,6 +64,30 @@ def test_other_images_are_refused(compressor, saved):
     compressor.compress(config, list(pixels(8).split(3)), calibration=Calibration.load(saved))
 
 
+def test_images_are_compared_where_nothing_else_needs_them(compressor, saved):
+    config, calibration = MixRankConfig(**SETTINGS), Calibration.load(saved)
+    direct = compressor.compress(config, calibration=calibration)
+    compared = compressor.compress(config, list(pixels(8).split(3)), calibration=calibration)
+    for name, tensor in direct.state_dict().items():
+        assert torch.equal(tensor, compared.state_dict()[name])
+    with pytest.raises(ValueError, match="taken from images with the fingerprint"):
+        compressor.compress(config, [pixels(8, seed=1)], calibration=calibration)
+
+
+def test_statistics_can_be_checked_without_a_run(compressor, saved, monkeypatch):
+    calibration = Calibration.load(saved)
+    monkeypatch.setattr(compressor.model, "forward", None)
+    compressor.check_calibration(calibration, [pixels(8)])
+    with pytest.raises(ValueError, match="taken from images with the fingerprint"):
+        compressor.check_calibration(calibration, [pixels(4)])
+
+
+def test_no_statistics_are_not_written(compressor, tmp_path):
+    with pytest.raises(ValueError, match="There are no statistics to write .* metric='svd' needs none"):
+        compressor.calibrate([pixels(8)], "svd").save(tmp_path / "statistics.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_fingerprints_see_every_change():
     model = tiny_vit()
     before = fingerprint_model(model)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from optimum_mixrank import MixRankConfig
+from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.commands.fields import FIELDS
 
 
@@ -193,6 +193,54 @@ def test_plan_keeps_and_reuses_statistics(tmp_path):
     assert json.loads(first) == json.loads(again)
     assert [point["ratio"] for point in json.loads(first)["points"]] == [0.4, 0.6]
     assert (tmp_path / "profile.png").exists()
+
+
+def test_compress_takes_up_the_statistics_of_plan(tmp_path):
+    statistics = tmp_path / "statistics.safetensors"
+    model = ("--model", MODEL, "--metric", "second_moment", "--statistics", statistics, "--quiet")
+    images = ("--dataset", DATA, "--split", "calibration", "--num-samples", 64)
+    cli("plan", *model, *images, "--ratios", 0.5)
+    written = statistics.read_bytes()
+    direct = ("compress", *model[:4], "--quiet", "--compensation", "none", "--ratio", 0.5)
+    cli(*direct, *images, "--output", tmp_path / "direct")
+    reused = ("compress", *model, "--compensation", "none", "--ratio", 0.5)
+    cli(*reused, "--output", tmp_path / "reused")
+    assert statistics.read_bytes() == written
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("direct", "reused"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    # Images that are named all the same are compared with those of the file.
+    for command in (("plan", *model), (*reused, "--output", tmp_path / "other")):
+        _, stderr = cli(*command, *images[:4], "--num-samples", 32, code=1)
+        assert "Error: The statistics were taken from images with the fingerprint" in stderr
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--metric", "svd"), "--statistics has no use with metric='svd'"),
+        (("--statistics", "no-such-folder/file"), "is in no folder that exists"),
+        (("--fisher-samples", 2), "was made with --fisher-samples 1, not 2"),
+        (("--compensation", "sequential"), "--dataset is missing: name a folder of images, or use --statistics of"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_statistics_of_no_use_are_refused(tmp_path, arguments, message):
+    statistics = tmp_path / "statistics.safetensors"
+    compressor = MixRankCompressor.from_pretrained(MODEL)
+    size = compressor.model.config.image_size
+    compressor.calibrate([torch.rand(4, 3, size, size)], "second_moment").save(statistics)
+    options = {"--statistics": statistics, "--metric": "second_moment", "--compensation": "none"}
+    options.update({arguments[0]: arguments[1]})
+    given = [each for pair in options.items() for each in pair]
+    _, stderr = cli("compress", "--model", MODEL, *given, "--output", tmp_path / "out", code=1)
+    assert message in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_without_images_for_a_metric_that_needs_none():
+    stdout, _ = cli("plan", "--model", MODEL, "--metric", "svd", "--ratios", 0.4, 0.6, "--json")
+    assert [point["ratio"] for point in json.loads(stdout)["points"]] == [0.4, 0.6]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""`--statistics`: taken once, kept in a file, and used again for other budgets."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import datasets
+
+    from ..calibration.result import Calibration
+    from ..compressor import MixRankCompressor
+    from ..configuration import MixRankConfig
+
+
+def add_statistics_argument(parser: ArgumentParser) -> None:
+    """Declare the option."""
+    parser.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="safetensors file of statistics: read if it is there, else taken from the images and written",
+    )
+
+
+def has_statistics(args: Any, config: MixRankConfig) -> bool:
+    """Whether there is a file of statistics already.
+
+    Raises:
+        ValueError: for a metric that needs none, and for a file in a folder that does not exist.
+    """
+    from ..decomposition import METRICS
+
+    if args.statistics is None:
+        return False
+    if not METRICS[config.metric].uses_data:
+        raise ValueError(f"--statistics has no use with metric={config.metric!r}, which needs none; leave it out.")
+    if not args.statistics.expanduser().absolute().parent.is_dir():
+        raise ValueError(f"--statistics {str(args.statistics)!r} is in no folder that exists; make it first.")
+    return args.statistics.expanduser().is_file()
+
+
+def take_statistics(
+    args: Any, compressor: MixRankCompressor, config: MixRankConfig, images: datasets.Dataset
+) -> Calibration:
+    """Statistics of all layers of the encoder, written to the file if one is named."""
+    calibration = compressor.calibrate(
+        images,
+        config.metric,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        fisher_samples=config.fisher_samples,
+        seed=config.seed,
+    )
+    if args.statistics is not None and compressor.processes.is_main:
+        calibration.save(args.statistics)
+    return calibration
+
+
+def read_statistics(args: Any) -> Calibration:
+    """Those of the file.
+
+    Raises:
+        ValueError: if the file is no such one, or was made with another number of probes than is asked for.
+    """
+    from ..calibration.result import Calibration
+
+    calibration = Calibration.load(args.statistics)
+    asked, made = args.fisher_samples, calibration.fisher_samples
+    if asked is not None and made not in (None, asked):
+        raise ValueError(
+            f"--statistics {str(args.statistics)!r} was made with --fisher-samples {made}, not {asked}; leave the option "
+            "out, or name another file."
+        )
+    return calibration
