@@ -34,7 +34,7 @@ from .evaluation.size import safetensors_bytes
 from .freed import keep_large_blocks_apart
 from .journal import NO_JOURNAL, Journal
 from .memory_limits import MaxMemory, announce_memory, foresee_memory, layer_groups, memory_record
-from .memory_plan import KEPT_OUTPUTS, MemoryPlan
+from .memory_plan import MemoryPlan
 from .modeling import replace_module
 from .original import check_placement, load_image_processor, load_original
 from .phases import phase, size
@@ -326,7 +326,8 @@ class MixRankCompressor(OptimumQuantizer):
             max_memory: Most memory to use beside the model that is there, such as `"8GiB"`; or by device, as for
                 Accelerate, `{"cpu": "16GiB", 0: "8GiB"}`. What will be needed is foreseen before the work starts, and
                 announced in the log. Where it is more, statistics are collected in several passes over the images, each
-                for some of the layers, and layer-wise compensation computes anew what it would keep.
+                for some of the layers, and layer-wise compensation puts activations on the disk, into `resume_directory`
+                or among the system's temporary files, and computes anew what it would keep.
             resume_directory: Where the run notes what it has finished. The same call goes on from there after it was
                 cut off, and ends with the same result, bit by bit. The folder is removed when the compressed model is
                 saved, here or by `save_pretrained`. None notes nothing.
@@ -376,7 +377,9 @@ class MixRankCompressor(OptimumQuantizer):
             keep_large_blocks_apart()
         # After a first pass, for what libraries take when they first compute is not what a compression needs.
         peak = PeakMemory(self.model.device)
-        images = self._decoded(config, batches, journal)
+        # What a run needs is said before it starts, unless only its images tell their number.
+        is_counted = batches is None or batches.num_images is not None
+        images = [] if is_counted else self._decoded(config, batches, journal)
         memory = announce_memory(
             self.model,
             config,
@@ -387,7 +390,10 @@ class MixRankCompressor(OptimumQuantizer):
             batch_size=batch_size,
             inplace=inplace,
             max_memory=max_memory,
+            directory=resume_directory,
         )
+        if is_counted:
+            images = self._decoded(config, batches, journal)
         prepared = prepare_images(self.model, images, config, processes, batches) if config.compensation else None
         run, decoded = None, images if config.compensation else None
         if calibration is not None:
@@ -429,7 +435,7 @@ class MixRankCompressor(OptimumQuantizer):
                         config,
                         processes,
                         journal,
-                        KEPT_OUTPUTS if memory is None else memory.kept_outputs,
+                        memory,
                     )
             # Compensation keeps ranks and layouts, and chooses new pivots.
             rank_map = rank_map_of(model, targets)

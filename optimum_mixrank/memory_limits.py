@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
@@ -12,10 +15,12 @@ from .distributed import Processes
 from .evaluation.memory import PeakMemory
 from .memory_plan import (
     DEVICE,
+    DISK,
     HOST,
     MemoryPlan,
     MemoryTask,
     fit_memory,
+    format_bytes,
     parse_limits,
     plan_memory,
 )
@@ -89,11 +94,17 @@ def announce_memory(
     batch_size: int,
     inplace: bool,
     max_memory: MaxMemory = None,
+    directory: str | Path | None = None,
 ) -> MemoryPlan | None:
     """`foresee_memory` for all processes, which make the same number of passes; announced in the log.
 
+    Activations that do not fit are to be put into `directory`; None stands for the system's temporary files.
+
     Returns:
         The plan; None where no limit is set and the memory cannot be foreseen.
+
+    Raises:
+        ValueError: if the limits cannot be kept to, or the disk has too little space.
     """
     plan = None
     with processes.agreed():
@@ -117,11 +128,29 @@ def announce_memory(
     if not plans:
         return None
     plan = max(plans, key=lambda each: each.passes)
+    with processes.agreed():
+        _check_disk(plan, directory)
     peaks, *phases = str(plan).splitlines()
     logger.info(peaks)
     for line in phases:
         logger.debug(line)
     return plan
+
+
+def _check_disk(plan: MemoryPlan, directory: str | Path | None) -> None:
+    """Check that a disk holds what is to be put there.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    needed = plan.peak(DISK)
+    folder = Path(tempfile.gettempdir() if directory is None else directory)
+    if needed and needed > (free := shutil.disk_usage(folder).free):
+        raise ValueError(
+            f"Activations of {format_bytes(needed)} do not fit into max_memory, and not into {str(folder)!r} either, where "
+            f"{format_bytes(free)} are free. Free some space, raise max_memory, or "
+            + ("set TMPDIR to a folder on another disk." if directory is None else "name another folder for the run.")
+        )
 
 
 def layer_groups(targets: Sequence[Target], plan: MemoryPlan | None) -> list[list[Target]]:
@@ -138,6 +167,7 @@ def memory_record(plan: MemoryPlan | None, peak: PeakMemory) -> dict[str, Any]:
     return {
         "announced_bytes": {place: None if plan is None else plan.peak(place) or None for place in measured},
         "peak_bytes": measured,
+        "disk_bytes": 0 if plan is None else plan.peak(DISK),
         "passes": 1 if plan is None else plan.passes,
         "not_counted": [] if plan is None else list(plan.not_counted),
     }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from .decomposition.statistics import GRADIENT_STATISTICS, Statistic
 from .layout import break_even
 
 
-HOST, DEVICE = "host", "device"
+HOST, DEVICE, DISK = "host", "device", "disk"
 
 KEPT_OUTPUTS = 4 * 2**30
 """Most bytes of the original's outputs that layer-wise compensation keeps rather than computes again."""
@@ -94,15 +95,17 @@ class MemoryPlan:
     """Bytes that a compression will need beside the model that is there already.
 
     Attributes:
-        phases: By phase and place (`"host"`, `"device"`): what takes how many bytes at once.
+        phases: By phase and place (`"host"`, `"device"`, `"disk"`): what takes how many bytes at once.
         groups: Names of the layers of which statistics are collected in one pass over the images, for each pass.
         kept_outputs: Most bytes of the original's outputs that layer-wise compensation may keep.
+        spills: Whether layer-wise compensation puts the activations of all images on the disk.
         not_counted: Compensation steps whose memory is not foreseen.
     """
 
     phases: Mapping[str, Mapping[str, Mapping[str, int]]]
     groups: Sequence[Sequence[str]] = ((),)
     kept_outputs: int = KEPT_OUTPUTS
+    spills: bool = False
     not_counted: Sequence[str] = ()
 
     @property
@@ -111,7 +114,7 @@ class MemoryPlan:
         return len(self.groups)
 
     def peak(self, place: str) -> int:
-        """Most bytes at once on the host or on the device."""
+        """Most bytes at once on the host, on the device or on the disk."""
         return max((sum(places.get(place, {}).values()) for places in self.phases.values()), default=0)
 
     def __str__(self) -> str:
@@ -127,11 +130,13 @@ class MemoryPlan:
         return "\n".join(lines)
 
     def _peaks(self) -> str:
-        places = [place for place in (HOST, DEVICE) if any(place in places for places in self.phases.values())]
+        places = [place for place in (HOST, DEVICE, DISK) if any(place in places for places in self.phases.values())]
         return ", ".join(f"{format_bytes(self.peak(place))} on the {place}" for place in places)
 
 
-def plan_memory(size: ModelSize, task: MemoryTask, passes: int = 1, kept_outputs: int = KEPT_OUTPUTS) -> MemoryPlan:
+def plan_memory(
+    size: ModelSize, task: MemoryTask, passes: int = 1, kept_outputs: int = KEPT_OUTPUTS, spills: bool = False
+) -> MemoryPlan:
     """Foresee the memory of all phases.
 
     Args:
@@ -139,6 +144,7 @@ def plan_memory(size: ModelSize, task: MemoryTask, passes: int = 1, kept_outputs
         task: What to do.
         passes: Over the images, each collecting statistics of some of the layers.
         kept_outputs: See `MemoryPlan`.
+        spills: See `MemoryPlan`.
     """
     compute = HOST if size.on_host else DEVICE
     groups = split_layers(size.layers, passes)
@@ -184,18 +190,18 @@ def plan_memory(size: ModelSize, task: MemoryTask, passes: int = 1, kept_outputs
         outputs = views * size.outputs
         compressed = round(size.weights * task.kept_share)
         phases["compensate"] = _placed(
-            (HOST, "images", views * size.pixels),
+            (HOST, "images", images),
             (store, "statistics", kept),
             # Another compressed one is kept to go back to.
             (compute, "models", (task.copies - 1) * size.weights + 2 * compressed),
-            (compute, "activations between blocks", 2 * views * size.boundary),
+            (DISK if spills else compute, "activations between blocks", 2 * views * size.boundary),
             (compute, "outputs of the original", min(outputs, kept_outputs)),
             (compute, "activations", batch * (size.forward + size.outputs)),
             (compute, "workspace", max((_solving_workspace(layer.shape) for layer in size.layers), default=0)),
         )
     not_counted = tuple(name for name in task.compensation if name not in LAYERWISE)
     names = [[layer.name for layer in group] for group in groups]
-    return MemoryPlan(phases, names, kept_outputs, not_counted)
+    return MemoryPlan(phases, names, kept_outputs, spills, not_counted)
 
 
 def fit_memory(size: ModelSize, task: MemoryTask, limits: Mapping[str, int]) -> MemoryPlan:
@@ -211,10 +217,14 @@ def fit_memory(size: ModelSize, task: MemoryTask, limits: Mapping[str, int]) -> 
     """
     units = len({layer.leader for layer in size.layers})
     most = units if task.required else 1
+    ways = list(product((KEPT_OUTPUTS, 0), (False, True)))
+    if not size.on_host:
+        # A GPU computes outputs again faster than a disk gives activations.
+        ways.sort(key=lambda way: way[1])
     tried = []
     for passes in sorted({min(most, each) for each in (1, 2, 3, 4, 6, 8, 12, 16, 24, most)}):
-        for kept_outputs in (KEPT_OUTPUTS, 0):
-            plan = plan_memory(size, task, passes, kept_outputs)
+        for kept_outputs, spills in ways:
+            plan = plan_memory(size, task, passes, kept_outputs, spills)
             over = {place: plan.peak(place) - limit for place, limit in limits.items() if plan.peak(place) > limit}
             if not over:
                 return plan
@@ -222,10 +232,11 @@ def fit_memory(size: ModelSize, task: MemoryTask, limits: Mapping[str, int]) -> 
     best = min(tried, key=lambda each: each[0])[1]
     needed = " and ".join(f"{format_bytes(best.peak(place))} on the {place}" for place in limits)
     given = " and ".join(f"{format_bytes(limit)} on the {place}" for place, limit in limits.items())
+    fewer = "fewer images, mirror=False, " if task.mirror and LAYERWISE & set(task.compensation) else "fewer images, "
     raise ValueError(
         f"max_memory allows {given}, but at least {needed} is needed beside the model, in {best.passes} passes with a "
-        f"batch size of {task.batch_size} and {task.num_images} images. Raise it, or use a smaller batch_size, fewer "
-        "images, or compensation=[]."
+        f"batch size of {task.batch_size} and {task.num_images} images. Raise it, or use a smaller batch_size, "
+        f"{fewer}or compensation=[]."
     )
 
 

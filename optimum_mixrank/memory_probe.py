@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calibration.fisher import activation_gradients
-from .compensation.segments import find_segments, first_tensor
+from .compensation.segments import find_segments
 from .evaluation.flops import black_image
 from .evaluation.memory import live_bytes, weight_bytes
 from .hooks import removed_afterwards
@@ -83,11 +83,12 @@ def _segments(
         return 0, 0
     boundaries: list[int] = []
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
-        tensor = first_tensor(output)
-        boundaries.append(tensor.numel() * tensor.element_size())
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        boundaries.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
-    handles = [model.get_submodule(segment).register_forward_hook(hook) for segment in segments]
+    # A stage of Swin gives less than it gets.
+    handles = [model.get_submodule(segment).register_forward_pre_hook(hook, with_kwargs=True) for segment in segments]
     with removed_afterwards(handles):
         model(pixel_values=image)
     outputs = [

@@ -1,14 +1,18 @@
 """What a compression is said to need, and what it does within a limit."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import pixels, tiny_swin, tiny_vit
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank.compensation.segments import SegmentReplay, find_segments
 from optimum_mixrank.decomposition import METRICS, Statistic
 from optimum_mixrank.memory_plan import (
+    DEVICE,
+    DISK,
     HOST,
     LayerSize,
     MemoryTask,
@@ -121,9 +125,51 @@ def test_outputs_of_the_original_are_computed_anew_where_they_do_not_fit():
     plan = plan_memory(SIZE, many)
     kept = plan.phases["compensate"][HOST]["outputs of the original"]
     assert kept == 2 * 2000 * SIZE.outputs
+    # A place of its own for what computes: there recomputing goes before the disk.
+    gpu = dataclasses.replace(SIZE, on_host=False)
+    plan = plan_memory(gpu, many)
+    tight = fit_memory(gpu, many, {DEVICE: plan.peak(DEVICE) - 1})
+    assert (tight.passes, tight.kept_outputs, tight.spills) == (1, 0, False)
+    assert tight.peak(DEVICE) == plan.peak(DEVICE) - kept
+
+
+def test_activations_go_to_the_disk_where_they_do_not_fit():
+    many = task(num_images=2000)
+    plan = plan_memory(SIZE, many)
+    activations = plan.phases["compensate"][HOST]["activations between blocks"]
+    assert activations == 2 * 2 * 2000 * SIZE.boundary and plan.peak(DISK) == 0
     tight = fit_memory(SIZE, many, {HOST: plan.peak(HOST) - 1})
-    assert (tight.passes, tight.kept_outputs) == (1, 0)
-    assert tight.peak(HOST) == plan.peak(HOST) - kept
+    assert (tight.passes, tight.spills) == (1, True) and tight.kept_outputs > 0
+    assert tight.peak(HOST) == plan.peak(HOST) - activations and tight.peak(DISK) == activations
+    assert "on the disk" in str(tight) and "on the disk" not in str(plan)
+    recomputed = plan_memory(SIZE, many, kept_outputs=0).peak(HOST)
+    both = fit_memory(SIZE, many, {HOST: recomputed - 1})
+    assert both.spills and both.kept_outputs == 0
+    with pytest.raises(ValueError, match=r"smaller batch_size, fewer images, mirror=False, or compensation=\[\]"):
+        fit_memory(SIZE, many, {HOST: 1000})
+
+
+@pytest.mark.parametrize("make", [tiny_vit, tiny_swin])
+@torch.no_grad()
+def test_what_a_boundary_takes_is_what_is_held_there(make):
+    model = make().eval()
+    targets = encoder_linears(model)
+    size = probe_model(model, targets, with_gradients=False)
+    replay = SegmentReplay(model, find_segments(model, [target.name for target in targets]), [pixels(3)])
+    held = [replay.num_bytes]
+    while replay.advance():
+        held.append(replay.num_bytes)
+    assert max(held) == 3 * size.boundary
+
+
+def test_a_disk_without_room_is_refused_before_work_starts(monkeypatch):
+    compressor = MixRankCompressor(tiny_vit())
+    monkeypatch.setattr(
+        "optimum_mixrank.memory_limits.plan_memory", lambda size, task: plan_memory(size, task, spills=True)
+    )
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1))
+    with pytest.raises(ValueError, match=r"do not fit into max_memory, and not into .* set TMPDIR to a folder"):
+        compressor.compress(MixRankConfig(**SETTINGS), [pixels(8)])
 
 
 def test_a_gpu_has_a_place_of_its_own():
@@ -201,6 +247,15 @@ def test_what_cannot_be_done_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match=r"at least .* is needed .* smaller batch_size"):
         MixRankCompressor(model).compress(MixRankConfig(**SETTINGS), [pixels(8)], inplace=True, max_memory="1KiB")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_needs_are_announced_before_images_are_decoded(monkeypatch):
+    decoded = []
+    monkeypatch.setattr(MixRankCompressor, "_decoded", lambda *args: decoded.append(1))
+    compressor = MixRankCompressor(tiny_vit())
+    with pytest.raises(ValueError, match="max_memory allows"):
+        compressor.compress(MixRankConfig(**SETTINGS), [pixels(8)], max_memory="1KiB")
+    assert not decoded
 
 
 def test_images_that_can_be_seen_only_once_are_refused_in_several_passes(monkeypatch):

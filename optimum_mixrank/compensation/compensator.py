@@ -42,6 +42,7 @@ class Compensation:
         processes: Those that share the images out: batches, held-out images and references are the share of this one.
         numbers: Of `batches` among those of all processes, ascending; not needed for one process.
         kept_outputs: Most bytes of the original's outputs that may be kept rather than computed again.
+        spills: Whether activations of all images are to lie on the disk.
         journal: Where a compensator may note how far it is, and finds it when the run goes on.
         photographs: The images of `batches` in more detail; None where there are none.
     """
@@ -58,6 +59,7 @@ class Compensation:
     processes: Processes = ALONE
     numbers: Sequence[int] = ()
     kept_outputs: int = KEPT_OUTPUTS
+    spills: bool = False
     journal: Journal = NO_JOURNAL
     photographs: Photographs | None = None
 

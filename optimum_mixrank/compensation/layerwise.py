@@ -20,8 +20,10 @@ from ..stages import make_layers
 from ..targets import Target
 from .anchors import find_anchors
 from .compensator import Compensation, Compensator
+from .mirrored import WithMirrored
 from .saved_steps import load_layers, save_layers
 from .segments import Call, SegmentReplay, SegmentRun, find_segments, run_segment
+from .spilling import spilled
 
 
 logger = get_logger(__name__)
@@ -36,12 +38,13 @@ class LayerwiseCompensator(Compensator):
     A layer's new version is made from the covariances of its inputs in the compressed model, `x'`, and of its targets
     in the original one with them.
 
-    Memory: the activations at one segment boundary of both models, for all images, which are announced in the log before
-    the work starts; and the outputs of the linear layers of one segment of the original, about `12 d` values per token
-    in a ViT of width d, for as many batches as `max_bytes` hold. Time: one run of the original, two where a segment
-    returns more than one tensor, and of the compressed model one run to every group of layers that share an input (four
-    in a ViT block) and one through the segment. For batches whose outputs are not kept, the original runs to every group
-    of layers too. Several processes share images and layers out.
+    Memory: the activations at one segment boundary of both models, for all images and their mirror images, which are
+    announced in the log before the work starts, and lie on the disk where `task.spills` says so; and the outputs of the
+    linear layers of one segment of the original, about `12 d` values per token in a ViT of width d, for as many batches as
+    `max_bytes` hold. Time: one run of the original, two where a segment returns more than one tensor, and of the
+    compressed model one run to every group of layers that share an input (four in a ViT block) and one through the
+    segment. For batches whose outputs are not kept, the original runs to every group of layers too. Several processes
+    share images and layers out.
 
     Attributes:
         description: Of the progress bar.
@@ -70,21 +73,20 @@ class LayerwiseCompensator(Compensator):
         """See `Compensator.compensate`."""
         layers = {target.name: target for target in task.factored}
         segments = find_segments(task.original, list(layers))
-        batches = list(task.batches)
-        if task.config.mirror:
-            batches += [batch.flip(-1) for batch in task.batches]
+        batches = WithMirrored(task.batches) if task.config.mirror else task.batches
         processes = task.processes
         source = 0 if processes.is_alone else processes.first_holder(task.numbers[0] if task.numbers else None)
         assert source is not None  # there is an image to learn from
         progress = logging.tqdm(total=len(layers), desc=self.description, unit="layer")
-        with progress, evaluation_mode(task.original), evaluation_mode(task.model):
+        store = spilled(task.spills, task.journal.directory, processes.index)
+        with progress, evaluation_mode(task.original), evaluation_mode(task.model), store as keep:
             with processes.agreed():
-                theirs = SegmentReplay(task.original, segments, batches)
-                ours = SegmentReplay(task.model, segments, batches)
+                theirs = SegmentReplay(task.original, segments, batches, keep["original"])
+                ours = SegmentReplay(task.model, segments, batches, keep["compressed"])
                 # Where layers stand is the same for all images.
-                few = [batch[:PROBED_IMAGES] for batch in batches[:1]] if processes.index == source else []
+                few = [batch[:PROBED_IMAGES] for batch in task.batches[:1]] if processes.index == source else []
                 probe = SegmentReplay(task.original, segments, few)
-            logger.debug(f"Activations at a segment boundary take {2 * theirs.num_bytes / 2**20:,.0f} MiB.")
+            logger.debug(f"Activations at a segment boundary take {2 * theirs.num_bytes / 2**20:,.0f} MiB of memory.")
             done, anchored = self._resume(task)
             for position, segment in enumerate(segments):
                 inside = {

@@ -13,7 +13,7 @@ from ..calibration.result import Calibration
 from ..distributed import ALONE, Processes
 from ..journal import NO_JOURNAL, Journal
 from ..layout import FactoredLayer
-from ..memory_plan import KEPT_OUTPUTS
+from ..memory_plan import MemoryPlan
 from ..messages import get_logger
 from ..outputs import ModelOutput
 from ..phases import phase
@@ -103,7 +103,7 @@ def compensate(
     config: MixRankConfig,
     processes: Processes = ALONE,
     journal: Journal = NO_JOURNAL,
-    kept_outputs: int = KEPT_OUTPUTS,
+    memory: MemoryPlan | None = None,
 ) -> list[CompensationResult]:
     """Improve a compressed model in place by the steps that `config.compensation` names.
 
@@ -117,7 +117,7 @@ def compensate(
         config: The configuration.
         processes: Those that share the images out.
         journal: Where the outcome of every step is noted, and found when the run goes on.
-        kept_outputs: See `Compensation`.
+        memory: How much is to be kept, and where; None keeps the most, in memory.
 
     Returns:
         What came of every step.
@@ -125,6 +125,7 @@ def compensate(
     Raises:
         ValueError: if NaN or Inf occur.
     """
+    memory = memory or MemoryPlan({})
     task = Compensation(
         original=original,
         model=model,
@@ -138,7 +139,8 @@ def compensate(
         processes=processes,
         numbers=list(images.batches),
         journal=journal,
-        kept_outputs=kept_outputs,
+        kept_outputs=memory.kept_outputs,
+        spills=memory.spills,
         photographs=images.photographs,
     )
     num_held_out = sum(processes.gather(sum(map(len, images.held_out))))

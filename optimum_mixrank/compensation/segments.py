@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -24,6 +24,15 @@ class Call:
     def __call__(self, module: nn.Module) -> Any:
         """Call a module with them."""
         return module(*self.args, **self.kwargs)
+
+
+Keep = Callable[[int, Call], Call]
+"""Takes the number of a batch and a call, and returns the call as it is to be held."""
+
+
+def in_memory(index: int, call: Call) -> Call:
+    """Hold a call as it is."""
+    return call
 
 
 class StopForward(Exception):  # noqa: N818 - no error, but the way out of a forward pass whose rest is not needed
@@ -62,17 +71,21 @@ class SegmentReplay:
     Args:
         model: In evaluation mode.
         segments: Names of the segments in forward order.
-        batches: `pixel_values`, each `[batch, channels, height, width]`.
+        batches: `pixel_values`, each `[batch, channels, height, width]`; gone over for every segment.
+        keep: How calls are held.
     """
 
-    def __init__(self, model: nn.Module, segments: Sequence[str], batches: Sequence[Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, segments: Sequence[str], batches: Iterable[Tensor], keep: Keep = in_memory
+    ) -> None:
         self._model = model
         self._segments = list(segments)
         self._batches = batches
         self._device = getattr(model, "device", next(model.parameters()).device)
         self._dtype = next(model.parameters()).dtype
         self._position = 0
-        self.calls = [self._capture(batch, 0) for batch in batches]
+        self._keep = keep
+        self.calls = [keep(index, self._capture(batch, 0)) for index, batch in enumerate(batches)]
 
     @property
     def segment(self) -> nn.Module:
@@ -81,7 +94,7 @@ class SegmentReplay:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the activations held."""
+        """Bytes of the activations held in memory."""
         tensors = [
             arg for call in self.calls for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Tensor)
         ]
@@ -97,7 +110,7 @@ class SegmentReplay:
             return False
         for index, batch in enumerate(self._batches):
             output = outputs[index] if index in outputs else self.calls[index](self.segment)
-            self.calls[index] = self._capture(batch, self._position + 1, output)
+            self.calls[index] = self._keep(index, self._capture(batch, self._position + 1, output))
         self._position += 1
         return True
 

@@ -82,8 +82,8 @@ class CompressionReport:
             `compression_ratio`, `model_parameters` and `loss` of each.
         loss_unit: Unit of the profile's losses.
         memory: Beside the original, of the main process: `announced_bytes` and `peak_bytes` by place (`host`, `device`;
-            None where there is none or it is not known), `passes` over the images for statistics, and `not_counted`, the
-            steps of which nothing was announced.
+            None where there is none or it is not known), `disk_bytes` that activations take there, `passes` over the
+            images for statistics, and `not_counted`, the steps of which nothing was announced.
 
     Raises:
         TypeError: if settings and the like hold something else than JSON values.
