@@ -132,7 +132,7 @@ class PairAccumulator:
     def __init__(self, same_inputs: PairAccumulator | None = None) -> None:
         self._shares_inputs = same_inputs is not None
         self._inputs: MomentAccumulator = MomentAccumulator() if same_inputs is None else same_inputs._inputs
-        self._targets = MomentAccumulator(products=False)
+        self._targets = MomentAccumulator(full=False)
         self._cross: Tensor | None = None
 
     def update(self, inputs: Tensor, targets: Tensor) -> None:
@@ -179,6 +179,10 @@ class PairAccumulator:
     def means(self) -> tuple[Tensor, Tensor]:
         """`E[x]`, `[n]`, and `E[t]`, `[m]`, float64."""
         return self._inputs.mean(), self._targets.mean()
+
+    def target_power(self, centred: bool = True) -> Tensor:
+        """`E ‖t - E t‖²`, or `E ‖t‖²`; a float64 scalar."""
+        return (self._targets.covariance() if centred else self._targets.second_moment()).sum()
 
     def moments(self, centred: bool = True) -> tuple[Tensor, Tensor]:
         """Covariances of the inputs, `[n, n]`, and of targets with inputs, `[m, n]`; or second moments about zero."""

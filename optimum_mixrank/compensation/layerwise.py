@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +25,7 @@ from ..targets import Target
 from .anchors import find_anchors
 from .compensator import Compensation, Compensator
 from .mirrored import WithMirrored
+from .output_loss import output_loss
 from .saved_steps import load_layers, save_layers
 from .segments import Call, SegmentReplay, SegmentRun, find_segments, run_segment
 from .spilling import spilled
@@ -46,17 +51,23 @@ class LayerwiseCompensator(Compensator):
     segment. For batches whose outputs are not kept, the original runs to every group of layers too. Several processes
     share images and layers out.
 
+    The progress bar and the report give the error of the layers on the images that they were made from:
+    `E ‖t - Ŵ x' - b‖² / E ‖t - E t‖²` for targets `t`, and `E ‖t - Ŵ x'‖² / E ‖t‖²` of layers without bias.
+
     Attributes:
         description: Of the progress bar.
         residual_targets: Whether a layer that writes to the residual stream is to restore the original stream, rather
             than its own original output: what its predecessors have done wrong is then corrected as far as `x'` tells.
         max_bytes: Up to which the original's outputs of a segment are kept.
+        outcomes: What `solve` says of the layers that it has made, for the report to count; a subclass may add to it.
     """
 
     description: ClassVar[str]
     residual_targets: ClassVar[bool]
     shares_images = True
     max_bytes: ClassVar[int] = KEPT_OUTPUTS
+
+    outcomes: list[str]
 
     @abstractmethod
     def solve(self, task: Compensation, target: Target, input_moment: Tensor, target_moment: Tensor) -> FactoredLinear:
@@ -87,7 +98,7 @@ class LayerwiseCompensator(Compensator):
                 few = [batch[:PROBED_IMAGES] for batch in task.batches[:1]] if processes.index == source else []
                 probe = SegmentReplay(task.original, segments, few)
             logger.debug(f"Activations at a segment boundary take {2 * theirs.num_bytes / 2**20:,.0f} MiB of memory.")
-            done, anchored = self._resume(task)
+            so_far = self._resume(task)
             for position, segment in enumerate(segments):
                 inside = {
                     name.removeprefix(f"{segment}."): target
@@ -95,26 +106,32 @@ class LayerwiseCompensator(Compensator):
                     if name.startswith(f"{segment}.")
                 }
                 results: Mapping[int, Any] = {}
-                if position < done:
+                if position < so_far.segments:
                     progress.update(len(inside))
                 else:
-                    found, results = self._solve_segment(task, theirs, ours, probe, inside, source, progress)
-                    anchored += found
+                    self.outcomes = []
+                    results = self._solve_segment(task, theirs, ours, probe, inside, source, progress, so_far)
+                    so_far.segments = position + 1
+                    so_far.outcomes = dict(Counter(so_far.outcomes) + Counter(chain(*processes.gather(self.outcomes))))
                     with processes.agreed():
                         if task.journal.due():
-                            layers_so_far = _layers_in(task, segments[: position + 1])
-                            values = {"segments": position + 1, "anchored": anchored}
-                            save_layers(task.journal, "layers", task.model, layers_so_far, values)
+                            made = _layers_in(task, segments[: position + 1])
+                            save_layers(task.journal, "layers", task.model, made, dataclasses.asdict(so_far))
                 with processes.agreed():
                     theirs.advance(results)
                     ours.advance()
                     probe.advance()
-        return {"layers": len(layers), "layers_with_residual_target": anchored}
+        return {
+            "layers": len(layers),
+            "layers_with_residual_target": so_far.anchored,
+            "layer_errors": so_far.errors,
+            **({"outcomes": so_far.outcomes} if so_far.outcomes else {}),
+        }
 
-    def _resume(self, task: Compensation) -> tuple[int, int]:
-        """Put the layers in that were made before the run was cut off; how many segments and anchors they are of."""
+    def _resume(self, task: Compensation) -> _SoFar:
+        """Put the layers in that were made before the run was cut off, and say what had come of them."""
         values = load_layers(task.journal, "layers", task.model, task.targets, task.processes)
-        return (0, 0) if values is None else (values["segments"], values["anchored"])
+        return _SoFar() if values is None else _SoFar(**{field: values[field] for field in _SoFar().__dict__})
 
     def _solve_segment(
         self,
@@ -125,11 +142,12 @@ class LayerwiseCompensator(Compensator):
         inside: Mapping[str, Target],
         source: int,
         progress: Any,
-    ) -> tuple[int, Mapping[int, Any]]:
+        so_far: _SoFar,
+    ) -> Mapping[int, Any]:
         """Replace the layers of a segment, given by their names in it.
 
         Returns:
-            The number of anchors, and what the original segment gave for the batches that were kept.
+            What the original segment gave for the batches that were kept.
         """
         processes = task.processes
         structure: tuple[dict[str, str], list[list[str]]] = {}, []
@@ -140,9 +158,12 @@ class LayerwiseCompensator(Compensator):
         with processes.agreed():
             outputs = _OriginalOutputs(theirs, list(inside), anchors, min(self.max_bytes, task.kept_outputs))
         for group in groups:
-            self._replace(task, ours, {name: inside[name] for name in group}, anchors, outputs, source)
+            errors = self._replace(task, ours, {name: inside[name] for name in group}, anchors, outputs, source)
+            so_far.errors.update(errors)
             progress.update(len(group))
-        return len(anchors), outputs.results
+            progress.set_postfix(error=f"{max(errors.values()):.4g}")
+        so_far.anchored += len(anchors)
+        return outputs.results
 
     def _structure(self, replay: SegmentReplay, names: Sequence[str]) -> tuple[dict[str, str], list[list[str]]]:
         """Anchors of the layers of a segment, and which of them share an input."""
@@ -158,7 +179,8 @@ class LayerwiseCompensator(Compensator):
         anchors: Mapping[str, str],
         wanted: _OriginalOutputs,
         source: int,
-    ) -> None:
+    ) -> dict[str, float]:
+        """Replace layers that share an input; their errors, by canonical name."""
         processes = task.processes
         pairs: dict[str, PairAccumulator] = {}
         for name in group:
@@ -188,10 +210,14 @@ class LayerwiseCompensator(Compensator):
                     "overflow, load it with dtype='float32'."
                 )
         by_target = {group[name].name: pair for name, pair in pairs.items()}
+        canonical = {target.name: target.canonical_name for target in group.values()}
+        errors = {}
         for name, layer in make_layers(
             list(group.values()), lambda target: self._solve(task, target, by_target[target.name]), processes
         ):
             replace_module(task.model, name, layer)
+            errors[canonical[name]] = _relative_error(layer, by_target[name])
+        return errors
 
     def _solve(self, task: Compensation, target: Target, pair: PairAccumulator) -> FactoredLinear:
         has_bias = target.module.bias is not None
@@ -203,6 +229,32 @@ class LayerwiseCompensator(Compensator):
             # From the factors as they are stored, so that the bias absorbs the mean of their rounding too.
             layer.set_bias(target_mean - layer.product() @ input_mean)
         return layer
+
+
+@dataclass
+class _SoFar:
+    """What has come of the layers up to now.
+
+    Attributes:
+        segments: That are done.
+        anchored: Layers that were to restore the residual stream.
+        errors: Of layers, by canonical name.
+        outcomes: How many layers had each.
+    """
+
+    segments: int = 0
+    anchored: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+    outcomes: dict[str, int] = field(default_factory=dict)
+
+
+def _relative_error(layer: FactoredLinear, pair: PairAccumulator) -> float:
+    """Of a layer whose bias, if it has one, is fitted; 0 for targets that never change."""
+    centred = layer.bias is not None
+    product = layer.product()
+    power = float(pair.target_power(centred))
+    loss = float(output_loss(product, *(moment.to(product) for moment in pair.moments(centred))))
+    return max(0.0, 1 + loss / power) if power > 0 else 0.0
 
 
 def _layers_in(task: Compensation, segments: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from ..stages import factored_linear
 from ..targets import Target
 from .compensator import COMPENSATORS, Compensation
 from .layerwise import LayerwiseCompensator
+from .output_loss import output_loss, output_loss_of_factors
 
 
 @COMPENSATORS.register
@@ -26,7 +27,8 @@ class ResidualCompensator(LayerwiseCompensator):
     images. The sum is stored as factors of rank r. The paper does not give its optimiser; steps, rate and q are choices
     of ours, made on training images that nothing was learned from; rate and q hardly matter.
 
-    A layer keeps its factors where the loss did not fall; the bias is fitted to `x'` in any case.
+    A layer keeps its factors where the loss did not fall, and gets those of its decomposition for `x'` where training did
+    not improve on them; the bias is fitted to `x'` in any case. The report counts these outcomes.
 
     Args:
         share: q as a share of the rank.
@@ -57,7 +59,9 @@ class ResidualCompensator(LayerwiseCompensator):
         losses = [output_loss(B @ A, input_moment, target_moment) for A, B in candidates]
         best = min(range(len(losses)), key=losses.__getitem__)
         if losses[best] >= output_loss(current.product(), input_moment, target_moment):
+            self.outcomes.append("as it was")
             return current
+        self.outcomes.append(("decomposed anew", "trained")[best])
         return factored_linear(target.module, *candidates[best], entry.layout)
 
     def _train(
@@ -88,26 +92,3 @@ class ResidualCompensator(LayerwiseCompensator):
                 optimizer.step()
                 schedule.step()
         return factors[0].detach().double(), factors[1].detach().double()
-
-
-def output_loss(weight: Tensor, input_moment: Tensor, target_moment: Tensor) -> Tensor:
-    """`E ‖t - Ŵ x‖²` up to what does not depend on `Ŵ`: `tr(Ŵ S Ŵᵀ) - 2 tr(Ŵ S_tᵀ)`.
-
-    Args:
-        weight: `Ŵ`, `[m, n]`.
-        input_moment: `S`, `[n, n]`.
-        target_moment: `S_t`, `[m, n]`.
-    """
-    return ((weight @ input_moment) * weight).sum() - 2 * (weight * target_moment).sum()
-
-
-def output_loss_of_factors(A: Tensor, B: Tensor, input_moment: Tensor, target_moment: Tensor) -> Tensor:
-    """`output_loss` of `B A` by products of rank r alone: `tr(BᵀB A S Aᵀ) - 2 tr(Bᵀ S_t Aᵀ)`.
-
-    Args:
-        A: `[r, n]`.
-        B: `[m, r]`.
-        input_moment: `S`, `[n, n]`.
-        target_moment: `S_t`, `[m, n]`.
-    """
-    return ((B.T @ B) * (A @ input_moment @ A.T)).sum() - 2 * (B.T * (A @ target_moment.T)).sum()

@@ -246,6 +246,9 @@ def test_pairs_have_the_moments_of_all_vectors_at_once(shared):
     about_zero = pair.moments(centred=False)
     torch.testing.assert_close(about_zero[0], inputs.T @ inputs / 40, rtol=1e-12, atol=0)
     torch.testing.assert_close(about_zero[1], targets.T @ inputs / 40, rtol=1e-12, atol=0)
+    power = targets.square().sum(1).mean()
+    torch.testing.assert_close(pair.target_power(centred=False), power, rtol=1e-12, atol=0)
+    torch.testing.assert_close(pair.target_power(), power - target_mean.square().sum(), rtol=1e-9, atol=0)
     assert pair.is_finite
 
 

@@ -15,7 +15,7 @@ from optimum_mixrank.compensation.held_out import (
     output_error,
     split_batches,
 )
-from optimum_mixrank.compensation.residual import output_loss, output_loss_of_factors
+from optimum_mixrank.compensation.output_loss import output_loss, output_loss_of_factors
 from optimum_mixrank.compensation.training import TrainingSettings, train
 
 
