@@ -13,15 +13,22 @@ from torch import nn
 from transformers.utils import logging
 
 from .calibration.result import Calibration
-from .decomposition import Decomposition, LayerStatistics, Metric, Statistic, corrected_bias, pivot_rows
+from .decomposition import Decomposition, LayerStatistics, Metric, Statistic, balance, corrected_bias, pivot_rows
 from .distributed import ALONE, Processes
 from .freed import return_freed_memory
 from .journal import NO_JOURNAL, Journal
-from .layout import FactoredLayer, break_even
+from .layout import FactoredLayer, break_even, stored_values
 from .loading import empty_layer
+from .messages import get_logger
 from .modeling import FactoredLinear, LowRankLinear, PivotedLinear, replace_module, to_float64
 from .saved_decompositions import SavedDecompositions
 from .targets import Target
+
+
+logger = get_logger(__name__)
+
+MAX_GROWTH = 8.0
+"""Largest coefficient of the pivoted layout. Rounding errors of float16 and bfloat16 are enlarged by it."""
 
 
 def check_weights(targets: Sequence[Target]) -> None:
@@ -240,17 +247,29 @@ def factored_linear(
         dense: The layer; it gives bias, dtype, device, trainability and mode.
         A: `[rank, in_features]`, float64.
         B: `[out_features, rank]`, float64.
-        layout: How to store the factors.
+        layout: How to store the factors. Where the pivoted layout would need coefficients above `MAX_GROWTH`, which no
+            choice of rows should, the leading components of the product are stored as plain factors in as many values.
         mean: Mean of the inputs, `[in_features]`, that the bias is corrected for; None leaves the bias as it is. A
             layer without bias does not get one: the dense model that it may become again has no place for it.
     """
-    layer: FactoredLinear
+    layer: FactoredLinear | None = None
     if layout == "pivoted":
-        pivots, A, C = pivot_rows(A, B)
-        layer = PivotedLinear.from_pivots(
-            A.to(dense.weight), C.to(dense.weight), pivots.to(dense.weight.device), dense.bias
-        )
-    else:
+        pivoting = pivot_rows(A, B)
+        if pivoting.growth <= MAX_GROWTH:
+            pivots, A, C = pivoting
+            layer = PivotedLinear.from_pivots(
+                A.to(dense.weight), C.to(dense.weight), pivots.to(dense.weight.device), dense.bias
+            )
+        else:
+            (rank, n), m = A.shape, len(B)
+            fewer = max(1, stored_values(m, n, rank, layout) // (m + n))
+            logger.warning(
+                f"A layer of shape [{m}, {n}] is stored as plain factors of rank {fewer} in place of rank {rank}: the "
+                f"pivoted layout would need coefficients of up to {pivoting.growth:.3g}."
+            )
+            A, B = balance(A, B)
+            A, B = A[:fewer], B[:, :fewer]
+    if layer is None:
         layer = LowRankLinear.from_factors(A.to(dense.weight), B.to(dense.weight), dense.bias)
     if mean is not None and dense.bias is not None:
         # From the factors as they are stored, so that the bias absorbs the mean of their rounding too.

@@ -31,7 +31,7 @@ class Pivoting(NamedTuple):
         return float(self.C.abs().max()) if self.C.numel() else 0.0
 
 
-def pivot_rows(A: Tensor, B: Tensor, max_coefficient: float = 1.05, max_swaps: int = 1000) -> Pivoting:
+def pivot_rows(A: Tensor, B: Tensor, max_coefficient: float = 1.05, max_swaps: int = 10_000) -> Pivoting:
     """Choose rows of `B A` of which all others are combinations with small coefficients.
 
     LU with row pivoting gives the first choice; then, as long as a coefficient is larger than `max_coefficient`, its

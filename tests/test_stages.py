@@ -1,0 +1,37 @@
+"""What the stages do where the usual way is not open."""
+
+import pytest
+import torch
+from models import pixels, tiny_vit
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+from optimum_mixrank import LowRankLinear, MixRankCompressor, MixRankConfig, PivotedLinear, stages
+
+
+def test_coefficients_that_rounding_would_lose_are_not_stored(monkeypatch, caplog):
+    generator = torch.Generator().manual_seed(0)
+    dense = nn.Linear(10, 14)
+    A, B = torch.randn(6, 10, generator=generator).double(), torch.randn(14, 6, generator=generator).double()
+    assert isinstance(stages.factored_linear(dense, A, B, "pivoted"), PivotedLinear)
+    monkeypatch.setattr(stages, "MAX_GROWTH", 0.5)
+    layer = stages.factored_linear(dense, A, B, "pivoted")
+    assert isinstance(layer, LowRankLinear)
+    # 6 * 24 - 36 values hold factors of rank 4: the best approximation of the product there is.
+    assert layer.rank == 4
+    error = torch.linalg.matrix_norm(layer.product() - B @ A)
+    assert float(error) == pytest.approx(float(torch.linalg.svdvals(B @ A)[4:].norm()), rel=1e-4)
+    assert "shape [14, 10] is stored as plain factors of rank 4 in place of rank 6" in caplog.text
+
+
+@pytest.mark.parametrize("compensation", [[], ["sequential"], ["sequential", "blocks"]], ids=str)
+def test_a_model_in_which_they_occur_keeps_the_budget_and_reloads(compensation, monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "MAX_GROWTH", 0.9)
+    compressor = MixRankCompressor(tiny_vit())
+    settings = {"compression_scope": "targets", "compression_ratio": 0.4, "epochs": 1}
+    compressor.compress(MixRankConfig(**settings, compensation=compensation), [pixels(32)], tmp_path)
+    report = compressor.report
+    assert report.kept_of_encoder <= 0.6
+    reloaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    kinds = {type(module) for module in reloaded.modules() if isinstance(module, LowRankLinear | PivotedLinear)}
+    assert LowRankLinear in kinds
