@@ -40,6 +40,7 @@ METHODS: dict[str, dict] = {
     "second moment": {"metric": "second_moment", **ONE_SHOT},
     "paper": {"recipe": "paper"},
     "fast": {"recipe": "fast"},
+    "kfac, uniform": {"metric": "kfac", **ONE_SHOT},
     "kfac": {"metric": "kfac", "allocation": "global", "layout": "factors", "compensation": []},
     "kfac, pivoted": {"metric": "kfac", "allocation": "global", "layout": "pivoted", "compensation": []},
     "kfac, sequential": {
@@ -185,6 +186,8 @@ def settings_of(args: argparse.Namespace, compressor: MixRankCompressor, origina
     """What all rows of a file have in common."""
     return {
         "model": Path(args.model).name,
+        "calibration_data": f"{Path(args.calibration_data).name}, {args.calibration_split}",
+        "test_data": f"{Path(args.test_data).name}, {args.test_split}",
         "num_samples": args.num_samples,
         "batch_size": args.batch_size,
         "test_images": len(original),
@@ -309,7 +312,8 @@ def markdown(record: dict) -> str:
     settings, machine = record["settings"], record["environment"]
     seeds = sorted({row["seed"] for row in record["rows"]})
     lines = [
-        f"{settings['num_samples']} calibration images, {settings['test_images']} test images, seeds "
+        f"{settings['model']}: {settings['num_samples']} calibration images ({settings['calibration_data']}), "
+        f"{settings['test_images']} test images ({settings['test_data']}), seeds "
         f"{seeds}, batch size {settings['batch_size']}, {settings['dtype']}, mixed precision "
         f"{settings['mixed_precision']}, fields {settings['fields']}; "
         f"PyTorch {machine['torch']}, Transformers {machine['transformers']}, {machine['device']}, "

@@ -152,6 +152,9 @@ class MixRankConfig(QuantizationConfigMixin):
         _check_choice("layout", self.layout, LAYOUT_NAMES)
         _check_steps("compensation", self.compensation, _compensator_names())
         _check_order(self.compensation)
+        if not self.rank_map:
+            # A checkpoint that was made with such a thing can still be opened.
+            _check_use(self)
         _check_fraction("held_out_ratio", self.held_out_ratio, "It is a share of the calibration images.")
         if not isinstance(self.mirror, bool):
             raise ValueError(f"mirror={self.mirror!r} is neither True nor False.")
@@ -314,6 +317,23 @@ def _check_order(steps: list[str]) -> None:
         raise ValueError(
             f"compensation={steps!r}: a layer-wise step ('sequential' or 'residual') makes every layer anew from the "
             "original, so whatever comes before it is lost. Put one of them first, or none."
+        )
+
+
+def _check_use(config: MixRankConfig) -> None:
+    from .decomposition import METRICS
+    from .decomposition.statistics import GRADIENT_STATISTICS
+
+    for step in config.compensation:
+        if config.compensation.count(step) > 1:
+            raise ValueError(
+                f"compensation={config.compensation!r} names {step!r} twice; raise `epochs` to train longer."
+            )
+    required = METRICS.create(config.metric).required_statistics(2, 2)
+    if config.fisher_samples > 1 and not required & GRADIENT_STATISTICS:
+        raise ValueError(
+            f"fisher_samples={config.fisher_samples} has no use with metric={config.metric!r}, which takes no gradients; "
+            "leave it out, or use metric='kfac'."
         )
 
 

@@ -135,6 +135,14 @@ def test_arguments_are_named():
         MixRankConfig(0.5)
 
 
+def test_probes_without_gradients_are_refused_where_something_is_to_be_made():
+    with pytest.raises(ValueError, match=r"fisher_samples=4 has no use with metric='second_moment', .* metric='kfac'"):
+        MixRankConfig(recipe="fast", fisher_samples=4)
+    stored = {**MixRankConfig(recipe="fast").to_dict(), "fisher_samples": 4}
+    stored["rank_map"] = {"encoder.0.query": {"rank": 2, "bias": True}}
+    assert MixRankConfig.from_dict(stored).fisher_samples == 4
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -149,6 +157,7 @@ def test_arguments_are_named():
         ("allocation", "best", "is unknown; choose one of"),
         ("recipe", "worst", "is unknown; choose one of 'paper', 'fast', 'best'"),
         ("compensation", "sequential", r"is not a list; give the steps in their order, or \[\] for none"),
+        ("compensation", ["blocks", "blocks"], "names 'blocks' twice; raise `epochs` to train longer"),
         ("compensation", ["sequentially"], "has an unknown step; choose among 'distillation'"),
         ("held_out_ratio", 1, r"is not in \(0, 1\). It is a share of the calibration images"),
         ("fisher_samples", 0, "is not an integer of at least 1"),
