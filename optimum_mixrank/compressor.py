@@ -43,7 +43,14 @@ from .precision import tf32_statistics
 from .profile import RankProfile, profile_budgets
 from .quantizer import MixRankHfQuantizer, attach
 from .reporting.build import build_report, measure
-from .stages import allocation_losses, check_weights, decompose_layers, factorize_layers, rank_map_of
+from .stages import (
+    allocation_losses,
+    check_weights,
+    decompose_layers,
+    factorize_layers,
+    rank_map_of,
+    warn_of_other_layouts,
+)
 from .targets import Target, encoder_linears, find_targets, match_values, select_targets
 from .unfinished import UnfinishedRun, check_images, has_saved, identity_of
 
@@ -82,8 +89,9 @@ class MixRankCompressor(OptimumQuantizer):
         model: A Transformers model with a ViT-like encoder and any head.
         image_processor: Its image processor; needed wherever images rather than `pixel_values` are given.
         accelerator: Stands for the processes that share the work; an `accelerate.PartialState` serves too. Default:
-            those that were launched together, as by `accelerate launch`. All of them then call `calibrate`, `compress`,
-            `profile`, `evaluate`, `save_pretrained` and `push_to_hub`, with the same arguments; each works on its share
+            those that were launched together, as by `accelerate launch`. All of them then call `calibrate`,
+            `check_calibration`, `compress`, `profile`, `evaluate`, `save_pretrained` and `push_to_hub`, with the same
+            arguments; each works on its share
             of images and layers, all get the same result, and the main one prints and saves. Its `mixed_precision` is
             that of forward passes for statistics and of training; statistics are summed in float32 or better all the
             same.
@@ -347,6 +355,7 @@ class MixRankCompressor(OptimumQuantizer):
         config = config or MixRankConfig()
         processes = self.processes
         self._unfinished = None
+        given = calibration
         with processes.agreed():
             config.validate()
             if save_interval <= 0:
@@ -364,8 +373,8 @@ class MixRankCompressor(OptimumQuantizer):
             )
         journal, fingerprint = NO_JOURNAL, self._fingerprint(processes)
         if resume_directory is not None:
-            given = None if calibration is None else calibration.data_fingerprint
-            limits = {"batch_size": batch_size, "max_broken_share": max_broken_share, "statistics": given}
+            statistics = None if calibration is None else calibration.data_fingerprint
+            limits = {"batch_size": batch_size, "max_broken_share": max_broken_share, "statistics": statistics}
             self._unfinished = self._open_run(resume_directory, fingerprint, config, batches, limits, save_interval)
             journal = self._unfinished.journal
             with processes.agreed():
@@ -378,21 +387,21 @@ class MixRankCompressor(OptimumQuantizer):
         # After a first pass, for what libraries take when they first compute is not what a compression needs.
         peak = PeakMemory(self.model.device)
         # What a run needs is said before it starts, unless only its images tell their number.
-        is_counted = batches is None or batches.num_images is not None
-        images = [] if is_counted else self._decoded(config, batches, journal)
+        own = None if batches is None else batches.num_own_images
+        images = self._decoded(config, batches, journal) if own is None else []
         memory = announce_memory(
             self.model,
             config,
             targets,
             {} if calibration is not None else required_statistics([metric], targets),
-            self._share_of_images(batches, images),
+            sum(batch.num_images for batch in images) if own is None else own,
             processes,
             batch_size=batch_size,
             inplace=inplace,
             max_memory=max_memory,
-            directory=resume_directory,
+            directory=journal.directory,
         )
-        if is_counted:
+        if own is not None:
             images = self._decoded(config, batches, journal)
         prepared = prepare_images(self.model, images, config, processes, batches) if config.compensation else None
         run, decoded = None, images if config.compensation else None
@@ -437,9 +446,12 @@ class MixRankCompressor(OptimumQuantizer):
                         journal,
                         memory,
                     )
-            # Compensation keeps ranks and layouts, and chooses new pivots.
+            # Compensation chooses new pivots.
             rank_map = rank_map_of(model, targets)
+            warn_of_other_layouts(rank_map, config.layout)
             config = dataclasses.replace(config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
+            if given is not None and given.fisher_samples is not None:
+                config.fisher_samples = given.fisher_samples
         except BaseException:
             if inplace:
                 _restore(model, targets, original_model)
@@ -498,7 +510,9 @@ class MixRankCompressor(OptimumQuantizer):
         """
         config = config or MixRankConfig()
         targets = find_targets(self.model, config.target_modules, config.exclude_modules)
-        count = math.ceil((num_images or config.num_samples) / self.processes.count)
+        count = num_images or config.num_samples
+        # Whole batches are shared out.
+        count = min(count, math.ceil(math.ceil(count / batch_size) / self.processes.count) * batch_size)
         return foresee_memory(
             self.model,
             config,
@@ -804,12 +818,6 @@ class MixRankCompressor(OptimumQuantizer):
                     pass
             batches.settle()
         calibration.check(fingerprint, batches.fingerprint)
-
-    def _share_of_images(self, batches: ImageBatches | None, images: Sequence[Batch]) -> int:
-        """Images of this process; 0 where a source does not tell."""
-        if images or batches is None or batches.num_images is None:
-            return sum(batch.num_images for batch in images)
-        return math.ceil(batches.num_images / self.processes.count)
 
     def _decompose(
         self,

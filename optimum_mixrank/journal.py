@@ -23,6 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+ACTIVATIONS = "activations-"
+"""Beginning of the names of files beside the entries that are of no use to a run that goes on."""
+
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

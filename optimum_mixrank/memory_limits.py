@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import platform
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -94,7 +96,7 @@ def announce_memory(
     batch_size: int,
     inplace: bool,
     max_memory: MaxMemory = None,
-    directory: str | Path | None = None,
+    directory: Path | None = None,
 ) -> MemoryPlan | None:
     """`foresee_memory` for all processes, which make the same number of passes; announced in the log.
 
@@ -127,9 +129,12 @@ def announce_memory(
     plans = [each for each in processes.gather(plan) if each is not None]
     if not plans:
         return None
-    plan = max(plans, key=lambda each: each.passes)
+    # All make the same passes; what is kept, and where, each decides for itself.
+    most = max(plans, key=lambda each: each.passes)
+    plan = most if plan is None else dataclasses.replace(plan, groups=most.groups)
+    needs = processes.gather((platform.node(), plan.peak(DISK)))
     with processes.agreed():
-        _check_disk(plan, directory)
+        _check_disk(sum(need for node, need in needs if node == platform.node()), directory)
     peaks, *phases = str(plan).splitlines()
     logger.info(peaks)
     for line in phases:
@@ -137,14 +142,13 @@ def announce_memory(
     return plan
 
 
-def _check_disk(plan: MemoryPlan, directory: str | Path | None) -> None:
-    """Check that a disk holds what is to be put there.
+def _check_disk(needed: int, directory: Path | None) -> None:
+    """Check that a disk holds what the processes of this machine will put there, in bytes.
 
     Raises:
         ValueError: if it does not.
     """
-    needed = plan.peak(DISK)
-    folder = Path(tempfile.gettempdir() if directory is None else directory)
+    folder = Path(tempfile.gettempdir()) if directory is None else directory
     if needed and needed > (free := shutil.disk_usage(folder).free):
         raise ValueError(
             f"Activations of {format_bytes(needed)} do not fit into max_memory, and not into {str(folder)!r} either, where "

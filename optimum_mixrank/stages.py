@@ -263,10 +263,6 @@ def factored_linear(
         else:
             (rank, n), m = A.shape, len(B)
             fewer = max(1, stored_values(m, n, rank, layout) // (m + n))
-            logger.warning(
-                f"A layer of shape [{m}, {n}] is stored as plain factors of rank {fewer} in place of rank {rank}: the "
-                f"pivoted layout would need coefficients of up to {pivoting.growth:.3g}."
-            )
             A, B = balance(A, B)
             A, B = A[:fewer], B[:, :fewer]
     if layer is None:
@@ -277,6 +273,17 @@ def factored_linear(
     for parameter in (*layer.factor_a.parameters(), *layer.factor_b.parameters()):
         parameter.requires_grad_(dense.weight.requires_grad)
     return layer.train(dense.training)
+
+
+def warn_of_other_layouts(rank_map: Mapping[str, FactoredLayer], layout: str) -> None:
+    """Name the layers that `factored_linear` has stored otherwise than asked for."""
+    others = {name: entry.rank for name, entry in rank_map.items() if entry.layout != layout}
+    if others:
+        listed = ", ".join(f"{name} (rank {rank})" for name, rank in others.items())
+        logger.warning(
+            f"Stored as plain factors of a lower rank, within the budget, since layout={layout!r} would need coefficients "
+            f"above {MAX_GROWTH:g}: {listed}."
+        )
 
 
 def _statistics(calibration: Calibration, target: Target) -> LayerStatistics:

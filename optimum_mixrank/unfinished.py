@@ -17,7 +17,7 @@ import transformers
 from filelock import FileLock, Timeout
 
 from .distributed import Processes
-from .journal import Entry, Journal
+from .journal import ACTIVATIONS, Entry, Journal
 from .messages import get_logger
 from .reporting import REPORT_NAME
 from .version import __version__
@@ -81,8 +81,8 @@ class UnfinishedRun:
         self._lock = _locked(directory)
         entry = self.journal.load(_RUN, shared=True)
         for each in directory.iterdir():
-            # Without the identity of their run no entries can be trusted; unfinished files are of no use.
-            if each.name != _LOCK and (entry is None or each.name.startswith(".")):
+            # Without the identity of their run no entries can be trusted; unfinished files and activations are of no use.
+            if each.name != _LOCK and (entry is None or each.name.startswith((".", ACTIVATIONS))):
                 each.unlink()
         if entry is None:
             self._save(None)

@@ -15,7 +15,9 @@ from models import tiny_swin, tiny_vit
 
 from optimum_mixrank import MixRankCompressor
 from optimum_mixrank.calibration import collating
+from optimum_mixrank.compensation.spilling import Spill
 from optimum_mixrank.journal import Journal
+from optimum_mixrank.memory_plan import plan_memory
 from optimum_mixrank.unfinished import discard
 
 
@@ -85,6 +87,33 @@ def test_after_any_entry(case, cut_off, tmp_path):
         cut_off(10**6, before=False)
         assert compress(out, run, **CASES[case]) == expected
         assert not run.exists()
+
+
+def test_activations_on_the_disk_are_not_gone_on_from(cut_off, monkeypatch, tmp_path):
+    sequential = {"compensation": ["sequential"]}
+    expected = compress(tmp_path / "undisturbed", **sequential)
+    monkeypatch.setattr(
+        "optimum_mixrank.memory_limits.plan_memory", lambda size, task: plan_memory(size, task, spills=True)
+    )
+    seen, keep = set(), Spill.__call__
+
+    def watched(self, index, call):
+        kept = keep(self, index, call)
+        seen.add(kept.path.parent)
+        return kept
+
+    monkeypatch.setattr(Spill, "__call__", watched)
+    out, run = tmp_path / "out", tmp_path / "run"
+    entries = cut_off(10**6, before=False)
+    assert compress(out, run, **sequential) == expected
+    assert seen == {run}
+    # What a process leaves that has no time to clean up.
+    interrupted(cut_off, tmp_path / "again", run, len(entries) - 3, **sequential)
+    left = run / "activations-original-7.0.safetensors"
+    left.write_bytes(b"half of a file")
+    cut_off(10**6, before=False)
+    assert compress(tmp_path / "again", run, **sequential) == expected
+    assert not run.exists()
 
 
 def test_training_on_photographs_goes_on(cut_off, tmp_path):

@@ -144,6 +144,14 @@ class ImageBatches:
         return enlarged
 
     @property
+    def num_own_images(self) -> int | None:
+        """Images of this process, broken ones included; None if it cannot be known beforehand."""
+        if self.num_images is None or self._processes.is_alone:
+            return self.num_images
+        # Only a source of single images is cut into batches of one size here.
+        return None if self._rows is None else min(self.num_images, len(self) * self._batch_size)
+
+    @property
     def num_broken(self) -> int:
         """Images that could not be decoded in the last pass."""
         return len(self.broken)

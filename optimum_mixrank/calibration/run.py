@@ -87,7 +87,7 @@ class CalibrationRun:
             calibrating.seconds,
             self.fingerprint,
             batches.fingerprint,
-            self.fisher_samples,
+            self.fisher_samples if any(each.has_gradients for each in layers.values()) else None,
         )
 
     def collect_once(self, targets: Sequence[Target], journal: Journal) -> Calibration:

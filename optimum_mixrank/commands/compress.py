@@ -89,8 +89,13 @@ on several GPUs:
         loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
         calibration = None
         if args.statistics is not None:
-            assert reuse or images is not None  # the check above has seen to that
-            calibration = read_statistics(args) if reuse else take_statistics(args, compressor, config, images)
+            if reuse:
+                # Compensation compares the images itself.
+                compared = None if config.compensation else images
+                calibration = read_statistics(args, compressor, config, compared)
+            else:
+                calibration = take_statistics(args, compressor, config, images)
+            images = images if config.compensation else None
         model = compressor.compress(
             config,
             images,

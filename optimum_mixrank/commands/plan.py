@@ -51,10 +51,7 @@ example:
         if needed:
             calibration = take_statistics(args, compressor, config, images)
         elif reuse:
-            calibration = read_statistics(args)
-            if images is not None:
-                reading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-                compressor.check_calibration(calibration, images, **reading)
+            calibration = read_statistics(args, compressor, config, images)
         profile = compressor.profile(calibration, config, args.ratios)
         if args.plot is not None and compressor.processes.is_main:
             profile.plot(args.plot)

@@ -31,7 +31,7 @@ class Compensation:
 
     Attributes:
         original: The original model; it is not changed.
-        model: The compressed model, in evaluation mode; it is improved in place, its ranks and layouts stay.
+        model: The compressed model, in evaluation mode; it is improved in place, and takes no more values.
         targets: The targeted layers of the original.
         rank_map: The factored layers, by canonical name.
         statistics: Calibration statistics by module name; empty for a metric without data.

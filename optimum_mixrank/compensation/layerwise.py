@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -216,7 +217,13 @@ class LayerwiseCompensator(Compensator):
             list(group.values()), lambda target: self._solve(task, target, by_target[target.name]), processes
         ):
             replace_module(task.model, name, layer)
-            errors[canonical[name]] = _relative_error(layer, by_target[name])
+            error = _relative_error(layer, by_target[name])
+            if not math.isfinite(error):
+                raise ValueError(
+                    f"Layer {name!r} holds NaN or Inf as {layer.factor_a.weight.dtype} after it was solved again; load the "
+                    "model with dtype='float32'."
+                )
+            errors[canonical[name]] = max(0.0, error)
         return errors
 
     def _solve(self, task: Compensation, target: Target, pair: PairAccumulator) -> FactoredLinear:
@@ -249,12 +256,12 @@ class _SoFar:
 
 
 def _relative_error(layer: FactoredLinear, pair: PairAccumulator) -> float:
-    """Of a layer whose bias, if it has one, is fitted; 0 for targets that never change."""
+    """Of a layer whose bias, if it has one, is fitted; up to rounding not below 0, which targets that never change have."""
     centred = layer.bias is not None
     product = layer.product()
     power = float(pair.target_power(centred))
     loss = float(output_loss(product, *(moment.to(product) for moment in pair.moments(centred))))
-    return max(0.0, 1 + loss / power) if power > 0 else 0.0
+    return 1 + loss / power if power > 0 else 0.0
 
 
 def _layers_in(task: Compensation, segments: Sequence[str]) -> list[str]:

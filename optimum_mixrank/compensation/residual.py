@@ -58,11 +58,14 @@ class ResidualCompensator(LayerwiseCompensator):
             candidates.append(self._train(start, q, input_moment, target_moment, generator))
         losses = [output_loss(B @ A, input_moment, target_moment) for A, B in candidates]
         best = min(range(len(losses)), key=losses.__getitem__)
-        if losses[best] >= output_loss(current.product(), input_moment, target_moment):
+        layer = factored_linear(target.module, *candidates[best], entry.layout)
+        after, before = (output_loss(each.product(), input_moment, target_moment) for each in (layer, current))
+        # NaN is no improvement either.
+        if not after < before:
             self.outcomes.append("as it was")
             return current
         self.outcomes.append(("decomposed anew", "trained")[best])
-        return factored_linear(target.module, *candidates[best], entry.layout)
+        return layer
 
     def _train(
         self,

@@ -179,8 +179,9 @@ def balanced_factors(model: nn.Module) -> Iterator[list[str]]:
         trained = model.get_submodule(name)
         A, B = to_float64(trained.factor_a.weight), to_float64(trained.factor_b.weight)
         layer = factored_linear(trained.to_linear(), A, B, old.layout)
-        for ours, before in zip(layer.parameters(), old.parameters(), strict=True):
-            ours.requires_grad_(before.requires_grad)
+        trainable = old.factor_a.weight.requires_grad
+        for parameter in layer.parameters():
+            parameter.requires_grad_(trainable)
         replace_module(model, name, layer.train(old.training))
 
 

@@ -121,7 +121,7 @@ def build_report(
                 predicted_loss=float(losses[name][factored.rank]) if predicted and factored is not None else None,
             )
         )
-    predicted_loss = sum(float(losses[name][rank]) for name, rank in ranks.items() if rank is not None)
+    predicted_loss = sum(float(losses[name][entry.rank]) for name, entry in rank_map.items())
     compressed = measure(model)
     settings = {key: value for key, value in config.to_dict().items() if key != "rank_map"}
     return CompressionReport(

@@ -220,7 +220,8 @@ def test_compress_takes_up_the_statistics_of_plan(tmp_path):
     [
         (("--metric", "svd"), "--statistics has no use with metric='svd'"),
         (("--statistics", "no-such-folder/file"), "is in no folder that exists"),
-        (("--fisher-samples", 2), "was made with --fisher-samples 1, not 2"),
+        (("--fisher-samples", 2, "--metric", "kfac"), "was made with --fisher-samples 1, not 2"),
+        (("--statistics", "new-file", "--max-memory", "1GiB"), "--max-memory may need several passes over the images"),
         (("--compensation", "sequential"), "--dataset is missing: name a folder of images, or use --statistics of"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -229,9 +230,9 @@ def test_statistics_of_no_use_are_refused(tmp_path, arguments, message):
     statistics = tmp_path / "statistics.safetensors"
     compressor = MixRankCompressor.from_pretrained(MODEL)
     size = compressor.model.config.image_size
-    compressor.calibrate([torch.rand(4, 3, size, size)], "second_moment").save(statistics)
+    compressor.calibrate([torch.rand(4, 3, size, size)], ["second_moment", "kfac"]).save(statistics)
     options = {"--statistics": statistics, "--metric": "second_moment", "--compensation": "none"}
-    options.update({arguments[0]: arguments[1]})
+    options.update(zip(arguments[::2], arguments[1::2], strict=True))
     given = [each for pair in options.items() for each in pair]
     _, stderr = cli("compress", "--model", MODEL, *given, "--output", tmp_path / "out", code=1)
     assert message in stderr and "Traceback" not in stderr

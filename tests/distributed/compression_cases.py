@@ -8,7 +8,7 @@ from compensation.cases import config, images
 from models import tiny_swin, tiny_vit
 from safetensors.torch import save_file
 
-from optimum_mixrank import FactoredLinear, MixRankCompressor
+from optimum_mixrank import FactoredLinear, MixRankCompressor, memory_limits
 from optimum_mixrank.compensation import COMPENSATORS, Compensator
 
 
@@ -115,3 +115,12 @@ def case_outputs_that_do_not_fit_into_memory(processes, folder):
         return compress(name, processes, folder, compensation=["sequential"])
     finally:
         del layerwise.max_bytes
+
+
+def case_activations_on_the_disk(processes, folder):
+    plan_memory = memory_limits.plan_memory
+    memory_limits.plan_memory = lambda size, task: plan_memory(size, task, spills=True)
+    try:
+        return compress("activations_on_the_disk", processes, folder, compensation=["sequential"])
+    finally:
+        memory_limits.plan_memory = plan_memory
