@@ -179,9 +179,10 @@ def balanced_factors(model: nn.Module) -> Iterator[list[str]]:
         trained = model.get_submodule(name)
         A, B = to_float64(trained.factor_a.weight), to_float64(trained.factor_b.weight)
         layer = factored_linear(trained.to_linear(), A, B, old.layout)
-        trainable = old.factor_a.weight.requires_grad
-        for parameter in layer.parameters():
-            parameter.requires_grad_(trainable)
+        before = dict(old.named_parameters())
+        for key, parameter in layer.named_parameters():
+            # A layer that is stored otherwise than before may have other biases.
+            parameter.requires_grad_(before.get(key, old.factor_a.weight).requires_grad)
         replace_module(model, name, layer.train(old.training))
 
 
