@@ -300,11 +300,17 @@ def summary(record: dict) -> list[dict]:
             "kl": [row["kl"] for row in rows],
             "change": statistics.mean(row["change"][0] for row in rows),
             "half": statistics.mean(row["change"][1] for row in rows),
-            "forward_passes": statistics.mean(row["forward_passes"] for row in rows),
+            "forward_passes": average([row["forward_passes"] for row in rows]),
             "peak_memory_mib": max(row["peak_memory_mib"] for row in rows),
         }
         for (method, _), rows in groups.items()
     ]
+
+
+def average(costs: list[float | None]) -> float | None:
+    """Of those that say something: a run that was stopped in between, or disturbed, has none (null in the file)."""
+    measured = [cost for cost in costs if cost is not None]
+    return statistics.mean(measured) if measured else None
 
 
 def markdown(record: dict) -> str:
@@ -324,10 +330,11 @@ def markdown(record: dict) -> str:
     ]
     for row in summary(record):
         top1, kl = row["top1"], row["kl"]
+        cost = "—" if row["forward_passes"] is None else f"{row['forward_passes']:.0f}"
         lines.append(
             f"| {row['method']} | {row['kept']:.1%} | {statistics.mean(top1):.1%} ({min(top1):.1%} to {max(top1):.1%}) "
             f"| {100 * row['change']:+.1f} ± {100 * row['half']:.1f} points "
-            f"| {nats(statistics.mean(kl))} ({nats(min(kl))} to {nats(max(kl))}) | {row['forward_passes']:.0f} "
+            f"| {nats(statistics.mean(kl))} ({nats(min(kl))} to {nats(max(kl))}) | {cost} "
             f"| {row['peak_memory_mib'] / 1024:.1f} GiB |"
         )
     return "\n".join(lines) + "\n"
