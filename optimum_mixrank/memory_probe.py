@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calibration.fisher import activation_gradients
-from .compensation.segments import find_segments
+from .compensation.segments import Call, find_segments
 from .evaluation.flops import black_image
 from .evaluation.memory import live_bytes, weight_bytes
 from .hooks import removed_afterwards
@@ -84,8 +84,7 @@ def _segments(
     boundaries: list[int] = []
 
     def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-        boundaries.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        boundaries.append(Call(args, kwargs).num_bytes)
 
     # A stage of Swin gives less than it gets.
     handles = [model.get_submodule(segment).register_forward_pre_hook(hook, with_kwargs=True) for segment in segments]

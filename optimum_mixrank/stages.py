@@ -252,20 +252,19 @@ def factored_linear(
         mean: Mean of the inputs, `[in_features]`, that the bias is corrected for; None leaves the bias as it is. A
             layer without bias does not get one: the dense model that it may become again has no place for it.
     """
-    layer: FactoredLinear | None = None
-    if layout == "pivoted":
-        pivoting = pivot_rows(A, B)
-        if pivoting.growth <= MAX_GROWTH:
-            pivots, A, C = pivoting
-            layer = PivotedLinear.from_pivots(
-                A.to(dense.weight), C.to(dense.weight), pivots.to(dense.weight.device), dense.bias
-            )
-        else:
-            (rank, n), m = A.shape, len(B)
-            fewer = max(1, stored_values(m, n, rank, layout) // (m + n))
-            A, B = balance(A, B)
-            A, B = A[:fewer], B[:, :fewer]
-    if layer is None:
+    pivoting = pivot_rows(A, B) if layout == "pivoted" else None
+    if pivoting is not None and pivoting.growth > MAX_GROWTH:
+        (rank, n), m = A.shape, len(B)
+        fewer = max(1, stored_values(m, n, rank, layout) // (m + n))
+        A, B = balance(A, B)
+        A, B, pivoting = A[:fewer], B[:, :fewer], None
+    layer: FactoredLinear
+    if pivoting is not None:
+        pivots, A, C = pivoting
+        layer = PivotedLinear.from_pivots(
+            A.to(dense.weight), C.to(dense.weight), pivots.to(dense.weight.device), dense.bias
+        )
+    else:
         layer = LowRankLinear.from_factors(A.to(dense.weight), B.to(dense.weight), dense.bias)
     if mean is not None and dense.bias is not None:
         # From the factors as they are stored, so that the bias absorbs the mean of their rounding too.

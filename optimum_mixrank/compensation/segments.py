@@ -25,6 +25,12 @@ class Call:
         """Call a module with them."""
         return module(*self.args, **self.kwargs)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors among them."""
+        tensors = [each for each in (*self.args, *self.kwargs.values()) if isinstance(each, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
 
 Keep = Callable[[int, Call], Call]
 """Takes the number of a batch and a call, and returns the call as it is to be held."""
@@ -95,10 +101,7 @@ class SegmentReplay:
     @property
     def num_bytes(self) -> int:
         """Bytes of the activations held in memory."""
-        tensors = [
-            arg for call in self.calls for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Tensor)
-        ]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(call.num_bytes for call in self.calls)
 
     def advance(self, outputs: Mapping[int, Any] = MappingProxyType({})) -> bool:
         """Take the inputs of the next segment; False if there is none.
