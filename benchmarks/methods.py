@@ -288,9 +288,9 @@ def paired_change(original: torch.Tensor, logits: torch.Tensor, labels: torch.Te
 
 
 def summary(record: dict) -> list[dict]:
-    """Means and spreads over seeds, by method and budget."""
+    """Means and spreads over seeds, by method and budget, in the order of `METHODS` whenever they were measured."""
     groups: dict[tuple, list[dict]] = {}
-    for row in record["rows"]:
+    for row in sorted(record["rows"], key=lambda row: (list(METHODS).index(row["method"]), -row["asked"])):
         groups.setdefault((row["method"], row["asked"]), []).append(row)
     return [
         {
@@ -323,7 +323,7 @@ def markdown(record: dict) -> str:
         f"{seeds}, batch size {settings['batch_size']}, {settings['dtype']}, mixed precision "
         f"{settings['mixed_precision']}, fields {settings['fields']}; "
         f"PyTorch {machine['torch']}, Transformers {machine['transformers']}, {machine['device']}, "
-        f"{machine['threads']} threads. Original: {record['original_top1']:.1%} top-1.",
+        f"{machine['threads']} threads. Original: {percent(record['original_top1'])} top-1.",
         "",
         "| method | kept | top-1 (spread) | change, paired 95 % interval | KL (spread) | cost in forward passes | peak |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -332,12 +332,18 @@ def markdown(record: dict) -> str:
         top1, kl = row["top1"], row["kl"]
         cost = "—" if row["forward_passes"] is None else f"{row['forward_passes']:.0f}"
         lines.append(
-            f"| {row['method']} | {row['kept']:.1%} | {statistics.mean(top1):.1%} ({min(top1):.1%} to {max(top1):.1%}) "
+            f"| {row['method']} | {percent(row['kept'])} "
+            f"| {percent(statistics.mean(top1))} ({percent(min(top1))} to {percent(max(top1))}) "
             f"| {100 * row['change']:+.1f} ± {100 * row['half']:.1f} points "
             f"| {nats(statistics.mean(kl))} ({nats(min(kl))} to {nats(max(kl))}) | {cost} "
             f"| {row['peak_memory_mib'] / 1024:.1f} GiB |"
         )
     return "\n".join(lines) + "\n"
+
+
+def percent(share: float) -> str:
+    """`0.861` as `86.1 %`."""
+    return f"{100 * share:.1f} %"
 
 
 def nats(kl: float) -> str:
@@ -352,11 +358,17 @@ def plot(record: dict, path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     rows = summary(record)
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        # There are ten colours.
+        style = {
+            "color": f"C{index % 10}",
+            "marker": "os^"[index // 10 % 3],
+            "linestyle": ("-", "--", ":")[index // 10 % 3],
+        }
         mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["kept"])
         kept = [100 * row["kept"] for row in mine]
-        left.plot(kept, [100 * statistics.mean(row["top1"]) for row in mine], marker="o", label=method)
-        right.plot(kept, [statistics.mean(row["kl"]) for row in mine], marker="o")
+        left.plot(kept, [100 * statistics.mean(row["top1"]) for row in mine], **style, label=method)
+        right.plot(kept, [statistics.mean(row["kl"]) for row in mine], **style)
     left.axhline(100 * record["original_top1"], color="gray", linestyle=":", label="original")
     left.set(xlabel="encoder parameters kept (%)", ylabel="top-1 (%)")
     right.set(xlabel="encoder parameters kept (%)", ylabel="KL from the original (nats)", yscale="log")
