@@ -290,7 +290,9 @@ def paired_change(original: torch.Tensor, logits: torch.Tensor, labels: torch.Te
 def summary(record: dict) -> list[dict]:
     """Means and spreads over seeds, by method and budget, in the order of `METHODS` whenever they were measured."""
     groups: dict[tuple, list[dict]] = {}
-    for row in sorted(record["rows"], key=lambda row: (list(METHODS).index(row["method"]), -row["asked"])):
+    order = {method: index for index, method in enumerate(METHODS)}
+    # Files may hold methods that are not compared any more.
+    for row in sorted(record["rows"], key=lambda row: (order.get(row["method"], len(order)), -row["asked"])):
         groups.setdefault((row["method"], row["asked"]), []).append(row)
     return [
         {

@@ -15,7 +15,7 @@ TITLE = "Top-1 of ViT-S with half and with 40 % of the encoder's parameters"
 DESCRIPTION = (
     "Top-1 accuracy on 1,000 images of ten ImageNet classes, means of three seeds. Plain and diagonally scaled SVD fall "
     "to chance; the exact output error keeps about half; the paper's recipe keeps more; this library's closed form stays "
-    "within few points of the original."
+    "within a few points of the original."
 )
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
