@@ -29,6 +29,7 @@ from optimum_mixrank.evaluation.fidelity import agreement, kl_divergence
 from optimum_mixrank.evaluation.labels import find_label_column, map_labels
 from optimum_mixrank.evaluation.memory import PeakMemory
 from optimum_mixrank.reporting.build import environment
+from optimum_mixrank.reporting.words import percent
 
 
 SHIPPED = Path(__file__).parent.parent / "examples" / "fashion_mnist"
@@ -340,12 +341,8 @@ def markdown(record: dict) -> str:
             f"| {nats(statistics.mean(kl))} ({nats(min(kl))} to {nats(max(kl))}) | {cost} "
             f"| {row['peak_memory_mib'] / 1024:.1f} GiB |"
         )
-    return "\n".join(lines) + "\n"
-
-
-def percent(share: float) -> str:
-    """`0.861` as `86.1 %`."""
-    return f"{100 * share:.1f} %"
+    # Plain spaces before percent signs too, so that a search finds them.
+    return "\n".join(lines).replace("\u00a0", " ") + "\n"
 
 
 def nats(kl: float) -> str:
@@ -355,22 +352,21 @@ def nats(kl: float) -> str:
 
 def plot(record: dict, path: Path) -> None:
     """Accuracy and KL over the share of parameters kept."""
+    from matplotlib import colormaps, cycler
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     rows = summary(record)
-    for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        # There are ten colours.
-        style = {
-            "color": f"C{index % 10}",
-            "marker": "os^"[index // 10 % 3],
-            "linestyle": ("-", "--", ":")[index // 10 % 3],
-        }
+    # There are ten colours, and more methods.
+    styles = cycler(marker=list("os^"), linestyle=["-", "--", ":"]) * cycler(color=colormaps["tab10"].colors)
+    for axes in (left, right):
+        axes.set_prop_cycle(styles)
+    for method in dict.fromkeys(row["method"] for row in rows):
         mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["kept"])
         kept = [100 * row["kept"] for row in mine]
-        left.plot(kept, [100 * statistics.mean(row["top1"]) for row in mine], **style, label=method)
-        right.plot(kept, [statistics.mean(row["kl"]) for row in mine], **style)
+        left.plot(kept, [100 * statistics.mean(row["top1"]) for row in mine], label=method)
+        right.plot(kept, [statistics.mean(row["kl"]) for row in mine])
     left.axhline(100 * record["original_top1"], color="gray", linestyle=":", label="original")
     left.set(xlabel="encoder parameters kept (%)", ylabel="top-1 (%)")
     right.set(xlabel="encoder parameters kept (%)", ylabel="KL from the original (nats)", yscale="log")
