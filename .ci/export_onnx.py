@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from models import compressed, pixels, tiny_deit, tiny_swin, tiny_vit
 
-from optimum_mixrank.layout import LAYOUT_NAMES
+from optimum_mixrank.checkpoint.rank_map import LAYOUT_NAMES
 
 
 MODELS = {"vit": tiny_vit, "deit": tiny_deit, "swin": tiny_swin}

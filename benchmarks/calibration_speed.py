@@ -32,11 +32,11 @@ from support import (
 from transformers import PreTrainedModel, ViTImageProcessor
 
 from optimum_mixrank.calibration.collect import collect_statistics
-from optimum_mixrank.calibration.fisher import activation_gradients
-from optimum_mixrank.calibration.images import Batch, ImageBatches
-from optimum_mixrank.calibration.run import required_statistics
+from optimum_mixrank.calibration.images.batches import Batch, ImageBatches
+from optimum_mixrank.calibration.targets import encoder_linears
+from optimum_mixrank.calibration.task import required_statistics
 from optimum_mixrank.decomposition import METRICS
-from optimum_mixrank.targets import encoder_linears
+from optimum_mixrank.runtime.forward import activation_gradients
 
 
 PAIRS = [

@@ -18,9 +18,9 @@ import torch
 from support import SHAPES, described, machine, random_model, seconds_of, table, write
 
 from optimum_mixrank.calibration.result import Calibration
+from optimum_mixrank.calibration.targets import encoder_linears
 from optimum_mixrank.decomposition import METRICS, LayerStatistics, Metric, Statistic
-from optimum_mixrank.stages import decompose_layers
-from optimum_mixrank.targets import encoder_linears
+from optimum_mixrank.pipeline.decompose import decompose_layers
 
 
 KINDS = {"square": (1, 1), "first of an MLP": (4, 1), "second of an MLP": (1, 4)}

@@ -31,12 +31,13 @@ import torch
 from support import SHAPES, described, machine, random_images, random_model, table, write
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
-from optimum_mixrank.calibration.run import required_statistics
+from optimum_mixrank.calibration.targets import encoder_linears
+from optimum_mixrank.calibration.task import required_statistics
 from optimum_mixrank.decomposition import METRICS
-from optimum_mixrank.distributed import disconnect, find_processes
-from optimum_mixrank.memory_plan import decomposition_bytes, format_bytes, statistics_bytes
-from optimum_mixrank.memory_probe import probe_model
-from optimum_mixrank.targets import encoder_linears
+from optimum_mixrank.pipeline.memory_plan import decomposition_bytes, statistics_bytes
+from optimum_mixrank.pipeline.memory_probe import probe_model
+from optimum_mixrank.runtime.distributed import disconnect, find_processes
+from optimum_mixrank.runtime.formatting import format_bytes
 
 
 PHASES = ("calibrate", "decompose", "allocate", "profile", "factorize", "compensate")
@@ -127,7 +128,7 @@ def measured(args: argparse.Namespace) -> dict:
     batches = list(random_images(args.images, model).split(args.batch_size))
     config = MixRankConfig(recipe=args.recipes[0], compression_ratio=args.ratio)
     processes = find_processes()
-    compressor = MixRankCompressor(model.to(args.device if processes.is_alone else processes.device))
+    compressor = MixRankCompressor(model.to(args.device if processes.is_single else processes.device))
     targets = encoder_linears(model)
     required = required_statistics([METRICS.create(config.metric)], targets)
     layers = probe_model(model, targets, False).layers

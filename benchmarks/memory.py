@@ -17,7 +17,7 @@ from pathlib import Path
 from support import described, machine, random_images, random_model, table, write
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
-from optimum_mixrank.memory_plan import format_bytes
+from optimum_mixrank.runtime.formatting import format_bytes
 
 
 SETTINGS = [

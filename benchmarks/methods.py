@@ -22,14 +22,14 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig, load_image_dataset
-from optimum_mixrank.calibration.images import ImageBatches
+from optimum_mixrank.calibration.images.batches import ImageBatches
 from optimum_mixrank.compensation.held_out import model_outputs
 from optimum_mixrank.decomposition import METRICS
-from optimum_mixrank.evaluation.fidelity import agreement, kl_divergence
 from optimum_mixrank.evaluation.labels import find_label_column, map_labels
 from optimum_mixrank.evaluation.memory import PeakMemory
 from optimum_mixrank.reporting.build import environment
-from optimum_mixrank.reporting.words import percent
+from optimum_mixrank.runtime.fidelity import agreement, kl_divergence
+from optimum_mixrank.runtime.formatting import percent
 
 
 SHIPPED = Path(__file__).parent.parent / "examples" / "fashion_mnist"

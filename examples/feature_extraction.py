@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, pipeline
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig, load_image_dataset
-from optimum_mixrank.calibration.sources import find_image_column
+from optimum_mixrank.calibration.images.sources import find_image_column
 from optimum_mixrank.evaluation.labels import find_label_column
 
 

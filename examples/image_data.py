@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from PIL import ImageOps
 
-from optimum_mixrank.calibration.sources import find_image_column
+from optimum_mixrank.calibration.images.sources import find_image_column
 from optimum_mixrank.evaluation.labels import find_label_column, map_labels
 
 

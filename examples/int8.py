@@ -27,8 +27,8 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from optimum_mixrank import FactoredLinear, MixRankCompressor, MixRankConfig
-from optimum_mixrank.evaluation.flops import configured_shape
 from optimum_mixrank.evaluation.latency import measure_latency
+from optimum_mixrank.runtime.forward import configured_shape
 
 
 SHIPPED = Path(__file__).parent / "fashion_mnist"

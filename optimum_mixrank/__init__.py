@@ -9,20 +9,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from ._registration import install as _install_registration
-from .version import __version__
+from .checkpoint.registration import install
+from .runtime.version import __version__
 
 
 _PUBLIC = {
-    "FactoredLinear": "modeling",
-    "LowRankLinear": "modeling",
-    "PivotedLinear": "modeling",
-    "MixRankCompressor": "compressor",
-    "MixRankConfig": "configuration",
+    "FactoredLinear": "checkpoint.modeling",
+    "LowRankLinear": "checkpoint.modeling",
+    "PivotedLinear": "checkpoint.modeling",
+    "MixRankCompressor": "pipeline.compressor",
+    "MixRankConfig": "checkpoint.configuration",
     "evaluate_model": "evaluation.evaluate",
-    "find_targets": "targets",
-    "load_image_dataset": "calibration.sources",
-    "to_dense": "dense",
+    "find_targets": "calibration.targets",
+    "load_image_dataset": "calibration.images.sources",
+    "to_dense": "checkpoint.dense",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -41,13 +41,21 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .calibration.sources import load_image_dataset
-    from .compressor import MixRankCompressor
-    from .configuration import MixRankConfig
-    from .dense import to_dense
+    from transformers import PreTrainedModel
+
+    from .calibration.images.sources import load_image_dataset
+    from .calibration.targets import find_targets
+    from .checkpoint.configuration import MixRankConfig
+    from .checkpoint.dense import to_dense
+    from .checkpoint.modeling import FactoredLinear, LowRankLinear, PivotedLinear
     from .evaluation.evaluate import evaluate_model
-    from .modeling import FactoredLinear, LowRankLinear, PivotedLinear
-    from .targets import find_targets
+    from .pipeline.compressor import MixRankCompressor
 
 
-_install_registration()
+def _compress_loaded_model(model: PreTrainedModel, config: MixRankConfig) -> None:
+    from .pipeline.on_the_fly import compress_loaded_model
+
+    compress_loaded_model(model, config)
+
+
+install(_compress_loaded_model)

@@ -6,7 +6,7 @@ from compensation.cases import FAMILIES
 from models import IMAGE_SIZE
 from torch import nn
 
-from optimum_mixrank.attention import fast_attention_for_training
+from optimum_mixrank.runtime.forward import fast_attention_for_training
 
 
 @pytest.mark.parametrize("family", ["vit", "deit", "swin"])

@@ -246,7 +246,7 @@ def test_push_to_hub_uploads_the_checkpoint(monkeypatch):
             calls["repo"], calls["files"] = repo_id, {path.name for path in Path(folder_path).iterdir()}
             return "url"
 
-    monkeypatch.setattr("optimum_mixrank.checkpoint.HfApi", Hub)
+    monkeypatch.setattr("optimum_mixrank.pipeline.saving.HfApi", Hub)
     compressor = MixRankCompressor(tiny_vit())
     model = compressor.compress(config(), [PIXELS])
     assert compressor.push_to_hub(model, "me/small-vit", token="secret") == "url"

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from optimum_mixrank import MixRankConfig
-from optimum_mixrank.layout import LAYOUT_VERSION, FactoredLayer
+from optimum_mixrank.checkpoint.rank_map import LAYOUT_VERSION, FactoredLayer
 
 
 FULL = {

@@ -2,23 +2,23 @@
 
 import pytest
 
-from optimum_mixrank import freed
+from optimum_mixrank.runtime import malloc as freed
 
 
 @pytest.fixture
 def mallopt(monkeypatch):
     calls = []
     monkeypatch.setattr(freed, "_function", lambda name, *arguments: lambda *values: calls.append((name, *values)))
-    freed.keep_large_blocks_apart.cache_clear()
+    freed.set_mmap_threshold.cache_clear()
     yield calls
-    freed.keep_large_blocks_apart.cache_clear()
+    freed.set_mmap_threshold.cache_clear()
 
 
 def test_large_blocks_are_kept_apart_once(mallopt, monkeypatch):
     for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
-    freed.keep_large_blocks_apart()
-    freed.keep_large_blocks_apart()
+    freed.set_mmap_threshold()
+    freed.set_mmap_threshold()
     assert mallopt == [("mallopt", freed._MMAP_THRESHOLD, freed.LARGE_BLOCK)]
 
 
@@ -28,5 +28,5 @@ def test_large_blocks_are_kept_apart_once(mallopt, monkeypatch):
 )
 def test_a_threshold_of_the_users_stays(name, value, mallopt, monkeypatch):
     monkeypatch.setenv(name, value)
-    freed.keep_large_blocks_apart()
+    freed.set_mmap_threshold()
     assert mallopt == []

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_mixrank.inference import evaluation_mode
+from optimum_mixrank.runtime.forward import evaluation_mode
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from compensation.cases import config, images
 from models import tiny_swin, tiny_vit
 
 from optimum_mixrank import MixRankCompressor
-from optimum_mixrank.calibration import collating
-from optimum_mixrank.compensation.spilling import Spill
-from optimum_mixrank.journal import Journal
-from optimum_mixrank.memory_plan import plan_memory
-from optimum_mixrank.unfinished import discard
+from optimum_mixrank.calibration.images import collating
+from optimum_mixrank.compensation.layerwise.spilling import Spill
+from optimum_mixrank.pipeline.memory_plan import plan_memory
+from optimum_mixrank.pipeline.unfinished import discard
+from optimum_mixrank.runtime.journal import Journal
 
 
 IMAGES = images(24)
@@ -93,7 +93,7 @@ def test_activations_on_the_disk_are_not_gone_on_from(cut_off, monkeypatch, tmp_
     sequential = {"compensation": ["sequential"]}
     expected = compress(tmp_path / "undisturbed", **sequential)
     monkeypatch.setattr(
-        "optimum_mixrank.memory_limits.plan_memory", lambda size, task: plan_memory(size, task, spills=True)
+        "optimum_mixrank.pipeline.memory_limits.plan_memory", lambda size, task: plan_memory(size, task, spills=True)
     )
     seen, keep = set(), Spill.__call__
 
@@ -194,7 +194,7 @@ def test_batches_that_were_done_are_not_decoded_again(cut_off, tmp_path, monkeyp
 def test_after_saving_but_before_the_folder_is_removed(tmp_path, monkeypatch):
     out, run = tmp_path / "out", tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr("optimum_mixrank.unfinished.UnfinishedRun.close", cut)
+        patched.setattr("optimum_mixrank.pipeline.unfinished.UnfinishedRun.close", cut)
         with pytest.raises(CutOff):
             compress(out, run, **FAST)
     expected = (out / "model.safetensors").read_bytes(), (out / "config.json").read_bytes()
@@ -214,7 +214,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 def test_two_processes_do_not_work_on_one_run(cut_off, tmp_path, monkeypatch):
     out, run = tmp_path / "out", tmp_path / "run"
     interrupted(cut_off, out, run, **FAST)
-    monkeypatch.setattr("optimum_mixrank.unfinished._PATIENCE", 0.1)
+    monkeypatch.setattr("optimum_mixrank.pipeline.unfinished._LOCK_TIMEOUT", 0.1)
     program = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
     # What this process holds of the run that was cut off is let go.
     gc.collect()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from optimum_mixrank.journal import Journal, replaced_file
+from optimum_mixrank.runtime.files import replaced_file
+from optimum_mixrank.runtime.journal import Journal
 
 
 def test_an_entry_comes_back_as_it_was(tmp_path):

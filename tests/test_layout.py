@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from optimum_mixrank.layout import FactoredLayer, decode_rows, encode_rows, parse_rank_map
+from optimum_mixrank.checkpoint.rank_map import FactoredLayer, decode_rows, encode_rows, parse_rank_map
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import torch
 from models import pixels, tiny_swin, tiny_vit
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank.calibration.targets import encoder_linears
 from optimum_mixrank.compensation.segments import SegmentReplay, find_segments
 from optimum_mixrank.decomposition import METRICS, Statistic
-from optimum_mixrank.memory_plan import (
+from optimum_mixrank.pipeline.memory_plan import (
     DEVICE,
     DISK,
     HOST,
@@ -18,14 +19,13 @@ from optimum_mixrank.memory_plan import (
     MemoryTask,
     ModelSize,
     fit_memory,
-    format_bytes,
     parse_limits,
     plan_memory,
     split_layers,
     statistics_bytes,
 )
-from optimum_mixrank.memory_probe import probe_model
-from optimum_mixrank.targets import encoder_linears
+from optimum_mixrank.pipeline.memory_probe import probe_model
+from optimum_mixrank.runtime.formatting import format_bytes
 
 
 SETTINGS = {"compression_scope": "targets", "compression_ratio": 0.4}
@@ -165,7 +165,7 @@ def test_what_a_boundary_takes_is_what_is_held_there(make):
 def test_a_disk_without_room_is_refused_before_work_starts(monkeypatch):
     compressor = MixRankCompressor(tiny_vit())
     monkeypatch.setattr(
-        "optimum_mixrank.memory_limits.plan_memory", lambda size, task: plan_memory(size, task, spills=True)
+        "optimum_mixrank.pipeline.memory_limits.plan_memory", lambda size, task: plan_memory(size, task, spills=True)
     )
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1))
     with pytest.raises(ValueError, match=r"do not fit into max_memory, and not into .* set TMPDIR to a folder"):
@@ -223,7 +223,7 @@ def test_several_passes_give_the_same_model(recipe, monkeypatch):
         assert limits == {HOST: 10 * needed}
         return plan_memory(size, task, passes=3, kept_outputs=0)
 
-    monkeypatch.setattr("optimum_mixrank.memory_limits.fit_memory", in_passes)
+    monkeypatch.setattr("optimum_mixrank.pipeline.memory_limits.fit_memory", in_passes)
     parts = compressor.compress(config, images, max_memory=10 * needed)
     assert compressor.report.memory["passes"] == 3
     assert whole.state_dict().keys() == parts.state_dict().keys()
@@ -260,7 +260,8 @@ def test_needs_are_announced_before_images_are_decoded(monkeypatch):
 
 def test_images_that_can_be_seen_only_once_are_refused_in_several_passes(monkeypatch):
     monkeypatch.setattr(
-        "optimum_mixrank.memory_limits.fit_memory", lambda size, task, limits: plan_memory(size, task, passes=2)
+        "optimum_mixrank.pipeline.memory_limits.fit_memory",
+        lambda size, task, limits: plan_memory(size, task, passes=2),
     )
     with pytest.raises(ValueError, match="was used up by an earlier pass"):
         MixRankCompressor(tiny_vit()).compress(

@@ -9,8 +9,9 @@ from models import pixels, tiny_vit
 from transformers.utils import logging as transformers_logging
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
-from optimum_mixrank.messages import get_logger
-from optimum_mixrank.phases import count, duration, phase, size
+from optimum_mixrank.runtime.formatting import count, duration, size
+from optimum_mixrank.runtime.logging import get_logger
+from optimum_mixrank.runtime.phases import phase
 
 
 ROOT = logging.getLogger("optimum_mixrank")
@@ -63,7 +64,7 @@ def test_a_line_per_phase(tmp_path, caplog):
     )
     compressor.evaluate(model, images)
     compressor.save_pretrained(model, tmp_path / "out")
-    ours = [record.getMessage() for record in caplog.records if record.name == "optimum_mixrank.phases"]
+    ours = [record.getMessage() for record in caplog.records if record.name == "optimum_mixrank.runtime.phases"]
     beginnings = [
         "Decoded: 16 images, ",
         # Sixteen patches and the class token.

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from optimum_mixrank import LowRankLinear, PivotedLinear
+from optimum_mixrank.checkpoint.modeling import replace_module
+from optimum_mixrank.checkpoint.rank_map import FactoredLayer, decode_rows
 from optimum_mixrank.decomposition import pivot_rows
-from optimum_mixrank.layout import FactoredLayer, decode_rows
-from optimum_mixrank.modeling import replace_module
 
 
 SHAPES = {

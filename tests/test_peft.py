@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 
 from optimum_mixrank import FactoredLinear, to_dense
-from optimum_mixrank.layout import LAYOUT_NAMES
+from optimum_mixrank.checkpoint.rank_map import LAYOUT_NAMES
 
 
 peft = pytest.importorskip("peft")

@@ -8,8 +8,8 @@ from models import tiny_vit
 from transformers import AutoModelForImageClassification
 
 from optimum_mixrank import MixRankCompressor
-from optimum_mixrank.distributed import Processes
-from optimum_mixrank.original import check_placement
+from optimum_mixrank.checkpoint.original import check_placement
+from optimum_mixrank.runtime.distributed import Processes
 
 
 EVERY_STEP = config(compensation=["sequential", "blocks", "distillation"], epochs=1, train_batch_size=16)

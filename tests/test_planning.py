@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from optimum_mixrank.allocation import ALLOCATORS
-from optimum_mixrank.planning import LayerSpec, RankPlan
+from optimum_mixrank.allocation.budget import LayerSpec, RankBudget
 
 
 ALLOCATIONS = sorted(ALLOCATORS)
@@ -23,7 +23,7 @@ TARGETED = 4 * 1024 + 2 * 2048
 
 
 def plan(layers=TOWER, ratio=0.5, scope="targets", model_cost=10_000, **changes):
-    return RankPlan(layers, model_cost, ratio, scope, **changes)
+    return RankBudget(layers, model_cost, ratio, scope, **changes)
 
 
 def losses_of(layers, seed=0):
@@ -139,7 +139,7 @@ def test_rank_pattern(allocation):
 def test_a_rank_that_saves_nothing_leaves_the_layer_dense(allocation):
     layers = change(TOWER, "key", rank=16)
     asked = plan(layers)
-    with patch("optimum_mixrank.planning.logger.warning") as warning:
+    with patch("optimum_mixrank.allocation.budget.logger.warning") as warning:
         asked.check()
     [message] = warning.call_args.args
     assert "gives rank 16 to layer 'key'" in message

@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from optimum_mixrank import MixRankCompressor
 from optimum_mixrank.calibration.moments import MomentAccumulator, PairAccumulator
-from optimum_mixrank.distributed import find_processes
-from optimum_mixrank.precision import tf32_statistics
+from optimum_mixrank.runtime.distributed import find_processes
+from optimum_mixrank.runtime.precision import tf32_statistics
 
 
 STEPS = ["sequential", "blocks", "distillation"]
@@ -96,7 +96,7 @@ def test_without_mixed_precision_nothing_changes(accelerator):
 
 def test_what_accelerate_launch_says_to_a_single_process(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert find_processes().is_alone and find_processes().mixed_precision == "bf16"
+    assert find_processes().is_single and find_processes().mixed_precision == "bf16"
     model = tiny_vit()
     with Watch(model) as watch:
         MixRankCompressor(model).calibrate(batches(16), "kfac")

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.auto import auto_factory
 
 from optimum_mixrank import FactoredLinear, MixRankCompressor, MixRankConfig, to_dense
-from optimum_mixrank.layout import LAYOUT_NAMES, encode_rows
+from optimum_mixrank.checkpoint.rank_map import LAYOUT_NAMES, encode_rows
 
 
 FAMILIES = {"vit": tiny_vit, "deit": tiny_deit, "swin": tiny_swin}

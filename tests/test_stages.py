@@ -6,8 +6,9 @@ from models import pixels, tiny_vit
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from optimum_mixrank import LowRankLinear, MixRankCompressor, MixRankConfig, PivotedLinear, stages
-from optimum_mixrank.compensation import training
+from optimum_mixrank import LowRankLinear, MixRankCompressor, MixRankConfig, PivotedLinear
+from optimum_mixrank.compensation.training import loop as training
+from optimum_mixrank.pipeline import decompose as stages
 
 
 def test_coefficients_that_rounding_would_lose_are_not_stored(monkeypatch):

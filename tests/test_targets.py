@@ -8,8 +8,9 @@ from safetensors import safe_open
 from torch import nn
 
 from optimum_mixrank import LowRankLinear, find_targets
-from optimum_mixrank.modeling import replace_module
-from optimum_mixrank.targets import canonical_names, encoder_linears, match_values
+from optimum_mixrank.calibration.targets import encoder_linears, match_values
+from optimum_mixrank.checkpoint.modeling import replace_module
+from optimum_mixrank.checkpoint.names import canonical_names
 
 
 # As they stand in checkpoints of all releases; literal, since the stored rank map depends on them.

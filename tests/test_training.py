@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
 from optimum_mixrank import FactoredLinear
-from optimum_mixrank.layout import LAYOUT_NAMES
+from optimum_mixrank.checkpoint.rank_map import LAYOUT_NAMES
 
 
 FAMILIES = {"vit": tiny_vit, "deit": tiny_deit, "swin": tiny_swin}

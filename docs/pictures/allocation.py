@@ -11,11 +11,11 @@ from transformers.utils import logging
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.calibration.result import Calibration
+from optimum_mixrank.calibration.targets import find_targets
+from optimum_mixrank.checkpoint.rank_map import stored_values
 from optimum_mixrank.decomposition import METRICS
-from optimum_mixrank.layout import stored_values
+from optimum_mixrank.pipeline.decompose import allocation_losses, decompose_layers
 from optimum_mixrank.reporting.colours import BREAK_EVEN, GRID, INK, SERIES
-from optimum_mixrank.stages import allocation_losses, decompose_layers
-from optimum_mixrank.targets import find_targets
 
 
 TITLE = "Ranks under one budget"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 from shapes import canvas, matrix, write
 
-from optimum_mixrank.layout import stored_values
+from optimum_mixrank.checkpoint.rank_map import stored_values
 from optimum_mixrank.reporting.colours import EXCLUDED, FACTORED, INK
 
 

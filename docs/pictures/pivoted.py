@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from shapes import canvas, write
 
-from optimum_mixrank.layout import stored_values
+from optimum_mixrank.checkpoint.rank_map import stored_values
 from optimum_mixrank.reporting.colours import EXCLUDED, FACTORED, PAPER, SERIES
 
 

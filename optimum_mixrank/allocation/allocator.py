@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from ..registry import Registry
+from ..runtime import registry
+from ..runtime.registry import Registry
 from .problem import AllocationProblem, RankAllocation
 
 
@@ -27,4 +28,4 @@ class Allocator(ABC):
         """
 
 
-ALLOCATORS: Registry[Allocator] = Registry("allocation")
+ALLOCATORS: Registry[Allocator] = registry.ALLOCATORS

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..layout import stored_values
+from ..checkpoint.rank_map import stored_values
 
 
 RankAllocation = dict[str, int | None]

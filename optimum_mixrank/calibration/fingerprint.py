@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,25 +27,6 @@ class ImageFingerprint:
         """Take in images, `[batch, channels, height, width]`, behind those of the same or a lower batch number."""
         digests = b"".join(hashlib.sha256(_bytes(image)).digest() for image in pixel_values)
         self._digests[batch] = self._digests.get(batch, b"") + digests
-
-    def digests(self, batch: int) -> bytes:
-        """Of the images of a batch, 32 bytes each."""
-        return self._digests.get(batch, b"")
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What was taken in, as tensors."""
-        digests = b"".join(self._digests.values())
-        return {
-            "batches": torch.tensor(list(self._digests), dtype=torch.int64),
-            "sizes": torch.tensor([len(each) for each in self._digests.values()], dtype=torch.int64),
-            "digests": torch.from_numpy(np.frombuffer(digests, np.uint8).copy()),
-        }
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take in what `state_dict` gave, in the place of what is there."""
-        parts = tensors["digests"].split(tensors["sizes"].tolist())
-        batches = tensors["batches"].tolist()
-        self._digests = {batch: part.numpy().tobytes() for batch, part in zip(batches, parts, strict=True)}
 
     def merge(self, other: ImageFingerprint) -> None:
         """Take in the images of other batches, which another process has seen."""

@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextvars
 import itertools
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..decomposition.statistics import Statistic
-from ..distributed import Processes
-from ..hooks import OutputListener
-from ..journal import flatten, unflatten
-from ..outputs import ModelOutput
-from ..precision import float32_products
-from .moments import MomentAccumulator, to_device
+from ..runtime.distributed import Processes
+from ..runtime.hooks import OutputListener
+from ..runtime.outputs import ModelOutput
+from ..runtime.precision import float32_products
+from .moments import MomentAccumulator
 
 
 class GradientCollector(OutputListener):
@@ -76,30 +74,10 @@ class GradientCollector(OutputListener):
                     self._take_in(name, zeros.clone())
         self._forget()
 
-    @property
-    def shifts(self) -> dict[str, Tensor]:
-        """See `MomentAccumulator.shift`, by layer; settable before the first batch."""
-        shifts = {name: accumulator.shift for name, accumulator in self._accumulators.items()}
-        return {name: shift for name, shift in shifts.items() if shift is not None}
-
-    @shifts.setter
-    def shifts(self, shifts: Mapping[str, Tensor]) -> None:
-        for name, shift in shifts.items():
-            self._accumulators[name].shift = shift
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All gradients seen so far; `load_state_dict` is the exact inverse."""
-        return flatten({name: accumulator.state_dict() for name, accumulator in self._accumulators.items()})
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Take over what another collector had seen; sums go to the device of the model."""
-        for name, state in unflatten(tensors).items():
-            self._accumulators[name].load_state_dict(to_device(state, device))
-
-    def reduce(self, processes: Processes) -> None:
-        """See `MomentAccumulator.reduce`."""
+    def merge(self, processes: Processes) -> None:
+        """See `MomentAccumulator.merge`."""
         for accumulator in self._accumulators.values():
-            accumulator.reduce(processes)
+            accumulator.merge(processes)
 
     def moment(self, name: str) -> Tensor:
         """`E[g gᵀ]` over tokens and probes, `[out_features, out_features]`, float64.
@@ -242,17 +220,3 @@ def probe_likelihood(output: ModelOutput, generator: torch.Generator) -> Tensor:
         noise = torch.randn(feature.shape, generator=generator).to(feature)
         total = total + (feature * noise).sum() / scale.clamp_min(1e-12)
     return total
-
-
-@contextmanager
-def activation_gradients(model: nn.Module) -> Iterator[None]:
-    """Gradients by activations alone: no parameter collects any, and all are as trainable afterwards as before."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..distributed import Processes
-from ..precision import float32_products
+from ..runtime.distributed import Processes
+from ..runtime.precision import float32_products
 
 
 class MomentAccumulator:
@@ -16,10 +16,9 @@ class MomentAccumulator:
 
     The vectors are shifted by the mean of the first batch before anything is multiplied, so that a mean much larger
     than the spread cancels nothing. Products are summed over a batch in float32 (float64 for float64 input), never in
-    less, and over batches in float64; of a covariance, the blocks on and above the diagonal alone are computed.
+    less, and over batches in float64; of a covariance, only the blocks on and above the diagonal are computed.
 
-    Several processes may each take in a part of the stream: one of them takes in the first batch and gives the others
-    its `shift`; afterwards all call `reduce`. The sums are then those of one process up to the order of summation.
+    Several processes may each take in a part of the stream and `merge` what they have seen.
 
     Args:
         full: Whether to accumulate the whole covariance, `[n, n]`, or the variances alone, `[n]`.
@@ -27,12 +26,11 @@ class MomentAccumulator:
 
     Attributes:
         count: Vectors so far.
-        shift: What is subtracted from every vector, `[n]`; None before the first batch.
     """
 
     def __init__(self, full: bool = True, products: bool = True) -> None:
         self.count = 0
-        self.shift: Tensor | None = None
+        self._shift: Tensor | None = None
         self._full = full
         self._products = products
         self._sum: Tensor | None = None
@@ -45,9 +43,8 @@ class MomentAccumulator:
             return
         if vectors.dtype != torch.float64:
             vectors = vectors.float()
-        # From another process it comes on the host.
-        self.shift = vectors.mean(dim=0) if self.shift is None else self.shift.to(vectors.device)
-        centred = vectors - self.shift
+        self._shift = vectors.mean(dim=0) if self._shift is None else self._shift.to(vectors.device)
+        centred = vectors - self._shift
         self._sum = _add(self._sum, centred.sum(dim=0))
         if self._products:
             with float32_products(vectors.device):
@@ -57,31 +54,24 @@ class MomentAccumulator:
                     self._product = _add(self._product, centred.square().sum(dim=0))
         self.count += len(vectors)
 
-    def reduce(self, processes: Processes) -> None:
-        """Take in what all processes have seen; all hold the same then. The shift must be the same everywhere."""
-        if processes.is_alone or self.shift is None:
+    def merge(self, processes: Processes) -> None:
+        """Take in what all processes have seen; all of them call this, and hold the same afterwards.
+
+        Means and covariances are merged in float64 (Chan, Golub and LeVeque 1983): with `n_i` vectors of mean `μ_i` and
+        covariance `Σ_i` in process i, `n Σ = Σ_i n_i (Σ_i + (μ_i - μ)(μ_i - μ)ᵀ)`.
+        """
+        sizes = [size for size in processes.gather(None if self._shift is None else len(self._shift)) if size]
+        if processes.is_single or not sizes:
             return
-        size = len(self.shift)
-        if self._sum is None:
-            # This process saw nothing.
-            self._sum = _add(None, self.shift.new_zeros(size))
-        if self._products and self._product is None:
-            self._product = _add(None, self.shift.new_zeros((size, size) if self._full else size))
-        for total in (self._sum, self._product):
-            if total is not None:
-                processes.sum_(total)
-        self.count = sum(processes.gather(self.count))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that has been seen; `load_state_dict` is the exact inverse."""
-        state = {"shift": self.shift, "sum": self._sum, "product": self._product}
-        tensors = {name: tensor for name, tensor in state.items() if tensor is not None}
-        return {**tensors, "count": torch.tensor(self.count)}
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what another accumulator of the same kind had seen."""
-        self.count = int(tensors["count"])
-        self.shift, self._sum, self._product = (tensors.get(name) for name in ("shift", "sum", "product"))
+        own_mean = self.mean() if self.count else torch.zeros(sizes[0], dtype=torch.float64)
+        count = sum(processes.gather(self.count))
+        mean = processes.sum_(self.count * own_mean) / count
+        scatter = None
+        if self._products:
+            offset = own_mean - mean
+            spread = torch.outer(offset, offset) if self._full else offset.square()
+            scatter = processes.sum_(self.count * (spread + self.covariance() if self.count else spread))
+        self.count, self._shift, self._sum, self._product = count, mean, torch.zeros_like(mean), scatter
 
     @property
     def is_finite(self) -> bool:
@@ -111,19 +101,28 @@ class MomentAccumulator:
         mean = self.mean()
         return self.covariance() + (torch.outer(mean, mean) if self._full else mean.square())
 
+    @property
+    def shift(self) -> Tensor:
+        """What is subtracted from every vector, `[n]`.
+
+        Raises:
+            ValueError: before the first vector.
+        """
+        return self._totals()[0]
+
     def _offset(self) -> Tensor:
         return self._totals()[1] / self.count
 
     def _totals(self) -> tuple[Tensor, Tensor]:
-        if self.shift is None or self._sum is None or self.count == 0:
+        if self._shift is None or self._sum is None or self.count == 0:
             raise ValueError("No vectors have been seen.")
-        return self.shift, self._sum
+        return self._shift, self._sum
 
 
 class PairAccumulator:
     """Means and covariances of a stream of pairs: inputs, `[..., n]`, and targets, `[..., m]`.
 
-    Shifted, summed and reduced over processes as in `MomentAccumulator`.
+    Shifted and summed as in `MomentAccumulator`.
 
     Args:
         same_inputs: An accumulator that gets the very same inputs, and gets them first; their moments are shared.
@@ -144,32 +143,9 @@ class PairAccumulator:
         if not self._shares_inputs:
             self._inputs.update(inputs)
         self._targets.update(targets)
-        input_shift, target_shift = self._both_shifts()
         with float32_products(inputs.device):
-            product = (targets - target_shift).T @ (inputs - input_shift)
+            product = (targets - self._targets.shift).T @ (inputs - self._inputs.shift)
         self._cross = _add(self._cross, product)
-
-    @property
-    def shifts(self) -> dict[str, Tensor]:
-        """What is subtracted from inputs, `[n]`, and targets, `[m]`; settable before the first batch."""
-        shifts = {"inputs": self._inputs.shift, "targets": self._targets.shift}
-        return {name: shift for name, shift in shifts.items() if shift is not None}
-
-    @shifts.setter
-    def shifts(self, shifts: Mapping[str, Tensor]) -> None:
-        self._inputs.shift, self._targets.shift = shifts["inputs"], shifts["targets"]
-
-    def reduce(self, processes: Processes) -> None:
-        """See `MomentAccumulator.reduce`; accumulators that share inputs are reduced in the order of their making."""
-        if processes.is_alone:
-            return
-        if not self._shares_inputs:
-            self._inputs.reduce(processes)
-        self._targets.reduce(processes)
-        if self._cross is None:
-            input_shift, target_shift = self._both_shifts()
-            self._cross = _add(None, target_shift.new_zeros(len(target_shift), len(input_shift)))
-        processes.sum_(self._cross)
 
     @property
     def is_finite(self) -> bool:
@@ -187,19 +163,42 @@ class PairAccumulator:
     def moments(self, centred: bool = True) -> tuple[Tensor, Tensor]:
         """Covariances of the inputs, `[n, n]`, and of targets with inputs, `[m, n]`; or second moments about zero."""
         input_mean, target_mean = self.means()
-        if self._cross is None:
-            raise ValueError("No vectors have been seen.")
-        input_shift, target_shift = self._both_shifts()
-        offset = torch.outer(target_mean - target_shift.to(target_mean), input_mean - input_shift.to(input_mean))
-        covariance, cross = self._inputs.covariance(), self._cross / self._inputs.count - offset
+        covariance, cross = self._inputs.covariance(), self._cross_covariance()
         if centred:
             return covariance, cross
         return covariance + torch.outer(input_mean, input_mean), cross + torch.outer(target_mean, input_mean)
 
-    def _both_shifts(self) -> tuple[Tensor, Tensor]:
-        if self._inputs.shift is None or self._targets.shift is None:
+    def _cross_covariance(self) -> Tensor:
+        if self._cross is None:
             raise ValueError("No vectors have been seen.")
-        return self._inputs.shift, self._targets.shift
+        input_mean, target_mean = self.means()
+        input_offset = input_mean - self._inputs.shift.to(input_mean)
+        return self._cross / self._inputs.count - torch.outer(
+            target_mean - self._targets.shift.to(target_mean), input_offset
+        )
+
+
+def merge_pairs(pairs: Sequence[PairAccumulator], processes: Processes) -> None:
+    """Let accumulators that share their inputs take in what all processes have seen; see `MomentAccumulator.merge`.
+
+    Args:
+        pairs: The one that holds the inputs first.
+        processes: All of them call this, and hold the same afterwards.
+    """
+    if processes.is_single:
+        return
+    count = pairs[0]._inputs.count
+    # Before they are merged: the means of this process.
+    own = [(*pair.means(), pair._cross_covariance()) if count else None for pair in pairs]
+    pairs[0]._inputs.merge(processes)
+    for pair, found in zip(pairs, own, strict=True):
+        pair._targets.merge(processes)
+        input_mean, target_mean = pair.means()
+        scatter = torch.zeros(len(target_mean), len(input_mean), dtype=torch.float64)
+        if found is not None:
+            input_own, target_own, cross = found
+            scatter = count * (cross + torch.outer(target_own - target_mean, input_own - input_mean))
+        pair._cross = processes.sum_(scatter)
 
 
 class MeanInputAccumulator:
@@ -222,13 +221,13 @@ class MeanInputAccumulator:
         self._sum = _add(self._sum, inputs.double().sum(dim=0) if inputs.device.type != "mps" else inputs.sum(dim=0))
         self.count += len(inputs)
 
-    def reduce(self, processes: Processes) -> None:
-        """Take in what all processes have seen; all hold the same then.
+    def merge(self, processes: Processes) -> None:
+        """Take in what all processes have seen; all of them call this, and hold the same afterwards.
 
         Raises:
             ValueError: if they have seen different numbers of tokens.
         """
-        if processes.is_alone:
+        if processes.is_single:
             return
         shapes = [shape for shape in processes.gather(None if self._sum is None else self._sum.shape) if shape]
         for shape in shapes:
@@ -238,15 +237,6 @@ class MeanInputAccumulator:
         if self._sum is not None:
             processes.sum_(self._sum)
         self.count = sum(processes.gather(self.count))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that has been seen; `load_state_dict` is the exact inverse."""
-        tensors = {} if self._sum is None else {"sum": self._sum}
-        return {**tensors, "count": torch.tensor(self.count)}
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what another accumulator had seen."""
-        self.count, self._sum = int(tensors["count"]), tensors.get("sum")
 
     @property
     def is_finite(self) -> bool:
@@ -271,16 +261,7 @@ class MeanInputAccumulator:
 def _add(total: Tensor | None, batch: Tensor) -> Tensor:
     """Add to a float64 total, which lives on the batch's device where that knows float64, else on the host."""
     batch = batch.to(_device_of_total(batch), torch.float64)
-    # Read from a file, a total lies beside the model's first layer, which may have another device.
-    return batch if total is None else total.to(batch.device).add_(batch)
-
-
-def to_device(state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The state of an accumulator where the model runs; sums in float64 stay on the host beside Apple's GPUs."""
-    keep = device.type == "mps"
-    return {
-        name: tensor if keep and tensor.dtype == torch.float64 else tensor.to(device) for name, tensor in state.items()
-    }
+    return batch if total is None else total.add_(batch)
 
 
 def _add_upper_gram(total: Tensor | None, vectors: Tensor) -> Tensor:

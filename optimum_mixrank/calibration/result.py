@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..decomposition.statistics import LayerStatistics
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..decomposition.statistics import LayerStatistics, Statistic
+from ..runtime.files import replaced_file
+from ..runtime.version import __version__
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,6 @@ class Calibration:
         Raises:
             ValueError: if there are none, as for a metric that needs none.
         """
-        from .storage import save_calibration
-
         return save_calibration(self, path)
 
     @classmethod
@@ -49,8 +57,6 @@ class Calibration:
             FileNotFoundError: if there is no such file.
             ValueError: if it holds something else, or is damaged.
         """
-        from .storage import load_calibration
-
         return load_calibration(path)
 
     def check(self, model_fingerprint: str, data_fingerprint: str | None = None) -> None:
@@ -74,3 +80,99 @@ class Calibration:
     def num_tokens(self) -> int:
         """Tokens that the layer with the most of them has seen."""
         return max((statistics.num_tokens for statistics in self.layers.values()), default=0)
+
+
+_FORMAT = "optimum-mixrank statistics 2"
+
+
+def save_calibration(calibration: Calibration, path: str | Path) -> Path:
+    """Write statistics, complete or not at all.
+
+    Args:
+        calibration: What to write.
+        path: The file, `statistics.safetensors` say; its folder must exist.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not calibration.layers:
+        raise ValueError(f"There are no statistics to write to {str(path)!r}: metric='svd' needs none.")
+    path = Path(path).expanduser()
+    tensors: dict[str, Tensor] = {}
+    stored_as: dict[int, str] = {}
+    layers: dict[str, Any] = {}
+    for name, statistics in calibration.layers.items():
+        references = {}
+        for statistic in Statistic:
+            tensor = getattr(statistics, statistic.value)
+            if tensor is not None:
+                # Layers that share an input share its tensors: they are stored once.
+                key = stored_as.setdefault(id(tensor), f"{name}:{statistic.value}")
+                tensors[key] = tensor.detach().cpu().contiguous()
+                references[statistic.value] = key
+        layers[name] = {
+            "num_tokens": statistics.num_tokens,
+            "num_images": statistics.num_images,
+            "tensors": references,
+        }
+    content = {
+        "layers": layers,
+        "num_images": calibration.num_images,
+        "broken": list(calibration.broken),
+        "seconds": calibration.seconds,
+        "model_fingerprint": calibration.model_fingerprint,
+        "data_fingerprint": calibration.data_fingerprint,
+        "fisher_samples": calibration.fisher_samples,
+        "library_version": __version__,
+    }
+    with replaced_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": _FORMAT, "calibration": json.dumps(content)})
+    return path
+
+
+def load_calibration(path: str | Path) -> Calibration:
+    """Read statistics that `save_calibration` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds something else, or is damaged.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r} with statistics; write one with `calibration.save`.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(
+                    f"{str(path)!r} has the format {metadata.get('format')!r}, not {_FORMAT!r}; collect the statistics "
+                    "anew with this version."
+                )
+            # Copies are aligned in memory as what they were saved from; arithmetic may depend on it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+        content = json.loads(metadata["calibration"])
+        layers = {name: _layer(entry, tensors) for name, entry in content["layers"].items()}
+        if not all(isinstance(content[f"{what}_fingerprint"], str) for what in ("model", "data")):
+            raise TypeError("fingerprints are missing")
+        fields = {field.name for field in dataclasses.fields(Calibration)} & set(content)
+        return Calibration(
+            **{**{name: content[name] for name in fields}, "layers": layers, "broken": tuple(content["broken"])}
+        )
+    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error!r}); collect the statistics anew.") from error
+
+
+def _layer(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerStatistics:
+    known = {statistic.value for statistic in Statistic}
+    values = {name: tensors[key] for name, key in entry["tensors"].items() if name in known}
+    for name, tensor in values.items():
+        if tensor.dtype != torch.float64 or not torch.isfinite(tensor).all():
+            raise TypeError(f"{name} is not finite float64")
+    counts = {name: entry[name] for name in ("num_tokens", "num_images")}
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise TypeError(f"{name}={count!r}")
+    return LayerStatistics(**counts, **values)

@@ -14,7 +14,6 @@ from .command import MixRankSubcommand, add_hub_arguments, default_device, load_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 MODEL, REFERENCE = "compressed", "dense"
 
 
@@ -61,9 +60,9 @@ examples:
                 _check_positive(f"--{option.replace('_', '-')}", [getattr(args, option)])
         import torch
 
+        from ..checkpoint.files import count_parameters
         from ..evaluation.latency import MIN_REPEATS, measure_latency, time_ratio
         from ..evaluation.memory import activation_bytes, weight_bytes
-        from ..evaluation.size import count_parameters
         from ..reporting.build import environment
 
         if args.repeats < MIN_REPEATS:
@@ -115,9 +114,9 @@ examples:
         args = self.args
         import copy
 
-        from ..dense import to_dense
-        from ..modeling import FactoredLinear
-        from ..original import parse_dtype
+        from ..checkpoint.dense import to_dense
+        from ..checkpoint.modeling import FactoredLinear
+        from ..checkpoint.original import parse_dtype
 
         dtype = parse_dtype(args.dtype)
         model = load_checkpoint(args, args.model, dtype)
@@ -136,7 +135,7 @@ examples:
         """Shape of an image, and the models' arguments with one random image."""
         import torch
 
-        from ..evaluation.flops import configured_shape
+        from ..runtime.forward import configured_shape
 
         if self.args.image_size is None:
             shape, options = configured_shape(model), {}

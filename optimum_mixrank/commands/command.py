@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from ..compressor import MixRankCompressor
-
+    from ..pipeline.compressor import MixRankCompressor
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -73,7 +72,7 @@ class MixRankSubcommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Execute; an error is one sentence on stderr and exit code 1, an interruption 130."""
-        from ..distributed import disconnect, launched_index
+        from ..runtime.distributed import disconnect, launched_index
 
         index = launched_index()
         if index and not self.shares_work:
@@ -134,20 +133,18 @@ def add_model_arguments(parser: ArgumentParser) -> None:
 
 def open_compressor(args: Any, model: str) -> MixRankCompressor:
     """The compressor of a model that is named on the command line, on the device and in the dtype asked for."""
-    from ..compressor import MixRankCompressor
-    from ..distributed import find_processes
+    from ..pipeline.compressor import MixRankCompressor
+    from ..runtime.distributed import find_processes
 
     # Each of several processes has a GPU of its own, which "cuda" then means.
     processes = find_processes()
-    device = args.device or (default_device() if processes.is_alone else processes.device)
+    device = args.device or (default_device() if processes.is_single else processes.device)
     return MixRankCompressor.from_pretrained(model, dtype=args.dtype, device=device, **hub_arguments(args))
 
 
 def load_checkpoint(args: Any, model: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """A checkpoint that is named on the command line, dense or compressed, with the class that it names."""
     import transformers
-
-    import optimum_mixrank  # noqa: F401 - lets Transformers open compressed checkpoints
 
     config = transformers.AutoConfig.from_pretrained(model, **hub_arguments(args))
     architectures = getattr(config, "architectures", None) or ["AutoModel"]

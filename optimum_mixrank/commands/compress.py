@@ -67,10 +67,10 @@ on several GPUs:
         """See `MixRankSubcommand`."""
         args = self.args
         config = configuration(args)
-        from ..checkpoint import writable_directory
+        from ..checkpoint.saving import writable_directory
         from ..decomposition import METRICS
+        from ..pipeline.unfinished import discard, has_saved
         from ..reporting import HTML_NAME, format_table
-        from ..unfinished import discard, has_saved
 
         run = unfinished_run(args)
         writable_directory(args.output, args.overwrite or (args.resume and has_saved(run, args.output)))
@@ -83,7 +83,7 @@ on several GPUs:
         stored = dtype_to_save(args)
         compressor = open_compressor(args, args.model)
         images = None if config.dataset is None else calibration_images(args, compressor, config)
-        with compressor.processes.agreed():
+        with compressor.processes.raise_on_all_ranks():
             if run is not None and not args.resume and compressor.processes.is_main:
                 discard(run)
         loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
@@ -142,8 +142,8 @@ def dtype_to_save(args: Any) -> torch.dtype | None:
     import torch
     from transformers import AutoConfig
 
-    from ..evaluation.size import stored_dtype
-    from ..original import parse_dtype
+    from ..checkpoint.files import stored_dtype
+    from ..checkpoint.original import parse_dtype
 
     try:
         dtype = parse_dtype(args.save_dtype)

@@ -6,13 +6,7 @@ import dataclasses
 from argparse import ArgumentParser
 from typing import Any
 
-from .command import (
-    MixRankSubcommand,
-    add_hub_arguments,
-    add_model_arguments,
-    hub_arguments,
-    open_compressor,
-)
+from .command import MixRankSubcommand, add_hub_arguments, add_model_arguments, hub_arguments, open_compressor
 
 
 class EvaluateCommand(MixRankSubcommand):

@@ -13,8 +13,8 @@ from .command import hub_arguments
 if TYPE_CHECKING:
     import datasets
 
-    from ..compressor import MixRankCompressor
-    from ..configuration import MixRankConfig
+    from ..checkpoint.configuration import MixRankConfig
+    from ..pipeline.compressor import MixRankCompressor
 
 
 class Field(NamedTuple):
@@ -94,7 +94,7 @@ def configuration(args: Any) -> MixRankConfig:
         ValueError: for a file that cannot be read as fields, and as `MixRankConfig`.
         TypeError: for a field that does not exist.
     """
-    from ..configuration import MixRankConfig
+    from ..checkpoint.configuration import MixRankConfig
 
     fields = {} if args.config is None else _read(args.config)
     fields.update({name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None})

@@ -28,12 +28,12 @@ examples:
         """See `MixRankSubcommand`."""
         import json
 
-        from ..configuration import MixRankConfig
-        from ..reporting import CompressionReport, format_table
-        from .contents import contents_of
+        from ..checkpoint.configuration import MixRankConfig
+        from ..checkpoint.contents import contents_of
+        from ..reporting import REPORT_NAME, CompressionReport, format_table
 
         name = self.args.checkpoint
-        contents = contents_of(name, **hub_arguments(self.args))
+        contents = contents_of(name, [REPORT_NAME], **hub_arguments(self.args))
         stored = json.loads((contents.folder / "config.json").read_text(encoding="utf-8"))
         content = stored.get("quantization_config") if isinstance(stored, dict) else None
         if not isinstance(content, dict) or content.get("quant_method") != "mixrank":

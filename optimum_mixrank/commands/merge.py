@@ -27,9 +27,9 @@ example:
     def execute(self) -> tuple[str, dict[str, Any]]:
         """See `MixRankSubcommand`."""
         args = self.args
-        from ..checkpoint import save_dense, writable_directory
-        from ..dense import to_dense
-        from ..original import load_image_processor
+        from ..checkpoint.dense import to_dense
+        from ..checkpoint.original import load_image_processor
+        from ..checkpoint.saving import save_dense, writable_directory
 
         writable_directory(args.output, args.overwrite)
         model = to_dense(load_checkpoint(args, args.model))

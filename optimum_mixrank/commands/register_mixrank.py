@@ -1,6 +1,8 @@
 """Installed as `optimum/commands/register/register_mixrank.py`, where `optimum-cli` looks for commands."""
 
-from optimum_mixrank.commands.mixrank import MixRankCommand
+from __future__ import annotations
+
+from .mixrank import MixRankCommand
 
 
 REGISTER_COMMANDS = [MixRankCommand]

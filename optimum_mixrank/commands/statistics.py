@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import datasets
 
     from ..calibration.result import Calibration
-    from ..compressor import MixRankCompressor
-    from ..configuration import MixRankConfig
+    from ..checkpoint.configuration import MixRankConfig
+    from ..pipeline.compressor import MixRankCompressor
 
 
 def add_statistics_argument(parser: ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def take_statistics(
         fisher_samples=config.fisher_samples,
         seed=config.seed,
     )
-    with compressor.processes.agreed():
+    with compressor.processes.raise_on_all_ranks():
         if args.statistics is not None and compressor.processes.is_main:
             calibration.save(args.statistics)
     return calibration

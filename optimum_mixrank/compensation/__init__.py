@@ -4,19 +4,22 @@ A compensator is one file with one class that is registered here. Whatever it do
 error on images that were held out.
 """
 
-# First, for messages list compensators in the order of their registration.
-from .distillation import DistillationCompensator  # isort: skip
-from .blocks import BlockCompensator
-from .compensator import COMPENSATORS, Compensation, CompensationResult, Compensator
-from .residual import ResidualCompensator
-from .sequential import SequentialCompensator
+from .compensator import COMPENSATORS, CompensationResult, CompensationTask, Compensator
+from .layerwise.residual import ResidualCompensator
+from .layerwise.sequential import SequentialCompensator
+from .training.blocks import BlockCompensator
+from .training.distillation import DistillationCompensator
 
+
+Compensation = CompensationTask
+"""What `CompensationTask` was called before."""
 
 __all__ = [
     "COMPENSATORS",
     "BlockCompensator",
     "Compensation",
     "CompensationResult",
+    "CompensationTask",
     "Compensator",
     "DistillationCompensator",
     "ResidualCompensator",

@@ -10,23 +10,43 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.names import Target
+from ..checkpoint.rank_map import FactoredLayer
 from ..decomposition import LayerStatistics
-from ..distributed import ALONE, Processes
-from ..journal import NO_JOURNAL, Journal
-from ..layout import FactoredLayer
-from ..memory_plan import KEPT_OUTPUTS
-from ..outputs import ModelOutput
-from ..registry import Registry
-from ..targets import Target
+from ..runtime import registry
+from ..runtime.distributed import SINGLE_PROCESS, Processes
+from ..runtime.journal import NO_JOURNAL, Journal
+from ..runtime.outputs import ModelOutput
+from ..runtime.registry import Registry
 
 
 if TYPE_CHECKING:
-    from ..configuration import MixRankConfig
-    from .photographs import Photographs
+    from ..checkpoint.configuration import MixRankConfig
+    from .training.high_resolution import HighResolutionImages
+
+
+MAX_CACHED_OUTPUT_BYTES = 4 * 2**30
+"""Up to which layer-wise compensation keeps the original's outputs rather than computing them again."""
+
+
+@dataclass(frozen=True)
+class ActivationStorage:
+    """Where layer-wise steps hold the activations of all images.
+
+    Attributes:
+        max_output_bytes: Up to which outputs of the original are kept rather than computed again.
+        on_disk: Whether the inputs of blocks lie on the disk rather than in memory.
+    """
+
+    max_output_bytes: int = MAX_CACHED_OUTPUT_BYTES
+    on_disk: bool = False
+
+
+IN_MEMORY = ActivationStorage()
 
 
 @dataclass
-class Compensation:
+class CompensationTask:
     """What a compensator works on.
 
     Attributes:
@@ -41,8 +61,7 @@ class Compensation:
         config: The configuration.
         processes: Those that share the images out: batches, held-out images and references are the share of this one.
         numbers: Of `batches` among those of all processes, ascending; not needed for one process.
-        kept_outputs: Most bytes of the original's outputs that may be kept rather than computed again.
-        spills: Whether activations of all images are to lie on the disk.
+        storage: Where activations are held.
         journal: Where a compensator may note how far it is, and finds it when the run goes on.
         photographs: The images of `batches` in more detail; None where there are none.
     """
@@ -56,29 +75,28 @@ class Compensation:
     held_out: Sequence[Tensor]
     references: Sequence[ModelOutput]
     config: MixRankConfig
-    processes: Processes = ALONE
+    processes: Processes = SINGLE_PROCESS
     numbers: Sequence[int] = ()
-    kept_outputs: int = KEPT_OUTPUTS
-    spills: bool = False
+    storage: ActivationStorage = IN_MEMORY
     journal: Journal = NO_JOURNAL
-    photographs: Photographs | None = None
+    high_resolution: HighResolutionImages | None = None
 
     def all_images(self) -> Tensor:
         """The images to learn from, of all processes, in the order of their batches; every process calls this."""
-        if self.processes.is_alone:
+        if self.processes.is_single:
             return torch.cat(list(self.batches))
         return torch.cat(list(self.processes.collect(dict(zip(self.numbers, self.batches, strict=True))).values()))
 
-    def all_photographs(self) -> Tensor | None:
+    def all_high_resolution(self) -> Tensor | None:
         """The same in more detail, float16; None where there are none."""
-        if self.photographs is None:
+        if self.high_resolution is None:
             return None
-        own = self.photographs.decode()
-        return torch.cat(list((own if self.processes.is_alone else self.processes.collect(own)).values()))
+        own = self.high_resolution.decode()
+        return torch.cat(list((own if self.processes.is_single else self.processes.collect(own)).values()))
 
     def all_held_out(self) -> Tensor:
         """The same of the held-out images, in an order of its own."""
-        if self.processes.is_alone:
+        if self.processes.is_single:
             return torch.cat(list(self.held_out))
         own = range(self.processes.index, self.processes.count * len(self.held_out), self.processes.count)
         return torch.cat(list(self.processes.collect(dict(zip(own, self.held_out, strict=True))).values()))
@@ -116,15 +134,17 @@ class Compensator(ABC):
         name: Entry of `MixRankConfig.compensation`.
         shares_images: Whether it works on the share of the images that its process has, and exchanges what it finds by
             `task.processes`. If not, every process gets all images and does the same work.
-        uses_photographs: Whether it draws views from `task.photographs`; only a compensator that shares images may.
+        uses_photographs: Whether it draws views from `task.high_resolution`; only a compensator that shares images may.
+        starts_anew: Whether it makes every layer anew from the original, so that it has to be the first step.
     """
 
     name: ClassVar[str]
     shares_images: ClassVar[bool] = False
-    uses_photographs: ClassVar[bool] = False
+    uses_high_resolution: ClassVar[bool] = False
+    starts_anew: ClassVar[bool] = False
 
     @abstractmethod
-    def compensate(self, task: Compensation) -> Mapping[str, Any]:
+    def compensate(self, task: CompensationTask) -> Mapping[str, Any]:
         """Improve `task.model` in place.
 
         Returns:
@@ -132,4 +152,4 @@ class Compensator(ABC):
         """
 
 
-COMPENSATORS: Registry[Compensator] = Registry("compensation")
+COMPENSATORS: Registry[Compensator] = registry.COMPENSATORS

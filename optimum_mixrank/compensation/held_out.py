@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import ALONE, Processes
-from ..evaluation.fidelity import kl_divergence, relative_error
-from ..inference import evaluation_mode
-from ..modeling import FactoredLinear, replace_module
-from ..outputs import ModelOutput, select_output
-from ..stages import share_model
-from .compensator import Compensation, CompensationResult, Compensator
+from ..checkpoint.factorize import share_model
+from ..checkpoint.modeling import FactoredLinear, replace_module
+from ..runtime.distributed import SINGLE_PROCESS, Processes
+from ..runtime.fidelity import kl_divergence, relative_error
+from ..runtime.forward import evaluation_mode
+from ..runtime.outputs import ModelOutput, select_output
+from .compensator import CompensationResult, CompensationTask, Compensator
 
 
 def split_batches(
-    batches: Mapping[int, Tensor], share: float, seed: int, processes: Processes = ALONE
+    batches: Mapping[int, Tensor], share: float, seed: int, processes: Processes = SINGLE_PROCESS
 ) -> tuple[dict[int, Tensor], list[Tensor]]:
     """Split images at random into those to learn from and those that are held out; each part keeps its order.
 
@@ -51,7 +51,7 @@ def split_batches(
 
 
 def held_out_masks(
-    batches: Mapping[int, Tensor], share: float, seed: int, processes: Processes = ALONE
+    batches: Mapping[int, Tensor], share: float, seed: int, processes: Processes = SINGLE_PROCESS
 ) -> dict[int, Tensor]:
     """Which images of the batches of this process `split_batches` holds out, bool, by number of the batch.
 
@@ -87,7 +87,7 @@ def model_outputs(model: nn.Module, batches: Sequence[Tensor]) -> list[ModelOutp
 
 
 def output_error(
-    outputs: Sequence[ModelOutput], references: Sequence[ModelOutput], processes: Processes = ALONE
+    outputs: Sequence[ModelOutput], references: Sequence[ModelOutput], processes: Processes = SINGLE_PROCESS
 ) -> float:
     """Mean over the images of all processes: KL(reference ‖ output) in nats, or relative squared error of features."""
     errors = []
@@ -102,14 +102,14 @@ def output_error(
     return sum(total for total, _ in found) / sum(count for _, count in found)
 
 
-def held_out_error(task: Compensation) -> float:
+def held_out_error(task: CompensationTask) -> float:
     """Error of the compressed model, as it is now, on the held-out images; see `output_error`."""
-    with task.processes.agreed():
+    with task.processes.raise_on_all_ranks():
         outputs = model_outputs(task.model, task.held_out)
     return output_error(outputs, task.references, task.processes)
 
 
-def compensate_and_keep_the_better(compensator: Compensator, task: Compensation) -> CompensationResult:
+def accept_if_improved(compensator: Compensator, task: CompensationTask) -> CompensationResult:
     """Run a compensator; put everything back where the error on the held-out images did not fall.
 
     Args:
@@ -130,13 +130,13 @@ def compensate_and_keep_the_better(compensator: Compensator, task: Compensation)
     return CompensationResult(compensator.name, kept, before, after, details)
 
 
-def _same_work(compensator: Compensator, task: Compensation) -> Mapping[str, Any]:
+def _same_work(compensator: Compensator, task: CompensationTask) -> Mapping[str, Any]:
     """Run a compensator on all images in every process; what the main process has made of the model holds for all."""
-    if task.processes.is_alone:
+    if task.processes.is_single:
         return compensator.compensate(task)
     size = max(task.processes.gather(max(map(len, task.batches), default=1)))
     batches, held_out = (list(images.split(size)) for images in (task.all_images(), task.all_held_out()))
-    with task.processes.agreed():
+    with task.processes.raise_on_all_ranks():
         whole = replace(
             task,
             batches=batches,
@@ -144,7 +144,7 @@ def _same_work(compensator: Compensator, task: Compensation) -> Mapping[str, Any
             references=model_outputs(task.original, held_out),
             processes=task.processes.apart(),
             # They are shared out, and would be exchanged.
-            photographs=None,
+            high_resolution=None,
         )
         details = compensator.compensate(whole)
     # Not all kernels of a GPU give the same bits every time.

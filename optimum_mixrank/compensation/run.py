@@ -8,24 +8,19 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..calibration.images import Batch, ImageBatches
-from ..calibration.result import Calibration
-from ..distributed import ALONE, Processes
-from ..journal import NO_JOURNAL, Journal
-from ..layout import FactoredLayer
-from ..memory_plan import MemoryPlan
-from ..messages import get_logger
-from ..outputs import ModelOutput
-from ..phases import phase
-from ..targets import Target
-from .compensator import COMPENSATORS, Compensation, CompensationResult
-from .held_out import compensate_and_keep_the_better, held_out_masks, model_outputs, output_error, split_batches
-from .photographs import Photographs
+from ..calibration.images.batches import Batch, ImageBatches
+from ..runtime.distributed import SINGLE_PROCESS, Processes
+from ..runtime.logging import get_logger
+from ..runtime.outputs import ModelOutput
+from ..runtime.phases import phase
+from .compensator import COMPENSATORS, CompensationResult, CompensationTask
+from .held_out import accept_if_improved, held_out_masks, model_outputs, output_error, split_batches
 from .saved_steps import resume_steps, save_steps
+from .training.high_resolution import HighResolutionImages
 
 
 if TYPE_CHECKING:
-    from ..configuration import MixRankConfig
+    from ..checkpoint.configuration import MixRankConfig
 
 logger = get_logger(__name__)
 
@@ -44,14 +39,14 @@ class CompensationImages:
     batches: Mapping[int, Tensor]
     held_out: Sequence[Tensor]
     references: Sequence[ModelOutput]
-    photographs: Photographs | None = None
+    high_resolution: HighResolutionImages | None = None
 
 
 def prepare_images(
     original: nn.Module,
     images: Sequence[Batch],
     config: MixRankConfig,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     source: ImageBatches | None = None,
 ) -> CompensationImages:
     """Split the images and run the original over those that are held out; nothing is changed.
@@ -68,7 +63,7 @@ def prepare_images(
     """
     numbered = {batch.index: batch.pixel_values for batch in images}
     batches, held_out = split_batches(numbered, config.held_out_ratio, config.seed, processes)
-    with processes.agreed():
+    with processes.raise_on_all_ranks():
         references = model_outputs(original, held_out)
         again = model_outputs(original, held_out[:1])
         if again and output_error(again, references[:1]) > 1e-6:
@@ -76,48 +71,28 @@ def prepare_images(
                 f"{type(original).__name__} gives another output each time for the same images (random masks, say), so "
                 "nothing can be learned from it. Load it without that, or set compensation=[]."
             )
-    photographs = _photographs(source, numbered, config, processes)
-    return CompensationImages(batches, held_out, references, photographs)
+    high_resolution = _high_resolution(source, numbered, config, processes)
+    return CompensationImages(batches, held_out, references, high_resolution)
 
 
-def _photographs(
+def _high_resolution(
     source: ImageBatches | None, batches: Mapping[int, Tensor], config: MixRankConfig, processes: Processes
-) -> Photographs | None:
-    if not any(COMPENSATORS[name].uses_photographs for name in config.compensation) or config.view_scale == 1:
+) -> HighResolutionImages | None:
+    if not any(COMPENSATORS[name].uses_high_resolution for name in config.compensation) or config.view_scale == 1:
         return None
     enlarged = None if source is None else source.enlarged(config.view_scale)
     if enlarged is None:
         logger.info("Views are taken from the images as the model sees them: the source does not give larger ones.")
         return None
     masks = held_out_masks(batches, config.held_out_ratio, config.seed, processes)
-    return Photographs(enlarged, masks, processes)
+    return HighResolutionImages(enlarged, masks, processes)
 
 
-def compensate(
-    original: nn.Module,
-    model: nn.Module,
-    targets: Sequence[Target],
-    rank_map: Mapping[str, FactoredLayer],
-    calibration: Calibration | None,
-    images: CompensationImages,
-    config: MixRankConfig,
-    processes: Processes = ALONE,
-    journal: Journal = NO_JOURNAL,
-    memory: MemoryPlan | None = None,
-) -> list[CompensationResult]:
+def compensate(task: CompensationTask) -> list[CompensationResult]:
     """Improve a compressed model in place by the steps that `config.compensation` names.
 
     Args:
-        original: The original model.
-        model: The compressed model.
-        targets: The targeted layers of the original.
-        rank_map: The factored layers, by canonical name.
-        calibration: Statistics, or None.
-        images: See `prepare_images`.
-        config: The configuration.
-        processes: Those that share the images out.
-        journal: Where the outcome of every step is noted, and found when the run goes on.
-        memory: How much is to be kept, and where; None keeps the most, in memory.
+        task: What to work on. Its journal keeps the outcome of every step, which is found when the run goes on.
 
     Returns:
         What came of every step.
@@ -125,31 +100,13 @@ def compensate(
     Raises:
         ValueError: if NaN or Inf occur.
     """
-    memory = memory or MemoryPlan({})
-    task = Compensation(
-        original=original,
-        model=model,
-        targets=targets,
-        rank_map=rank_map,
-        statistics={} if calibration is None else calibration.layers,
-        batches=list(images.batches.values()),
-        held_out=images.held_out,
-        references=images.references,
-        config=config,
-        processes=processes,
-        numbers=list(images.batches),
-        journal=journal,
-        kept_outputs=memory.kept_outputs,
-        spills=memory.spills,
-        photographs=images.photographs,
-    )
-    num_held_out = sum(processes.gather(sum(map(len, images.held_out))))
+    num_held_out = sum(task.processes.gather(sum(map(len, task.held_out))))
     results = resume_steps(task)
-    for position, name in enumerate(config.compensation[len(results) :], len(results)):
-        step = replace(task, journal=journal.part(f"step{position}"))
+    for position, name in enumerate(task.config.compensation[len(results) :], len(results)):
+        step = replace(task, journal=task.journal.part(f"step{position}"))
         with phase(f"Compensated ({name})") as compensating:
-            result = compensate_and_keep_the_better(COMPENSATORS.create(name), step)
-            compensating.tell(
+            result = accept_if_improved(COMPENSATORS.create(name), step)
+            compensating.add_detail(
                 f"error on {num_held_out:,} held-out images {result.error_before:.4g} -> {result.error_after:.4g}",
                 "kept" if result.kept else "not kept",
             )

@@ -9,29 +9,29 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..distributed import Processes
-from ..journal import Entry, Journal
-from ..layout import parse_rank_map
-from ..modeling import FactoredLinear, replace_module
-from ..stages import layer_from_state, values_beside
-from ..targets import Target
-from .compensator import Compensation, CompensationResult
+from ..checkpoint.factorize import layer_from_state, values_beside
+from ..checkpoint.modeling import FactoredLinear, replace_module
+from ..checkpoint.names import Target
+from ..checkpoint.rank_map import parse_rank_map
+from ..runtime.distributed import Processes
+from ..runtime.journal import Entry, Journal
+from .compensator import CompensationResult, CompensationTask
 
 
 _NAME = "compensated"
 
 
-def save_steps(task: Compensation, results: Sequence[CompensationResult]) -> None:
+def save_steps(task: CompensationTask, results: Sequence[CompensationResult]) -> None:
     """Note the model as the steps so far have left it, and what came of them."""
     if not task.journal.is_kept:
         return
     layers = [name for name, module in task.model.named_modules() if isinstance(module, FactoredLinear)]
     values = {"results": [dataclasses.asdict(result) for result in results]}
-    with task.processes.agreed():
+    with task.processes.raise_on_all_ranks():
         save_layers(task.journal, _NAME, task.model, layers, values, other=True)
 
 
-def resume_steps(task: Compensation) -> list[CompensationResult]:
+def resume_steps(task: CompensationTask) -> list[CompensationResult]:
     """Put the model into the state in which the steps had left it that were finished before the run was cut off.
 
     Returns:
@@ -89,7 +89,7 @@ def load_layers(
     Returns:
         The JSON values kept with them, or None.
     """
-    with processes.agreed():
+    with processes.raise_on_all_ranks():
         entry = journal.load(name, shared=True)
     if not all(processes.gather(entry is not None)) or entry is None:
         return None

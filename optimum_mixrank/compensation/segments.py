@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hooks import removed_afterwards
+from ..runtime.hooks import hooks_removed_on_exit
 
 
 @dataclass
@@ -127,7 +127,7 @@ class SegmentReplay:
             raise StopForward
 
         handle = target.register_forward_pre_hook(hook, with_kwargs=True)
-        with suppress(StopForward), removed_afterwards([handle]), _returning(skipped, output):
+        with suppress(StopForward), hooks_removed_on_exit([handle]), _returning(skipped, output):
             self._model(pixel_values=batch.to(self._device, self._dtype))
         if not found:
             raise RuntimeError(f"Segment {self._segments[position]!r} was not reached; the model skips its blocks.")
@@ -200,7 +200,7 @@ def run_segment(segment: nn.Module, call: Call, inputs: Sequence[str] = (), outp
 
     handles = [segment.get_submodule(name).register_forward_pre_hook(before(name)) for name in inputs]
     handles += [segment.get_submodule(name).register_forward_hook(after(name)) for name in outputs]
-    with suppress(StopForward), removed_afterwards(handles):
+    with suppress(StopForward), hooks_removed_on_exit(handles):
         call(segment)
     return run
 

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..registry import Registry
+from ..runtime import registry
+from ..runtime.registry import Registry
 from .factorization import Decomposition
-from .statistics import LayerStatistics, Statistic
+from .statistics import GRADIENT_STATISTICS, LayerStatistics, Statistic
 
 
 class Metric(ABC):
@@ -27,6 +28,11 @@ class Metric(ABC):
     uses_data: ClassVar[bool] = True
     common_unit: ClassVar[bool] = False
 
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether calibration has to take gradients, with a backward pass per probe."""
+        return bool(self.required_statistics(2, 2) & GRADIENT_STATISTICS)
+
     @abstractmethod
     def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:
         """The statistics that `decompose` needs for a layer of this shape."""
@@ -41,4 +47,4 @@ class Metric(ABC):
         """
 
 
-METRICS: Registry[Metric] = Registry("metric")
+METRICS: Registry[Metric] = registry.METRICS

@@ -41,11 +41,32 @@ class Statistic(str, Enum):
     REPRESENTATIVE_INPUT = "representative_input"
     """Mean over images of the inputs, `[tokens, in_features]` (arXiv 2402.06004)."""
 
+    @property
+    def from_gradients(self) -> bool:
+        """Whether it is taken from gradients. Compensation needs these too; the others serve decomposition alone."""
+        return self in (Statistic.GRADIENT_MOMENT, Statistic.INPUT_GRADIENT_MOMENT, Statistic.GRADIENT_ENERGY)
 
-GRADIENT_STATISTICS = frozenset(
-    {Statistic.GRADIENT_MOMENT, Statistic.INPUT_GRADIENT_MOMENT, Statistic.GRADIENT_ENERGY}
-)
-"""Those that are taken from gradients. Compensation needs them too; the others serve decomposition alone."""
+    @property
+    def of_input(self) -> bool:
+        """Whether layers with the same input share it."""
+        return not self.from_gradients and self is not Statistic.OUTPUT_COVARIANCE
+
+    def shape(self, out_features: int, in_features: int, tokens: int = 1) -> tuple[int, ...]:
+        """Shape of the tensor, for a layer that maps `tokens` vectors for one image."""
+        m, n = out_features, in_features
+        return {
+            Statistic.INPUT_MEAN: (n,),
+            Statistic.INPUT_VARIANCE: (n,),
+            Statistic.INPUT_COVARIANCE: (n, n),
+            Statistic.OUTPUT_COVARIANCE: (m, m),
+            Statistic.GRADIENT_MOMENT: (m, m),
+            Statistic.INPUT_GRADIENT_MOMENT: (n, n),
+            Statistic.GRADIENT_ENERGY: (),
+            Statistic.REPRESENTATIVE_INPUT: (tokens, n),
+        }[self]
+
+
+GRADIENT_STATISTICS = frozenset(statistic for statistic in Statistic if statistic.from_gradients)
 
 
 @dataclass(frozen=True)

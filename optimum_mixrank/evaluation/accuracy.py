@@ -14,6 +14,7 @@ from .top_k import top_k_correct
 
 
 _DESCRIPTION = "The share of images whose label is among the k classes with the highest scores."
+
 _INPUTS = """
 Args:
     predictions: per image, the logits of all classes; with `config_name="rankings"` class indices, best first.

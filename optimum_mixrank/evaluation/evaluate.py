@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..calibration.images import ImageBatches
-from ..distributed import ALONE, Processes
-from ..inference import evaluation_mode
-from ..outputs import ModelOutput, select_output
-from .fidelity import agreement, kl_divergence, relative_error
+from ..calibration.images.batches import ImageBatches
+from ..runtime.distributed import SINGLE_PROCESS, Processes
+from ..runtime.fidelity import agreement, kl_divergence, relative_error
+from ..runtime.forward import evaluation_mode
+from ..runtime.outputs import ModelOutput, select_output
 from .top_k import label_ranks
 
 
@@ -56,7 +56,7 @@ class EvaluationResult:
     kl: float | None = None
     feature_error: float | None = None
 
-    def facts(self) -> list[str]:
+    def details(self) -> list[str]:
         """What was measured, in words: `2,000 images`, `top-1 90.45 % (original 90.30 %)`, …."""
         found = [f"{self.num_images:,} images"]
         if self.top1 is not None:
@@ -76,7 +76,7 @@ def evaluate_model(
     batches: Iterable[LabelledBatch],
     reference: nn.Module | None = None,
     progress: bool = True,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> EvaluationResult:
     """Measure a model on images; with its original, also what was lost against it.
 
@@ -103,7 +103,7 @@ def evaluate_model(
     num_images = getattr(batches, "num_images", None)
     share = None if num_images is None else math.ceil(num_images / processes.count)
     bar = logging.tqdm(total=share, desc="Evaluating", unit="img", disable=not progress)
-    with processes.agreed(), ExitStack() as stack:
+    with processes.raise_on_all_ranks(), ExitStack() as stack:
         stack.enter_context(bar)
         for each in (model,) if reference is None else (model, reference):
             stack.enter_context(evaluation_mode(each))
@@ -113,7 +113,7 @@ def evaluate_model(
             means.add(_measure(output, original, batch.labels), len(batch.pixel_values))
             bar.update(len(batch.pixel_values))
     if isinstance(batches, ImageBatches):
-        batches.settle()
+        batches.merge_across_processes()
     total = _Means()
     for found in processes.gather(means):
         total.merge(found)

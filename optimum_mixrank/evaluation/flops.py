@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ..hooks import removed_afterwards
-from ..inference import evaluation_mode
-from ..modeling import PivotedLinear
+from ..checkpoint.modeling import PivotedLinear
+from ..runtime.forward import black_image, evaluation_mode
+from ..runtime.hooks import hooks_removed_on_exit
 
 
 # Fused attention that torch's own counter does not know; on a CPU it would count no attention at all.
@@ -41,7 +41,7 @@ def flops_per_image(model: nn.Module, pixel_values_shape: Sequence[int] | None =
     # Where somebody listens to a factor, the layer computes by its two factors as they stand.
     listened = [module.factor_b for module in model.modules() if isinstance(module, PivotedLinear)]
     with (
-        removed_afterwards([factor.register_forward_hook(lambda *_: None) for factor in listened]),
+        hooks_removed_on_exit([factor.register_forward_hook(lambda *_: None) for factor in listened]),
         evaluation_mode(model),
         FlopCounterMode(display=False, custom_mapping=_attention_mapping()) as counter,
     ):
@@ -72,42 +72,9 @@ def tokens_per_image(
             counts[name] += args[0].numel() // args[0].shape[-1]
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
-    with removed_afterwards(handles), evaluation_mode(model):
+    with hooks_removed_on_exit(handles), evaluation_mode(model):
         model(pixel_values=black_image(model, pixel_values_shape))
     return counts
-
-
-def black_image(model: nn.Module, pixel_values_shape: Sequence[int] | None = None) -> torch.Tensor:
-    """An image of the size that a model takes, `[1, channels, height, width]`, on its device and in its dtype.
-
-    Raises:
-        ValueError: as `flops_per_image`.
-    """
-    shape = configured_shape(model) if pixel_values_shape is None else tuple(pixel_values_shape)
-    if len(shape) != 3 or any(size < 1 for size in shape):
-        raise ValueError(f"pixel_values_shape={shape} is not (channels, height, width).")
-    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    # Parameters that are offloaded to disk are on the meta device; Accelerate then moves the input itself.
-    device = next((parameter.device for parameter in parameters if not parameter.is_meta), torch.device("cpu"))
-    return torch.zeros(1, *shape, device=device, dtype=parameters[0].dtype if parameters else None)
-
-
-def configured_shape(model: nn.Module) -> tuple[int, ...]:
-    """Shape of an image as the model's configuration gives it, `(channels, height, width)`.
-
-    Raises:
-        ValueError: if it gives none.
-    """
-    config = getattr(model, "config", None)
-    size = getattr(config, "image_size", None)
-    if isinstance(size, int):
-        size = (size, size)
-    if not isinstance(size, list | tuple) or len(size) != 2:
-        raise ValueError(
-            f"The configuration of {type(model).__name__} has image_size={size!r}, no size of images; pass "
-            "`pixel_values_shape=(channels, height, width)`."
-        )
-    return getattr(config, "num_channels", 3), *size
 
 
 def _attention_mapping() -> dict[Any, Callable[..., int]]:

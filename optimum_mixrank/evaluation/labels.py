@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import datasets
 
-from ..messages import get_logger
+from ..runtime.logging import get_logger
 
 
 logger = get_logger(__name__)

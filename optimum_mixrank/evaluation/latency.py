@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..inference import evaluation_mode
+from ..runtime.forward import evaluation_mode
 
 
 # With fewer values the smallest and the largest do not enclose the median with 95 % confidence.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..freed import return_freed_memory
-from ..inference import evaluation_mode
+from ..runtime.forward import evaluation_mode
+from ..runtime.malloc import trim_heap
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -75,7 +75,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device if device is not None and device.type == "cuda" else None
-        return_freed_memory()
+        trim_heap()
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         self._host = _kernel_bytes("VmRSS")

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from .plots import plot_ranks
-from .report import HTML_NAME, RANKS_NAME, REPORT_NAME, CompressionReport, LayerReport
+from .data import REPORT_NAME, LayerReport, ReportData
+from .plots import RANKS_NAME, plot_ranks
+from .report import HTML_NAME, CompressionReport
 from .table import format_table
 
 
-__all__ = ["HTML_NAME", "RANKS_NAME", "REPORT_NAME", "CompressionReport", "LayerReport", "format_table", "plot_ranks"]
+__all__ = [
+    "HTML_NAME",
+    "RANKS_NAME",
+    "REPORT_NAME",
+    "CompressionReport",
+    "LayerReport",
+    "ReportData",
+    "format_table",
+    "plot_ranks",
+]

@@ -14,21 +14,21 @@ import numpy as np
 import torch
 
 from ..calibration.result import Calibration
+from ..checkpoint.configuration import MixRankConfig
+from ..checkpoint.files import count_parameters, safetensors_bytes, stored_dtype
+from ..checkpoint.names import Target
+from ..checkpoint.rank_map import FactoredLayer, stored_values
 from ..compensation import CompensationResult
-from ..configuration import MixRankConfig
-from ..distributed import ALONE, Processes
 from ..evaluation.flops import flops_per_image
-from ..evaluation.size import count_parameters, safetensors_bytes, stored_dtype
-from ..layout import FactoredLayer, stored_values
-from ..messages import get_logger
-from ..profile import RankProfile
-from ..targets import Target
-from .report import CompressionReport, LayerReport
+from ..runtime.distributed import Processes
+from ..runtime.logging import get_logger
+from .data import LayerReport
+from .profile import RankProfile
+from .report import CompressionReport
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
 
 logger = get_logger(__name__)
 
@@ -66,25 +66,11 @@ def measure(model: PreTrainedModel) -> Measurement:
     return Measurement(count_parameters(model), flops)
 
 
-def build_report(
-    config: MixRankConfig,
-    linears: Sequence[Target],
-    ranks: Mapping[str, int | None],
-    rank_map: Mapping[str, FactoredLayer],
-    losses: Mapping[str, np.ndarray],
-    original: Measurement,
-    model: PreTrainedModel,
-    calibration: Calibration | None,
-    seconds: Mapping[str, float],
-    compensation: Sequence[CompensationResult] = (),
-    predicted: bool = False,
-    profile: RankProfile | None = None,
-    processes: Processes = ALONE,
-    memory: Mapping[str, Any] | None = None,
-) -> CompressionReport:
-    """Describe what was done to every linear layer of the encoder, targeted or not.
+@dataclass(frozen=True)
+class Outcome:
+    """What a compression has come to.
 
-    Args:
+    Attributes:
         config: As it is stored with the model.
         linears: All linear layers of the encoder, as they were.
         ranks: By canonical name of every targeted layer.
@@ -93,44 +79,43 @@ def build_report(
         original: The model as it was.
         model: The compressed model.
         calibration: None where no data was used.
-        seconds: Wall time by phase.
+        seconds: Wall time by step.
         compensation: What came of every step.
         predicted: Whether the losses are in a common unit, so that their sum says something.
         profile: What other budgets would have cost.
         processes: Those that shared the work.
-        memory: What was announced and what was measured; see `CompressionReport`.
+        memory: See `ReportData`.
     """
-    layers = []
-    for linear in linears:
-        name, (m, n) = linear.canonical_name, linear.shape
-        factored = rank_map.get(name)
-        after = m * n if factored is None else factored.num_values(m, n)
-        kept = None
-        if factored is not None:
-            total = float(losses[name][0])
-            kept = 1 - float(losses[name][factored.rank]) / total if total > 0 else 1.0
-        layers.append(
-            LayerReport(
-                name=name,
-                shape=(m, n),
-                rank=factored.rank if factored else None,
-                kept_energy=kept,
-                targeted=name in ranks,
-                parameters_before=m * n,
-                parameters_after=after,
-                predicted_loss=float(losses[name][factored.rank]) if predicted and factored is not None else None,
-            )
-        )
-    predicted_loss = sum(float(losses[name][entry.rank]) for name, entry in rank_map.items())
+
+    config: MixRankConfig
+    linears: Sequence[Target]
+    ranks: Mapping[str, int | None]
+    rank_map: Mapping[str, FactoredLayer]
+    losses: Mapping[str, np.ndarray]
+    original: Measurement
+    model: PreTrainedModel
+    calibration: Calibration | None
+    seconds: Mapping[str, float]
+    compensation: Sequence[CompensationResult]
+    predicted: bool
+    profile: RankProfile
+    processes: Processes
+    memory: Mapping[str, Any]
+
+
+def build_report(outcome: Outcome) -> CompressionReport:
+    """Describe what was done to every linear layer of the encoder, targeted or not."""
+    config, model, original = outcome.config, outcome.model, outcome.original
     compressed = measure(model)
-    settings = {key: value for key, value in config.to_dict().items() if key != "rank_map"}
+    layers = [_layer_report(outcome, linear) for linear in outcome.linears]
+    predicted = [layer.predicted_loss for layer in layers if layer.predicted_loss is not None]
     return CompressionReport(
         layers=layers,
-        settings=settings,
+        settings={key: value for key, value in config.to_dict().items() if key != "rank_map"},
         environment={
             **environment(next(model.parameters()).device),
-            "processes": processes.count,
-            "mixed_precision": processes.mixed_precision,
+            "processes": outcome.processes.count,
+            "mixed_precision": outcome.processes.mixed_precision,
         },
         model_parameters_before=original.parameters,
         model_parameters_after=compressed.parameters,
@@ -138,14 +123,33 @@ def build_report(
         dtype_on_disk_before=original.dtype,
         flops_before=original.flops,
         flops_after=compressed.flops,
-        calibration=_describe(calibration),
-        predicted_loss=predicted_loss if predicted else None,
+        calibration=_describe(outcome.calibration),
+        predicted_loss=sum(predicted) if outcome.predicted else None,
         model_name=_name(model),
-        profile=[] if profile is None else _budgets(profile, linears, original.parameters, config.layout),
-        loss_unit=None if profile is None else profile.unit,
-        compensation=[dataclasses.asdict(result) for result in compensation],
-        seconds={phase: round(value, 3) for phase, value in seconds.items()},
-        memory=memory or {},
+        profile=_budgets(outcome.profile, outcome.linears, original.parameters, config.layout),
+        loss_unit=outcome.profile.unit,
+        compensation=[dataclasses.asdict(result) for result in outcome.compensation],
+        seconds={step: round(value, 3) for step, value in outcome.seconds.items()},
+        memory=outcome.memory,
+    )
+
+
+def _layer_report(outcome: Outcome, linear: Target) -> LayerReport:
+    name, (m, n) = linear.canonical_name, linear.shape
+    factored = outcome.rank_map.get(name)
+    kept = loss = None
+    if factored is not None:
+        total, loss = float(outcome.losses[name][0]), float(outcome.losses[name][factored.rank])
+        kept = 1 - loss / total if total > 0 else 1.0
+    return LayerReport(
+        name=name,
+        shape=(m, n),
+        rank=None if factored is None else factored.rank,
+        kept_energy=kept,
+        targeted=name in outcome.ranks,
+        parameters_before=m * n,
+        parameters_after=m * n if factored is None else factored.num_values(m, n),
+        predicted_loss=loss if outcome.predicted else None,
     )
 
 

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
-from ..version import __version__
-from .report import CompressionReport
+from ..runtime.version import __version__
+from .data import ReportData
 from .table import format_table
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
 
 _TASKS = {
     "ForImageClassification": "image-classification",
@@ -25,7 +24,7 @@ _TASKS = {
 }
 
 
-def model_card(model: PreTrainedModel, report: CompressionReport) -> ModelCard:
+def model_card(model: PreTrainedModel, report: ReportData) -> ModelCard:
     """Describe a compressed model: what it derives from, how it was made, what was lost, how to load it.
 
     Licence and tags come from the card of the original where it can be read.
@@ -55,7 +54,7 @@ def model_card(model: PreTrainedModel, report: CompressionReport) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(shown, name, report)}")
 
 
-def _text(original: str, model_class: str, report: CompressionReport) -> str:
+def _text(original: str, model_class: str, report: ReportData) -> str:
     auto_class = "AutoModelForImageClassification" if model_class.endswith("ForImageClassification") else model_class
     settings = {name: value for name, value in report.settings.items() if value not in (None, {}, [])}
     lines = [
@@ -96,7 +95,7 @@ def _text(original: str, model_class: str, report: CompressionReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _results(report: CompressionReport, task: str) -> list[EvalResult] | None:
+def _results(report: ReportData, task: str) -> list[EvalResult] | None:
     evaluation = report.evaluation
     if evaluation is None:
         return None

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 INK, GRID, PAPER = "#2c3e50", "#e5e7e9", "#fefefe"
 """Text and axes; lines of a grid; what shows between coloured areas (told from the white of text on bars)."""
+
 FACTORED, DENSE, EXCLUDED, BREAK_EVEN = "#3b75af", "#f0a04b", "#d5d8dc", "#b03a2e"
+
 SERIES = ("#3a76b1", "#c2661a", "#2f8f5b", "#8a5bb5", "#c2416b", "#1c8594", "#8c6239", "#6b7785")
 """Kinds of layers, in the order in which they run."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .report import LayerReport
+from .data import LayerReport
 
 
 if TYPE_CHECKING:

@@ -6,21 +6,21 @@ from itertools import cycle
 from typing import TYPE_CHECKING
 
 from .colours import GRID, PAPER, SERIES
+from .data import ReportData
 from .depth import depths_of, kinds_of, label_depth
-from .report import CompressionReport
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
 SIZE = (4.3, 3.6)
 """Inches; narrow enough for the screen of a telephone."""
+
 _MARKERS = "osD^vPX*"
 
 
-def draw_kept_energy(report: CompressionReport) -> Figure | None:
+def draw_kept_energy(report: ReportData) -> Figure | None:
     """Share of every factored layer's energy that one-shot factors keep, one line per kind of layer.
 
     Returns:
@@ -40,7 +40,7 @@ def draw_kept_energy(report: CompressionReport) -> Figure | None:
     return figure
 
 
-def draw_predicted_loss(report: CompressionReport) -> Figure | None:
+def draw_predicted_loss(report: ReportData) -> Figure | None:
     """Predicted loss of every block, before compensation, as a bar that its layers share.
 
     Returns:
@@ -95,7 +95,7 @@ def add_legend(figure: Figure, columns: int = 2) -> None:
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
-def _finish(figure: Figure, axes: Axes, report: CompressionReport) -> None:
+def _finish(figure: Figure, axes: Axes, report: ReportData) -> None:
     depths = depths_of(report.layers)
     label_depth(axes, report.layers, depths, room=72 * (SIZE[0] - 0.8) / (max(depths.values()) + 1))
     add_legend(figure)

@@ -9,19 +9,19 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.formatting import change, format_count, percent
 from .colours import ON_DARK
+from .data import LayerReport, ReportData
 from .inline_svg import css_variable
 from .pictures import draw_pictures
-from .report import CompressionReport, LayerReport
-from .table import common_prefix, dtype_change, format_count
-from .words import change, percent
+from .table import common_prefix, dtype_change
 
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-
 THEMES = ("light", "dark")
+
 _TEMPLATE = "report.html.jinja"
 
 
@@ -42,8 +42,8 @@ class Row:
     cells: Sequence[str]
 
 
-def render_html(report: CompressionReport, others: Sequence[CompressionReport] = (), theme: str | None = None) -> str:
-    """See `CompressionReport.to_html`."""
+def render_html(report: ReportData, others: Sequence[ReportData] = (), theme: str | None = None) -> str:
+    """See `ReportData.to_html`."""
     if theme is not None and theme not in THEMES:
         names = ", ".join(map(repr, THEMES))
         raise ValueError(f"theme={theme!r} is unknown; choose one of {names}, or None to follow the reader's system.")
@@ -85,7 +85,7 @@ def _template() -> Template:
     return environment.get_template(_TEMPLATE)
 
 
-def _headlines(report: CompressionReport) -> list[Headline]:
+def _headlines(report: ReportData) -> list[Headline]:
     before, after = report.model_parameters_before, report.model_parameters_after
     figures = [Headline("parameters", f"{after:,}", f"of {before:,} ({change(before, after)})")]
     size = report.bytes_on_disk_after
@@ -123,7 +123,7 @@ def _measured(evaluation: Mapping[str, Any]) -> list[Headline]:
     return figures
 
 
-def _steps(report: CompressionReport) -> list[dict[str, Any]]:
+def _steps(report: ReportData) -> list[dict[str, Any]]:
     """Steps of compensation, with the errors as lengths of bars too, in percent of the largest."""
     largest = max((max(step["error_before"], step["error_after"]) for step in report.compensation), default=0) or 1
     return [
@@ -157,7 +157,7 @@ def _row(layer: LayerReport, name: str, predicted: float | None) -> Row:
     )
 
 
-def _totals(report: CompressionReport) -> list[Row]:
+def _totals(report: ReportData) -> list[Row]:
     groups = {"targeted layers": [layer for layer in report.layers if layer.targeted]}
     if not all(layer.targeted for layer in report.layers):
         groups["all linear layers of the encoder"] = list(report.layers)

@@ -16,10 +16,12 @@ from .plots import STYLE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 _PIXELS_PER_POINT = 96 / 72
+
 _SUPERFLUOUS = ("metadata", "style")
+
 _URL = re.compile(r"url\(#([\w-]+)\)")
+
 _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-from ..profile import NATS
+from ..allocation.profile import NATS
 from .colours import BREAK_EVEN, FACTORED, INK
+from .data import ReportData
 from .depth_plots import add_legend, new_figure
-from .report import CompressionReport
 
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_loss(report: CompressionReport, others: Sequence[CompressionReport] = ()) -> Figure | None:
+def draw_loss(report: ReportData, others: Sequence[ReportData] = ()) -> Figure | None:
     """Predicted loss of many budgets with the chosen one marked, and what was measured.
 
     Args:
@@ -75,7 +75,7 @@ def draw_loss(report: CompressionReport, others: Sequence[CompressionReport] = (
     return figure
 
 
-def draw_accuracy(report: CompressionReport, others: Sequence[CompressionReport] = ()) -> Figure | None:
+def draw_accuracy(report: ReportData, others: Sequence[ReportData] = ()) -> Figure | None:
     """Top-1 accuracy of the original and of what was made of it, with 95 % intervals.
 
     Args:
@@ -99,7 +99,7 @@ def draw_accuracy(report: CompressionReport, others: Sequence[CompressionReport]
     return figure
 
 
-def measured(reports: Sequence[CompressionReport], name: str) -> list[tuple[CompressionReport, Mapping[str, Any]]]:
+def measured(reports: Sequence[ReportData], name: str) -> list[tuple[ReportData, Mapping[str, Any]]]:
     """The reports whose evaluation has a value of this name, with their evaluations."""
     evaluated = [(report, report.evaluation) for report in reports if report.evaluation is not None]
     return [(report, found) for report, found in evaluated if found.get(name) is not None and found.get("num_images")]
@@ -148,7 +148,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 
 
-def _finish(figure: Figure, axes: Axes, report: CompressionReport) -> None:
+def _finish(figure: Figure, axes: Axes, report: ReportData) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.set_xlim(0, 1.06 * report.model_parameters_before)

@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..profile import NATS
+from ..allocation.profile import NATS
+from ..runtime.formatting import format_count, percent
+from .data import LayerReport, ReportData
 from .depth_plots import draw_kept_energy, draw_predicted_loss
 from .inline_svg import inline_svg, picture_style
 from .parameter_plots import draw_accuracy, draw_loss, measured
 from .plots import draw_ranks
-from .report import CompressionReport, LayerReport
-from .table import format_count
-from .words import percent
 
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class Picture:
     wide: bool = False
 
 
-def draw_pictures(report: CompressionReport, others: Sequence[CompressionReport] = ()) -> list[Picture]:
+def draw_pictures(report: ReportData, others: Sequence[ReportData] = ()) -> list[Picture]:
     """Draw all that the report has data for."""
     tooltips = {layer.name: _describe_layer(layer) for layer in report.layers}
     with picture_style():
@@ -104,15 +103,15 @@ def _picture(
 def _describe_layer(layer: LayerReport) -> str:
     if layer.rank is None:
         return f"{layer.name}: {'stayed dense' if layer.targeted else 'excluded'}"
-    facts = [f"rank {layer.rank} of {min(layer.shape)}"]
+    details = [f"rank {layer.rank} of {min(layer.shape)}"]
     if layer.kept_energy is not None:
-        facts.append(f"{percent(layer.kept_energy, 2)} of its energy")
+        details.append(f"{percent(layer.kept_energy, 2)} of its energy")
     if layer.predicted_loss is not None:
-        facts.append(f"predicted loss {layer.predicted_loss:.3g} nats")
-    return f"{layer.name}: {', '.join(facts)}"
+        details.append(f"predicted loss {layer.predicted_loss:.3g} nats")
+    return f"{layer.name}: {', '.join(details)}"
 
 
-def _describe_ranks(report: CompressionReport) -> str:
+def _describe_ranks(report: ReportData) -> str:
     ranks = [layer.rank for layer in report.layers if layer.rank is not None]
     dense = sum(layer.rank is None and layer.targeted for layer in report.layers)
     excluded = sum(not layer.targeted for layer in report.layers)
@@ -123,19 +122,19 @@ def _describe_ranks(report: CompressionReport) -> str:
     )
 
 
-def _describe_energy(report: CompressionReport) -> str:
+def _describe_energy(report: ReportData) -> str:
     kept = [(layer.kept_energy, layer.name) for layer in report.layers if layer.kept_energy is not None]
     (low, lowest), (high, highest) = min(kept), max(kept)
     return f"From {percent(low, 2)} in {lowest} to {percent(high, 2)} in {highest}."
 
 
-def _describe_predicted(report: CompressionReport) -> str:
+def _describe_predicted(report: ReportData) -> str:
     losses = [(layer.predicted_loss, layer.name) for layer in report.layers if layer.predicted_loss is not None]
     most, name = max(losses)
     return f"{sum(loss for loss, _ in losses):.4g} nats per image in all; most of it, {most:.3g}, in {name}."
 
 
-def _describe_loss(report: CompressionReport, others: Sequence[CompressionReport]) -> str:
+def _describe_loss(report: ReportData, others: Sequence[ReportData]) -> str:
     budgets = [f"{format_count(each['model_parameters'])} parameters: {each['loss']:.3g}" for each in report.profile]
     points = [
         f"{format_count(each.model_parameters_after)} parameters: {found['kl']:.3g}"
@@ -145,7 +144,7 @@ def _describe_loss(report: CompressionReport, others: Sequence[CompressionReport
     return " ".join(f"{what}: {'; '.join(values)}." for what, values in sentences.items() if values)
 
 
-def _describe_accuracy(report: CompressionReport, others: Sequence[CompressionReport]) -> str:
+def _describe_accuracy(report: ReportData, others: Sequence[ReportData]) -> str:
     points = [
         f"{format_count(each.model_parameters_after)} parameters: {percent(found['top1'], 2)}"
         for each, found in measured((report, *others), "top1")

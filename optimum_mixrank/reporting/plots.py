@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..layout import break_even
+from ..checkpoint.rank_map import break_even
+from ..runtime.formatting import format_count
 from .colours import BREAK_EVEN, DENSE, EXCLUDED, FACTORED, GRID, INK, PAPER
+from .data import LayerReport, ReportData
 from .depth import depths_of, kinds_of, label_depth
-from .report import CompressionReport, LayerReport
-from .table import format_count
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+RANKS_NAME = "ranks.png"
+"""Of the picture of the ranks beside a checkpoint."""
 
 STYLE = {
     # The same report gives the same file.
@@ -33,12 +35,14 @@ STYLE = {
     "hatch.linewidth": 0.6,
 }
 """Settings of matplotlib to draw and to save with."""
+
 _NARROWEST_LABELLED = 12
 """Points that a bar needs for its rank to be written at it, upright if need be."""
+
 _FORMATS = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 
 
-def plot_ranks(report: CompressionReport, path: str | Path) -> Path:
+def plot_ranks(report: ReportData, path: str | Path) -> Path:
     """Draw the rank of every layer over depth, one row per kind of layer.
 
     A bar is the rank as a share of the full rank `min(m, n)`, with the rank written at it. A line across it marks the
@@ -70,7 +74,7 @@ def plot_ranks(report: CompressionReport, path: str | Path) -> Path:
     return path
 
 
-def draw_ranks(report: CompressionReport, title: str | None = None) -> Figure:
+def draw_ranks(report: ReportData, title: str | None = None) -> Figure:
     """The picture of `plot_ranks`; the bar of every layer has the layer's name as its id.
 
     Args:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..memory_plan import format_bytes
-from .report import CompressionReport, LayerReport
+from ..runtime.formatting import format_bytes, format_count
+from .data import LayerReport, ReportData
 
 
 _HEADER = ("layer", "out x in", "rank", "energy", "before", "after", "kept")
+
 _GAP = "  "
+
 _SHORTEST_NAME = len("all encoder linears")
 
 
-def format_table(report: CompressionReport, width: int = 100) -> str:
+def format_table(report: ReportData, width: int = 100) -> str:
     """The report as a table of layers and a summary.
 
     Args:
@@ -37,17 +39,7 @@ def format_table(report: CompressionReport, width: int = 100) -> str:
     return "\n".join([*table, "", *_summary(report), *_evaluation(report)])
 
 
-def format_count(count: int) -> str:
-    """A number of parameters or FLOPs in at most six characters and a unit: `85.8 M`."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        # So that 999,999 is 1.00 M rather than 1000.0 k.
-        if count / size >= 0.99995:
-            digits = 1 if count / size >= 10 else 2
-            return f"{count / size:.{digits}f} {unit}"
-    return str(count)
-
-
-def dtype_change(report: CompressionReport) -> str:
+def dtype_change(report: ReportData) -> str:
     """`float16 -> float32` where a checkpoint is stored in another dtype than the original's, else nothing."""
     before, after = report.dtype_on_disk_before, report.dtype_on_disk_after
     return f"{before} -> {after}" if before and after and before != after else ""
@@ -94,7 +86,7 @@ def _shortened(name: str, width: int) -> str:
     return f"{name[: width - 1 - tail]}…{name[-tail:]}"
 
 
-def _summary(report: CompressionReport) -> list[str]:
+def _summary(report: ReportData) -> list[str]:
     lines = [
         _change("Parameters of the model", report.model_parameters_before, report.model_parameters_after),
         _fact("  removed of the model", f"{report.removed_of_model:.2%}"),
@@ -121,15 +113,14 @@ def _summary(report: CompressionReport) -> list[str]:
     if report.seconds:
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items())
         lines.append(_fact("Time", phases))
-    for place, peak in report.memory.get("peak_bytes", {}).items():
-        if peak is not None:
-            announced = report.memory["announced_bytes"][place]
-            beside = "" if announced is None else f", {format_bytes(announced)} announced"
-            lines.append(_fact(f"Memory of the {place}", f"{format_bytes(peak)} beside the original{beside}"))
+    estimated = report.memory.get("estimated_bytes", {})
+    if estimated:
+        places = ", ".join(f"{format_bytes(size)} on the {place}" for place, size in estimated.items())
+        lines.append(_fact("Memory, estimated", f"{places} beside the original, {report.memory['passes']} passes"))
     return lines
 
 
-def _evaluation(report: CompressionReport) -> list[str]:
+def _evaluation(report: ReportData) -> list[str]:
     evaluation = report.evaluation
     if evaluation is None:
         return []

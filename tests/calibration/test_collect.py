@@ -6,10 +6,11 @@ from models import AWKWARD, pixels, tiny_deit, tiny_swin, tiny_vit
 from torch import nn
 from transformers.utils import logging
 
-from optimum_mixrank.calibration.collect import StatisticsCollector, collect_statistics
-from optimum_mixrank.calibration.images import Batch
+from optimum_mixrank.calibration.collect import collect_statistics
+from optimum_mixrank.calibration.collector import StatisticsCollector
+from optimum_mixrank.calibration.images.batches import Batch
+from optimum_mixrank.calibration.targets import encoder_linears
 from optimum_mixrank.decomposition import Statistic
-from optimum_mixrank.targets import encoder_linears
 
 
 MODELS = {

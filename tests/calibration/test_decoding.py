@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from optimum_mixrank.calibration.decoding import BrokenImageError, decode_image
+from optimum_mixrank.calibration.images.decoding import BrokenImageError, decode_image
 
 
 GREY = np.tile(np.arange(0, 250, 10, dtype=np.uint8), (17, 1))

@@ -10,8 +10,8 @@ from torch.nn.functional import interpolate
 from transformers import ConvNextImageProcessor, DeiTImageProcessor, ViTImageProcessor
 
 from optimum_mixrank import load_image_dataset
-from optimum_mixrank.calibration.enlarging import enlarged_processor
-from optimum_mixrank.calibration.images import ImageBatches
+from optimum_mixrank.calibration.images.batches import ImageBatches
+from optimum_mixrank.calibration.images.high_resolution import enlarged_processor
 
 
 def batches_of(source, **arguments):

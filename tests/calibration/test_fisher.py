@@ -7,11 +7,12 @@ from torch import nn
 
 from optimum_mixrank import MixRankCompressor
 from optimum_mixrank.calibration.collect import collect_statistics
-from optimum_mixrank.calibration.fisher import GradientCollector, activation_gradients, probe_likelihood
-from optimum_mixrank.calibration.images import Batch
+from optimum_mixrank.calibration.fisher import GradientCollector, probe_likelihood
+from optimum_mixrank.calibration.images.batches import Batch
+from optimum_mixrank.calibration.targets import encoder_linears
 from optimum_mixrank.decomposition import Statistic
-from optimum_mixrank.outputs import ModelOutput
-from optimum_mixrank.targets import encoder_linears
+from optimum_mixrank.runtime.forward import activation_gradients
+from optimum_mixrank.runtime.outputs import ModelOutput
 
 
 class Head(nn.Module):

@@ -10,8 +10,8 @@ from torch.multiprocessing.reductions import rebuild_storage_fd
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTImageProcessor
 
-from optimum_mixrank.calibration.images import ImageBatches, explained_death_of_workers
-from optimum_mixrank.distributed import Processes
+from optimum_mixrank.calibration.images.batches import ImageBatches, explained_death_of_workers
+from optimum_mixrank.runtime.distributed import Processes
 
 
 SIZE = 8

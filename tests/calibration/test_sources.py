@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from optimum_mixrank.calibration.sources import load_image_dataset
+from optimum_mixrank.calibration.images.sources import load_image_dataset
 
 
 @pytest.fixture(autouse=True)

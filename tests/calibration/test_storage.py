@@ -149,7 +149,7 @@ def test_nothing_is_left_behind_when_writing_fails(compressor, saved, tmp_path, 
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("optimum_mixrank.calibration.storage.save_file", fail)
+    monkeypatch.setattr("optimum_mixrank.calibration.result.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         calibration.save(saved)
     assert saved.read_bytes() == before

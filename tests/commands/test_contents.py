@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo
 from models import compressed, tiny_vit
 
-from optimum_mixrank.commands.contents import contents_of
-from optimum_mixrank.evaluation.size import stored_values
+from optimum_mixrank.checkpoint.contents import contents_of
+from optimum_mixrank.checkpoint.files import stored_values
 
 
 @pytest.fixture

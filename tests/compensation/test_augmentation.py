@@ -4,7 +4,7 @@ import pytest
 import torch
 from compensation.cases import images
 
-from optimum_mixrank.compensation.augmentation import Views, augment
+from optimum_mixrank.compensation.training.augmentation import Views, augment
 
 
 AS_THEY_ARE = Views(min_area=1.0, max_aspect=1.0, jitter=0.0, mix=0.0, cut=0.0)

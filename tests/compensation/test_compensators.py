@@ -8,15 +8,16 @@ from compensation.cases import FAMILIES, compress, config, images
 from transformers import AutoModelForImageClassification
 
 from optimum_mixrank import FactoredLinear, MixRankCompressor
-from optimum_mixrank.compensation import COMPENSATORS, Compensation, Compensator, layerwise
+from optimum_mixrank.compensation import COMPENSATORS, CompensationTask, Compensator
 from optimum_mixrank.compensation.held_out import (
-    compensate_and_keep_the_better,
+    accept_if_improved,
     model_outputs,
     output_error,
     split_batches,
 )
-from optimum_mixrank.compensation.output_loss import output_loss, output_loss_of_factors
-from optimum_mixrank.compensation.training import TrainingSettings, train
+from optimum_mixrank.compensation.layerwise import compensator as layerwise
+from optimum_mixrank.compensation.layerwise.output_loss import output_loss, output_loss_of_factors
+from optimum_mixrank.compensation.training.loop import TrainingSettings, train
 
 
 STEPS = ["sequential", "residual", "blocks", "distillation"]
@@ -157,8 +158,8 @@ def test_what_does_not_help_is_put_back():
     before = copy.deepcopy(compressed.state_dict())
     held_out = [images(8, seed=3)]
     references = model_outputs(original, held_out)
-    task = Compensation(original, compressed, [], {}, {}, [images(8)], held_out, references, config())
-    result = compensate_and_keep_the_better(Spoiler(), task)
+    task = CompensationTask(original, compressed, [], {}, {}, [images(8)], held_out, references, config())
+    result = accept_if_improved(Spoiler(), task)
     assert not result.kept and result.error_after > result.error_before and result.details == {"spoiled": True}
     assert all(torch.equal(before[name], tensor) for name, tensor in compressed.state_dict().items())
 

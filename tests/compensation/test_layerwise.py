@@ -5,12 +5,12 @@ import torch
 from compensation.cases import FAMILIES, config, images
 
 from optimum_mixrank import FactoredLinear, MixRankCompressor
+from optimum_mixrank.calibration.targets import encoder_linears
 from optimum_mixrank.compensation.held_out import split_batches
-from optimum_mixrank.compensation.output_loss import output_loss
-from optimum_mixrank.compensation.residual import ResidualCompensator
-from optimum_mixrank.compensation.sequential import SequentialCompensator
+from optimum_mixrank.compensation.layerwise.output_loss import output_loss
+from optimum_mixrank.compensation.layerwise.residual import ResidualCompensator
+from optimum_mixrank.compensation.layerwise.sequential import SequentialCompensator
 from optimum_mixrank.decomposition import anchored_weight, decompose_by_input, root_of_covariance
-from optimum_mixrank.targets import encoder_linears
 
 
 SEED = 5
@@ -120,7 +120,7 @@ def test_outcomes_of_residuals_are_counted():
 def test_a_residual_that_brings_nothing_leaves_the_layer(monkeypatch):
     monkeypatch.setattr(ResidualCompensator, "_train", lambda self, start, q, *moments: (start[0] * 0, start[1] * 0))
     monkeypatch.setattr(
-        "optimum_mixrank.compensation.residual.decompose_by_input",
+        "optimum_mixrank.compensation.layerwise.residual.decompose_by_input",
         lambda weight, root: decompose_by_input(weight * 0, root),
     )
     *_, result, _ = run("vit", "residual")

@@ -10,9 +10,9 @@ from models import IMAGE_SIZE
 from torch.nn.functional import interpolate
 
 from optimum_mixrank import MixRankCompressor
-from optimum_mixrank.calibration.images import ImageBatches
-from optimum_mixrank.compensation import distillation
+from optimum_mixrank.calibration.images.batches import ImageBatches
 from optimum_mixrank.compensation.run import prepare_images
+from optimum_mixrank.compensation.training import distillation
 
 
 DISTILLATION = {"compensation": ["distillation"], "metric": "second_moment", "epochs": 1, "train_batch_size": 4}
@@ -27,9 +27,9 @@ def test_photographs_are_of_the_images_that_are_learned_from_in_their_order(tmp_
     )
     settings = config(**DISTILLATION, held_out_ratio=0.3)
     prepared = prepare_images(FAMILIES["vit"](), list(batches), settings, source=batches)
-    learned, photographs = prepared.batches, prepared.photographs.decode()
-    assert list(photographs) == list(learned) and sum(map(len, learned.values())) == 7
-    large, small = torch.cat(list(photographs.values())), torch.cat(list(learned.values()))
+    learned, high_resolution = prepared.batches, prepared.high_resolution.decode()
+    assert list(high_resolution) == list(learned) and sum(map(len, learned.values())) == 7
+    large, small = torch.cat(list(high_resolution.values())), torch.cat(list(learned.values()))
     assert large.shape[2:] == (2 * IMAGE_SIZE, 2 * IMAGE_SIZE)
     again = interpolate(large.float(), (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
     distance = (again[:, None] - small[None]).square().mean(dim=(2, 3, 4))
@@ -45,7 +45,7 @@ def test_images_that_changed_in_between_are_noticed(tmp_path, broken):
     prepared = prepare_images(FAMILIES["vit"](), list(batches), config(**DISTILLATION), source=batches)
     (tmp_path / "images" / broken).write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"Batch [02] of the calibration images holds other images than when"):
-        prepared.photographs.decode()
+        prepared.high_resolution.decode()
 
 
 def test_only_a_step_that_draws_views_decodes_them(tmp_path):
@@ -53,7 +53,7 @@ def test_only_a_step_that_draws_views_decodes_them(tmp_path):
     batches = ImageBatches([str(path) for path in folder.iterdir()], image_processor=processor(), batch_size=4)
     for changes in ({"compensation": ["sequential"]}, {"view_scale": 1}):
         settings = config(**{**DISTILLATION, **changes})
-        assert prepare_images(FAMILIES["vit"](), list(batches), settings, source=batches).photographs is None
+        assert prepare_images(FAMILIES["vit"](), list(batches), settings, source=batches).high_resolution is None
 
 
 def test_views_come_from_the_photographs(tmp_path, monkeypatch):

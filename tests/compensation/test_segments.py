@@ -4,10 +4,10 @@ import pytest
 import torch
 from compensation.cases import FAMILIES, images
 
-from optimum_mixrank.compensation.anchors import find_anchors
-from optimum_mixrank.compensation.layerwise import group_by_input
+from optimum_mixrank.calibration.targets import encoder_linears
+from optimum_mixrank.compensation.layerwise.compensator import group_by_input
+from optimum_mixrank.compensation.layerwise.residual_writes import find_residual_writes
 from optimum_mixrank.compensation.segments import Call, SegmentReplay, find_segments, first_tensor, run_segment
-from optimum_mixrank.targets import encoder_linears
 
 
 @pytest.fixture(params=FAMILIES)
@@ -90,7 +90,7 @@ def test_layers_that_write_to_the_residual_stream_are_found(model):
     segments = find_segments(model, names(model))
     replay = SegmentReplay(model, segments, [images(3)])
     inside = [name.removeprefix(f"{segments[0]}.") for name in names(model) if name.startswith(segments[0])]
-    anchors = find_anchors(replay.segment, replay.calls[0], inside)
+    anchors = find_residual_writes(replay.segment, replay.calls[0], inside)
     found = set(anchors)
     # The second layer of every MLP is; query, key, value and the first layer never are.
     mlp_outputs = [name for name in inside if kind(name) == "fc2" or name.endswith("output.dense")]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from compensation.cases import FAMILIES, compress, config, images
 
+from optimum_mixrank.calibration.targets import encoder_linears
+from optimum_mixrank.compensation.layerwise.spilling import StoredCall, spilled
 from optimum_mixrank.compensation.segments import Call, SegmentReplay, find_segments
-from optimum_mixrank.compensation.spilling import StoredCall, spilled
-from optimum_mixrank.memory_plan import plan_memory
-from optimum_mixrank.targets import encoder_linears
+from optimum_mixrank.pipeline.memory_plan import plan_memory
 
 
 def echo(*args, **kwargs):
@@ -66,7 +66,7 @@ def test_a_spilled_compression_is_the_same_bit_by_bit(family, step, monkeypatch,
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr(
-        "optimum_mixrank.memory_limits.plan_memory", lambda size, task: plan_memory(size, task, spills=True)
+        "optimum_mixrank.pipeline.memory_limits.plan_memory", lambda size, task: plan_memory(size, task, spills=True)
     )
     again, report = compress(model, settings)
     assert report.memory["disk_bytes"] > 0 and not list(tmp_path.iterdir())

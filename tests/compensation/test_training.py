@@ -6,8 +6,8 @@ from compensation.cases import FAMILIES, compress, config, images
 from torch import nn
 
 from optimum_mixrank import FactoredLinear, LowRankLinear
-from optimum_mixrank.compensation.relative import relative_loss
-from optimum_mixrank.compensation.training import TrainingSettings, balanced_factors, train
+from optimum_mixrank.compensation.training.loop import TrainingSettings, balanced_factors, train
+from optimum_mixrank.compensation.training.relative import relative_loss
 
 
 def settings(**changes):

@@ -6,9 +6,9 @@ from compensation.cases import FAMILIES, compress, config, images
 from torch import nn
 
 from optimum_mixrank import FactoredLinear
-from optimum_mixrank.compensation.groups import factor_groups, vector_group
-from optimum_mixrank.compensation.training import balanced_factors
-from optimum_mixrank.compensation.whitening import Roots, WhitenedAdam, whitened_balance
+from optimum_mixrank.compensation.training.groups import factor_groups, vector_group
+from optimum_mixrank.compensation.training.loop import balanced_factors
+from optimum_mixrank.compensation.training.whitening import Roots, WhitenedAdam, whitened_balance
 
 
 def moment(size, seed=0):

@@ -5,13 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from optimum_mixrank.decomposition import (
-    METRICS,
-    LayerStatistics,
-    Metric,
-    Statistic,
-    corrected_bias,
-)
+from optimum_mixrank.decomposition import METRICS, LayerStatistics, Metric, Statistic, corrected_bias
 from optimum_mixrank.decomposition.factorization import decompose_by_input, decompose_by_output, root_of_covariance
 
 

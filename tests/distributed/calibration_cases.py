@@ -8,7 +8,7 @@ from calibration.pictures import processor, write
 from models import pixels, tiny_swin, tiny_vit
 
 from optimum_mixrank import MixRankCompressor
-from optimum_mixrank.calibration import collating
+from optimum_mixrank.calibration.images import collating
 
 
 VIT, SWIN = tiny_vit(), tiny_swin()

@@ -8,8 +8,9 @@ from compensation.cases import config, images
 from models import tiny_swin, tiny_vit
 from safetensors.torch import save_file
 
-from optimum_mixrank import FactoredLinear, MixRankCompressor, memory_limits
+from optimum_mixrank import FactoredLinear, MixRankCompressor
 from optimum_mixrank.compensation import COMPENSATORS, Compensator
+from optimum_mixrank.pipeline import memory_limits
 
 
 MODELS = {"vit": tiny_vit(), "swin": tiny_swin(), "no_head": tiny_swin().swin}
@@ -90,7 +91,7 @@ class Nudge(Compensator):
     name = "nudge"
 
     def compensate(self, task):
-        assert task.processes.is_alone
+        assert task.processes.is_single
         mean = torch.cat(list(task.batches)).mean()
         for module in task.model.modules():
             if isinstance(module, FactoredLinear):

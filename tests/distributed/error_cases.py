@@ -8,8 +8,8 @@ from calibration.pictures import processor, write
 from models import pixels, tiny_swin, tiny_vit
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
-from optimum_mixrank import compressor as compressor_module
-from optimum_mixrank.compensation import distillation
+from optimum_mixrank.compensation.training import distillation
+from optimum_mixrank.pipeline import compressor as compressor_module
 
 
 VIT, SWIN = tiny_vit(), tiny_swin()

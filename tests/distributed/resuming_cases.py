@@ -7,9 +7,9 @@ from compensation.cases import config, images
 from models import tiny_vit
 
 from optimum_mixrank import MixRankCompressor
-from optimum_mixrank.calibration import collating
 from optimum_mixrank.calibration.fisher import GradientCollector
-from optimum_mixrank.compensation import training
+from optimum_mixrank.calibration.images import collating
+from optimum_mixrank.compensation.training import loop as training
 
 
 VIT = tiny_vit()

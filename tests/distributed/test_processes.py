@@ -2,7 +2,7 @@
 
 import pytest
 
-from optimum_mixrank.distributed import Processes
+from optimum_mixrank.runtime.distributed import Processes
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 def main() -> None:
     cases, folder = importlib.import_module(f"distributed.{sys.argv[1]}"), Path(sys.argv[2])
     # Models of the cases are made before processes know each other: Transformers then writes files in one alone.
-    from optimum_mixrank.distributed import find_processes
+    from optimum_mixrank.runtime.distributed import find_processes
 
     processes = find_processes()
     found = {}
@@ -33,7 +33,7 @@ def main() -> None:
                     value = {"error": f"{type(error).__name__}: {error}"}
             found[name.removeprefix("case_")] = {**value, "stderr": stderr.getvalue()}
     (folder / f"{processes.index}.json").write_text(json.dumps(found))
-    if not processes.is_alone:
+    if not processes.is_single:
         import torch
 
         torch.distributed.destroy_process_group()

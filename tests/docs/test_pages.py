@@ -14,7 +14,7 @@ from docs.blocks import PAGES, ROOT
 
 import optimum_mixrank
 from optimum_mixrank import MixRankConfig
-from optimum_mixrank.recipes import RECIPES
+from optimum_mixrank.checkpoint.recipes import RECIPES
 
 
 OF_TRANSFORMERS = "You set ignore_mismatched_sizes to False, thus raising an error."

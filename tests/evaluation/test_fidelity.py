@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_mixrank.evaluation.fidelity import agreement, kl_divergence, relative_error
+from optimum_mixrank.runtime.fidelity import agreement, kl_divergence, relative_error
 
 
 @pytest.fixture

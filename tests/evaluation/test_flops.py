@@ -4,9 +4,9 @@ from models import tiny_deit, tiny_swin, tiny_vit
 from torch import nn
 
 from optimum_mixrank import LowRankLinear, MixRankCompressor, MixRankConfig
+from optimum_mixrank.calibration.targets import encoder_linears
+from optimum_mixrank.checkpoint.modeling import replace_module
 from optimum_mixrank.evaluation.flops import flops_per_image, tokens_per_image
-from optimum_mixrank.modeling import replace_module
-from optimum_mixrank.targets import encoder_linears
 
 
 def vit_flops(tokens, hidden=32, mlp=64, blocks=2, patches=16, patch=8, classes=5):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import ViTForMaskedImageModeling
 
 from optimum_mixrank import LowRankLinear
-from optimum_mixrank.evaluation.size import (
+from optimum_mixrank.checkpoint.files import (
     check_stored_values,
     count_parameters,
     safetensors_bytes,
@@ -16,7 +16,7 @@ from optimum_mixrank.evaluation.size import (
     stored_dtype,
     stored_values,
 )
-from optimum_mixrank.modeling import replace_module
+from optimum_mixrank.checkpoint.modeling import replace_module
 
 
 def factored_vit():

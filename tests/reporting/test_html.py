@@ -14,7 +14,7 @@ from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.reporting import HTML_NAME, CompressionReport
 from optimum_mixrank.reporting.colours import BREAK_EVEN, FACTORED, INK, ON_DARK, PAPER, SERIES
 from optimum_mixrank.reporting.parameter_plots import wilson_interval
-from optimum_mixrank.reporting.table import format_count
+from optimum_mixrank.runtime.formatting import format_count
 
 
 RATIOS = (0.2, 0.46, 0.7)

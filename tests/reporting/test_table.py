@@ -2,7 +2,7 @@ import pytest
 from reporting.reports import layer, report, swin_report, vit_report
 
 from optimum_mixrank.reporting import format_table
-from optimum_mixrank.reporting.table import format_count
+from optimum_mixrank.runtime.formatting import format_count
 
 
 def table_lines(text):

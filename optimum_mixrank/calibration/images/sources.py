@@ -1,0 +1,168 @@
+"""Find images: local folders and files, the Hub, or a dataset that is there already."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from ...runtime.logging import get_logger
+
+
+logger = get_logger(__name__)
+
+Data = TypeVar("Data", datasets.Dataset, datasets.IterableDataset)
+
+_WINDOW = 1024
+"""Images of a stream among which the next one is drawn, at least."""
+
+_COLUMN_NAMES = ("image", "img", "images", "picture", "photo")
+
+
+def load_image_dataset(
+    source: str | Path | datasets.Dataset | datasets.DatasetDict,
+    *,
+    split: str | None = None,
+    default_splits: tuple[str, ...] = ("train",),
+    image_column: str | None = None,
+    num_samples: int | None = None,
+    seed: int = 42,
+    **hub_kwargs: Any,
+) -> datasets.Dataset:
+    """Load a dataset of images, undecoded, so that one broken file does not end a run.
+
+    Args:
+        source: A folder of images (with or without a folder per split and class), a folder of parquet files, one
+            parquet file, a folder written by `save_to_disk`, a Hub id, or a dataset.
+        split: Name of the split.
+        default_splits: Taken, in this order, if no split is named; else the only one there is.
+        image_column: Name of the image column; default: the one there is.
+        num_samples: How many images to draw, without replacement; they stay in the dataset's order. None for all.
+        seed: Seed of the draw.
+        **hub_kwargs: `revision`, `token`, `cache_dir`, `name`, … as for `datasets.load_dataset`. With `streaming=True`
+            only a little more than the images that are drawn is downloaded: files are taken in random order, images
+            from a window that moves over them. They are kept in memory, undecoded.
+
+    Returns:
+        The dataset, all columns kept, with undecoded images.
+
+    Raises:
+        FileNotFoundError: if the source is a path that does not exist, or a folder without data.
+        TypeError: if the source is something else.
+        ValueError: if the split or the image column is missing or ambiguous; the message lists what there is. Also if a
+            stream is to be drawn from without a number of images.
+    """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} is not a positive number of images; use None for all.")
+    data = _select_split(_load(source, hub_kwargs), split, default_splits)
+    if data.features is None:
+        raise ValueError("The stream does not tell its columns before it is read; load the dataset without streaming.")
+    data = _undecoded(data, find_image_column(data.features, image_column))
+    if isinstance(data, datasets.IterableDataset):
+        return _draw_from_stream(data, num_samples, seed)
+    if num_samples is None:
+        return data
+    if num_samples > len(data):
+        logger.warning(f"num_samples={num_samples}, but the dataset holds {len(data)} images; all of them are used.")
+    drawn = np.random.default_rng(seed).permutation(len(data))[:num_samples]
+    return data.select(np.sort(drawn))
+
+
+def find_image_column(columns: Mapping[str, Any], image_column: str | None = None) -> str:
+    """Name of the column with the images.
+
+    Args:
+        columns: Features of a dataset, or one row of it.
+        image_column: The name, if it is known; then it is only checked.
+
+    Raises:
+        ValueError: if it is missing or ambiguous.
+    """
+    names = ", ".join(map(str, columns))
+    if image_column is not None:
+        if image_column not in columns:
+            raise ValueError(f"image_column={image_column!r} does not exist; the columns are {names}.")
+        return image_column
+    found = [name for name, column in columns.items() if isinstance(column, datasets.Image | Image.Image)]
+    found = found or [name for name in columns if str(name).lower() in _COLUMN_NAMES]
+    if len(found) != 1:
+        problem = f"several columns hold images ({', '.join(found)})" if found else "no column holds images"
+        raise ValueError(f"In the dataset, {problem}; name one with image_column. The columns are {names}.")
+    return found[0]
+
+
+def _load(source: Any, hub_kwargs: Mapping[str, Any]) -> Any:
+    if isinstance(source, datasets.Dataset | datasets.DatasetDict):
+        _refuse(hub_kwargs, "a dataset in memory")
+        return source
+    if not isinstance(source, str | Path):
+        raise TypeError(
+            f"A {type(source).__name__} is no image dataset; give a folder, a Hub id or a `datasets.Dataset`."
+        )
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"{str(source)!r} is a file, but no parquet file; name a folder of images.")
+        return datasets.load_dataset("parquet", data_files=str(path), **hub_kwargs)
+    if path.is_dir():
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            _refuse(hub_kwargs, "a folder written by `save_to_disk`")
+            return datasets.load_from_disk(str(path))
+        return datasets.load_dataset(str(path), **hub_kwargs)
+    if isinstance(source, Path) or _looks_local(source):
+        raise FileNotFoundError(f"There is no folder or file {str(source)!r}; name a folder of images or a Hub id.")
+    return datasets.load_dataset(source, **hub_kwargs)
+
+
+def _looks_local(source: str) -> bool:
+    # A Hub id is `name` or `user/name`.
+    return source.startswith((".", "~", os.sep)) or source.count("/") > 1 or (os.sep != "/" and os.sep in source)
+
+
+def _refuse(hub_kwargs: Mapping[str, Any], source: str) -> None:
+    given = [name for name, value in hub_kwargs.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} cannot be applied to {source}; leave it out.")
+
+
+def _select_split(data: Any, split: str | None, default_splits: tuple[str, ...]) -> Any:
+    if isinstance(data, datasets.Dataset):
+        if split is not None:
+            raise ValueError(f"split={split!r} cannot be chosen: this is one dataset without splits; leave it out.")
+        return data
+    if not isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise TypeError(f"A {type(data).__name__} cannot be drawn from; load all splits of the dataset.")
+    names = list(data)
+    if split is not None and split not in names:
+        raise ValueError(f"split={split!r} does not exist; the splits are {', '.join(names)}.")
+    candidates = [name for name in ((split,) if split else default_splits) if name in names]
+    if not candidates and len(names) != 1:
+        raise ValueError(f"The dataset has several splits: {', '.join(names)}. Name one with `split`.")
+    return data[candidates[0] if candidates else names[0]]
+
+
+def _draw_from_stream(stream: datasets.IterableDataset, num_samples: int | None, seed: int) -> datasets.Dataset:
+    if num_samples is None:
+        raise ValueError("streaming=True needs num_samples, since the images are kept in memory; or do not stream.")
+    drawn = list(stream.shuffle(seed=seed, buffer_size=max(_WINDOW, num_samples)).take(num_samples))
+    if len(drawn) < num_samples:
+        logger.warning(f"num_samples={num_samples}, but the dataset holds {len(drawn)} images; all of them are used.")
+    return datasets.Dataset.from_list(drawn, features=stream.features)
+
+
+def _undecoded(data: Data, column: str) -> Data:
+    feature = data.features[column]
+    if isinstance(feature, datasets.Image) and not feature.decode:
+        return data
+    try:
+        # Columns of paths or of encoded bytes become image columns too.
+        return data.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"Column {column!r} holds no images, but {feature}; name another with image_column."
+        ) from error

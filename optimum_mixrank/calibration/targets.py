@@ -1,0 +1,175 @@
+"""Which layers are compressed, and what they are called.
+
+Targets are found by structure, not by a list of classes: an encoder is a stack of blocks, and a stack is a
+`nn.ModuleList`. Every linear layer of the base model that lies inside such a stack is a target; embeddings, poolers and
+heads lie outside. Layers whose inputs are the same for every image are left out: Swin V2 computes its position biases
+by such layers. ViT, DeiT and Swin (with its patch merging) are covered, and so is any encoder built alike.
+
+A layer has two names. Its *module name* is what this release of Transformers calls it in this model. Its *canonical
+name* is what a checkpoint on disk calls it, relative to the base model: `encoder.layer.0.attention.attention.query`.
+Transformers 5.x renames modules while loading and saving; canonical names are the same in all releases and for all
+heads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import Tensor, nn
+
+from ..checkpoint.modeling import FactoredLinear
+from ..checkpoint.names import Target, canonical_names
+from ..runtime.forward import evaluation_mode
+from ..runtime.hooks import hooks_removed_on_exit
+from ..runtime.logging import get_logger
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = get_logger(__name__)
+
+Value = TypeVar("Value")
+
+
+def encoder_linears(model: PreTrainedModel) -> list[Target]:
+    """All linear layers of the model's encoder that images pass through, in forward order.
+
+    The model runs once, on a black image.
+
+    Raises:
+        ValueError: if the model has none, or holds factored layers already.
+    """
+    if any(isinstance(module, FactoredLinear) for module in model.modules()):
+        raise ValueError(
+            f"This {type(model).__name__} is compressed already. Start from the original model, or return to a dense "
+            "one first with `optimum_mixrank.to_dense(model)`."
+        )
+    names = canonical_names(model)
+    base = model.base_model
+    stacks = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
+    inside = {id(linear) for stack in stacks for linear in stack.modules() if isinstance(linear, nn.Linear)}
+    found = [
+        Target(name, names[name], module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in inside
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer inside a stack of blocks (`nn.ModuleList`), so there is no "
+            "encoder to compress. Supported are encoders built like ViT, DeiT and Swin."
+        )
+    constant = _constant_layers(model, found)
+    if constant:
+        logger.info(f"Left out, since their inputs are the same for every image: {', '.join(sorted(constant))}.")
+    return [target for target in found if target.name not in constant]
+
+
+def _constant_layers(model: PreTrainedModel, linears: Sequence[Target]) -> set[str]:
+    """Names of layers whose inputs do not depend on the image."""
+    # Here, since to open a checkpoint needs the names of layers, but neither of these.
+    from ..runtime.forward import activation_gradients, black_image
+
+    reached: dict[str, bool] = {}
+    handles = []
+    for target in linears:
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], name: str = target.name) -> None:
+            reached[name] = reached.get(name, False) or args[0].requires_grad
+
+        handles.append(target.module.register_forward_pre_hook(hook))
+    try:
+        with hooks_removed_on_exit(handles), evaluation_mode(model), activation_gradients(model):
+            model(pixel_values=black_image(model).requires_grad_())
+    except Exception:
+        # A model that does not run on a black image, on the meta device say, is judged by its structure alone.
+        return set()
+    # A model may hold back all gradients.
+    return {name for name, depends in reached.items() if not depends} if any(reached.values()) else set()
+
+
+def find_targets(
+    model: PreTrainedModel,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> list[Target]:
+    """The layers of a model that would be compressed: `select_targets` of its `encoder_linears`."""
+    return select_targets(encoder_linears(model), target_modules, exclude_modules)
+
+
+def select_targets(
+    linears: Sequence[Target],
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> list[Target]:
+    """The layers to compress: encoder linears that the patterns include and do not exclude.
+
+    Args:
+        linears: What `encoder_linears` finds.
+        target_modules: As in `MixRankConfig`.
+        exclude_modules: As in `MixRankConfig`.
+
+    Raises:
+        ValueError: if a pattern matches nothing, or nothing is left; the message lists the names there are.
+    """
+    included = _select(linears, target_modules, "target_modules") if target_modules is not None else linears
+    excluded = _select(linears, exclude_modules, "exclude_modules") if exclude_modules is not None else []
+    names = {target.name for target in excluded}
+    remaining = [target for target in included if target.name not in names]
+    if not remaining:
+        raise ValueError(
+            f"exclude_modules={exclude_modules!r} excludes all {len(included)} layers that "
+            f"target_modules={target_modules!r} includes. Narrow it."
+        )
+    return remaining
+
+
+def match_values(targets: Sequence[Target], pattern: Mapping[str, Value], field: str) -> dict[str, Value]:
+    """Values of `rank_pattern` or `ratio_pattern` by canonical name; the first matching key wins.
+
+    Raises:
+        ValueError: if a key matches no layer.
+    """
+    values: dict[str, Value] = {}
+    for key, value in pattern.items():
+        matched = [target for target in targets if _matches_key(target, key)]
+        if not matched:
+            raise ValueError(f"{field} has the key {key!r}, which matches no targeted layer. {_examples(targets)}")
+        for target in matched:
+            values.setdefault(target.canonical_name, value)
+    return values
+
+
+def _select(linears: Sequence[Target], patterns: str | Sequence[str], field: str) -> list[Target]:
+    if patterns == "all-linear":
+        return list(linears)
+    selected: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if isinstance(patterns, str):
+            matched = [target for target in linears if any(re.fullmatch(pattern, n) for n in _names(target))]
+        else:
+            matched = [target for target in linears if _ends_with(target, pattern)]
+        if not matched:
+            raise ValueError(f"{field} has {pattern!r}, which matches no linear layer. {_examples(linears)}")
+        selected.update(target.name for target in matched)
+    return [target for target in linears if target.name in selected]
+
+
+def _names(target: Target) -> tuple[str, str]:
+    return target.name, target.canonical_name
+
+
+def _ends_with(target: Target, suffix: str) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for name in _names(target))
+
+
+def _matches_key(target: Target, key: str) -> bool:
+    """PEFT's rule for `rank_pattern`: the key is the name's end, or a regular expression for it."""
+    return any(re.fullmatch(rf"(?:.*\.)?(?:{key})", name) for name in _names(target))
+
+
+def _examples(linears: Sequence[Target]) -> str:
+    kinds = dict.fromkeys(re.sub(r"\d+", "*", target.canonical_name) for target in linears)
+    return f"Layers are called {', '.join(kinds)}."

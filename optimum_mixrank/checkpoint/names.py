@@ -1,0 +1,62 @@
+"""What the linear layers of a model are called, in memory and on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .modeling import FactoredLinear
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer of the encoder.
+
+    Attributes:
+        name: Module name within the model.
+        canonical_name: Name on disk, relative to the base model; key of the rank map.
+        module: The layer.
+    """
+
+    name: str
+    canonical_name: str
+    module: nn.Linear
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)`."""
+        return self.module.out_features, self.module.in_features
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Canonical name of every linear layer of the model, dense or factored, by module name."""
+    to_disk = _renaming_to_disk(model)
+    prefix = getattr(model, "base_model_prefix", "")
+    names = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | FactoredLinear):
+            on_disk = to_disk(f"{name}.weight").removesuffix(".weight")
+            names[name] = on_disk.removeprefix(f"{prefix}.") if prefix else on_disk
+    return names
+
+
+def _renaming_to_disk(model: nn.Module) -> Callable[[str], str]:
+    """How this release of Transformers renames parameters when it saves them; identity in 4.x."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, apply_renamings
+    except ImportError:
+        return lambda name: name
+    try:
+        from transformers.core_model_loading import PrefixChange
+    except ImportError:
+        PrefixChange = ()
+    # The same steps, in the same order, as `save_pretrained` takes in `revert_weight_conversion`.
+    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    reverse = [
+        transform.reverse_transform() for transform in reversed(transforms) if not isinstance(transform, PrefixChange)
+    ]
+    renamings = [transform for transform in reverse if isinstance(transform, WeightRenaming)]
+    return lambda name: apply_renamings(name, renamings)

@@ -1,0 +1,109 @@
+"""The stored layout of a compressed checkpoint: which layers are factored, and how."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+
+QUANT_METHOD = "mixrank"
+"""What `config.json` calls a compressed checkpoint."""
+
+# Raised whenever the meaning of stored tensors or of the rank map changes.
+LAYOUT_VERSION = 1
+
+LAYOUT_NAMES = ("factors", "pivoted")
+
+
+@dataclass(frozen=True)
+class FactoredLayer:
+    """One factored layer of a checkpoint.
+
+    Attributes:
+        rank: Inner dimension of the two factors.
+        bias: Whether the layer stores a bias, `[out_features]` values.
+        layout: `"factors"`: two factors, `[rank, in_features]` and `[out_features, rank]`; `"pivoted"`: pivot rows
+            `[rank, in_features]` and the coefficients of the others, `[out_features - rank, rank]`.
+        pivots: The pivot rows of a pivoted layer as a mask, see `encode_rows`; None for the first `rank` rows.
+    """
+
+    rank: int
+    bias: bool
+    layout: str = "factors"
+    pivots: str | None = None
+
+    def to_dict(self) -> dict[str, int | bool | str]:
+        """The JSON form, as it stands in `config.json`."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def num_values(self, out_features: int, in_features: int) -> int:
+        """Stored values of the factors of a layer of this shape, without bias and indices."""
+        return stored_values(out_features, in_features, self.rank, self.layout)
+
+
+def encode_rows(rows: Iterable[int]) -> str:
+    """A set of rows as a hexadecimal number whose bit i is set if row i belongs to it."""
+    mask = 0
+    for row in rows:
+        mask |= 1 << row
+    return f"{mask:x}"
+
+
+def decode_rows(text: str) -> list[int]:
+    """The rows of `encode_rows`, ascending."""
+    # From a binary number, digit by digit: shifting a large number again and again would take quadratic time.
+    return [row for row, bit in enumerate(reversed(f"{int(text, 16):b}")) if bit == "1"]
+
+
+def stored_values(out_features: int, in_features: int, rank: int, layout: str) -> int:
+    """Values that two factors of this rank take: `r (m + n)`, less `r²` in the pivoted layout."""
+    values = rank * (out_features + in_features)
+    return values - rank * rank if layout == "pivoted" else values
+
+
+def break_even(out_features: int, in_features: int, layout: str) -> float:
+    """The rank, seldom an integer, at which factors take as much as the dense layer."""
+    m, n = out_features, in_features
+    return float(min(m, n)) if layout == "pivoted" else m * n / (m + n)
+
+
+def parse_rank_map(rank_map: object) -> dict[str, FactoredLayer]:
+    """Check a rank map, which may come from an untrusted file, and turn it into objects.
+
+    Raises:
+        ValueError: names the entry that is malformed.
+    """
+    if not isinstance(rank_map, Mapping):
+        raise ValueError(
+            f"rank_map is a {type(rank_map).__name__}, not a mapping from layer names; do not set it by hand."
+        )
+    return {name: _parse_entry(name, entry) for name, entry in rank_map.items()}
+
+
+def _parse_entry(name: object, entry: object) -> FactoredLayer:
+    required, optional = {"rank", "bias"}, {"layout", "pivots"}
+    if (
+        not isinstance(name, str)
+        or not isinstance(entry, Mapping)
+        or not required <= set(entry) <= required | optional
+    ):
+        raise ValueError(f"rank_map entry {name!r}: {entry!r} must have the keys `rank`, `bias` and `layout`.")
+    rank, bias, layout = entry["rank"], entry["bias"], entry.get("layout", "factors")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank_map entry {name!r}: rank={rank!r} is not a positive integer.")
+    if not isinstance(bias, bool):
+        raise ValueError(f"rank_map entry {name!r}: bias={bias!r} is neither true nor false.")
+    if layout not in LAYOUT_NAMES:
+        raise ValueError(
+            f"rank_map entry {name!r}: layout={layout!r} is unknown; this version knows "
+            f"{', '.join(map(repr, LAYOUT_NAMES))}. Upgrade with `pip install --upgrade optimum-mixrank`."
+        )
+    pivots = entry.get("pivots")
+    if pivots is not None and not (
+        layout == "pivoted" and isinstance(pivots, str) and re.fullmatch("[0-9a-f]+", pivots)
+    ):
+        raise ValueError(
+            f"rank_map entry {name!r}: pivots={pivots!r} is no hexadecimal mask of the rows of a pivoted layer."
+        )
+    return FactoredLayer(rank, bias, layout, pivots)

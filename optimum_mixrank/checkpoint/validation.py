@@ -1,0 +1,180 @@
+"""The rules that the fields of a `MixRankConfig` keep: each on its own, and against the others.
+
+The configuration comes as `Any`, since its module imports this one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..runtime.registry import ALLOCATORS, COMPENSATORS, METRICS
+from ..runtime.version import __version__
+from .rank_map import LAYOUT_NAMES, LAYOUT_VERSION, QUANT_METHOD, parse_rank_map
+from .recipes import RECIPES
+
+
+def check_method(config: Any) -> None:
+    """Check what is to be removed, and by which method.
+
+    Raises:
+        ValueError: names the field, its value and the remedy; so do the other functions of this module.
+    """
+    _check_fraction(
+        "compression_ratio", config.compression_ratio, "It is the fraction of parameters to remove, 0.6 for -60 %."
+    )
+    check_choice("compression_scope", config.compression_scope, ("model", "targets"))
+    check_choice("recipe", config.recipe, tuple(RECIPES))
+    check_choice("metric", config.metric, tuple(METRICS))
+    check_choice("allocation", config.allocation, tuple(ALLOCATORS))
+    check_choice("layout", config.layout, LAYOUT_NAMES)
+    check_choice("cost", config.cost, ("parameters", "flops"))
+    if not isinstance(config.compensation, list):
+        raise ValueError(
+            f"compensation={config.compensation!r} is not a list; give the steps in their order, or [] for none."
+        )
+    if not is_known(config.compensation, tuple(COMPENSATORS)):
+        raise ValueError(
+            f"compensation={config.compensation!r} has an unknown step; choose among "
+            f"{', '.join(map(repr, COMPENSATORS))}."
+        )
+
+
+def check_ranks(config: Any) -> None:
+    """Check which layers are meant, and the bounds of their ranks."""
+    _check_patterns("target_modules", config.target_modules)
+    _check_patterns("exclude_modules", config.exclude_modules)
+    _check_mapping("rank_pattern", config.rank_pattern)
+    for key, rank in config.rank_pattern.items():
+        _check_integer(f"rank_pattern[{key!r}]", rank, 1)
+    _check_mapping("ratio_pattern", config.ratio_pattern)
+    for key, ratio in config.ratio_pattern.items():
+        if not _is_number(ratio) or not 0 <= ratio < 1:
+            raise ValueError(
+                f"ratio_pattern[{key!r}]={ratio!r} is not in [0, 1); it is the fraction of the layer's parameters "
+                "to remove, 0 leaves the layer dense."
+            )
+    _check_integer("rank_multiple", config.rank_multiple, 1)
+    _check_integer("min_rank", config.min_rank, 1)
+    if not _is_number(config.min_rank_ratio) or not 0 <= config.min_rank_ratio <= 1:
+        raise ValueError(
+            f"min_rank_ratio={config.min_rank_ratio!r} is not in [0, 1]; it is a share of the break-even rank, "
+            "0.05 is usual."
+        )
+    if config.max_rank_ratio is not None and not (
+        _is_number(config.max_rank_ratio) and max(0, config.min_rank_ratio) < config.max_rank_ratio <= 1
+    ):
+        raise ValueError(
+            f"max_rank_ratio={config.max_rank_ratio!r} is not in (min_rank_ratio, 1]; it is a share of the break-even "
+            f"rank, min_rank_ratio is {config.min_rank_ratio!r}."
+        )
+
+
+def check_training(config: Any) -> None:
+    """Check how compensation learns."""
+    _check_fraction("held_out_ratio", config.held_out_ratio, "It is a share of the calibration images.")
+    if not isinstance(config.mirror, bool):
+        raise ValueError(f"mirror={config.mirror!r} is neither True nor False.")
+    _check_integer("epochs", config.epochs, 1)
+    if not _is_number(config.learning_rate) or not 0 < config.learning_rate < 1:
+        raise ValueError(f"learning_rate={config.learning_rate!r} is not in (0, 1); the default is 5e-4.")
+    _check_integer("train_batch_size", config.train_batch_size, 1)
+    if not _is_number(config.view_scale) or not 1 <= config.view_scale <= 8:
+        raise ValueError(
+            f"view_scale={config.view_scale!r} is not in [1, 8]; it says how much larger than the model's input, on each "
+            "side, images are decoded for random views. 2 is usual."
+        )
+
+
+def check_data(config: Any) -> None:
+    """Check what is drawn from which images."""
+    _check_integer("fisher_samples", config.fisher_samples, 1)
+    if config.dataset is not None and not isinstance(config.dataset, str):
+        raise ValueError(
+            f"dataset={type(config.dataset).__name__} is not a str; name a folder or a Hub id here, and pass images in "
+            "memory to `MixRankCompressor.compress`."
+        )
+    _check_integer("num_samples", config.num_samples, 1)
+    _check_integer("seed", config.seed, 0)
+
+
+def check_steps(config: Any) -> None:
+    """Check that the steps make sense together; this imports the classes behind their names."""
+    steps = config.compensation
+    starts_anew = [COMPENSATORS[step].starts_anew for step in steps]
+    if any(starts_anew[1:]):
+        raise ValueError(
+            f"compensation={steps!r}: a layer-wise step ('sequential' or 'residual') makes every layer anew from the "
+            "original, so whatever comes before it is lost. Put one of them first, or none."
+        )
+    for step in steps:
+        if steps.count(step) > 1:
+            raise ValueError(f"compensation={steps!r} names {step!r} twice; raise `epochs` to train longer.")
+    if config.fisher_samples > 1 and not METRICS.create(config.metric).uses_gradients:
+        raise ValueError(
+            f"fisher_samples={config.fisher_samples} has no effect with metric={config.metric!r}, which takes no "
+            "gradients; leave it out, or use metric='kfac'."
+        )
+
+
+def check_checkpoint(config: Any) -> None:
+    """Check what a stored configuration says about the checkpoint."""
+    if config.quant_method != QUANT_METHOD:
+        raise ValueError(f"quant_method={config.quant_method!r} is not {QUANT_METHOD!r}; leave the field out.")
+    if config.layout_version != LAYOUT_VERSION:
+        raise ValueError(
+            f"layout_version={config.layout_version!r} is unknown to optimum-mixrank {__version__}, which reads "
+            f"version {LAYOUT_VERSION}. The checkpoint was written by optimum-mixrank {config.library_version!r}; "
+            "upgrade with `pip install --upgrade optimum-mixrank`."
+        )
+    parse_rank_map(config.rank_map)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Check that a value is one of those there are."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+
+
+def is_known(value: object, names: tuple[str, ...]) -> bool:
+    """Whether a name, or every name of a list, is among those there are."""
+    return all(each in names for each in (value if isinstance(value, list) else [value]))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_fraction(name: str, value: Any, remedy: str) -> None:
+    if not _is_number(value) or not 0 < value < 1:
+        raise ValueError(f"{name}={value!r} is not in (0, 1). {remedy}")
+
+
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name}={value!r} is not an integer of at least {minimum}.")
+
+
+def _check_mapping(name: str, value: object) -> None:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name}={value!r} is not a dict with layer names or regular expressions as keys.")
+    for key in value:
+        _check_regex(name, key)
+
+
+def _check_patterns(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, str):
+        _check_regex(name, value)
+    elif not isinstance(value, list) or not value or not all(isinstance(entry, str) for entry in value):
+        raise ValueError(
+            f"{name}={value!r} is neither None, a regular expression nor a non-empty list of layer names."
+        )
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} has {pattern!r}, which is not a valid regular expression: {error}.") from error

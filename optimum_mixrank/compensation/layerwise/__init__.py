@@ -1,0 +1,1 @@
+"""Repair layer by layer, from moments: the sequential closed form, and the paper's LWEC."""

@@ -1,0 +1,1 @@
+"""The order of things: `MixRankCompressor`, and the steps that a compression takes."""

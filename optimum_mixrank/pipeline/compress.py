@@ -1,0 +1,328 @@
+"""The method, step by step: calibrate and decompose, allocate ranks, factorize, compensate, report."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from transformers.utils import logging
+
+from ..allocation.budget import RankBudget
+from ..allocation.profile import NATS, NORMALISED, BudgetPoint, profile_budgets
+from ..calibration.images.batches import Batch, ImageBatches
+from ..calibration.result import Calibration
+from ..calibration.task import CalibrationTask, required_statistics
+from ..checkpoint.configuration import MixRankConfig
+from ..checkpoint.factorize import rank_map_of, warn_of_other_layouts
+from ..checkpoint.modeling import replace_module
+from ..checkpoint.names import Target
+from ..checkpoint.quantizer import MixRankHfQuantizer, attach
+from ..checkpoint.rank_map import FactoredLayer
+from ..compensation.compensator import IN_MEMORY, CompensationResult, CompensationTask
+from ..compensation.run import CompensationImages, compensate, prepare_images
+from ..decomposition import Decomposition
+from ..reporting.build import Outcome, build_report, measure
+from ..reporting.profile import RankProfile
+from ..runtime.distributed import Processes
+from ..runtime.malloc import bounded_heap
+from ..runtime.phases import phase
+from .decompose import allocation_losses, decompose_by_groups, decompose_layers, factorize_layers
+from .memory import MemoryPlan, MemoryTask, agree_on_plan, estimate_memory
+from .run import CompressionRun
+from .unfinished import check_images
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..reporting import CompressionReport
+
+
+def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
+    """Compress a model.
+
+    Returns:
+        The compressed model, which is the original itself where that is compressed in place, and the report.
+
+    Raises:
+        ValueError: for unusable images, NaN or Inf in activations, or memory that the limits do not allow; the original
+            is as it was then.
+    """
+    with bounded_heap(run.max_memory is not None):
+        original = measure(run.model)
+        images, memory = _images_within_memory(run)
+        learning = _prepare_compensation(run, images)
+        decomposed = _decompose(run, images, memory)
+        allocated = _allocate(run, decomposed)
+        built = _build(run, decomposed, allocated, learning, memory)
+        report = build_report(
+            Outcome(
+                config=built.config,
+                linears=run.linears,
+                ranks=allocated.ranks,
+                rank_map=built.rank_map,
+                losses=allocated.losses,
+                original=original,
+                model=built.model,
+                calibration=decomposed.calibration,
+                seconds=run.seconds,
+                compensation=built.compensation,
+                predicted=run.metric.common_unit,
+                profile=RankProfile(allocated.profile, NATS if run.metric.common_unit else NORMALISED),
+                processes=run.processes,
+                memory={} if memory is None else memory.record(),
+            )
+        )
+    # Timings are those of the main process.
+    return built.model, run.processes.broadcast(report)
+
+
+@dataclass
+class _Decomposed:
+    """Decompositions by canonical name, and the statistics that they were made with."""
+
+    decompositions: dict[str, Decomposition]
+    calibration: Calibration | None
+
+
+@dataclass(frozen=True)
+class _Allocated:
+    """Losses at every rank and the ranks chosen, by canonical name; and what other budgets would have cost."""
+
+    losses: Mapping[str, np.ndarray]
+    ranks: Mapping[str, int | None]
+    profile: Sequence[BudgetPoint]
+
+
+@dataclass(frozen=True)
+class _Built:
+    """The compressed model."""
+
+    model: PreTrainedModel
+    config: MixRankConfig
+    rank_map: Mapping[str, FactoredLayer]
+    compensation: Sequence[CompensationResult]
+
+
+def _images_within_memory(run: CompressionRun) -> tuple[list[Batch], MemoryPlan | None]:
+    """Images for compensation, decoded, and the plan of memory where there is a limit.
+
+    Whether the limit can be kept to is known before images are decoded, unless only they tell their number.
+    """
+    own = None if run.batches is None else run.batches.num_own_images
+    if run.max_memory is None or own is None:
+        images = _decode(run)
+        return images, _plan_memory(run, sum(batch.num_images for batch in images) if own is None else own)
+    memory = _plan_memory(run, own)
+    return _decode(run), memory
+
+
+def _plan_memory(run: CompressionRun, num_images: int) -> MemoryPlan | None:
+    if run.max_memory is None:
+        return None
+    required = {} if run.calibration is not None else required_statistics([run.metric], run.targets)
+    task = MemoryTask(run.config, required, max(1, num_images), run.reader.batch_size, run.inplace)
+    with run.processes.raise_on_all_ranks():
+        plan = estimate_memory(run.model, run.targets, task, run.max_memory)
+    return agree_on_plan(plan, run.processes, run.journal.directory)
+
+
+def _decode(run: CompressionRun) -> list[Batch]:
+    """Images for compensation, which goes over them many times: decoded once, and kept as the model sees them."""
+    if not run.config.compensation or run.batches is None:
+        return []
+    with phase("Decoded") as decoding:
+        with run.processes.raise_on_all_ranks():
+            images = list(logging.tqdm(run.batches, desc="Decoding", unit="batch"))
+        run.batches.merge_across_processes()
+        total = sum(run.processes.gather(sum(batch.num_images for batch in images)))
+        decoding.add_detail(f"{total:,} images")
+    check_images(run.journal, run.batches.fingerprint, run.processes)
+    return images
+
+
+def _prepare_compensation(run: CompressionRun, images: Sequence[Batch]) -> CompensationImages | None:
+    if not run.config.compensation:
+        return None
+    return prepare_images(run.model, images, run.config, run.processes, run.batches)
+
+
+def _decompose(run: CompressionRun, images: Sequence[Batch], memory: MemoryPlan | None) -> _Decomposed:
+    """Decompose all layers, with the statistics that were given or with those of the images."""
+    config, metric = run.config, run.metric
+    calibration = run.calibration if metric.uses_data else None
+    if run.calibration is not None:
+        check_statistics(run.calibration, run.fingerprint, run.batches, run.processes, to_read=not config.compensation)
+    start = time.perf_counter()
+    if metric.uses_data and calibration is None:
+        assert run.batches is not None  # `take_images` has seen to that
+        task = CalibrationTask(
+            model=run.model,
+            fingerprint=run.fingerprint,
+            batches=run.batches,
+            decoded=images if config.compensation else None,
+            metrics=[metric],
+            fisher_samples=config.fisher_samples,
+            seed=config.seed,
+            processes=run.processes,
+            journal=run.journal,
+        )
+        groups = [run.targets] if memory is None else _groups(run.targets, memory)
+        found, calibration = decompose_by_groups(metric, groups, config.layout, task, bool(config.compensation))
+        start += calibration.seconds
+    else:
+        found = decompose_layers(metric, run.targets, calibration, config.layout, run.processes)
+    run.seconds["calibrate"] = 0.0 if calibration is None else calibration.seconds
+    run.seconds["decompose"] = time.perf_counter() - start
+    return _Decomposed({target.canonical_name: found[target.canonical_name] for target in run.targets}, calibration)
+
+
+def _groups(targets: Sequence[Target], memory: MemoryPlan) -> list[list[Target]]:
+    """The layers of which statistics are collected in one pass over the images, for each pass."""
+    if memory.passes == 1:
+        return [list(targets)]
+    by_name = {target.name: target for target in targets}
+    return [[by_name[name] for name in group] for group in memory.groups]
+
+
+def check_statistics(
+    calibration: Calibration,
+    fingerprint: str,
+    batches: ImageBatches | None,
+    processes: Processes,
+    to_read: bool = True,
+) -> None:
+    """Check that statistics are of a model, and of images if there are any.
+
+    Args:
+        calibration: The statistics.
+        fingerprint: Of the model.
+        batches: The images.
+        processes: Those that share the images out.
+        to_read: Whether the images have yet to be read.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    calibration.check(fingerprint)
+    if batches is None:
+        return
+    if to_read:
+        with phase("Compared"), processes.raise_on_all_ranks():
+            for _ in logging.tqdm(batches, desc="Comparing images", unit="batch"):
+                pass
+        batches.merge_across_processes()
+    calibration.check(fingerprint, batches.fingerprint)
+
+
+def _allocate(run: CompressionRun, decomposed: _Decomposed) -> _Allocated:
+    """Choose the ranks, and say what other budgets would have cost."""
+    with phase("Allocated") as allocating:
+        losses = allocation_losses(run.metric, decomposed.decompositions)
+        ranks = run.processes.broadcast(run.budget.allocate(losses, run.config.allocation))
+        allocating.add_detail(_rank_range(ranks))
+    with phase("Profiled", logging.DEBUG) as profiling:
+        profile = profile_budgets(_around(run.budget), losses, run.config.allocation)
+    run.seconds.update(allocate=allocating.seconds, profile=profiling.seconds)
+    return _Allocated(losses, ranks, profile)
+
+
+def _rank_range(ranks: Mapping[str, int | None]) -> str:
+    """`ranks 3 to 60`; dense layers have none."""
+    given = [rank for rank in ranks.values() if rank is not None]
+    return f"ranks {min(given)} to {max(given)}" if given else "all layers stay dense"
+
+
+def _around(budget: RankBudget) -> list[RankBudget]:
+    """The budget among others of ratios that can be reached."""
+    ratios = sorted({budget.compression_ratio, *(tenths / 10 for tenths in range(1, 10))})
+    budgets = [dataclasses.replace(budget, compression_ratio=ratio) for ratio in ratios]
+    return [each for each in budgets if each.is_reachable]
+
+
+def _build(
+    run: CompressionRun,
+    decomposed: _Decomposed,
+    allocated: _Allocated,
+    learning: CompensationImages | None,
+    memory: MemoryPlan | None,
+) -> _Built:
+    """Factorize the layers at their ranks and compensate; a model that is compressed in place is restored on failure."""
+    model = run.model if run.inplace else copy.deepcopy(run.model)
+    original = copy.deepcopy(run.model) if run.inplace and run.config.compensation else run.model
+    try:
+        _factorize(run, model, decomposed, allocated)
+        results = _compensate(run, original, model, decomposed, learning, memory)
+        # Compensation chooses new pivots.
+        rank_map = rank_map_of(model, run.targets)
+        warn_of_other_layouts(rank_map, run.config.layout)
+    except BaseException:
+        if run.inplace:
+            _restore(model, run.targets, original)
+        raise
+    config = dataclasses.replace(run.config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
+    if run.calibration is not None and run.calibration.fisher_samples is not None:
+        config.fisher_samples = run.calibration.fisher_samples
+    attach(model, MixRankHfQuantizer(config, pre_quantized=True))
+    return _Built(model, config, rank_map, results)
+
+
+def _factorize(run: CompressionRun, model: PreTrainedModel, decomposed: _Decomposed, allocated: _Allocated) -> None:
+    with phase("Factorized") as factorizing:
+        rank_map = factorize_layers(
+            model,
+            run.targets,
+            decomposed.decompositions,
+            allocated.ranks,
+            decomposed.calibration,
+            run.config.layout,
+            run.processes,
+        )
+        factorizing.add_detail(f"{len(rank_map)} of {len(run.targets)} layers")
+    decomposed.decompositions.clear()
+    run.seconds["factorize"] = factorizing.seconds
+
+
+def _compensate(
+    run: CompressionRun,
+    original: PreTrainedModel,
+    model: PreTrainedModel,
+    decomposed: _Decomposed,
+    learning: CompensationImages | None,
+    memory: MemoryPlan | None,
+) -> list[CompensationResult]:
+    results: list[CompensationResult] = []
+    with phase("Compensated", logging.DEBUG) as compensating:
+        if learning is not None:
+            task = CompensationTask(
+                original=original,
+                model=model,
+                targets=run.targets,
+                rank_map=rank_map_of(model, run.targets),
+                statistics={} if decomposed.calibration is None else decomposed.calibration.layers,
+                batches=list(learning.batches.values()),
+                held_out=learning.held_out,
+                references=learning.references,
+                config=run.config,
+                processes=run.processes,
+                numbers=list(learning.batches),
+                storage=IN_MEMORY if memory is None else memory.storage,
+                journal=run.journal,
+                high_resolution=learning.high_resolution,
+            )
+            results = compensate(task)
+    run.seconds["compensate"] = compensating.seconds
+    return results
+
+
+def _restore(model: PreTrainedModel, targets: Sequence[Target], original: PreTrainedModel) -> None:
+    """Give a model that was to be compressed in place its own layers and values back."""
+    for target in targets:
+        replace_module(model, target.name, target.module)
+    if original is not model:
+        model.load_state_dict(original.state_dict())

@@ -1,0 +1,482 @@
+"""`MixRankCompressor`, the public face of the method."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+
+import torch
+from optimum.quantization_base import OptimumQuantizer
+from transformers import PreTrainedModel
+
+from ..calibration.images.sources import load_image_dataset
+from ..calibration.result import Calibration
+from ..calibration.targets import find_targets
+from ..calibration.task import CalibrationTask, required_statistics
+from ..checkpoint.configuration import MixRankConfig
+from ..checkpoint.original import check_placement, open_original
+from ..checkpoint.saving import writable_directory
+from ..decomposition import METRICS
+from ..evaluation.evaluate import EvaluationResult, evaluate_model
+from ..reporting import CompressionReport
+from ..reporting.profile import RankProfile
+from ..runtime.distributed import Processes, find_processes, quiet_unless_main
+from ..runtime.phases import phase
+from ..runtime.precision import tf32_statistics
+from .compress import check_statistics, compress
+from .images import ImageReader
+from .memory import MaxMemory, MemoryPlan, MemoryTask, estimate_memory
+from .profile import profile_model
+from .run import CompressionRun, shared_fingerprint
+from .saving import push_compressed, save_result
+from .unfinished import UnfinishedRun, has_saved, open_run
+
+
+if TYPE_CHECKING:
+    import datasets
+    from accelerate import Accelerator, PartialState
+
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _in_every_process(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A method of the compressor that all processes call; only the main one prints."""
+
+    @functools.wraps(method)
+    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        compressor = cast("MixRankCompressor", args[0])
+        with quiet_unless_main(compressor.processes), tf32_statistics(compressor.allow_tf32):
+            return method(*args, **kwargs)
+
+    return wrapped
+
+
+# Its methods have more than eight arguments where users set as much per call: keywords, as Transformers has them.
+class MixRankCompressor(OptimumQuantizer):
+    """Compresses the encoder of a Vision Transformer into mixed-rank factors, guided by its activations.
+
+    Args:
+        model: A Transformers model with a ViT-like encoder and any head.
+        image_processor: Its image processor; needed wherever images rather than `pixel_values` are given.
+        accelerator: Stands for the processes that share the work; an `accelerate.PartialState` serves too. Default:
+            those that were launched together, as by `accelerate launch`. All of them call the same methods with the same
+            arguments; each works on its share of images and layers, all get the same result, and the main one prints and
+            saves. Its `mixed_precision` holds for forward passes and training; statistics are summed in float32 or better.
+        allow_tf32: Whether statistics may be multiplied in TF32 where PyTorch is set to it, on GPUs that can: faster,
+            and less exact.
+
+    Attributes:
+        report: `CompressionReport` of the last compression, or None.
+
+    Example:
+        ```python
+        compressor = MixRankCompressor.from_pretrained("facebook/deit-base-patch16-224")
+        images = compressor.get_calibration_dataset("path/to/images", num_samples=512)
+        model = compressor.compress(MixRankConfig(compression_ratio=0.6), images, save_directory="out")
+        ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        image_processor: Any = None,
+        accelerator: Accelerator | PartialState | None = None,
+        *,
+        allow_tf32: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"model is a {type(model).__name__}, not a Transformers model; use "
+                "`MixRankCompressor.from_pretrained(path_or_hub_id)` for a path or Hub id."
+            )
+        check_placement(model, find_processes(accelerator))
+        self.model = model
+        self.image_processor = image_processor
+        self.accelerator = accelerator
+        self.allow_tf32 = allow_tf32
+        self.report: CompressionReport | None = None
+        self._unfinished: UnfinishedRun | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_or_path: str | Path | PreTrainedModel,
+        *,
+        image_processor: Any = None,
+        accelerator: Accelerator | PartialState | None = None,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device | None = None,
+        allow_tf32: bool = False,
+        auto_class: Any = None,
+        **hub_kwargs: Any,
+    ) -> MixRankCompressor:
+        """Load the model to compress, with its image processor.
+
+        Args:
+            model_or_path: A local folder, a Hub id, or a model in memory (taken as it is).
+            image_processor: For a model in memory, or to replace the one that belongs to the checkpoint.
+            accelerator: See `MixRankCompressor`.
+            dtype: Precision of the loaded weights and of the compressed checkpoint, float32 whatever the file holds;
+                `"auto"` keeps the file's.
+            device: Where to put the model, such as `"cuda"`; a model that is too large for one device takes
+                `device_map="auto"` instead. Default: a model in memory stays where it is; a checkpoint goes to the device
+                of the `accelerator`, or of each of several processes, else to the CPU.
+            allow_tf32: See `MixRankCompressor`.
+            auto_class: Class to load with; default: the architecture that the checkpoint names.
+            **hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, `trust_remote_code`,
+                `device_map`, `max_memory`, … as for Transformers' `from_pretrained`.
+
+        Raises:
+            OSError: if there is no such checkpoint.
+            TypeError: if Hub arguments are given for a model in memory.
+            ValueError: if weights would have to be offloaded, or both `device` and `device_map` are given.
+        """
+        processes = find_processes(accelerator)
+        # A process alone, without an accelerator, leaves the model on the CPU.
+        default_device = None if processes.is_single and accelerator is None else processes.device
+        with quiet_unless_main(processes):
+            model, found = open_original(model_or_path, dtype, device, default_device, auto_class, hub_kwargs)
+        return cls(model, found if image_processor is None else image_processor, accelerator, allow_tf32=allow_tf32)
+
+    @property
+    def processes(self) -> Processes:
+        """This process among those that share the work."""
+        return find_processes(self.accelerator)
+
+    def get_calibration_dataset(
+        self,
+        dataset: str | Path | datasets.Dataset,
+        *,
+        num_samples: int | None = 512,
+        split: str | None = None,
+        image_column: str | None = None,
+        seed: int = 42,
+        **hub_kwargs: Any,
+    ) -> datasets.Dataset:
+        """Draw calibration images; labels are never looked at.
+
+        Args:
+            dataset: A folder of images, a parquet file or folder, a Hub id or a `datasets.Dataset`.
+            num_samples: How many images to draw without replacement, None for all.
+            split: Default: `train`, or the only one there is.
+            image_column: Default: the one image column there is.
+            seed: Seed of the draw.
+            **hub_kwargs: As for `datasets.load_dataset`; `streaming=True` draws without downloading all of the dataset.
+
+        Raises:
+            ValueError: if there is no such data, split or column.
+        """
+        with quiet_unless_main(self.processes):
+            return load_image_dataset(
+                dataset, split=split, image_column=image_column, num_samples=num_samples, seed=seed, **hub_kwargs
+            )
+
+    @_in_every_process
+    def calibrate(
+        self,
+        calibration_dataset: Any,
+        metric: str | Sequence[str] = "second_moment",
+        *,
+        target_modules: str | list[str] | None = None,
+        exclude_modules: str | list[str] | None = None,
+        fisher_samples: int = 1,
+        seed: int = 42,
+        batch_size: int = 32,
+        max_broken_share: float = 0.05,
+        num_workers: int = 0,
+    ) -> Calibration:
+        """Collect the statistics that one or several metrics need, in one pass over the images.
+
+        `compress` does this itself; call it to try several ratios or metrics on the same statistics.
+
+        Args:
+            calibration_dataset: See `compress`.
+            metric: One or several metrics.
+            target_modules: As in `MixRankConfig`.
+            exclude_modules: As in `MixRankConfig`.
+            fisher_samples: As in `MixRankConfig`.
+            seed: Of the probes of the Fisher information.
+            batch_size: See `compress`.
+            max_broken_share: See `compress`.
+            num_workers: See `compress`.
+
+        Raises:
+            ValueError: for unusable images, NaN or Inf, or layers that never run.
+        """
+        metrics = [METRICS.create(name) for name in ([metric] if isinstance(metric, str) else metric)]
+        processes = self.processes
+        with processes.raise_on_all_ranks():
+            targets = find_targets(self.model, target_modules, exclude_modules)
+            if not required_statistics(metrics, targets):
+                return Calibration({}, 0)
+            batches = self._reader(batch_size, num_workers, max_broken_share).read(calibration_dataset)
+        fingerprint = shared_fingerprint(self.model, processes)
+        task = CalibrationTask(self.model, fingerprint, batches, None, metrics, fisher_samples, seed, processes)
+        return task.collect(targets)
+
+    @_in_every_process
+    def check_calibration(
+        self,
+        calibration: Calibration,
+        calibration_dataset: Any,
+        *,
+        batch_size: int = 32,
+        max_broken_share: float = 0.05,
+        num_workers: int = 0,
+    ) -> None:
+        """Check that statistics were taken from this model and these images, which are decoded and not run.
+
+        Args:
+            calibration: Statistics from `calibrate`.
+            calibration_dataset: See `compress`.
+            batch_size: See `compress`.
+            max_broken_share: See `compress`.
+            num_workers: See `compress`.
+
+        Raises:
+            ValueError: if they were not.
+        """
+        with self.processes.raise_on_all_ranks():
+            batches = self._reader(batch_size, num_workers, max_broken_share).read(calibration_dataset)
+        check_statistics(calibration, shared_fingerprint(self.model, self.processes), batches, self.processes)
+
+    @_in_every_process
+    def compress(
+        self,
+        config: MixRankConfig | None = None,
+        calibration_dataset: Any = None,
+        save_directory: str | Path | None = None,
+        *,
+        calibration: Calibration | None = None,
+        inplace: bool = False,
+        overwrite: bool = False,
+        max_memory: MaxMemory = None,
+        resume_directory: str | Path | None = None,
+        save_interval: float = 60.0,
+        batch_size: int = 32,
+        max_broken_share: float = 0.05,
+        num_workers: int = 0,
+    ) -> PreTrainedModel:
+        """Compress the model.
+
+        Args:
+            config: What to do; default `MixRankConfig()`.
+            calibration_dataset: Images, without need of labels: what `get_calibration_dataset` returns, a folder, a Hub
+                id, a list of PIL images or paths, or any iterable or `DataLoader` of `pixel_values`. Of a folder or Hub
+                id, `config.num_samples` images are drawn with `config.seed`. Not needed for `metric="svd"`.
+            save_directory: Where to save the compressed model, its image processor and the report.
+            calibration: Statistics from `calibrate` of this very model. With compensation, the images that they were
+                taken from are needed too; images that are given in any case are compared with those.
+            inplace: False compresses a copy, so that the original stays for comparison; True compresses the model itself.
+                Compensation then learns from a copy of the original, which is dropped at the end.
+            overwrite: Whether `save_directory` may hold files already.
+            max_memory: Most memory to use beside the model, such as `"8GiB"`; or by device, as for Accelerate,
+                `{"cpu": "16GiB", 0: "8GiB"}`. What is needed is estimated and logged before the work starts. Where it is
+                more, statistics are collected in several passes over the images, and layer-wise compensation puts
+                activations on the disk, into `resume_directory` or among the system's temporary files.
+            resume_directory: Where the run keeps what it has finished. After it was cut off, the same call goes on from
+                there and ends with the same result, bit by bit. The folder is removed when the result is saved.
+            save_interval: Seconds between two savings of work that goes on; at most so much is lost.
+            batch_size: Images per forward pass.
+            max_broken_share: Tolerated share of images that cannot be decoded.
+            num_workers: Processes that decode images ahead while the model runs; the result is the same for any number.
+
+        Returns:
+            The compressed model, a Transformers model of the same class; `self.report` describes it.
+
+        Raises:
+            ValueError: before the model is changed: for a ratio that cannot be reached, patterns that match nothing,
+                missing or unusable images, NaN or Inf, too little `max_memory`, or a `resume_directory` of another run.
+            FileExistsError: if `save_directory` holds files and `overwrite` is False.
+            OSError: if a disk is full; what was saved before stays as it is.
+        """
+        processes, self._unfinished = self.processes, None
+
+        def check_output() -> None:
+            if save_directory is not None and processes.is_main:
+                writable_directory(save_directory, overwrite or has_saved(resume_directory, save_directory))
+
+        with processes.raise_on_all_ranks():
+            if save_interval <= 0:
+                raise ValueError(f"save_interval={save_interval!r} is not a positive number of seconds.")
+            check_output()
+            reader = self._reader(batch_size, num_workers, max_broken_share)
+            options: dict[str, Any] = {"calibration": calibration, "inplace": inplace, "max_memory": max_memory}
+            run = CompressionRun.start(config or MixRankConfig(), reader, **options)
+            run.take_images(calibration_dataset)
+        run.fingerprint = shared_fingerprint(self.model, processes)
+        if resume_directory is not None:
+            self._unfinished = open_run(run, resume_directory, save_interval, self.allow_tf32)
+            with processes.raise_on_all_ranks():
+                # A run that has ended while this one waited for the folder may have saved its result.
+                check_output()
+        model, self.report = compress(run)
+        if save_directory is not None:
+            self.save_pretrained(model, save_directory, overwrite=overwrite)
+        return model
+
+    def memory_plan(
+        self,
+        config: MixRankConfig | None = None,
+        num_images: int | None = None,
+        *,
+        batch_size: int = 32,
+        inplace: bool = False,
+        max_memory: MaxMemory = None,
+    ) -> MemoryPlan:
+        """How much memory `compress` will need beside the model, by phase; `print` it.
+
+        Args:
+            config: What to do; default `MixRankConfig()`.
+            num_images: Calibration images; default `config.num_samples`.
+            batch_size: See `compress`.
+            inplace: See `compress`.
+            max_memory: See `compress`.
+
+        Raises:
+            ValueError: if `max_memory` does not allow it; the message says what is needed.
+        """
+        config = config or MixRankConfig()
+        targets = find_targets(self.model, config.target_modules, config.exclude_modules)
+        required = required_statistics([METRICS.create(config.metric)], targets)
+        images = self.processes.largest_share(num_images or config.num_samples, batch_size)
+        task = MemoryTask(config, required, images, batch_size, inplace)
+        return estimate_memory(self.model, targets, task, max_memory)
+
+    @_in_every_process
+    def profile(
+        self,
+        calibration: Calibration,
+        config: MixRankConfig | None = None,
+        ratios: Sequence[float] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+    ) -> RankProfile:
+        """Ranks and predicted losses over many budgets, without compressing anything.
+
+        Args:
+            calibration: Statistics from `calibrate` with the configuration's metric.
+            config: Everything but the ratio; default `MixRankConfig()`.
+            ratios: Values of `compression_ratio`; those that cannot be reached are an error.
+
+        Raises:
+            ValueError: as `compress`.
+        """
+        return profile_model(self._reader(), calibration, config or MixRankConfig(), ratios)
+
+    def quantize(
+        self,
+        save_dir: str | Path,
+        file_prefix: str | None = None,
+        *,
+        quantization_config: MixRankConfig | None = None,
+        calibration_dataset: Any = None,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        """Compress and save: Optimum's interface to `compress`, whose other arguments it takes too.
+
+        Raises:
+            ValueError: if `file_prefix` is given, and as `compress`.
+        """
+        if file_prefix is not None:
+            raise ValueError(
+                f"file_prefix={file_prefix!r} is not supported: `from_pretrained` finds weights by their standard "
+                "names. Leave it out, or use one directory per model."
+            )
+        return self.compress(quantization_config, calibration_dataset, save_dir, **kwargs)
+
+    @_in_every_process
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        dataset: Any,
+        *,
+        split: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        num_samples: int | None = None,
+        seed: int = 42,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> EvaluationResult:
+        """Measure what a compressed model has lost against the original; kept in `self.report` too.
+
+        Args:
+            model: The compressed model, in memory or reloaded.
+            dataset: Images as for `compress`; with labels, accuracy is measured too.
+            split: Split of a named dataset; default: `validation`, `test` or the only one there is.
+            image_column: Default: the one image column there is.
+            label_column: Default: `label` or `labels`, where there is one.
+            num_samples: Draw so many images; None for all.
+            seed: Seed of that draw.
+            batch_size: Images per forward pass.
+            num_workers: See `compress`.
+        """
+        processes = self.processes
+        with processes.raise_on_all_ranks():
+            batches = self._reader(batch_size, num_workers).read_labelled(
+                dataset, image_column, label_column, split=split, num_samples=num_samples, seed=seed
+            )
+        with phase("Evaluated") as evaluating:
+            result = evaluate_model(model, batches, reference=self.model, processes=processes)
+            evaluating.add_detail(*result.details())
+        if self.report is not None:
+            self.report = dataclasses.replace(self.report, evaluation=dataclasses.asdict(result))
+        return result
+
+    @_in_every_process
+    def save_pretrained(
+        self,
+        model: PreTrainedModel,
+        save_directory: str | Path,
+        *,
+        overwrite: bool = False,
+        picture: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save a compressed model with its image processor and the report.
+
+        What stands at the destination is the old content or the whole new one, whenever the process ends.
+
+        Args:
+            model: The compressed model; saved in the dtype that it has.
+            save_directory: A new or empty folder.
+            overwrite: Whether the folder may hold files already; they are replaced.
+            picture: Whether to save a picture of the ranks too, `ranks.png`.
+            **kwargs: `max_shard_size`, … as for Transformers' `save_pretrained`.
+
+        Raises:
+            FileExistsError: if the folder holds files and `overwrite` is False.
+            OSError: if the disk is full; what was in the folder stays as it is.
+        """
+        processes, report = self.processes, self.report
+        with processes.raise_on_all_ranks():
+            if processes.is_main:
+                content = (model, save_directory, self.image_processor, report)
+                report = save_result(*content, self._unfinished, overwrite=overwrite, picture=picture, **kwargs)
+        self.report, self._unfinished = processes.broadcast(report), None
+
+    @_in_every_process
+    def push_to_hub(self, model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
+        """Upload a compressed model with its image processor and the report.
+
+        Args:
+            model: The compressed model.
+            repo_id: `user/name` on the Hub; made if it does not exist.
+            **kwargs: `token`, `private`, `revision`, `commit_message`, and `max_shard_size`.
+
+        Returns:
+            What `huggingface_hub.upload_folder` returns; in the main process only.
+        """
+        processes, uploaded = self.processes, None
+        with processes.raise_on_all_ranks():
+            if processes.is_main:
+                uploaded = push_compressed(model, repo_id, self.image_processor, self.report, **kwargs)
+        return uploaded
+
+    def _reader(self, batch_size: int = 32, num_workers: int = 0, max_broken_share: float = 0.05) -> ImageReader:
+        return ImageReader(self.model, self.image_processor, self.processes, batch_size, num_workers, max_broken_share)

@@ -1,0 +1,98 @@
+"""Images for a model, to learn from and to evaluate on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+
+from ..calibration.images.batches import ImageBatches
+from ..calibration.images.sources import load_image_dataset
+from ..evaluation.labels import find_label_column, map_labels
+from ..runtime.distributed import Processes
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads images as a model takes them.
+
+    Attributes:
+        model: The model.
+        image_processor: Its image processor; None if batches of `pixel_values` are given.
+        processes: Those that share the images out.
+        batch_size: Images per forward pass.
+        num_workers: Processes that decode ahead.
+        max_broken_share: Tolerated share of images that cannot be decoded.
+    """
+
+    model: PreTrainedModel
+    image_processor: Any
+    processes: Processes
+    batch_size: int = 32
+    num_workers: int = 0
+    max_broken_share: float = 0.05
+
+    def draw(self, dataset: Any, num_samples: int, seed: int) -> Any:
+        """Of a folder or Hub id, so many images; anything else stays as it is."""
+        if isinstance(dataset, str | Path):
+            return load_image_dataset(dataset, num_samples=num_samples, seed=seed)
+        return dataset
+
+    def read(self, dataset: Any, keep: bool = False) -> ImageBatches:
+        """Batches to learn from, with their fingerprint.
+
+        Args:
+            dataset: See `ImageBatches`.
+            keep: Whether they are kept, so that they are not to fill the memory that a GPU copies from.
+        """
+        return self._batches(
+            dataset,
+            max_broken_share=self.max_broken_share,
+            pin_memory=not keep and self.model.device.type == "cuda",
+            fingerprint=True,
+        )
+
+    def read_labelled(
+        self, dataset: Any, image_column: str | None = None, label_column: str | None = None, **draw: Any
+    ) -> ImageBatches:
+        """Batches to evaluate on, with labels of the model where the dataset has labels.
+
+        Args:
+            dataset: See `ImageBatches`; of a folder or Hub id, the validation split is taken, or the test split.
+            image_column: Default: the one image column there is.
+            label_column: Default: `label` or `labels`, where there is one.
+            **draw: `split`, `num_samples` and `seed`, as for `load_image_dataset`.
+        """
+        if isinstance(dataset, str | Path | datasets.DatasetDict):
+            dataset = load_image_dataset(
+                dataset, default_splits=("validation", "test"), image_column=image_column, **draw
+            )
+        label_map = None
+        if isinstance(dataset, datasets.Dataset):
+            label_column = label_column or find_label_column(dataset)
+            if label_column is not None:
+                label_map = map_labels(dataset, label_column, self.model.config.id2label)
+        return self._batches(
+            dataset,
+            image_column=image_column,
+            label_column=label_column,
+            label_map=label_map,
+            pin_memory=self.model.device.type == "cuda",
+        )
+
+    def _batches(self, dataset: Any, **options: Any) -> ImageBatches:
+        return ImageBatches(
+            dataset,
+            image_processor=self.image_processor,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            num_channels=getattr(self.model.config, "num_channels", 3),
+            processes=self.processes,
+            **options,
+        )

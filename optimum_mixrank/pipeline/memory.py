@@ -1,0 +1,340 @@
+"""How much memory a compression will need, estimated from shapes, and how to make it fit a limit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import convert_file_size_to_int
+
+from ..checkpoint.configuration import MixRankConfig
+from ..checkpoint.names import Target
+from ..checkpoint.rank_map import break_even
+from ..compensation.compensator import IN_MEMORY, MAX_CACHED_OUTPUT_BYTES, ActivationStorage
+from ..decomposition.statistics import GRADIENT_STATISTICS, Statistic
+from ..runtime.distributed import Processes
+from ..runtime.formatting import format_bytes
+from ..runtime.logging import get_logger
+from .memory_probe import LayerSize, ModelSize, probe_model
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+logger = get_logger(__name__)
+
+MaxMemory = int | str | Mapping[int | str, int | str] | None
+"""A number of bytes, a string such as `"8GiB"`, or these by device, as Accelerate's `max_memory`."""
+
+HOST, DEVICE, DISK = "host", "device", "disk"
+
+FRAGMENTATION_FACTOR = 1.25
+"""What a graph of activations takes on the host, over the bytes of its tensors: the C library keeps holes between them."""
+
+LAYERWISE = frozenset({"sequential", "residual"})
+"""Compensation that is counted; steps that train are not."""
+
+Parts = Sequence[tuple[str, float]]
+"""What is held at once: places and bytes."""
+
+
+@dataclass(frozen=True)
+class MemoryTask:
+    """What a compression does, as far as memory depends on it.
+
+    Attributes:
+        config: What to do.
+        required: Statistics to collect, by module name; empty where they are given or not needed.
+        num_images: Images of this process.
+        batch_size: Images per forward pass.
+        inplace: Whether the model itself is compressed.
+    """
+
+    config: MixRankConfig
+    required: Mapping[str, frozenset[Statistic]]
+    num_images: int
+    batch_size: int = 32
+    inplace: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a compression is estimated to need beside the model that is there already.
+
+    Attributes:
+        phases: By phase and place (`"host"`, `"device"`, `"disk"`).
+        groups: Names of the layers of which statistics are collected in one pass over the images, for each pass.
+        storage: Where layer-wise compensation holds activations.
+        not_counted: Compensation steps that the estimate leaves out.
+    """
+
+    phases: Mapping[str, Mapping[str, int]]
+    groups: Sequence[Sequence[str]] = ((),)
+    storage: ActivationStorage = IN_MEMORY
+    not_counted: Sequence[str] = ()
+
+    @property
+    def passes(self) -> int:
+        """Over the images, to collect statistics."""
+        return len(self.groups)
+
+    def peak(self, place: str) -> int:
+        """Most bytes at once in a place."""
+        return max((places.get(place, 0) for places in self.phases.values()), default=0)
+
+    def record(self) -> dict[str, Any]:
+        """What the report keeps of it, JSON values."""
+        estimated = {place: self.peak(place) for place in (HOST, DEVICE) if self.peak(place)}
+        rest = {"passes": self.passes, "disk_bytes": self.peak(DISK), "not_counted": list(self.not_counted)}
+        return {"estimated_bytes": estimated, **rest}
+
+    def __str__(self) -> str:
+        """The peaks, and one line for every phase."""
+        peaks = {place: self.peak(place) for place in (HOST, DEVICE, DISK)}
+        lines = [f"Memory beside the model: {_listed(peaks)}" + (f", {self.passes} passes" if self.passes > 1 else "")]
+        lines += [f"  {phase}: {_listed(places)}" for phase, places in self.phases.items()]
+        if self.not_counted:
+            lines.append(f"  not counted: {', '.join(self.not_counted)}")
+        return "\n".join(lines)
+
+
+def estimate_memory(
+    model: PreTrainedModel, targets: Sequence[Target], task: MemoryTask, max_memory: MaxMemory = None
+) -> MemoryPlan:
+    """What a compression will need beside the model, within the limits; the model runs once, on a black image.
+
+    Args:
+        model: The original.
+        targets: The targeted layers.
+        task: What to do.
+        max_memory: What is allowed; None sets no limit.
+
+    Raises:
+        ValueError: if the limits cannot be kept to, or the model's configuration names no size of images.
+    """
+    size = probe_model(model, targets, any(each & GRADIENT_STATISTICS for each in task.required.values()))
+    if max_memory is None:
+        return plan_memory(size, task)
+    device = model.device
+    return fit_memory(size, task, parse_limits(max_memory, None if device.type == "cpu" else device.index or 0))
+
+
+def plan_memory(
+    size: ModelSize, task: MemoryTask, passes: int = 1, storage: ActivationStorage = IN_MEMORY
+) -> MemoryPlan:
+    """Estimate the memory of all phases.
+
+    Args:
+        size: The model.
+        task: What to do.
+        passes: Over the images, each collecting statistics of some of the layers.
+        storage: See `MemoryPlan`.
+    """
+    compute = HOST if size.on_host else DEVICE
+    # What several passes leave is put by on the host.
+    store = HOST if passes > 1 else compute
+    groups = split_layers(size.layers, passes)
+    steps, batch = task.config.compensation, min(task.batch_size, task.num_images)
+    images = (HOST, size.pixels * (task.num_images if steps else batch))
+    gradients = {name: required & GRADIENT_STATISTICS for name, required in task.required.items()}
+    kept = statistics_bytes(size.layers, gradients if steps else {})
+    collected = max((statistics_bytes(group, task.required) for group in groups), default=0)
+    found = sum(_decomposition_bytes(layer.shape, task.config.layout) for layer in size.layers)
+    # A pass holds its own statistics beside what earlier ones have left; the last one bears most.
+    left = (store, (found + kept) * (1 - 1 / passes))
+    own = found if passes == 1 else (found + kept) / passes
+    decomposing = (compute, max((_decomposition_workspace(layer.shape) for layer in size.layers), default=0))
+    copies = int(not task.inplace or bool(steps)) * size.weights
+    phases: dict[str, Parts] = {}
+    if task.required:
+        phases["calibrate"] = [images, (compute, collected), left, (compute, _pass_bytes(size, task, groups, batch))]
+    phases["decompose"] = [images, (compute, collected), left, (store, own), decomposing]
+    phases["factorize"] = [images, (store, kept + found), (compute, copies), decomposing]
+    if LAYERWISE & set(steps):
+        views = task.num_images * (2 if task.config.mirror else 1)
+        phases["compensate"] = [
+            images,
+            (store, kept),
+            # A second compressed model is kept to go back to.
+            (compute, copies - size.weights + 2 * size.weights * (1 - task.config.compression_ratio)),
+            (DISK if storage.on_disk else compute, 2 * views * size.boundary),
+            (compute, min(views * size.outputs, storage.max_output_bytes)),
+            (compute, batch * (size.forward + size.outputs)),
+            (compute, max((_solving_workspace(layer.shape) for layer in size.layers), default=0)),
+        ]
+    not_counted = tuple(name for name in steps if name not in LAYERWISE)
+    names = [[layer.name for layer in group] for group in groups]
+    return MemoryPlan({phase: _by_place(parts) for phase, parts in phases.items()}, names, storage, not_counted)
+
+
+def fit_memory(size: ModelSize, task: MemoryTask, limits: Mapping[str, int]) -> MemoryPlan:
+    """The fastest plan that keeps to limits.
+
+    Args:
+        size: The model.
+        task: What to do.
+        limits: Bytes by place, `"host"` or `"device"`; a place that is not there is not limited.
+
+    Raises:
+        ValueError: if none does; it says what is needed at least.
+    """
+    most = len({layer.leader for layer in size.layers}) if task.required else 1
+    ways = [ActivationStorage(*way) for way in product((MAX_CACHED_OUTPUT_BYTES, 0), (False, True))]
+    if not size.on_host:
+        # A GPU computes outputs again faster than a disk gives activations.
+        ways.sort(key=lambda way: way.on_disk)
+    tried = []
+    for passes in sorted({min(most, each) for each in (1, 2, 3, 4, 6, 8, 12, 16, 24, most)}):
+        for way in ways:
+            plan = plan_memory(size, task, passes, way)
+            over = sum(max(0, plan.peak(place) - limit) for place, limit in limits.items())
+            if not over:
+                return plan
+            tried.append((over, plan))
+    best = min(tried, key=lambda each: each[0])[1]
+    fewer = "fewer images, mirror=False, " if task.config.mirror and LAYERWISE & set(task.config.compensation) else ""
+    raise ValueError(
+        f"max_memory allows {_listed(limits, ' and ')}, but at least "
+        f"{_listed({place: best.peak(place) for place in limits}, ' and ')} is needed beside the model, in {best.passes} "
+        f"passes with a batch size of {task.batch_size} and {task.num_images} images. Raise it, or use a smaller "
+        f"batch_size, {fewer or 'fewer images, '}or compensation=[]."
+    )
+
+
+def agree_on_plan(plan: MemoryPlan, processes: Processes, directory: Path | None) -> MemoryPlan:
+    """The plan with as many passes as the process needs that needs most; logged.
+
+    Args:
+        plan: Of this process.
+        processes: Those that share the work.
+        directory: Where activations are put that do not fit; None stands for the system's temporary files.
+
+    Raises:
+        ValueError: if the disk has too little space.
+    """
+    # All make the same passes; what is kept, and where, each decides for itself.
+    most = max(processes.gather(plan), key=lambda each: each.passes)
+    plan = dataclasses.replace(plan, groups=most.groups)
+    needs = processes.gather((platform.node(), plan.peak(DISK)))
+    needed = sum(need for node, need in needs if node == platform.node())
+    folder = Path(tempfile.gettempdir()) if directory is None else directory
+    with processes.raise_on_all_ranks():
+        if needed and needed > (free := shutil.disk_usage(folder).free):
+            raise ValueError(
+                f"Activations of {format_bytes(needed)} do not fit into max_memory, and not into {str(folder)!r} either, "
+                f"where {format_bytes(free)} are free. Free some space, raise max_memory, or "
+                + (
+                    "set TMPDIR to a folder on another disk."
+                    if directory is None
+                    else "name another folder for the run."
+                )
+            )
+    peaks, *phases = str(plan).splitlines()
+    logger.info(peaks)
+    for line in phases:
+        logger.debug(line)
+    return plan
+
+
+def parse_limits(max_memory: int | str | Mapping[int | str, int | str], device: int | None) -> dict[str, int]:
+    """Limits by place, from what Accelerate's `max_memory` may be.
+
+    Args:
+        max_memory: A number of bytes or a string like `"8GiB"`, for the host and for the device each; or a mapping of
+            `"cpu"` and numbers of devices to these.
+        device: Number of the device that computes; None for the host.
+
+    Raises:
+        ValueError: for something else.
+    """
+    if not isinstance(max_memory, Mapping):
+        max_memory = {"cpu": max_memory} if device is None else {"cpu": max_memory, device: max_memory}
+    limits = {}
+    for key, value in max_memory.items():
+        if key != "cpu" and not isinstance(key, int):
+            raise ValueError(f"max_memory has the key {key!r}; give 'cpu' or the number of a device.")
+        try:
+            size = convert_file_size_to_int(value)
+        except ValueError as error:
+            raise ValueError(f"max_memory={value!r} is not a size in bytes; '8GiB' and '500MB' are.") from error
+        if size <= 0:
+            raise ValueError(f"max_memory={value!r} is not positive.")
+        if key in ("cpu", device):
+            limits[HOST if key == "cpu" else DEVICE] = size
+    return limits
+
+
+def split_layers(layers: Sequence[LayerSize], passes: int) -> list[list[LayerSize]]:
+    """Contiguous groups of about as many weights each; layers that share an input stay together."""
+    units: dict[str, list[LayerSize]] = {}
+    for layer in layers:
+        units.setdefault(layer.leader, []).append(layer)
+    total = sum(math.prod(layer.shape) for layer in layers)
+    groups: list[list[LayerSize]] = [[] for _ in range(max(1, passes))]
+    before = 0
+    for unit in units.values():
+        weight = sum(math.prod(layer.shape) for layer in unit)
+        groups[min(len(groups) - 1, int((before + weight / 2) / total * len(groups)))].extend(unit)
+        before += weight
+    return [group for group in groups if group]
+
+
+def statistics_bytes(layers: Sequence[LayerSize], required: Mapping[str, frozenset[Statistic]]) -> int:
+    """Of statistics in float64; layers that share an input share its statistics."""
+    sizes: dict[tuple[str, Statistic], int] = {}
+    for layer in layers:
+        for statistic in required.get(layer.name, ()):
+            owner = layer.leader if statistic.of_input else layer.name
+            sizes[owner, statistic] = 8 * math.prod(statistic.shape(*layer.shape, layer.tokens))
+    return sum(sizes.values())
+
+
+def _pass_bytes(size: ModelSize, task: MemoryTask, groups: Sequence[Sequence[LayerSize]], batch: int) -> float:
+    """Activations of a calibration pass, and what it works with, beside the statistics."""
+    required = task.required
+    with_gradients = any(statistics & GRADIENT_STATISTICS for statistics in required.values())
+    activations = (FRAGMENTATION_FACTOR if size.on_host else 1.0) * size.backward if with_gradients else size.forward
+    widest = max((layer.tokens * max(layer.shape) for layer in size.layers), default=0)
+    projected = Statistic.INPUT_GRADIENT_MOMENT
+    # In float32, bases on which gradients are projected.
+    bases = (
+        sum(4 * math.prod(each.shape) for each in group if projected in required.get(each.name, ()))
+        for group in groups
+    )
+    # Tokens in float32, and centred; of gradients also their squares and a projection.
+    return batch * (activations + (4 if with_gradients else 2) * 4 * widest) + max(bases, default=0)
+
+
+def _decomposition_bytes(shape: tuple[int, int], layout: str) -> int:
+    """Of the components that are kept of a layer, in float32."""
+    m, n = shape
+    return 4 * max(1, int(break_even(m, n, layout))) * (m + n) + 8 * min(m, n)
+
+
+def _decomposition_workspace(shape: tuple[int, int]) -> int:
+    """The weight, both sides of its decomposition and a handful of square matrices, in float64."""
+    m, n = shape
+    return 8 * (3 * m * n + 8 * min(m, n) ** 2)
+
+
+def _solving_workspace(shape: tuple[int, int]) -> int:
+    """Moments of inputs and of targets with inputs, and what solving with them takes, in float64."""
+    m, n = shape
+    return 8 * (5 * n * n + 6 * m * n)
+
+
+def _by_place(parts: Parts) -> dict[str, int]:
+    return {place: round(sum(size for where, size in parts if where == place)) for place in dict(parts)}
+
+
+def _listed(places: Mapping[str, int], between: str = ", ") -> str:
+    return between.join(f"{format_bytes(size)} on the {place}" for place, size in places.items() if size)

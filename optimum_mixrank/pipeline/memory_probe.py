@@ -1,0 +1,148 @@
+"""What a model takes for one image: the measurements that a memory estimate starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..checkpoint.names import Target
+from ..compensation.segments import Call, find_segments
+from ..evaluation.memory import live_bytes, weight_bytes
+from ..runtime.forward import activation_gradients, black_image, evaluation_mode
+from ..runtime.hooks import hooks_removed_on_exit
+from ..runtime.outputs import select_output
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """A targeted layer.
+
+    Attributes:
+        name: Module name.
+        shape: `(out_features, in_features)`.
+        tokens: How often it runs for one image.
+        leader: The first of the layers that share its input.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    tokens: int
+    leader: str
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model takes, in bytes.
+
+    Attributes:
+        layers: The targeted layers, in forward order.
+        weights: Parameters and buffers.
+        pixels: One image, as the model sees it.
+        forward: Activations that a forward pass holds at once, for one image.
+        backward: The same on the way there and back to the image.
+        boundary: Input of a segment (a block), for one image.
+        outputs: Outputs of the targeted layers of a segment, for one image.
+        on_host: Whether the model computes on the host.
+    """
+
+    layers: Sequence[LayerSize]
+    weights: int
+    pixels: int
+    forward: int
+    backward: int
+    boundary: int
+    outputs: int
+    on_host: bool = True
+
+
+def probe_model(model: nn.Module, targets: Sequence[Target], with_gradients: bool) -> ModelSize:
+    """Run a model on one black image, and once more with gradients where they will be needed.
+
+    Args:
+        model: A model that takes `pixel_values`.
+        targets: The targeted layers.
+        with_gradients: Whether gradients will be taken.
+
+    Raises:
+        ValueError: if the model's configuration names no size of images, or a layer is not called.
+    """
+    parameter = next(model.parameters())
+    device = getattr(model, "device", parameter.device)
+    image = black_image(model)
+    calls: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def listen(name: str) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            calls.setdefault(name, (args[0], output))
+
+        return model.get_submodule(name).register_forward_hook(hook)
+
+    handles = [listen(target.name) for target in targets]
+    with hooks_removed_on_exit(handles), evaluation_mode(model):
+        model(pixel_values=image)
+        missing = [target.name for target in targets if target.name not in calls]
+        if missing:
+            raise ValueError(f"Layer {missing[0]!r} was not called; leave it out with exclude_modules.")
+        leaders: dict[int, str] = {}
+        layers = [
+            LayerSize(name, target.shape, inputs[..., 0].numel(), leaders.setdefault(id(inputs), name))
+            for target in sorted(targets, key=lambda target: list(calls).index(target.name))
+            for name, (inputs, _) in [(target.name, calls[target.name])]
+        ]
+        boundary, outputs = _segments(model, image, layers, calls)
+        calls.clear()
+    with evaluation_mode(model):
+        forward = live_bytes(model, lambda: model(pixel_values=image))
+    backward = forward
+    if with_gradients:
+        with evaluation_mode(model), activation_gradients(model):
+            backward = live_bytes(model, lambda: _gradients(model, image))
+    return ModelSize(
+        layers=layers,
+        weights=weight_bytes(model),
+        pixels=4 * image[0].numel(),
+        forward=forward,
+        backward=backward,
+        boundary=boundary,
+        outputs=outputs,
+        on_host=device.type == "cpu",
+    )
+
+
+def _segments(
+    model: nn.Module, image: Tensor, layers: Sequence[LayerSize], calls: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[int, int]:
+    """Bytes of the largest input of a segment, and of the outputs of its layers; zeros for a model without segments."""
+    try:
+        segments = find_segments(model, [layer.name for layer in layers])
+    except ValueError:
+        return 0, 0
+    boundaries: list[int] = []
+
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        boundaries.append(Call(args, kwargs).num_bytes)
+
+    # A stage of Swin gives less than it gets.
+    handles = [model.get_submodule(segment).register_forward_pre_hook(hook, with_kwargs=True) for segment in segments]
+    with hooks_removed_on_exit(handles):
+        model(pixel_values=image)
+    outputs = [
+        sum(
+            output.numel() * output.element_size()
+            for name, (_, output) in calls.items()
+            if name.startswith(f"{segment}.")
+        )
+        for segment in segments
+    ]
+    return max(boundaries), max(outputs)
+
+
+def _gradients(model: nn.Module, image: Tensor) -> None:
+    """Run the model and back to the image."""
+    found = select_output(model(pixel_values=image.clone().requires_grad_()), getattr(model, "config", None))
+    tensors = [found.logits] if found.logits is not None else list(found.features)
+    torch.stack([tensor.sum() for tensor in tensors]).sum().backward()

@@ -1,0 +1,44 @@
+"""What would a budget cost? Ranks and predicted losses over many budgets, without compressing anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from ..allocation.profile import NATS, NORMALISED, profile_budgets
+from ..calibration.result import Calibration
+from ..calibration.targets import find_targets
+from ..checkpoint.configuration import MixRankConfig
+from ..decomposition import METRICS
+from ..reporting.profile import RankProfile
+from .decompose import allocation_losses, check_weights, decompose_layers
+from .images import ImageReader
+from .run import rank_budget, shared_fingerprint
+
+
+def profile_model(
+    reader: ImageReader, calibration: Calibration, config: MixRankConfig, ratios: Sequence[float]
+) -> RankProfile:
+    """Allocate ranks under several ratios.
+
+    Args:
+        reader: Knows the model and its processes.
+        calibration: Statistics with the configuration's metric.
+        config: Everything but the ratio.
+        ratios: Values of `compression_ratio`.
+
+    Raises:
+        ValueError: for statistics of another model, or a ratio that cannot be reached.
+    """
+    model, processes, metric = reader.model, reader.processes, METRICS.create(config.metric)
+    calibration.check(shared_fingerprint(model, processes))
+    targets = find_targets(model, config.target_modules, config.exclude_modules)
+    check_weights(targets)
+    settings = [dataclasses.replace(config, compression_ratio=ratio) for ratio in sorted(ratios)]
+    budgets = [rank_budget(model, each, targets) for each in settings]
+    for budget in budgets:
+        budget.check()
+    statistics = calibration if metric.uses_data else None
+    losses = allocation_losses(metric, decompose_layers(metric, targets, statistics, config.layout, processes))
+    points = profile_budgets(budgets, losses, config.allocation)
+    return RankProfile(points, NATS if metric.common_unit else NORMALISED)

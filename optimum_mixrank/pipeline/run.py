@@ -1,0 +1,167 @@
+"""One run of a compression: what all of its steps share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..allocation.budget import LayerSpec, RankBudget
+from ..calibration.fingerprint import fingerprint_model
+from ..calibration.images.batches import ImageBatches
+from ..calibration.result import Calibration
+from ..calibration.targets import encoder_linears, match_values, select_targets
+from ..checkpoint.configuration import MixRankConfig
+from ..checkpoint.names import Target
+from ..decomposition import METRICS, Metric
+from ..evaluation.flops import flops_per_image, tokens_per_image
+from ..runtime.distributed import Processes
+from ..runtime.journal import NO_JOURNAL, Journal
+from .decompose import check_weights
+from .images import ImageReader
+from .memory import MaxMemory
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class CompressionRun:
+    """What is asked for, of which model, by which processes and within which limits.
+
+    Attributes:
+        model: The original.
+        config: What to do.
+        reader: Reads images for the model.
+        metric: How errors are measured.
+        linears: All linear layers of the encoder, in forward order.
+        targets: Those to compress.
+        budget: What they may cost together.
+        batches: The images, if statistics or compensation need them, or statistics are to be compared with them.
+        calibration: Statistics that were given.
+        inplace: Whether the model itself is compressed.
+        max_memory: Most memory to use beside the model.
+        journal: Where it is kept what is finished, for a run that is cut off.
+        fingerprint: Of the model; see `fingerprint_model`.
+        seconds: Wall time by step.
+    """
+
+    model: PreTrainedModel
+    config: MixRankConfig
+    reader: ImageReader
+    metric: Metric
+    linears: Sequence[Target]
+    targets: Sequence[Target]
+    budget: RankBudget
+    batches: ImageBatches | None = None
+    calibration: Calibration | None = None
+    inplace: bool = False
+    max_memory: MaxMemory = None
+    journal: Journal = NO_JOURNAL
+    fingerprint: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, config: MixRankConfig, reader: ImageReader, **options: Any) -> CompressionRun:
+        """Check all that can be checked before any work.
+
+        Args:
+            config: What to do.
+            reader: Reads images for the model.
+            **options: Attributes of the run.
+
+        Raises:
+            ValueError: for patterns that match nothing, weights with NaN or Inf, or a budget that cannot be met.
+        """
+        config.validate()
+        linears = encoder_linears(reader.model)
+        targets = select_targets(linears, config.target_modules, config.exclude_modules)
+        check_weights(targets)
+        budget = rank_budget(reader.model, config, targets)
+        budget.check()
+        metric = METRICS.create(config.metric)
+        return cls(reader.model, config, reader, metric, linears, targets, budget, **options)
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the work."""
+        return self.reader.processes
+
+    def take_images(self, dataset: Any) -> None:
+        """Take the images, if statistics or compensation need them, or statistics are to be compared with them.
+
+        Args:
+            dataset: As for `MixRankCompressor.compress`.
+
+        Raises:
+            ValueError: if images are needed and there are none.
+        """
+        config, needs_statistics = self.config, self.metric.uses_data and self.calibration is None
+        if dataset is None and self.calibration is None:
+            dataset = config.dataset
+        compared = self.calibration is not None and dataset is not None
+        if not (config.compensation or compared or needs_statistics):
+            return
+        if dataset is None:
+            step = f"metric={config.metric!r}" if needs_statistics else "compensation"
+            raise ValueError(
+                f"{step} needs calibration images: pass `calibration_dataset`. Without images there are only "
+                "metric='svd' and compensation=[], which lose far more accuracy."
+            )
+        self.batches = self.reader.read(
+            self.reader.draw(dataset, config.num_samples, config.seed), keep=bool(config.compensation)
+        )
+
+
+def rank_budget(model: PreTrainedModel, config: MixRankConfig, targets: Sequence[Target]) -> RankBudget:
+    """The constraints under which ranks are sought.
+
+    Raises:
+        ValueError: if a pattern matches no layer, or a rank or a ratio does not fit its layer.
+    """
+    rank_pattern = match_values(targets, config.rank_pattern, "rank_pattern")
+    ratio_pattern = match_values(targets, config.ratio_pattern, "ratio_pattern")
+    tokens, model_cost = {}, sum(parameter.numel() for parameter in model.parameters())
+    if config.cost == "flops":
+        tokens = tokens_per_image(model, [target.name for target in targets])
+        # A multiply-add counts two FLOPs.
+        model_cost = flops_per_image(model) // 2
+    layers = [
+        LayerSpec(
+            name=target.canonical_name,
+            out_features=target.shape[0],
+            in_features=target.shape[1],
+            price=tokens.get(target.name, 1),
+            rank=rank_pattern.get(target.canonical_name),
+            ratio=ratio_pattern.get(target.canonical_name),
+        )
+        for target in targets
+    ]
+    return RankBudget(
+        layers,
+        model_cost=model_cost,
+        unit="multiply-adds per image" if config.cost == "flops" else "parameters",
+        compression_ratio=config.compression_ratio,
+        compression_scope=config.compression_scope,
+        rank_multiple=config.rank_multiple,
+        min_rank=config.min_rank,
+        min_rank_ratio=config.min_rank_ratio,
+        max_rank_ratio=config.max_rank_ratio,
+        layout=config.layout,
+    )
+
+
+def shared_fingerprint(model: PreTrainedModel, processes: Processes) -> str:
+    """The model's fingerprint.
+
+    Raises:
+        ValueError: if the processes hold different models.
+    """
+    fingerprint = fingerprint_model(model)
+    if len(set(processes.gather(fingerprint))) > 1:
+        raise ValueError(
+            "The processes hold models with different weights. Load the same checkpoint in all, and call "
+            "`accelerate.utils.set_seed` before weights are drawn at random, those of a new head say."
+        )
+    return fingerprint

@@ -1,0 +1,138 @@
+"""Save a compressed model with all that describes it: report, page, picture and card."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi
+
+from ..checkpoint.files import safetensors_bytes, stored_dtype
+from ..checkpoint.saving import save_checkpoint
+from ..reporting import HTML_NAME, RANKS_NAME, plot_ranks
+from ..reporting.card import model_card
+from ..runtime.formatting import size
+from ..runtime.logging import get_logger
+from ..runtime.phases import phase
+from .unfinished import UnfinishedRun, has_saved
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..reporting import CompressionReport
+
+
+logger = get_logger(__name__)
+
+
+def save_result(
+    model: PreTrainedModel,
+    directory: str | Path,
+    image_processor: Any,
+    report: CompressionReport | None,
+    run: UnfinishedRun | None,
+    *,
+    overwrite: bool = False,
+    **kwargs: Any,
+) -> CompressionReport | None:
+    """Save the result of a run, and forget the run.
+
+    Args:
+        model: See `save_compressed`.
+        directory: See `save_compressed`; it may hold what this very run has saved before it was cut off.
+        image_processor: See `save_compressed`.
+        report: See `save_compressed`.
+        run: The run, if its progress was kept.
+        overwrite: Whether the destination may hold other files.
+        **kwargs: See `save_compressed`.
+    """
+    with phase("Saved") as saving:
+        is_own = run is not None and has_saved(run.journal.directory, directory)
+        kwargs |= {"overwrite": overwrite or is_own, "announce": None if run is None else run.announce}
+        report = save_compressed(model, directory, image_processor, report, **kwargs)
+        saving.add_detail(str(directory), size(safetensors_bytes(directory)))
+    if run is not None:
+        run.close()
+    return report
+
+
+def save_compressed(
+    model: PreTrainedModel,
+    directory: str | Path,
+    image_processor: Any,
+    report: CompressionReport | None,
+    *,
+    picture: bool = False,
+    **kwargs: Any,
+) -> CompressionReport | None:
+    """Save a compressed model, its image processor and its report, complete or not at all.
+
+    Args:
+        model: The compressed model.
+        directory: The destination.
+        image_processor: To save with it, or None.
+        report: To save with it, or None.
+        picture: Whether to save the picture of the ranks too.
+        **kwargs: See `save_checkpoint`.
+
+    Returns:
+        The report with the bytes on disk filled in.
+
+    Raises:
+        ValueError: as `save_checkpoint`.
+        FileExistsError: as `save_checkpoint`.
+    """
+    written = report
+
+    def describe(folder: Path) -> None:
+        nonlocal written
+        if report is not None:
+            written = dataclasses.replace(
+                report, bytes_on_disk_after=safetensors_bytes(folder), dtype_on_disk_after=stored_dtype(folder)
+            )
+            written.save(folder)
+            _save_pictures(written, folder, picture)
+            model_card(model, written).save(folder / "README.md")
+
+    save_checkpoint(model, directory, image_processor, describe=describe, **kwargs)
+    return written
+
+
+def _save_pictures(report: CompressionReport, folder: Path, picture: bool) -> None:
+    """Save the page, and the picture of the ranks if it is asked for."""
+    savers: dict[str, Callable[[], Any]] = {HTML_NAME: lambda: report.save_html(folder)}
+    if picture:
+        savers[RANKS_NAME] = lambda: plot_ranks(report, folder / RANKS_NAME)
+    for name, save in savers.items():
+        try:
+            save()
+        except Exception as error:
+            # Hours of work are not thrown away for a picture that could not be drawn.
+            logger.warning(f"The checkpoint is saved without {name!r}, which could not be made: {error}")
+
+
+def push_compressed(
+    model: PreTrainedModel,
+    repo_id: str,
+    image_processor: Any,
+    report: CompressionReport | None,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a model compressed with optimum-mixrank",
+    **kwargs: Any,
+) -> Any:
+    """Save to a temporary folder and upload it; see `MixRankCompressor.push_to_hub`."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "checkpoint"
+        save_compressed(model, directory, image_processor, report, **kwargs)
+        api = HfApi(token=token)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repository.repo_id, folder_path=directory, revision=revision, commit_message=commit_message
+        )

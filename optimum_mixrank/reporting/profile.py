@@ -1,0 +1,74 @@
+"""Predicted loss over budgets: as lines of text, and as a picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..allocation.profile import BudgetPoint
+
+
+@dataclass(frozen=True)
+class RankProfile:
+    """Predicted loss over budgets, by ascending ratio.
+
+    Attributes:
+        points: The budgets.
+        unit: Of the losses.
+    """
+
+    points: Sequence[BudgetPoint]
+    unit: str
+
+    def __str__(self) -> str:
+        lines = [f"{'ratio':>7}  {'kept':>7}  predicted loss ({self.unit})"]
+        lines += [f"{point.ratio:>7.1%}  {point.kept:>7.1%}  {point.loss:.4g}" for point in self.points]
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw predicted loss and ranks over the budgets.
+
+        Args:
+            path: Where to; the suffix says how: `.png`, `.svg` or `.pdf`.
+        """
+        return plot_profile(self, path)
+
+
+def plot_profile(profile: RankProfile, path: str | Path) -> Path:
+    """Draw predicted loss over the budgets, and the mean rank of every kind of layer.
+
+    Layers are of one kind if their names differ in numbers only.
+
+    Args:
+        profile: What to draw.
+        path: Where to; the suffix says how.
+
+    Returns:
+        The file.
+    """
+    # matplotlib takes a while to import; figures made without pyplot need no display and leave no global state.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    removed = [100 * point.ratio for point in profile.points]
+    kinds: dict[str, list[str]] = {}
+    for name in profile.points[0].ranks:
+        kinds.setdefault(re.sub(r"\d+", "*", name).split("*.")[-1], []).append(name)
+    with rc_context({"svg.hashsalt": "mixrank", "font.size": 9}):
+        figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot(removed, [point.loss for point in profile.points], marker="o", color="#3b75af")
+        left.set(xlabel="parameters removed (%)", ylabel=f"predicted loss ({profile.unit})", ylim=(0, None))
+        for kind, names in kinds.items():
+            means = []
+            for point in profile.points:
+                ranks = [rank for name in names if (rank := point.ranks[name]) is not None]
+                means.append(sum(ranks) / len(ranks) if ranks else float("nan"))
+            right.plot(removed, means, marker=".", label=kind)
+        right.set(xlabel="parameters removed (%)", ylabel="mean rank of the factored layers", ylim=(0, None))
+        right.legend(fontsize=7)
+        figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
+    return path

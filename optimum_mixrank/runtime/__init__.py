@@ -1,0 +1,1 @@
+"""The ground floor, which knows no model and no method: processes, files, hooks, precision, logging."""

@@ -1,0 +1,60 @@
+"""Hooks on modules that never stay longer than they are needed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@contextmanager
+def hooks_removed_on_exit(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks on leaving, also by an exception."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class OutputListener(ABC):
+    """Context manager that listens to what layers are called with and give; on leaving, no hook remains.
+
+    Args:
+        layers: By module name.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = dict(layers)
+        self._handles: list[RemovableHandle] = []
+
+    @abstractmethod
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Any]:
+        """The forward hook of a layer."""
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Let go of the tensors of the last batch."""
+
+    def __enter__(self) -> Self:
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._forget()

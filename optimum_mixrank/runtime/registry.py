@@ -1,0 +1,98 @@
+"""Registries: the classes among which a field of the configuration chooses by name.
+
+They stand on the ground floor, so that a configuration can check names without importing the classes behind them. The
+library's own classes are imported when they are first asked for; others register themselves.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+
+Entry = TypeVar("Entry")
+
+
+class Registry(Mapping[str, type[Entry]], Generic[Entry]):
+    """Classes by their `name`: the library's own first, then the others in the order of their registration.
+
+    Args:
+        field: The field of `MixRankConfig` whose values the names are.
+        built_in: By name, the module below this package that registers the class.
+    """
+
+    def __init__(self, field: str, built_in: Mapping[str, str] | None = None) -> None:
+        self._field = field
+        self._built_in = dict(built_in or {})
+        self._classes: dict[str, type[Entry]] = {}
+
+    def register(self, cls: type[Entry]) -> type[Entry]:
+        """Class decorator: make a class known under its `name`.
+
+        Raises:
+            ValueError: if the name is taken.
+        """
+        name: str = getattr(cls, "name")  # noqa: B009 - an arbitrary class has none
+        is_own = cls.__module__ == self._module(name)
+        if name in self._classes or (name in self._built_in and not is_own):
+            raise ValueError(f"{self._field}={name!r} is registered already; choose another name.")
+        self._classes[name] = cls
+        return cls
+
+    def create(self, name: str) -> Entry:
+        """An instance of the class with this name.
+
+        Raises:
+            ValueError: if there is none; the message lists those there are.
+        """
+        if name not in self:
+            known = ", ".join(map(repr, self))
+            raise ValueError(f"{self._field}={name!r} is unknown; choose one of {known}.")
+        return self[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._built_in or name in self._classes
+
+    def __getitem__(self, name: str) -> type[Entry]:
+        if name not in self._classes and name in self._built_in:
+            importlib.import_module(self._module(name))
+        return self._classes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._built_in, *self._classes]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def _module(self, name: str) -> str:
+        return f"{__name__.split('.')[0]}.{self._built_in.get(name, '')}"
+
+
+METRICS: Registry[Any] = Registry(
+    "metric",
+    {
+        "svd": "decomposition.svd",
+        "diagonal": "decomposition.diagonal",
+        "mean_input": "decomposition.mean_input",
+        "second_moment": "decomposition.second_moment",
+        "kfac": "decomposition.kfac",
+    },
+)
+ALLOCATORS: Registry[Any] = Registry(
+    "allocation",
+    {
+        "uniform": "allocation.uniform",
+        "greedy": "allocation.greedy",
+        "global": "allocation.global_optimum",
+    },
+)
+COMPENSATORS: Registry[Any] = Registry(
+    "compensation",
+    {
+        "sequential": "compensation.layerwise.sequential",
+        "residual": "compensation.layerwise.residual",
+        "blocks": "compensation.training.blocks",
+        "distillation": "compensation.training.distillation",
+    },
+)
