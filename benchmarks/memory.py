@@ -1,8 +1,8 @@
-"""Memory that is announced beside what is measured, each setting in a process of its own.
+"""The estimate of `MixRankCompressor.memory_plan` beside the measured peak, each setting in a process of its own.
 
     python benchmarks/memory.py --output results/memory
 
-Wanted is a peak within 20 % of what was announced. A setting is `SHAPE:RECIPE:IMAGES:BATCH_SIZE`, and `:LIMIT` after it
+The peak should be within 20 % of the estimate. A setting is `SHAPE:RECIPE:IMAGES:BATCH_SIZE`, and `:LIMIT` after it
 for `max_memory`. `best-one-shot` is `best` without compensation. Weights and images are random.
 """
 
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from peak_memory import PeakMemory
 from support import described, machine, random_images, random_model, table, write
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
@@ -52,35 +53,43 @@ def main() -> None:
         [found] = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
         records.append({"setting": setting, **json.loads(found)})
     rows = [row for record in records for row in rows_of(record)]
-    header = ("setting", "limit", "place", "announced", "peak", "peak / announced", "passes")
+    header = ("setting", "limit", "place", "estimate", "peak", "peak / estimate", "passes")
     settings = {"random weights, image size": 224, "blocks": args.blocks or "all", "dtype": "float32"}
     lines = [described(settings, args.device), "", *table(header, rows)]
     write(args.output, {"settings": settings, "environment": machine(args.device), "rows": records}, lines)
 
 
 def measured(setting: str, device: str, blocks: int | None) -> dict:
-    """The memory record of a report."""
+    """Compress with one setting; return the estimated and the measured peak by place, in bytes."""
     shape, recipe, images, batch_size, *limit = setting.split(":")
     model = random_model(shape, blocks=blocks).to(device)
     batches = list(random_images(int(images), model).split(int(batch_size)))
     compressor = MixRankCompressor(model)
     recipe, *one_shot = recipe.split("-", 1)
     config = MixRankConfig(recipe=recipe, compression_ratio=0.5, **({"compensation": []} if one_shot else {}))
-    compressor.compress(config, batches, batch_size=int(batch_size), max_memory=limit[0] if limit else None)
-    assert compressor.report is not None  # `compress` has made one
-    return {"memory": compressor.report.memory, "seconds": compressor.report.seconds}
+    arguments = {"batch_size": int(batch_size), "max_memory": limit[0] if limit else None}
+    plan = compressor.memory_plan(config, int(images), **arguments)
+    peak = PeakMemory(model.device)
+    compressor.compress(config, batches, **arguments)
+    return {
+        "estimated_bytes": {place: plan.peak(place) for place in ("host", "device")},
+        "peak_bytes": {"host": peak.host, "device": peak.device},
+        "passes": plan.passes,
+        "not_counted": list(plan.not_counted),
+        "seconds": compressor.report.seconds,
+    }
 
 
 def rows_of(record: dict) -> list[tuple]:
-    """One for every place."""
+    """Return one row for each place of which peak and estimate are known."""
     shape, recipe, images, batch_size, *limit = record["setting"].split(":")
     name = f"{shape}, `{recipe}`, {images} images, batch size {batch_size}"
     rows = []
-    for place, peak in record["memory"]["peak_bytes"].items():
-        announced = record["memory"]["announced_bytes"][place]
-        if peak is not None and announced:
-            figures = (format_bytes(announced), format_bytes(peak), f"{peak / announced:.2f}")
-            rows.append((name, limit[0] if limit else "none", place, *figures, record["memory"]["passes"]))
+    for place, peak in record["peak_bytes"].items():
+        estimate = record["estimated_bytes"][place]
+        if peak is not None and estimate:
+            figures = (format_bytes(estimate), format_bytes(peak), f"{peak / estimate:.2f}")
+            rows.append((name, limit[0] if limit else "none", place, *figures, record["passes"]))
     return rows
 
 

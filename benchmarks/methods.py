@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from peak_memory import PeakMemory
 from transformers import PreTrainedModel
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig, load_image_dataset
@@ -26,10 +27,9 @@ from optimum_mixrank.calibration.images.batches import ImageBatches
 from optimum_mixrank.compensation.held_out import model_outputs
 from optimum_mixrank.decomposition import METRICS
 from optimum_mixrank.evaluation.labels import find_label_column, map_labels
-from optimum_mixrank.evaluation.memory import PeakMemory
 from optimum_mixrank.reporting.build import environment
 from optimum_mixrank.runtime.fidelity import agreement, kl_divergence
-from optimum_mixrank.runtime.formatting import percent
+from optimum_mixrank.runtime.formatting import format_percent
 
 
 SHIPPED = Path(__file__).parent.parent / "examples" / "fashion_mnist"
@@ -326,7 +326,7 @@ def markdown(record: dict) -> str:
         f"{seeds}, batch size {settings['batch_size']}, {settings['dtype']}, mixed precision "
         f"{settings['mixed_precision']}, fields {settings['fields']}; "
         f"PyTorch {machine['torch']}, Transformers {machine['transformers']}, {machine['device']}, "
-        f"{machine['threads']} threads. Original: {percent(record['original_top1'])} top-1.",
+        f"{machine['threads']} threads. Original: {format_percent(record['original_top1'])} top-1.",
         "",
         "| method | kept | top-1 (spread) | change, paired 95 % interval | KL (spread) | cost in forward passes | peak |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -335,8 +335,8 @@ def markdown(record: dict) -> str:
         top1, kl = row["top1"], row["kl"]
         cost = "—" if row["forward_passes"] is None else f"{row['forward_passes']:.0f}"
         lines.append(
-            f"| {row['method']} | {percent(row['kept'])} "
-            f"| {percent(statistics.mean(top1))} ({percent(min(top1))} to {percent(max(top1))}) "
+            f"| {row['method']} | {format_percent(row['kept'])} "
+            f"| {format_percent(statistics.mean(top1))} ({format_percent(min(top1))} to {format_percent(max(top1))}) "
             f"| {100 * row['change']:+.1f} ± {100 * row['half']:.1f} points "
             f"| {nats(statistics.mean(kl))} ({nats(min(kl))} to {nats(max(kl))}) | {cost} "
             f"| {row['peak_memory_mib'] / 1024:.1f} GiB |"

@@ -1,7 +1,4 @@
-"""Pages of the site that are files of the repository's root: the README is its first page.
-
-A hook of MkDocs: the texts stay where everybody looks for them, and stand in one place only.
-"""
+"""A hook of MkDocs that adds files of the repository's root to the site; the README is its first page."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages, with links as they are seen from `docs/`."""
+    """Add the pages, with links relative to `docs/`."""
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](").replace('src="docs/', 'src="')
         for name, target in PAGES.items():

@@ -1,10 +1,10 @@
-"""Use a compressed model for its features and in a pipeline: the encoder without the head, in plain Transformers.
+"""Use a compressed model for features and in a pipeline: the encoder without its head, in plain Transformers.
 
     python examples/feature_extraction.py
 
-By default the small model that ships with this repository is compressed by 60 %. Test images are then classified by
-their nearest neighbour among the calibration images, in the features of the original and in those of the compressed
-encoder, and by the head, in a pipeline. The same script takes another compressed checkpoint:
+By default the small model of this repository is compressed by 60 %. Test images are then classified by their nearest
+neighbour among the calibration images, using the features of the original and of the compressed encoder, and by the head,
+in a pipeline. The same script works with another compressed checkpoint:
 
     python examples/feature_extraction.py --model vit-base-60 --original google/vit-base-patch16-224 \
         --data path/to/labelled/images --split train --test-split validation
@@ -31,14 +31,14 @@ SHIPPED = Path(__file__).parent / "fashion_mnist"
 
 @torch.no_grad()
 def features(model: torch.nn.Module, images: datasets.Dataset, batch_size: int = 64) -> torch.Tensor:
-    """Last hidden states, the mean over tokens, each of length 1: `[images, width]`."""
+    """Return the mean of the last hidden states over the tokens, normalised to length 1: `[images, width]`."""
     batches = images.iter(batch_size=batch_size)
     hidden = [model(pixel_values=batch["pixel_values"]).last_hidden_state.mean(dim=1) for batch in batches]
     return F.normalize(torch.cat(hidden), dim=-1)
 
 
 def nearest_label(queries: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The label of the most similar image of the gallery, `[queries]`."""
+    """Return the label of the most similar image of the gallery for each query, `[queries]`."""
     return labels[(queries @ gallery.T).argmax(dim=-1)]
 
 
@@ -48,9 +48,9 @@ def main() -> None:
     parser.add_argument("--model", help="compressed checkpoint; default: the original is compressed first")
     parser.add_argument("--ratio", type=float, default=0.6, help="fraction of parameters to remove in that case")
     parser.add_argument("--data", default=str(SHIPPED / "data"), help="labelled images: local folder or Hub id")
-    parser.add_argument("--split", help="of the images to search in; default: train")
-    parser.add_argument("--test-split", help="of the images to search for; default: validation, or test")
-    parser.add_argument("--num-samples", type=int, default=1000, help="draw so many images of each split")
+    parser.add_argument("--split", help="split of the images to search in; default: train")
+    parser.add_argument("--test-split", help="split of the images to classify; default: validation, or test")
+    parser.add_argument("--num-samples", type=int, default=1000, help="images to draw from each split")
     parser.add_argument("--output", type=Path, default=Path("features-output"))
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
@@ -74,7 +74,7 @@ def main() -> None:
     labels, test_labels = (torch.tensor(each[label_column]) for each in (gallery, test))
     seen = {}
     for name, checkpoint in (("original", args.original), ("compressed", args.model)):
-        # The checkpoints hold no pooler; one would be random.
+        # The checkpoints contain no pooler; adding one would initialise it at random.
         encoder = AutoModel.from_pretrained(checkpoint, add_pooling_layer=False).eval()
         found, queries = (features(encoder, model_inputs(each, processor)) for each in (gallery, test))
         seen[name] = queries
@@ -82,7 +82,9 @@ def main() -> None:
         parameters = sum(each.numel() for each in encoder.parameters())
         print(f"{name:12}{parameters:>12,} parameters   nearest neighbour {correct:.2%}")
     similarity = (seen["original"] * seen["compressed"]).sum(dim=-1)
-    print(f"cosine similarity of the features of an image: mean {similarity.mean():.4f}, least {similarity.min():.4f}")
+    print(
+        f"cosine similarity of original and compressed features: mean {similarity.mean():.4f}, least {similarity.min():.4f}"
+    )
 
     classifier = pipeline("image-classification", model=args.model, image_processor=processor)
     image_column = find_image_column(test.features)

@@ -1,4 +1,4 @@
-"""What the examples share: a dataset of images as `Trainer` and a model take it."""
+"""Shared by the examples: turn a dataset of images into inputs for `Trainer` and models."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from optimum_mixrank.evaluation.labels import find_label_column, map_labels
 def model_inputs(
     dataset: datasets.Dataset, image_processor: Any, id2label: Mapping[int, str] | None = None, mirror: bool = False
 ) -> datasets.Dataset:
-    """A dataset whose rows are `pixel_values` and `labels`, decoded when they are read.
+    """Return a dataset whose rows are `pixel_values` and `labels`, decoded when they are read.
 
     Args:
-        dataset: With a column of images.
-        image_processor: The model's.
+        dataset: A dataset with a column of images.
+        image_processor: The model's image processor.
         id2label: The model's classes; None leaves labels out.
         mirror: Whether to mirror half of the images.
 
     Raises:
-        ValueError: if labels are asked for and there are none, or the model does not know them.
+        ValueError: if labels are requested, but the data has none or the model does not know them.
     """
     image_column = find_image_column(dataset.features)
     label_column = None if id2label is None else find_label_column(dataset)

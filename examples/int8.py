@@ -1,10 +1,10 @@
-"""8-bit weights on top of a compression, by torchao and by ONNX Runtime: accuracy, size and time beside float32.
+"""Quantize a compressed model to 8 bits with torchao and ONNX Runtime; compare accuracy, size and time with float32.
 
     pip install 'optimum-mixrank[int8]'
     python examples/int8.py
 
-By default the small model that ships with this repository is compressed by 60 %. The same script measures another
-checkpoint that optimum-mixrank has compressed:
+By default the small model of this repository is compressed by 60 %. The same script measures another checkpoint that
+optimum-mixrank has compressed:
 
     python examples/int8.py --model vit-base-60 --original google/vit-base-patch16-224 --data path/to/labelled/images
 """
@@ -35,7 +35,7 @@ SHIPPED = Path(__file__).parent / "fashion_mnist"
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file behind the interface of a model of Transformers."""
+    """An ONNX file with the interface of a Transformers model."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -50,16 +50,16 @@ class OnnxModel(nn.Module):
 
 
 def torchao_int8(checkpoint: Path, file: Path) -> PreTrainedModel:
-    """Quantize the factors, save, and load what was saved."""
+    """Quantize the factors, save them, and load the saved file."""
     model = AutoModelForImageClassification.from_pretrained(checkpoint)
-    # The factors are ordinary linear layers; all linear layers of the model are quantized, the head too.
+    # The factors are ordinary linear layers; all linear layers of the model are quantized, including the head.
     quantize_(model, Int8WeightOnlyConfig())
     assert any(type(layer.factor_a.weight).__name__ == "Int8Tensor" for layer in factored_layers(model))
-    # Transformers does not save it: its `save_pretrained` knows a model of one quantizer only.
+    # Transformers' `save_pretrained` cannot save it, since it allows only one quantizer per model.
     tensors, metadata = flatten_tensor_state_dict(model.state_dict())
     save_file(tensors, file, metadata)
 
-    # A new model has the structure from the compressed checkpoint and its weights from the file.
+    # A new model gets its structure from the compressed checkpoint and its weights from the file.
     reloaded = AutoModelForImageClassification.from_pretrained(checkpoint)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
@@ -73,8 +73,8 @@ def factored_layers(model: nn.Module) -> list[FactoredLinear]:
 
 
 def export_onnx(checkpoint: Path, file: Path) -> OnnxModel:
-    """Export with any number of images per batch, and load what was saved."""
-    # With fused attention PyTorch 2.13 cannot export a Swin of Transformers 5.23, be it dense or compressed.
+    """Export with a dynamic batch size, and load the exported file."""
+    # With fused attention, PyTorch 2.13 cannot export a Swin of Transformers 5.23, whether dense or compressed.
     model = AutoModelForImageClassification.from_pretrained(checkpoint, attn_implementation="eager").eval()
     program = torch.onnx.export(
         model,
@@ -85,7 +85,7 @@ def export_onnx(checkpoint: Path, file: Path) -> OnnxModel:
         dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
         verbose=False,
     )
-    # Every node carries the stack trace of the Python code that it comes from, with paths of this machine.
+    # Every node records the stack trace of the Python code that it comes from, with paths of this machine.
     for node in program.model.graph:
         node.metadata_props.clear()
     program.save(file)
@@ -93,7 +93,7 @@ def export_onnx(checkpoint: Path, file: Path) -> OnnxModel:
 
 
 def onnx_int8(full: Path, file: Path) -> OnnxModel:
-    """Quantize the products' weights; the convolution of the patch embedding stays in float32."""
+    """Quantize the weights of all products; the convolution of the patch embedding stays in float32."""
     quantize_dynamic(full, file, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
     return OnnxModel(file)
 
@@ -103,11 +103,11 @@ def main() -> None:
     parser.add_argument("--original", default=str(SHIPPED / "model"), help="local folder or Hub id")
     parser.add_argument("--model", type=Path, help="compressed checkpoint; default: the original is compressed first")
     parser.add_argument("--ratio", type=float, default=0.6, help="fraction of parameters to remove in that case")
-    parser.add_argument("--calibration-data", default=str(SHIPPED / "data"), help="images for that")
+    parser.add_argument("--calibration-data", default=str(SHIPPED / "data"), help="images to compress it with")
     parser.add_argument("--calibration-split", help="default: train, or the only one")
     parser.add_argument("--data", default=str(SHIPPED / "data"), help="labelled images: local folder or Hub id")
     parser.add_argument("--split", help="default: validation, test, or the only one")
-    parser.add_argument("--num-samples", type=int, help="draw so many labelled images; default: all")
+    parser.add_argument("--num-samples", type=int, help="labelled images to draw; default: all")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--output", type=Path, default=Path("int8-output"))
     parser.add_argument("--seed", type=int, default=42)

@@ -1,10 +1,10 @@
-"""Adapt a compressed model with LoRA: only small adapters on its factors, and its head, are trained.
+"""Adapt a compressed model with LoRA: only its head and small adapters on its factors are trained.
 
     python examples/lora.py
 
-needs `pip install peft`. By default the small model that ships with this repository is compressed by 85 % and adapted
-to 1,000 labelled images. The same script adapts another compressed checkpoint to other images; if their classes are
-not those of the model, it gets a new head:
+This needs `pip install peft`. By default the small model of this repository is compressed by 85 % and adapted to 1,000
+labelled images. The same script adapts another compressed checkpoint to other images; if their classes are not those of
+the model, it gets a new head:
 
     python examples/lora.py --model vit-base-60 --data path/to/labelled/images --test-split test --epochs 20
 """
@@ -37,7 +37,7 @@ SHIPPED = Path(__file__).parent / "fashion_mnist"
 
 
 def load(checkpoint: str | Path, names: list[str]) -> Any:
-    """A compressed model; with a new head where its classes are not these."""
+    """Load a compressed model, with a new head if its classes are different."""
     config = AutoConfig.from_pretrained(checkpoint)
     if {name.lower() for name in names} <= {name.lower() for name in config.label2id}:
         return AutoModelForImageClassification.from_pretrained(checkpoint)
@@ -45,7 +45,7 @@ def load(checkpoint: str | Path, names: list[str]) -> Any:
         checkpoint,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
-        # For the head alone: the factored layers are known, since optimum_mixrank is imported.
+        # This concerns only the head: the factored layers are known, since optimum_mixrank is imported.
         ignore_mismatched_sizes=True,
     )
 
@@ -56,9 +56,9 @@ def main() -> None:
     parser.add_argument("--data", default=str(SHIPPED / "data"), help="labelled images: local folder or Hub id")
     parser.add_argument("--split", help="default: train, or the only one")
     parser.add_argument("--test-split", help="default: validation, test, or the only one")
-    parser.add_argument("--num-samples", type=int, help="draw so many images to train on; default: all")
-    parser.add_argument("--test-samples", type=int, help="draw so many images to evaluate on; default: all")
-    parser.add_argument("--rank", type=int, default=4, help="of the adapters")
+    parser.add_argument("--num-samples", type=int, help="images to draw for training; default: all")
+    parser.add_argument("--test-samples", type=int, help="images to draw for evaluation; default: all")
+    parser.add_argument("--rank", type=int, default=4, help="rank of the adapters")
     parser.add_argument("--target-modules", nargs="+", default=["factor_a", "factor_b"], help="or all-linear")
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -130,10 +130,10 @@ def main() -> None:
     trained, total = adapted.get_nb_trainable_parameters()
     trainer_of(adapted, id2label).train()
 
-    # The adapter alone, for a base model that several of them share.
+    # Only the adapter, for a base model that several adapters share.
     adapted.save_pretrained(args.output / "adapter")
     with_adapter = PeftModel.from_pretrained(load(args.model, names), args.output / "adapter")
-    # Merged into the factors: a compressed checkpoint as before, of the same size.
+    # Merged into the factors: again a compressed checkpoint of the same size.
     adapted.merge_and_unload().save_pretrained(args.output / "merged")
     processor.save_pretrained(args.output / "merged")
     merged = AutoModelForImageClassification.from_pretrained(args.output / "merged")

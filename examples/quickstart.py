@@ -1,8 +1,8 @@
-"""The whole way on the small model that ships with this repository: compress, reload, measure, picture.
+"""All the steps with the small model of this repository: compress, reload, evaluate, draw.
 
     python examples/quickstart.py
 
-Everything is an argument, so that the same script serves another model and other images:
+The same script works with another model and other images, which are arguments:
 
     python examples/quickstart.py --model google/vit-base-patch16-224 \
         --calibration-data path/to/images --test-data path/to/labelled/images --ratio 0.5 --output vit-base-50
@@ -46,7 +46,7 @@ def main() -> None:
     config = MixRankConfig(compression_ratio=args.ratio, seed=args.seed)
     compressor.compress(config, images, save_directory=args.output, overwrite=True)
 
-    # From here on as any user of the checkpoint would: plain Transformers.
+    # From here on, plain Transformers, as any user of the checkpoint would.
     from transformers import AutoModelForImageClassification
 
     reloaded = AutoModelForImageClassification.from_pretrained(args.output)
@@ -57,7 +57,7 @@ def main() -> None:
 
     print(format_table(compressor.report))
     print(f"Checkpoint, report and picture of the ranks: {args.output}/ ({time.perf_counter() - start:.0f} s)")
-    print(f"The same to look at in a browser: {page}")
+    print(f"The report as a page: {page}")
 
 
 if __name__ == "__main__":

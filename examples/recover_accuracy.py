@@ -1,10 +1,10 @@
-"""Win accuracy back after a strong compression: distil the original into the compressed model with `Trainer`.
+"""Recover accuracy after a strong compression: distil the original into the compressed model with `Trainer`.
 
     python examples/recover_accuracy.py                        # no labels
     python examples/recover_accuracy.py --label-weight 0.5     # labels too
 
-By default the small model that ships with this repository is compressed by 85 % and then trained on 1,000 images, which
-takes less than a minute. The same script trains another compressed checkpoint on other images:
+By default the small model of this repository is compressed by 85 % and then trained on 1,000 images, which takes less than
+a minute. The same script trains another compressed checkpoint on other images:
 
     python examples/recover_accuracy.py --model vit-base-80 --original google/vit-base-patch16-224 \
         --data path/to/images --test-data path/to/labelled/images --epochs 20 --bf16 --gradient-checkpointing
@@ -32,27 +32,27 @@ class DistillationTrainer(Trainer):
 
     Args:
         teacher: The original model.
-        label_weight: Share of the cross entropy with labels in the loss, in [0, 1]; 0 needs no labels.
-        temperature: Of both softmaxes.
+        label_weight: Weight of the cross entropy with labels in the loss, in [0, 1]; 0 needs no labels.
+        temperature: Temperature of both softmaxes.
     """
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, label_weight: float, temperature: float, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.teacher = teacher.to(self.args.device).eval()
         self.label_weight, self.temperature = label_weight, temperature
-        # The loss below is a mean over the batch: `Trainer` is to divide it by the steps of gradient accumulation.
+        # The loss below is a mean over the batch, so that `Trainer` has to divide it by the steps of gradient accumulation.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """KL from the teacher's predictions in nats, mixed with the cross entropy."""
+        """Return the KL from the teacher's predictions in nats, mixed with the cross entropy."""
         labels = inputs.pop("labels", None)
         output = model(**inputs)
         with torch.no_grad():
             teacher_logits = self.teacher(**inputs).logits
-        ours, theirs = (
+        student, teacher = (
             (each.float() / self.temperature).log_softmax(dim=-1) for each in (output.logits, teacher_logits)
         )
-        loss = self.temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+        loss = self.temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
         if self.label_weight:
             loss = (1 - self.label_weight) * loss + self.label_weight * F.cross_entropy(output.logits.float(), labels)
         return (loss, output) if return_outputs else loss
@@ -67,9 +67,9 @@ def main() -> None:
     parser.add_argument("--split", help="default: train, or the only one")
     parser.add_argument("--test-data", default=str(SHIPPED / "data"), help="labelled images: local folder or Hub id")
     parser.add_argument("--test-split", help="default: validation, test, or the only one")
-    parser.add_argument("--num-samples", type=int, help="draw so many images to train on; default: all")
-    parser.add_argument("--test-samples", type=int, help="draw so many images to evaluate on; default: all")
-    parser.add_argument("--label-weight", type=float, default=0.0, help="share of the labels in the loss; default 0")
+    parser.add_argument("--num-samples", type=int, help="images to draw for training; default: all")
+    parser.add_argument("--test-samples", type=int, help="images to draw for evaluation; default: all")
+    parser.add_argument("--label-weight", type=float, default=0.0, help="weight of the labels in the loss; default 0")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -128,7 +128,7 @@ def main() -> None:
     model.save_pretrained(args.output)
     compressor.image_processor.save_pretrained(args.output)
 
-    # From here on as any user of the checkpoint would: plain Transformers.
+    # From here on, plain Transformers, as any user of the checkpoint would.
     reloaded = AutoModelForImageClassification.from_pretrained(args.output)
     after = compressor.evaluate(reloaded, **test)
     print(f"{'':12}{'top-1':>8}{'agreement':>12}{'KL in nats':>12}")

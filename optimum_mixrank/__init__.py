@@ -1,6 +1,6 @@
 """Activation-aware mixed-rank compression of Vision Transformers for Hugging Face Transformers.
 
-Importing this package is light (no torch, no Transformers model code) and registers the checkpoint format, so that
+Importing this package is light (it imports neither torch nor Transformers) and registers the checkpoint format, so that
 plain `AutoModel….from_pretrained` opens compressed checkpoints.
 """
 
@@ -16,7 +16,7 @@ from .runtime.version import __version__
 _PUBLIC = {
     "FactoredLinear": "checkpoint.modeling",
     "LowRankLinear": "checkpoint.modeling",
-    "PivotedLinear": "checkpoint.modeling",
+    "PivotedLinear": "checkpoint.pivoted",
     "MixRankCompressor": "pipeline.compressor",
     "MixRankConfig": "checkpoint.configuration",
     "evaluate_model": "evaluation.evaluate",
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from .calibration.targets import find_targets
     from .checkpoint.configuration import MixRankConfig
     from .checkpoint.dense import to_dense
-    from .checkpoint.modeling import FactoredLinear, LowRankLinear, PivotedLinear
+    from .checkpoint.modeling import FactoredLinear, LowRankLinear
+    from .checkpoint.pivoted import PivotedLinear
     from .evaluation.evaluate import evaluate_model
     from .pipeline.compressor import MixRankCompressor
 

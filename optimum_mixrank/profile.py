@@ -1,4 +1,4 @@
-"""Public names of rank profiles, which `MixRankCompressor.profile` returns."""
+"""The public names of the profile that `MixRankCompressor.profile` returns."""
 
 from .allocation.profile import BudgetPoint
 from .reporting.profile import RankProfile

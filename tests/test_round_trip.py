@@ -1,4 +1,4 @@
-"""Save and reload in plain Transformers: what is loaded is what was saved."""
+"""Save with plain Transformers and reload: the loaded model is the saved one."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ FAMILIES = {"vit": tiny_vit, "deit": tiny_deit, "swin": tiny_swin}
 
 
 def compress(model, inplace=True, **changes):
-    """Mixed ranks, tall and wide layers, dense and factored layers side by side."""
+    """Compress to mixed ranks, with tall and wide, dense and factored layers."""
     settings = {
         "compression_ratio": 0.3,
         "compression_scope": "targets",
@@ -111,7 +111,7 @@ def test_only_safetensors_and_json_are_written(model, tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
 
 
-def test_auto_class_loads_vit_without_a_class_of_ours(pixels, tmp_path):
+def test_auto_class_loads_vit(pixels, tmp_path):
     model = compress(tiny_vit())
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForImageClassification.from_pretrained(tmp_path)
@@ -139,8 +139,8 @@ def test_opens_as_auto_backbone(pixels, tmp_path, monkeypatch):
         _save(to_dense(model), str(tmp_path / "dense")), out_features=["stage1", "stage2"]
     )
     with torch.no_grad():
-        for ours, theirs in zip(backbone(pixels).feature_maps, dense.eval()(pixels).feature_maps, strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        for maps in zip(backbone(pixels).feature_maps, dense.eval()(pixels).feature_maps, strict=True):
+            torch.testing.assert_close(*maps, atol=1e-4, rtol=1e-4)
 
 
 def _save(model, folder):
@@ -177,7 +177,7 @@ def test_disk_offload(model, pixels, tmp_path):
     device_map[model.base_model_prefix] = "disk"
     offloaded = load(tmp_path / "checkpoint", device_map=device_map, offload_folder=tmp_path / "offload")
     assert "meta" in {parameter.device.type for parameter in offloaded.parameters()}
-    # Pivoted layers in memory multiply by rows in order, offloaded ones bring outputs into order: other roundings.
+    # Pivoted layers in memory reorder rows, offloaded ones reorder outputs, which rounds differently.
     torch.testing.assert_close(logits(offloaded, pixels), logits(model, pixels), rtol=1e-5, atol=1e-5)
 
 
@@ -291,7 +291,7 @@ def test_compress_while_loading(pixels, tmp_path, recipe):
     assert torch.equal(logits(load(tmp_path / "out"), pixels), logits(model, pixels))
 
 
-def test_dense_checkpoint_with_our_config_is_refused_with_advice(tmp_path):
+def test_dense_checkpoint_without_images_is_refused_with_advice(tmp_path):
     tiny_vit().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"MixRankCompressor\.from_pretrained"):
         AutoModelForImageClassification.from_pretrained(tmp_path, quantization_config=MixRankConfig())
@@ -326,7 +326,7 @@ def test_wrong_pivots_are_refused(tmp_path, shift, more):
     entry = config["quantization_config"]["rank_map"]["encoder.layer.0.attention.attention.key"]
     entry["pivots"] = encode_rows(range(shift, shift + entry["rank"] + more))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"different rows, ascending; given are \d+, the last is \(\d+,\)"):
+    with pytest.raises(ValueError, match=r"different rows, ascending; \d+ are given, the last is \(\d+,\)"):
         load(tmp_path)
 
 
@@ -353,7 +353,7 @@ def test_newer_checkpoints(tmp_path, caplog):
         load(tmp_path)
 
 
-def test_reduction_of_swin_has_no_bias_before_and_after(tmp_path):
+def test_reduction_of_swin_gets_no_bias(tmp_path):
     model = compress(tiny_swin())
     entries = model.config.quantization_config.factored_layers
     reductions = {name: entry for name, entry in entries.items() if name.endswith("reduction")}

@@ -1,4 +1,4 @@
-"""Compressed models train: gradient checkpointing, mixed precision, `Trainer`, and what comes of it is saved."""
+"""Compressed models can be trained: gradient checkpointing, mixed precision, `Trainer`, and saving the result."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ def logits(model, images):
 
 
 def gradients(model, autocast=False):
-    """Gradients of a loss, by name of the parameter; dropout has its own seed."""
+    """Return the gradients of a loss by name of the parameter, with a fixed seed for dropout."""
     torch.manual_seed(0)
     labels = torch.arange(4)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -55,7 +55,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model):
     layer = next(each for each in model.modules() if isinstance(each, FactoredLinear))
     layer.register_forward_hook(lambda *_: runs.append(1))
     found = gradients(checkpointing_enabled(model))
-    assert len(runs) > 1  # forward, and again on the way back
+    assert len(runs) > 1  # in the forward pass, and again in the backward pass
     assert found.keys() == expected.keys() >= factor_names(model)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)
@@ -65,11 +65,11 @@ def test_bfloat16_autocast(model):
     expected, found = gradients(copy.deepcopy(model)), gradients(model, autocast=True)
     assert found.keys() == expected.keys()
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    # Taken together: some are zero but for rounding, as those of the keys' biases.
-    ours, theirs = (
+    # They are compared as one vector, since some are zero up to rounding, such as those of the keys' biases.
+    in_bfloat16, in_float32 = (
         torch.cat([each[name].flatten() for name in sorted(factor_names(model))]) for each in (found, expected)
     )
-    assert (ours - theirs).norm() < 0.2 * theirs.norm()
+    assert (in_bfloat16 - in_float32).norm() < 0.2 * in_float32.norm()
 
 
 class LabelledPixels(torch.utils.data.Dataset):
@@ -104,7 +104,7 @@ def test_epochs_with_trainer_then_save_reload_save(model, tmp_path, options):
     )
     trainer = Trainer(model=checkpointing_enabled(model), args=arguments, train_dataset=data)
     trainer.train()
-    # Accelerate leaves its autocast around the model.
+    # Accelerate leaves its autocast wrapper around the forward method.
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     assert F.cross_entropy(logits(model, data.pixel_values), data.labels) < loss_before
     for name in factor_names(model):

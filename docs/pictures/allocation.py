@@ -1,4 +1,4 @@
-"""One currency: what more values would save, for layers of the model that ships with this repository."""
+"""Loss that more stored values would save, for layers of the model of this repository."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LAYERS = {
 
 @functools.cache
 def calibrated() -> tuple[MixRankCompressor, MixRankConfig, Calibration]:
-    """The shipped model, what to do with it, and its statistics from 512 images."""
+    """Return a compressor for the shipped model, the configuration, and statistics from 512 images."""
     logging.disable_progress_bar()
     compressor = MixRankCompressor.from_pretrained(SHIPPED / "model")
     images = compressor.get_calibration_dataset(SHIPPED / "data", split="calibration")
@@ -46,7 +46,7 @@ def calibrated() -> tuple[MixRankCompressor, MixRankConfig, Calibration]:
 
 
 def draw() -> Figure:
-    """Curves of four layers with their ranks at `compression_ratio=0.6`."""
+    """Draw the curves of four layers with their ranks at `compression_ratio=0.6`."""
     compressor, config, calibration = calibrated()
     metric, targets = METRICS.create(config.metric), find_targets(compressor.model)
     losses = allocation_losses(metric, decompose_layers(metric, targets, calibration, config.layout))

@@ -1,4 +1,4 @@
-"""Predicted loss over budgets, of the model that ships with this repository."""
+"""Predicted loss over budgets for the model of this repository."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DESCRIPTION = "A curve on a logarithmic scale that rises steadily from 30 to 80 
 
 
 def draw() -> Figure:
-    """`MixRankCompressor.profile` with the default configuration."""
+    """Draw the result of `MixRankCompressor.profile` with the default configuration."""
     compressor, config, calibration = calibrated()
     points = compressor.profile(calibration, config, [step / 100 for step in range(30, 81, 5)]).points
 

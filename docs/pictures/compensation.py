@@ -1,4 +1,4 @@
-"""The sequential step: a layer is solved for the inputs that it really gets."""
+"""The sequential step: a layer is solved for its inputs in the compressed model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INKS = {FACTORED: "white", SERIES[2]: PAPER}
 
 
 def draw() -> Figure:
-    """Original above, compressed below; the third layer is being solved."""
+    """Draw the original above and the compressed model below; the third layer is being solved."""
     figure, axes = canvas(5.8, 2.75)
     width, height, gap = 0.72, 0.5, 0.36
     upper, lower = 1.85, 0.62

@@ -1,8 +1,6 @@
-"""Draw the pictures of the documentation anew.
+"""Draw the pictures of the documentation: those that are named, or all.
 
-    python docs/pictures/draw.py [NAME ...]
-
-draws those that are named, or all.
+python docs/pictures/draw.py [NAME ...]
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ SIZE, RANK = 768, 192
 
 
 def draw() -> Figure:
-    """`y = W x + b` becomes `y = B (A x) + b`."""
+    """Draw how `y = W x + b` becomes `y = B (A x) + b`."""
     scale = 1.75 / SIZE
     side, rank = SIZE * scale, RANK * scale
     figure, axes = canvas(5.8, 2.75)

@@ -21,7 +21,7 @@ CELL = 0.23
 
 
 def draw() -> Figure:
-    """A product of rank 3: its pivot rows, and the others as combinations of them."""
+    """Draw a product of rank 3: its pivot rows, and the other rows as combinations of them."""
     figure, axes = canvas(5.8, 2.9)
     bottom, rank = 0.62, len(PIVOTS)
     others = [row for row in range(ROWS) if row not in PIVOTS]

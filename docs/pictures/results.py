@@ -1,4 +1,4 @@
-"""Accuracy of methods on a real ViT-S, from `benchmarks/results`."""
+"""Accuracy of several methods on a ViT-S, from `benchmarks/results`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEPT = (0.5, 0.4)
 
 
 def draw() -> Figure:
-    """One row per method, one dot per budget, a line for the original."""
+    """Draw one row per method, one dot per budget, and a line for the original."""
     record = json.loads((RESULTS / "vit_s_methods.json").read_text(encoding="utf-8"))
     rows = {
         label: [

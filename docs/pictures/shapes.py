@@ -1,4 +1,4 @@
-"""Parts of schematic pictures: matrices to scale, arrows, and a canvas in inches."""
+"""Elements of schematic pictures: matrices to scale, arrows, and a canvas in inches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from optimum_mixrank.reporting.colours import INK
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty picture whose coordinates are inches from its lower left corner."""
+    """Return an empty picture whose coordinates are inches from its lower left corner."""
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -21,13 +21,13 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 def matrix(
     axes: Axes, x: float, y: float, width: float, height: float, colour: str, label: str, ink: str = "white"
 ) -> None:
-    """A filled rectangle with a label in its middle; `(x, y)` is its lower left corner."""
+    """Draw a filled rectangle with a label in the middle; `(x, y)` is its lower left corner."""
     axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor=INK, linewidth=0.8))
     write(axes, x + width / 2, y + height / 2, label, color=ink, fontweight="bold")
 
 
 def write(axes: Axes, x: float, y: float, text: str, **style: object) -> None:
-    """Centred text, line by line: SVG cannot centre several lines in the reader's font."""
+    """Write centred text line by line, since SVG cannot centre several lines in the reader's font."""
     style = {"ha": "center", "va": "center", "fontsize": 10.5, "color": INK, **style}
     lines = text.split("\n")
     for position, line in enumerate(lines):
@@ -35,6 +35,6 @@ def write(axes: Axes, x: float, y: float, text: str, **style: object) -> None:
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = INK) -> None:
-    """A straight arrow."""
+    """Draw a straight arrow."""
     style = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", xy=end, xytext=start, arrowprops=style)

@@ -1,6 +1,6 @@
-"""Save a matplotlib figure as one SVG file that is legible on light and on dark background.
+"""Save a matplotlib figure as a single SVG file that is legible on a light and on a dark background.
 
-Its colours are CSS variables with a value for either theme; the page that shows it says which one holds.
+Its colours are CSS variables with a value for each theme; the page that shows it selects the theme.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def save(figure: Figure, name: str, title: str, description: str) -> Path:
     """Write `name.svg` beside this file.
 
     Args:
-        figure: Drawn under `picture_style`, with colours of `optimum_mixrank.reporting.colours`.
-        name: Of the file, without suffix.
+        figure: A figure drawn under `picture_style` in colours of `optimum_mixrank.reporting.colours`.
+        name: The name of the file without suffix.
         title: What the picture shows.
-        description: What is to be seen, for those who do not see it.
+        description: The alternative text.
     """
     element = inline_svg(figure, name, title, description)
     light = "".join(f"{css_variable(colour)}:{colour};" for colour in ON_DARK)

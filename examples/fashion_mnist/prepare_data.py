@@ -1,4 +1,4 @@
-"""Write the calibration and test images that ship with this repository.
+"""Write the calibration and test images of this repository.
 
 * `calibration`: the 1,000 images of the official training split that `train.py` never sees (same seed, same split);
 * `test`: 2,000 images drawn, seeded, from the official test split of 10,000.

@@ -1,4 +1,4 @@
-"""Train the small Vision Transformer that ships with this repository.
+"""Train the small Vision Transformer of this repository.
 
 The model is a `ViTForImageClassification` for the 28 x 28 grey-scale images of Fashion-MNIST
 (Zalando SE, MIT licence). The 60,000 images of the official training split are divided once, by
@@ -107,7 +107,7 @@ def accuracy(model: ViTForImageClassification, pixels: torch.Tensor, labels: tor
 
 
 def write_preprocessor(folder: Path) -> None:
-    """Write the image processor's configuration under its one name that all releases of Transformers know."""
+    """Write the image processor's configuration under the class name that all releases of Transformers know."""
     config = {
         "do_convert_rgb": True,
         "do_normalize": True,
@@ -124,7 +124,7 @@ def write_preprocessor(folder: Path) -> None:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Decay matrices only: not biases, norms, nor the CLS token and position embeddings."""
+    """Apply weight decay only to matrices, not to biases, norms, the CLS token or position embeddings."""
     decayed, rest = [], []
     for name, parameter in model.named_parameters():
         (decayed if parameter.ndim >= 2 and "embeddings.cls" not in name and "position" not in name else rest).append(
@@ -158,7 +158,7 @@ def main() -> None:
         num_hidden_layers=6,
         num_attention_heads=4,
         intermediate_size=384,
-        # The default of 0.02 suits a width of 768; the standard deviation goes with 1 / sqrt(fan_in).
+        # The default of 0.02 suits a width of 768; the standard deviation scales with 1 / sqrt(fan_in).
         initializer_range=0.1,
         id2label=dict(enumerate(LABELS)),
         label2id={label: index for index, label in enumerate(LABELS)},

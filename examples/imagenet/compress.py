@@ -1,13 +1,13 @@
-"""Compress a Vision Transformer with ImageNet, on one GPU or many, and measure what was lost on the validation images.
+"""Compress a Vision Transformer with ImageNet, on one GPU or many, and evaluate it on the validation images.
 
     python examples/imagenet/compress.py --dataset path/to/imagenet                      # one process
     accelerate launch --config_file examples/imagenet/one_node.yaml \
         examples/imagenet/compress.py --dataset path/to/imagenet                         # 8 GPUs of one machine
 
-`path/to/imagenet` holds the folders `train` and `val` with one folder of images per class. `several_nodes.yaml` says how
-several machines work together. Without `--dataset` the images come from the Hub: those to learn from are drawn from a
-stream, and the validation images, 7 GB, are downloaded. The dataset there is gated; accept its conditions once, and log
-in by `hf auth login`.
+`path/to/imagenet` holds the folders `train` and `val`, each with one folder of images per class. `several_nodes.yaml`
+explains how to use several machines. Without `--dataset` the images come from the Hub: calibration images are drawn from a
+stream, and the validation images, 7 GB, are downloaded. The dataset there is gated: accept its conditions once, and log in
+with `hf auth login`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from optimum_mixrank.reporting import format_table
 
 HUB_ID = "ILSVRC/imagenet-1k"
 GATED = (
-    f"{HUB_ID} cannot be read: {{}}\nAccept its conditions at https://huggingface.co/datasets/{HUB_ID} and log in by "
+    f"{HUB_ID} cannot be read: {{}}\nAccept its conditions at https://huggingface.co/datasets/{HUB_ID} and log in with "
     "`hf auth login`, or name a local copy: --dataset path/to/imagenet."
 )
 
@@ -42,21 +42,21 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass of a process; default 64")
     parser.add_argument("--num-workers", type=int, default=4, help="per process, to decode images; default 4")
     parser.add_argument("--output", type=Path, default=Path("imagenet-output"))
-    parser.add_argument("--overwrite", action="store_true", help="the output folder may hold files; they are replaced")
+    parser.add_argument("--overwrite", action="store_true", help="replace the contents of the output folder")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
     logging.getLogger("optimum_mixrank").setLevel(logging.INFO)  # a line per phase
 
     accelerator = Accelerator()
     compressor = MixRankCompressor.from_pretrained(args.model, accelerator=accelerator)
-    # Files are listed, and downloaded, by one process of each machine; the others find them in the cache.
+    # One process of each machine lists and downloads the files; the others find them in the cache.
     with accelerator.local_main_process_first():
         images, test_images = load_images(args)
     config = MixRankConfig(compression_ratio=args.ratio, recipe=args.recipe, seed=args.seed)
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     model = compressor.compress(config, images, save_directory=args.output, overwrite=args.overwrite, **loading)
     compressor.evaluate(model, test_images, **loading)
-    # Once more, for the report and the model card with the accuracy.
+    # Save again, to include the accuracy in the report and the model card.
     compressor.save_pretrained(model, args.output, overwrite=True)
     if accelerator.is_main_process:
         print(format_table(compressor.report))
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def load_images(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Images to learn from and images to test with, undecoded."""
+    """Return calibration and validation images, undecoded."""
     draw = {"seed": args.seed, "num_samples": args.num_samples}
     test = {"seed": args.seed, "num_samples": args.test_samples, "split": "validation"}
     if Path(args.dataset).is_dir():
@@ -73,7 +73,7 @@ def load_images(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Da
     try:
         return (
             load_image_dataset(args.dataset, split="train", streaming=True, **draw),
-            # Without `data_files` all 150 GB would be downloaded.
+            # Without `data_files`, all 150 GB would be downloaded.
             load_image_dataset(args.dataset, data_files={"validation": "data/validation-*.parquet"}, **test),
         )
     except (datasets.exceptions.DatasetNotFoundError, GatedRepoError, ConnectionError) as error:

@@ -1,6 +1,6 @@
-"""Distribution of ranks over layers under one budget: numpy arrays in, ranks out.
+"""Distribution of ranks over layers under one budget: NumPy arrays in, ranks out.
 
-A new allocator is one file with one class that is registered here.
+A new allocator is one file with one registered class.
 """
 
 from .allocator import ALLOCATORS, Allocator

@@ -1,4 +1,4 @@
-"""What an allocator is, and the registry of allocators."""
+"""The interface of allocators, and their registry."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from ..runtime import registry
-from ..runtime.registry import Registry
 from .problem import AllocationProblem, RankAllocation
 
 
@@ -14,18 +13,18 @@ class Allocator(ABC):
     """Distributes ranks over layers under a budget.
 
     Attributes:
-        name: Value of `MixRankConfig.allocation`.
+        name: The value of `MixRankConfig.allocation` that selects it.
     """
 
     name: ClassVar[str]
 
     @abstractmethod
     def allocate(self, problem: AllocationProblem) -> RankAllocation:
-        """Choose a rank for every layer; the budget is not exceeded, and what is left is too little for one more step.
+        """Choose a rank for every layer within the budget, such that the remainder is too little for any layer's next step.
 
         Raises:
             BudgetError: if the smallest ranks exceed the budget.
         """
 
 
-ALLOCATORS: Registry[Allocator] = registry.ALLOCATORS
+ALLOCATORS: registry.Registry[Allocator] = registry.ALLOCATORS

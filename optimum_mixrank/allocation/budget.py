@@ -1,11 +1,11 @@
-"""From a configuration and the shapes of layers to an allocation problem; tensors and models are not needed."""
+"""From the shapes of layers and the constraints of a configuration to ranks; no tensor or model is needed."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,19 +16,19 @@ from . import ALLOCATORS, AllocationProblem, BudgetError, LayerProfile
 
 logger = get_logger(__name__)
 
-# In stored values or ranks: a ratio like 0.6 of a round number is not missed by the rounding of floating point numbers.
 _TOLERANCE = 1e-6
+"""In stored values or ranks, so that floating-point rounding does not miss a ratio like 0.6 of a round number."""
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What the plan knows of a targeted layer before any data is seen.
+    """What is known about a targeted layer before any data is seen.
 
     Attributes:
         name: Canonical name.
         out_features: `m`.
         in_features: `n`.
-        price: Cost of one stored value: 1 counts parameters, the tokens per image count multiply-adds per image.
+        price: Cost of one stored value: 1 to count parameters, tokens per image to count multiply-adds per image.
         rank: Rank that the user asked for (`rank_pattern`).
         ratio: Fraction to remove that the user asked for (`ratio_pattern`).
     """
@@ -48,22 +48,22 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class RankBudget:
-    """The constraints under which ranks are sought.
+    """The budget for the targeted layers, and the constraints on their ranks.
 
     Args:
         layers: The targeted layers.
-        model_cost: Parameters (or multiply-adds per image) of the whole model.
+        model_cost: Parameters, or multiply-adds per image, of the whole model.
         compression_ratio: Fraction to remove, in (0, 1).
-        compression_scope: `"model"` or `"targets"`.
+        compression_scope: `"model"` or `"targets"`, of which the fraction is removed.
         rank_multiple: Ranks are multiples of it.
         min_rank: Smallest rank.
-        min_rank_ratio: Smallest share of the break-even rank.
-        layout: How factors are stored; see `FactoredLayer`. Break-even is where they take as much as the dense layer.
+        min_rank_ratio: Smallest share of the break-even rank, at which factors cost as much as the dense layer.
+        layout: How factors are stored; see `FactoredLayer`.
         max_rank_ratio: Largest share of the break-even rank of a factored layer; staying dense remains possible.
-        unit: What is counted, for messages.
+        unit: The unit of costs, for messages.
 
     Raises:
-        ValueError: if a rank or a ratio that was asked for does not fit its layer.
+        ValueError: if the rank or ratio that the user asked for does not fit a layer.
     """
 
     layers: Sequence[LayerSpec]
@@ -76,7 +76,6 @@ class RankBudget:
     layout: str = "factors"
     max_rank_ratio: float | None = None
     unit: str = "parameters"
-    _free: list[LayerSpec] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         for layer in self.layers:
@@ -90,78 +89,76 @@ class RankBudget:
                 raise ValueError(
                     f"Both rank_pattern and ratio_pattern match layer {layer.name!r}. Narrow one of the two."
                 )
-        # A ratio of 0 leaves a layer dense: nothing is left to decide there.
-        self._free.extend(layer for layer in self.layers if layer.ratio != 0)
 
     @property
     def budget(self) -> int:
         """Cost that all targeted layers together may have."""
-        targeted = sum(layer.dense_cost for layer in self.layers)
-        base = self.model_cost if self.compression_scope == "model" else targeted
-        return math.floor(targeted - self.compression_ratio * base + _TOLERANCE)
+        return math.floor(self._targeted - self.compression_ratio * self._base + _TOLERANCE)
 
     @property
     def is_reachable(self) -> bool:
-        """Whether the budget can be met at all; needs no losses."""
-        return self._minimum <= self.budget
+        """Whether any ranks meet the budget."""
+        problem = self._problem({})
+        return problem.min_cost <= problem.budget
 
     def check(self) -> None:
-        """Check that the budget can be met at all; needs no losses. Warn of ranks that would save nothing.
+        """Check that some ranks meet the budget, and warn about ranks that would save nothing.
 
         Raises:
-            ValueError: says which ratio would be reached.
+            ValueError: if none do; the message says which ratio can be reached.
         """
         if not self.is_reachable:
-            raise ValueError(self._unreachable(self._minimum))
+            raise ValueError(self._unreachable())
         for layer in self._free:
             profile = self._profile(layer, None)
             if layer.rank is not None and not profile.candidate_ranks:
                 logger.warning(
-                    f"rank_pattern gives rank {layer.rank} to layer {layer.name!r} of shape [{layer.out_features}, "
-                    f"{layer.in_features}], which takes no fewer parameters than the dense layer: it stays dense. "
-                    f"Ranks up to {profile.break_even} save parameters."
+                    f"rank_pattern gives rank {layer.rank} to layer {layer.name!r}, which takes no fewer parameters than "
+                    f"the dense layer: it stays dense. Ranks up to {profile.break_even} save parameters."
                 )
 
     def allocate(self, losses: Mapping[str, np.ndarray], allocation: str) -> dict[str, int | None]:
-        """Find the ranks.
+        """Return the rank of every layer by canonical name, None where it stays dense.
 
         Args:
-            losses: By canonical name, the loss of a layer at rank 0, …, min(m, n), `[min(m, n) + 1]`.
+            losses: The losses of each layer at rank 0, …, min(m, n) by canonical name, `[min(m, n) + 1]`.
             allocation: Name of the allocator.
-
-        Returns:
-            The rank of every layer, None where it stays dense.
 
         Raises:
             ValueError: if the budget cannot be met.
         """
-        problem = self._problem(losses)
         try:
-            ranks = ALLOCATORS.create(allocation).allocate(problem)
+            ranks = ALLOCATORS.create(allocation).allocate(self._problem(losses))
         except BudgetError as error:
-            raise ValueError(self._unreachable(problem.min_cost + self._dense_cost)) from error
+            raise ValueError(self._unreachable()) from error
         return {layer.name: ranks.get(layer.name) for layer in self.layers}
 
     def kept(self, ranks: Mapping[str, int | None]) -> float:
-        """Share of the targeted layers' cost that an allocation keeps."""
+        """Return the share of the targeted layers' cost that an allocation keeps."""
         kept = 0
         for layer in self.layers:
             rank = ranks[layer.name]
             m, n = layer.out_features, layer.in_features
             kept += layer.dense_cost if rank is None else stored_values(m, n, rank, self.layout) * layer.price
-        return kept / sum(layer.dense_cost for layer in self.layers)
+        return kept / self._targeted
 
     @property
-    def _minimum(self) -> int:
-        return self._problem({}).min_cost + self._dense_cost
+    def _targeted(self) -> int:
+        return sum(layer.dense_cost for layer in self.layers)
 
     @property
-    def _dense_cost(self) -> int:
-        return sum(layer.dense_cost for layer in self.layers if layer.ratio == 0)
+    def _base(self) -> int:
+        return self.model_cost if self.compression_scope == "model" else self._targeted
+
+    @property
+    def _free(self) -> list[LayerSpec]:
+        # A ratio of 0 leaves a layer dense: there is nothing to decide.
+        return [layer for layer in self.layers if layer.ratio != 0]
 
     def _problem(self, losses: Mapping[str, np.ndarray]) -> AllocationProblem:
         profiles = tuple(self._profile(layer, losses.get(layer.name)) for layer in self._free)
-        return AllocationProblem(profiles, self.budget - self._dense_cost)
+        dense = sum(layer.dense_cost for layer in self.layers if layer.ratio == 0)
+        return AllocationProblem(profiles, self.budget - dense)
 
     def _profile(self, layer: LayerSpec, losses: np.ndarray | None) -> LayerProfile:
         m, n = layer.out_features, layer.in_features
@@ -169,8 +166,7 @@ class RankBudget:
         if layer.ratio is not None:
             share = (1 - layer.ratio) * m * n + _TOLERANCE
             multiples = range(0, min(m, n) + 1, self.rank_multiple)
-            fitting = bisect_right(multiples, share, key=lambda rank: stored_values(m, n, rank, self.layout)) - 1
-            fixed = multiples[fitting]
+            fixed = multiples[bisect_right(multiples, share, key=lambda r: stored_values(m, n, r, self.layout)) - 1]
             if fixed < 1:
                 raise ValueError(
                     f"ratio_pattern removes {layer.ratio:.2%} of layer {layer.name!r}, which leaves no rank of "
@@ -178,11 +174,11 @@ class RankBudget:
                 )
         full = break_even(m, n, self.layout)
         lowest = max(self.min_rank, math.ceil(self.min_rank_ratio * full - _TOLERANCE), 1)
+        lowest = -(-lowest // self.rank_multiple) * self.rank_multiple
         highest = None
         if self.max_rank_ratio is not None:
-            # A ceiling below the floor would leave nothing: then the floor is the one rank there is.
-            floor = -(-lowest // self.rank_multiple) * self.rank_multiple
-            highest = max(math.floor(self.max_rank_ratio * full + _TOLERANCE), floor)
+            # A ceiling below the floor would leave no rank: then the floor is the only one.
+            highest = max(math.floor(self.max_rank_ratio * full + _TOLERANCE), lowest)
         return LayerProfile(
             name=layer.name,
             out_features=m,
@@ -196,10 +192,11 @@ class RankBudget:
             fixed_rank=fixed,
         )
 
-    def _unreachable(self, minimum: int) -> str:
-        targeted = sum(layer.dense_cost for layer in self.layers)
-        base = self.model_cost if self.compression_scope == "model" else targeted
-        largest = max(targeted - minimum, 0) * 1000 // base / 1000
+    def _unreachable(self) -> str:
+        problem, targeted = self._problem({}), self._targeted
+        # The two budgets differ by the cost of the layers that stay dense.
+        minimum = problem.min_cost + self.budget - problem.budget
+        largest = max(targeted - minimum, 0) * 1000 // self._base / 1000
         reachable = (
             f"The largest ratio that can be reached is {largest}; lower the ratio or these floors, or target more layers."
             if largest > 0

@@ -1,4 +1,4 @@
-"""The least sum of losses under the budget."""
+"""The smallest sum of losses under the budget."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from .remainder import spend_remainder
 class GlobalAllocator(Allocator):
     """Minimises `Σ loss_l(r_l)` subject to `Σ cost_l(r_l) ≤ budget` with a Lagrange multiplier.
 
-    For a price λ of one stored value every layer takes, independently, the option with the least `loss + λ cost`; a
-    layer stays dense where that wins. The sum of these minima less `λ budget` bounds the optimum from below (weak
-    duality), λ is bisected to the budget, and the remainder is spent by best return. What is missed to the optimum is
-    at most the loss decrease of the one step that did not fit: λ times the remainder that the bisection left.
+    At a multiplier λ, the price of one stored value, every layer independently takes the option with the smallest
+    `loss + λ cost`, which may be to stay dense. The sum of these minima minus `λ budget` is a lower bound of the optimum
+    (weak duality). λ is found by bisection, and `spend_remainder` spends the remainder. The gap to the optimum is at
+    most the loss decrease of the one step that did not fit: λ times the remainder after the bisection.
 
-    Only options on the lower convex hull of loss over cost win at some λ, and the jump to dense takes many off it. So
-    pairs of layers then exchange: one shrinks, another grows, for as long as this lowers the sum.
-
-    Args:
-        max_exchanges: Exchanges at most; few are ever found.
+    Only options on the lower convex hull of loss over cost win at some λ, and the jump to dense takes many off it.
+    Therefore pairs of layers then exchange budget, one shrinking and one growing, as long as this lowers the sum: at
+    most `max_exchanges` times, though few exchanges are ever found.
     """
 
     name = "global"
@@ -34,12 +32,12 @@ class GlobalAllocator(Allocator):
         """See `Allocator.allocate`."""
         problem.check()
         low, high = 0.0, 1.0
-        while self._cost(problem, self._choice(problem, high)) > problem.budget:
+        while problem.left(self._choice(problem, high)) < 0:
             low, high = high, high * 8
-        # 100 halvings reach neighbouring floating point numbers from any start that occurs.
+        # 100 halvings reach neighbouring floating-point numbers from any starting point that occurs.
         for _ in range(100):
             middle = (low + high) / 2
-            if self._cost(problem, self._choice(problem, middle)) > problem.budget:
+            if problem.left(self._choice(problem, middle)) < 0:
                 low = middle
             else:
                 high = middle
@@ -54,16 +52,13 @@ class GlobalAllocator(Allocator):
         return problem.to_ranks(choice)
 
     def _choice(self, problem: AllocationProblem, price: float) -> np.ndarray:
-        # argmin takes the first, that is the cheapest, of equal options.
+        # Of equally good options, argmin takes the first, which is the cheapest.
         indices = [int(np.argmin(layer.option_losses + price * layer.option_costs)) for layer in problem.layers]
         return np.array(indices, dtype=np.int64)
 
-    def _cost(self, problem: AllocationProblem, choice: np.ndarray) -> int:
-        return sum(int(layer.option_costs[i]) for layer, i in zip(problem.layers, choice, strict=True))
-
 
 def _best_exchange(problem: AllocationProblem, choice: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """`(layer, option)` of the layer that shrinks and of the one that grows; None if no pair lowers the sum.
+    """Return `(layer, option)` for the layer to shrink and for the one to grow; None if no pair lowers the sum.
 
     A layer shrinks by 1, 2, 4, … options; another takes the largest option that then fits.
     """
@@ -80,7 +75,7 @@ def _best_exchange(problem: AllocationProblem, choice: np.ndarray) -> tuple[tupl
     left += problem.left(choice)
 
     best = None
-    # Gains in the last digits are rounding; two exchanges could undo each other.
+    # Gains in the last digits are rounding errors, because of which two exchanges could undo each other forever.
     best_gain = 1e-12 * sum(float(layer.option_losses[i]) for layer, i in zip(problem.layers, choice, strict=True))
     for index, (layer, i) in enumerate(zip(problem.layers, choice, strict=True)):
         targets = np.searchsorted(layer.option_costs, layer.option_costs[i] + left, side="right") - 1

@@ -15,15 +15,13 @@ from .remainder import spend_remainder
 class GreedyAllocator(Allocator):
     """Gradual greedy search (arXiv 2402.06004).
 
-    All layers start at their break-even rank, which costs what the dense layer does. The number of values to keep
-    falls as `τ(t) = N_target + (N_0 - N_target) exp(-t / gamma)`. At step t every layer is asked for the rank at which
-    it alone would give up the values that are still above `τ(t)`, `r' = ⌊r - Δ / (m + n)⌋`, bounded below by its
-    smallest rank; the layer whose loss at `r'` is the lowest is shrunk, the earlier one of equals. After the last step
-    the search goes on with `τ = N_target` until the budget holds; then the remainder is spent by best return.
+    All layers start dense, which costs as much as their break-even rank. The number of values to keep falls as
+    `τ(t) = N_target + (N_0 - N_target) exp(-t / gamma)`. At step t, let `Δ` be the excess of the stored values over
+    `τ(t)` and `r' = ⌊r - Δ / (m + n)⌋`, bounded below by the smallest rank, the rank at which a layer alone would remove
+    it. The layer whose loss at `r'` is the lowest shrinks to it; ties go to the earlier layer. After the last step the
+    search goes on with `τ = N_target` until the budget is met; then `spend_remainder` spends the remainder.
 
-    Args:
-        gamma: Time constant of the schedule, in steps.
-        max_steps: Length of the schedule.
+    The schedule has `max_steps` steps and the time constant `gamma`, in steps.
     """
 
     name = "greedy"
@@ -36,9 +34,9 @@ class GreedyAllocator(Allocator):
         """See `Allocator.allocate`."""
         problem.check()
         layers = problem.layers
-        # The last option is the dense layer (or the one rank that the user fixed).
+        # The last option is the dense layer, or the one rank that the user fixed.
         choice = np.array([len(layer.options) - 1 for layer in layers], dtype=np.int64)
-        cost = start = sum(int(layer.option_costs[-1]) for layer in layers)
+        cost = start = problem.budget - problem.left(choice)
         step = 0
         while cost > problem.budget:
             step += 1
@@ -52,8 +50,7 @@ class GreedyAllocator(Allocator):
                 if current == 0:
                     continue
                 allowed = layer.option_costs[current] - surplus
-                index = int(np.searchsorted(layer.option_costs[:current], allowed, side="right")) - 1
-                index = max(index, 0)
+                index = max(int(np.searchsorted(layer.option_costs[:current], allowed, side="right")) - 1, 0)
                 if layer.option_losses[index] < best_loss:
                     best, best_index, best_loss = position, index, float(layer.option_losses[index])
             cost -= int(layers[best].option_costs[choice[best]] - layers[best].option_costs[best_index])

@@ -1,4 +1,4 @@
-"""The problem of distributing ranks: layers with losses and costs, and a budget."""
+"""The allocation problem: layers with losses and costs, and a budget."""
 
 from __future__ import annotations
 
@@ -14,16 +14,11 @@ from ..checkpoint.rank_map import stored_values
 
 
 RankAllocation = dict[str, int | None]
-"""Rank by layer name; None where the layer stays dense."""
+"""Ranks by layer name; None where a layer stays dense."""
 
 
 class BudgetError(ValueError):
-    """The budget cannot be met even with the smallest ranks.
-
-    Attributes:
-        budget: Stored values that the layers may take.
-        min_cost: What the smallest ranks cost.
-    """
+    """The budget cannot be met even with the smallest ranks, which cost `min_cost`."""
 
     def __init__(self, budget: int, min_cost: int) -> None:
         super().__init__(
@@ -36,26 +31,26 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class LayerProfile:
-    """What an allocator knows of a layer of shape `[out_features, in_features]`.
+    """What an allocator knows about a layer of shape `[out_features, in_features]`.
 
-    Costs are stored values times `price`: a price of 1 counts parameters, a price of the tokens per image counts
-    multiply-adds per image. Another way to count (latency) overrides `cost`, which must increase with the rank, and
-    `dense_cost`; break-even, candidates and options follow from these two.
+    Costs are stored values times `price`: with a price of 1 they count parameters, with the number of tokens per image
+    as the price they count multiply-adds per image. To count otherwise, as by latency, override `cost`, which must
+    increase with the rank, and `dense_cost`; break-even, candidate ranks and options follow from these two.
 
     Attributes:
-        name: Its name.
+        name: Name of the layer.
         out_features: `m`.
         in_features: `n`.
-        losses: `[min(m, n) + 1]`, float64, non-increasing: the loss if rank 0, 1, … is kept. Dense, it is 0.
+        losses: `[min(m, n) + 1]`, float64, non-increasing: the loss at rank 0, 1, …; the dense layer has none.
         layout: How factors are stored; see `FactoredLayer`.
         price: Cost of one stored value.
-        min_rank: Smallest rank, rounded up to the multiple.
-        max_rank: Largest rank of a factored layer, or None for break-even. Staying dense remains possible.
-        rank_multiple: Ranks are multiples of it, except a fixed one.
-        fixed_rank: The one rank that is allowed. If it saves nothing, the layer stays dense.
+        min_rank: Smallest rank; rounded up to the multiple.
+        max_rank: Largest rank of a factored layer; None for break-even. Staying dense remains possible.
+        rank_multiple: Ranks are multiples of it, except for a fixed one.
+        fixed_rank: The only rank allowed. If it saves nothing, the layer stays dense.
 
     Raises:
-        ValueError: if a bound is impossible, or the losses do not fit the shape, are not finite or increase.
+        ValueError: if a bound is impossible, or if the losses do not fit the shape, are not finite or increase.
     """
 
     name: str
@@ -71,11 +66,9 @@ class LayerProfile:
 
     def __post_init__(self) -> None:
         limit = min(self.out_features, self.in_features)
-        for field, least in (("price", 1), ("min_rank", 1), ("rank_multiple", 1)):
-            if getattr(self, field) < least:
-                raise ValueError(
-                    f"{field}={getattr(self, field)} of layer {self.name!r} is too small; give at least {least}."
-                )
+        for field in ("price", "min_rank", "rank_multiple"):
+            if (value := getattr(self, field)) < 1:
+                raise ValueError(f"{field}={value} of layer {self.name!r} is too small; give at least 1.")
         if self.max_rank is not None and self.max_rank < self._lowest_rank:
             raise ValueError(
                 f"max_rank={self.max_rank} of layer {self.name!r} is below its smallest rank {self._lowest_rank} "
@@ -87,18 +80,15 @@ class LayerProfile:
                 f"for ranks 0 to {limit}; there are {self.losses.shape}."
             )
         if self.fixed_rank is not None and not 1 <= self.fixed_rank <= limit:
-            raise ValueError(
-                f"fixed_rank={self.fixed_rank} of layer {self.name!r} is outside [1, {limit}]; its shape is "
-                f"[{self.out_features}, {self.in_features}]."
-            )
+            raise ValueError(f"fixed_rank={self.fixed_rank} of layer {self.name!r} is outside [1, {limit}].")
         if not np.isfinite(self.losses).all():
             raise ValueError(f"Losses of layer {self.name!r} hold NaN or Inf; check its weight and its statistics.")
-        # Sums of squared singular values may round upwards in their last digits.
+        # Rounding may let sums of squared singular values increase in their last digits.
         rise = float(np.diff(self.losses).max())
         if rise > 1e-9 * float(np.abs(self.losses).max()):
             raise ValueError(
-                f"Losses of layer {self.name!r} increase with the rank, by up to {rise:.3g}; order them from rank 0 "
-                f"to rank {limit}, none above the one before."
+                f"Losses of layer {self.name!r} increase with the rank, by up to {rise:.3g}; order them by rank, none "
+                "larger than the one before."
             )
 
     @property
@@ -107,24 +97,24 @@ class LayerProfile:
         return self.out_features * self.in_features * self.price
 
     def cost(self, rank: int | None) -> int:
-        """Cost at a rank; None is dense."""
+        """Return the cost at a rank, or of the dense layer for None."""
         if rank is None:
             return self.dense_cost
         return stored_values(self.out_features, self.in_features, rank, self.layout) * self.price
 
     def loss(self, rank: int | None) -> float:
-        """Loss at a rank; None is dense."""
+        """Return the loss at a rank, or of the dense layer for None."""
         return 0.0 if rank is None else float(self.losses[rank])
 
     @property
     def break_even(self) -> int:
-        """Largest rank that costs less than the dense layer; 0 if there is none."""
+        """The largest rank that costs less than the dense layer; 0 if there is none."""
         ranks = range(min(self.out_features, self.in_features) + 1)
         return max(0, bisect_left(ranks, self.dense_cost, key=self.cost) - 1)
 
     @cached_property
     def candidate_ranks(self) -> tuple[int, ...]:
-        """The ranks at which the layer may be factored, ascending; empty if it has to stay dense."""
+        """Ranks at which the layer may be factored, ascending; empty if it has to stay dense."""
         if self.fixed_rank is not None:
             return (self.fixed_rank,) if self.cost(self.fixed_rank) < self.dense_cost else ()
         highest = self.break_even if self.max_rank is None else min(self.break_even, self.max_rank)
@@ -132,7 +122,7 @@ class LayerProfile:
 
     @cached_property
     def options(self) -> tuple[int | None, ...]:
-        """Everything the layer may become, by ascending cost: candidate ranks, then dense unless a rank is fixed."""
+        """All choices for the layer by ascending cost: the candidate ranks, then None (dense) unless a rank is fixed."""
         if self.fixed_rank is not None and self.candidate_ranks:
             return self.candidate_ranks
         return (*self.candidate_ranks, None)
@@ -154,7 +144,7 @@ class LayerProfile:
 
 @dataclass(frozen=True, eq=False)
 class AllocationProblem:
-    """Layers and the stored values that they may take together.
+    """Layers and their common budget in stored values.
 
     Raises:
         ValueError: if two layers have the same name.
@@ -171,24 +161,24 @@ class AllocationProblem:
 
     @property
     def min_cost(self) -> int:
-        """Stored values with the smallest option everywhere."""
+        """Cost of the smallest options of all layers."""
         return sum(int(layer.option_costs[0]) for layer in self.layers)
 
     @property
     def dense_cost(self) -> int:
-        """Stored values with every layer dense."""
+        """Cost of all layers if they stay dense."""
         return sum(layer.dense_cost for layer in self.layers)
 
     def left(self, choice: np.ndarray) -> int:
-        """Stored values that a choice (see `to_ranks`) leaves of the budget; negative if it exceeds it."""
+        """Return the remainder of the budget under a choice (see `to_ranks`); negative if the choice exceeds it."""
         return self.budget - sum(int(layer.option_costs[i]) for layer, i in zip(self.layers, choice, strict=True))
 
     def total_cost(self, ranks: Mapping[str, int | None]) -> int:
-        """Stored values of an allocation."""
+        """Return the cost of an allocation."""
         return sum(layer.cost(ranks[layer.name]) for layer in self.layers)
 
     def total_loss(self, ranks: Mapping[str, int | None]) -> float:
-        """Sum of the losses of an allocation."""
+        """Return the sum of the losses of an allocation."""
         return sum(layer.loss(ranks[layer.name]) for layer in self.layers)
 
     def check(self) -> None:
@@ -201,5 +191,5 @@ class AllocationProblem:
             raise BudgetError(self.budget, self.min_cost)
 
     def to_ranks(self, choice: np.ndarray) -> RankAllocation:
-        """Ranks from the index of the option that each layer takes, `[layers]`."""
+        """Return the ranks for a choice: the index of the option that each layer takes, `[layers]`."""
         return {layer.name: layer.options[index] for layer, index in zip(self.layers, choice, strict=True)}

@@ -1,4 +1,4 @@
-"""What would a budget cost? Ranks and predicted losses over many budgets, without compressing anything."""
+"""Ranks and predicted losses under many budgets, without compressing anything."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ NORMALISED = "sum of normalised energies"
 
 @dataclass(frozen=True)
 class BudgetPoint:
-    """One budget.
+    """Ranks and predicted loss under one budget.
 
     Attributes:
-        ratio: What `compression_ratio` would be.
+        ratio: The `compression_ratio`.
         kept: Share of the targeted layers' stored values that the ranks keep.
         loss: Predicted loss, in nats per image with `metric="kfac"`, else the sum of the layers' normalised energies. It
-            is the loss of the one-shot factors to second order; compensation lowers it, large errors exceed it.
-        ranks: Rank by canonical name; None where a layer stays dense.
+            is the loss of the one-shot factors to second order: compensation lowers it, and large errors exceed it.
+        ranks: Ranks by canonical name; None where a layer stays dense.
     """
 
     ratio: float
@@ -35,16 +35,7 @@ class BudgetPoint:
 def profile_budgets(
     budgets: Iterable[RankBudget], losses: Mapping[str, np.ndarray], allocation: str
 ) -> list[BudgetPoint]:
-    """Allocate ranks under every budget.
-
-    Args:
-        budgets: The same layers under ascending ratios.
-        losses: By canonical name, the loss of a layer at rank 0, …, min(m, n), `[min(m, n) + 1]`.
-        allocation: Name of the allocator.
-
-    Raises:
-        ValueError: if a budget cannot be met.
-    """
+    """Allocate ranks under each of several budgets for the same layers; see `RankBudget.allocate`."""
     points = []
     for budget in budgets:
         ranks = budget.allocate(losses, allocation)

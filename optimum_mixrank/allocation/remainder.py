@@ -1,4 +1,4 @@
-"""Spend what an allocation has left of its budget."""
+"""Spending the remainder of a budget."""
 
 from __future__ import annotations
 
@@ -10,16 +10,11 @@ from .problem import AllocationProblem, LayerProfile
 
 
 def spend_remainder(problem: AllocationProblem, choice: np.ndarray) -> np.ndarray:
-    """Move layers to costlier options, one at a time, by the best loss decrease per stored value, until none fits.
+    """Move one layer at a time to a costlier option, by the best loss decrease per stored value, until none fits.
 
     Ties go to the smaller move, then to the earlier layer. What cannot lower any loss is spent by `raise_evenly`.
-
-    Args:
-        problem: Layers and budget.
-        choice: Index of the option of every layer, `[layers]`, within the budget.
-
-    Returns:
-        A new choice, within the budget, to which no layer's next option could be added.
+    `choice`, the index of each layer's option, `[layers]`, must be within the budget; so is the new choice that is
+    returned, in which no layer's next option would fit.
     """
     choice = choice.copy()
     left = problem.left(choice)
@@ -33,22 +28,15 @@ def spend_remainder(problem: AllocationProblem, choice: np.ndarray) -> np.ndarra
         choice[best] = moves[best][1]
         for index, (other, i) in enumerate(zip(problem.layers, choice, strict=True)):
             target = moves[index][1]
-            # A move found earlier stays the best of its layer for as long as it fits.
+            # The best move of a layer stays the best for as long as it fits.
             if index == best or (target >= 0 and other.option_costs[target] - other.option_costs[i] > left):
                 moves[index] = _best_move(other, int(i), left)
 
 
 def raise_evenly(problem: AllocationProblem, choice: np.ndarray) -> np.ndarray:
-    """Move layers to their next option, one at a time, the one that then keeps the least share first, until none fits.
+    """Move one layer at a time to its next option, always the one that then keeps the smallest share, until none fits.
 
-    Losses play no part. Ties go to the earlier layer.
-
-    Args:
-        problem: Layers and budget.
-        choice: Index of the option of every layer, `[layers]`, within the budget.
-
-    Returns:
-        A new choice, within the budget, to which no layer's next option could be added.
+    Losses are ignored, and ties go to the earlier layer. For `choice` and the new choice see `spend_remainder`.
     """
     choice = choice.copy()
     left = problem.left(choice)
@@ -65,7 +53,7 @@ def raise_evenly(problem: AllocationProblem, choice: np.ndarray) -> np.ndarray:
         _, index = heapq.heappop(upcoming)
         costs = problem.layers[index].option_costs
         step = int(costs[choice[index] + 1] - costs[choice[index]])
-        # What is left only shrinks: a step that does not fit now never will.
+        # The remainder only shrinks: a step that does not fit now never will.
         if step <= left:
             left -= step
             choice[index] += 1
@@ -74,7 +62,7 @@ def raise_evenly(problem: AllocationProblem, choice: np.ndarray) -> np.ndarray:
 
 
 def _best_move(layer: LayerProfile, current: int, left: int) -> tuple[float, int]:
-    """Loss decrease per stored value, and the option, of the layer's best move that fits; `(-1, -1)` for none."""
+    """Return the loss decrease per stored value and the option of the best move that fits; `(-1, -1)` if none does."""
     costs = layer.option_costs[current + 1 :] - layer.option_costs[current]
     fits = int(np.searchsorted(costs, left, side="right"))
     if fits == 0:

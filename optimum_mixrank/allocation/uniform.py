@@ -11,10 +11,10 @@ from .remainder import raise_evenly
 
 @ALLOCATORS.register
 class UniformAllocator(Allocator):
-    """The largest share of its dense cost that every layer may keep alike, bisected to the budget.
+    """Gives every layer the same share of its dense cost, the largest that meets the budget, found by bisection.
 
-    Floors, ceilings and multiples bound the share of single layers; the remainder is spent
-    step by step on the layers that keep the least (`raise_evenly`). Losses play no part.
+    Floors, ceilings and multiples bound the share of single layers; the remainder is spent step by step on the layers
+    that keep the smallest share (`raise_evenly`). Losses are ignored.
     """
 
     name = "uniform"
@@ -23,12 +23,12 @@ class UniformAllocator(Allocator):
         """See `Allocator.allocate`."""
         problem.check()
         low, high = 0.0, 1.0
-        if self._cost(problem, high) <= problem.budget:
+        if problem.left(self._choice(problem, high)) >= 0:
             low = high
         # 60 halvings resolve the share beyond the precision of a float64.
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._cost(problem, middle) <= problem.budget else (low, middle)
+            low, high = (middle, high) if problem.left(self._choice(problem, middle)) >= 0 else (low, middle)
         return problem.to_ranks(raise_evenly(problem, self._choice(problem, low)))
 
     def _choice(self, problem: AllocationProblem, share: float) -> np.ndarray:
@@ -37,7 +37,3 @@ class UniformAllocator(Allocator):
             for layer in problem.layers
         ]
         return np.array(indices, dtype=np.int64)
-
-    def _cost(self, problem: AllocationProblem, share: float) -> int:
-        choice = self._choice(problem, share)
-        return sum(int(layer.option_costs[i]) for layer, i in zip(problem.layers, choice, strict=True))

@@ -1,1 +1,1 @@
-"""From images to statistics: the layers to compress, batches of images, and the moments of what layers see."""
+"""From images to statistics: the layers to compress, batches of images, and the moments of the layers' activations."""

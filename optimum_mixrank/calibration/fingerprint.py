@@ -1,4 +1,4 @@
-"""Fingerprints of what statistics were taken from, so that they are not used for something else."""
+"""Fingerprints of models and images, so that statistics are not used for others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def fingerprint_model(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and values of all parameters and buffers, in hexadecimal."""
+    """Return the SHA-256 digest of names, shapes, dtypes and values of all parameters and buffers, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
@@ -18,25 +18,25 @@ def fingerprint_model(model: nn.Module) -> str:
 
 
 class ImageFingerprint:
-    """SHA-256 over the digests of images in their order, however they are batched and wherever they were seen."""
+    """SHA-256 digest of images in their order, regardless of how they are batched and distributed over processes."""
 
     def __init__(self) -> None:
         self._digests: dict[int, bytes] = {}
 
     def update(self, pixel_values: Tensor, batch: int = 0) -> None:
-        """Take in images, `[batch, channels, height, width]`, behind those of the same or a lower batch number."""
+        """Add images, `[batch, channels, height, width]`, after those of the same or a lower batch number."""
         digests = b"".join(hashlib.sha256(_bytes(image)).digest() for image in pixel_values)
         self._digests[batch] = self._digests.get(batch, b"") + digests
 
     def merge(self, other: ImageFingerprint) -> None:
-        """Take in the images of other batches, which another process has seen."""
+        """Add the images of other batches, seen by another process."""
         self._digests.update(other._digests)
 
     def hexdigest(self) -> str:
-        """The fingerprint of the images so far."""
+        """Return the fingerprint of the images so far."""
         return hashlib.sha256(b"".join(self._digests[batch] for batch in sorted(self._digests))).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    # Any dtype, bfloat16 included, as bytes.
+    # NumPy has no bfloat16; bytes exist for every dtype.
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -1,4 +1,4 @@
-"""Fisher information of layer outputs: gradients of what the model itself would predict, no labels needed."""
+"""Fisher information of layer outputs, from gradients of what the model itself predicts; no labels are needed."""
 
 from __future__ import annotations
 
@@ -20,130 +20,104 @@ from .moments import MomentAccumulator
 
 
 class GradientCollector(OutputListener):
-    """Context manager that accumulates `E[g gᵀ]` of the outputs of linear layers; on leaving, no hook remains.
+    """Context manager that accumulates `E[g gᵀ]` of the outputs of linear layers; no hook remains when it is left.
 
-    Every gradient is taken in as soon as it is there, and let go.
+    The model runs with gradients enabled; each of the `samples` random probes per batch costs a backward pass. Every
+    gradient is added as soon as it is computed, and then freed.
 
-    Args:
-        model: The model that will run, with gradients enabled.
-        names: Module names of the layers.
-        samples: Random probes per batch; each costs a backward pass.
-        seed: Of the probes.
-        projected: Those of the layers of which `input_moment` and `energy` alone are wanted, `moment` not. Layers with
-            more outputs than inputs are then far cheaper: their gradients are projected on the columns of the weight.
+    For the `projected` ones of the named layers, only `input_moment` and `energy` are available, not `moment`. This is
+    far cheaper for layers with more outputs than inputs: gradients are projected onto the columns of the weight.
     """
 
     def __init__(
         self, model: nn.Module, names: Sequence[str], samples: int = 1, seed: int = 42, projected: Sequence[str] = ()
     ) -> None:
         super().__init__({name: model.get_submodule(name) for name in names})
+        self.names = list(names)
         self._samples = samples
         self._seed = seed
-        # By layer, a gradient of zeros for every call in this batch, and those whose own gradient is yet to come.
+        # By layer, a gradient of zeros for every call in this batch, and for the calls whose gradient is still to come.
         self._called: dict[str, dict[int, Tensor]] = {}
         self._awaited: dict[str, dict[int, Tensor]] = {}
         self._calls = itertools.count()
         self._scale = 1.0
-        # Each device of a model over several has a thread of its own on the way back.
+        # If a model is spread over several devices, each of them runs its backward pass in a thread of its own.
         self._lock = threading.Lock()
         self._context = contextvars.copy_context()
         self._accumulators = {name: MomentAccumulator() for name in names}
-        self._accumulators |= {_squares(name): MomentAccumulator(full=False) for name in projected}
+        self._squares = {name: MomentAccumulator(full=False) for name in projected}
+        # Orthonormal columns rather than those of the weight, so that no direction is lost to rounding in float32.
         self._bases = {name: torch.linalg.qr(self._weight(name).float()).Q for name in projected}
 
     def update(self, output: ModelOutput, batch: int = 0) -> None:
-        """Take in the gradients of the batch that has just run.
+        """Add the gradients of the batch that has just run; its probes depend on its number among those of all processes.
 
-        Of all that the output depends on, its images alone may require gradients; see `activation_gradients`.
-
-        Args:
-            output: Of the model.
-            batch: Number of the batch among those of all processes, on which its probes depend.
+        Of all that the output depends on, only the images may require gradients; see `activation_gradients`.
         """
         generator = _generator(self._seed, batch)
-        # A thread of a device knows nothing of the precision that is set here.
+        # The precision that is set here is unknown to the threads of other devices.
         self._context = contextvars.copy_context()
         for sample in range(self._samples):
             scalar = probe_likelihood(output, generator) * self._scale
             self._awaited = {name: dict(calls) for name, calls in self._called.items()}
-            # Not `grad`, which would hold the gradients of all layers at once.
+            # Unlike `grad`, this does not hold the gradients of all layers at the same time.
             scalar.backward(retain_graph=sample + 1 < self._samples)
             for name, calls in self._awaited.items():
-                # A layer on which the output does not depend has the gradient zero.
+                # The output does not depend on this call, so its gradient is zero.
                 for zeros in calls.values():
-                    self._take_in(name, zeros.clone())
+                    self._add(name, zeros.clone())
         self._forget()
 
     def merge(self, processes: Processes) -> None:
-        """See `MomentAccumulator.merge`."""
-        for accumulator in self._accumulators.values():
+        """Merge the gradients of all processes; see `MomentAccumulator.merge`."""
+        for name in self.names:
+            self._accumulators[name].merge(processes)
+        for accumulator in self._squares.values():
             accumulator.merge(processes)
 
     def moment(self, name: str) -> Tensor:
-        """`E[g gᵀ]` over tokens and probes, `[out_features, out_features]`, float64.
-
-        Raises:
-            ValueError: if the layer was never called, or its gradients hold NaN or Inf.
-        """
-        assert name not in self._bases  # of a projected layer it is not known
-        return self._second_moment(name, name)
+        """Return `E[g gᵀ]` over tokens and probes, `[out_features, out_features]`, float64."""
+        assert name not in self._bases  # unknown for a projected layer
+        return _second_moment(name, self._accumulators)
 
     def input_moment(self, name: str) -> Tensor:
-        """`E[(Wᵀg) (Wᵀg)ᵀ]` over tokens and probes, `[in_features, in_features]`, float64.
-
-        Raises:
-            ValueError: as `moment`.
-        """
-        moment = self._second_moment(name, name)
+        """Return `E[(Wᵀg) (Wᵀg)ᵀ]` over tokens and probes, `[in_features, in_features]`, float64."""
+        moment = _second_moment(name, self._accumulators)
         weight = self._weight(name).to(moment)
-        # The columns of the weight by those of the basis; the basis is orthonormal to float32's precision.
+        # The weight in coordinates of the basis, which is orthonormal to the precision of float32.
         columns = self._bases[name].to(moment).T @ weight if name in self._bases else weight
         return columns.T @ moment @ columns
 
     def energy(self, name: str) -> Tensor:
-        """`E[‖g‖²]` over tokens and probes, `[]`, float64.
-
-        Raises:
-            ValueError: as `moment`.
-        """
-        if name in self._bases:
-            return self._second_moment(name, _squares(name)).sum()
-        return self._second_moment(name, name).trace()
+        """Return `E[‖g‖²]` over tokens and probes, `[]`, float64."""
+        if name in self._squares:
+            return _second_moment(name, self._squares).sum()
+        return _second_moment(name, self._accumulators).trace()
 
     def statistics(self, name: str, required: Collection[Statistic]) -> dict[str, Tensor]:
-        """Those of the required statistics that are taken from gradients, by name. To be asked for once.
+        """Return those of the required statistics that are taken from gradients, once.
 
         Raises:
-            ValueError: as `moment`.
+            ValueError: if the layer was never called, or its gradients contain NaN or Inf.
         """
-        found = {
+        methods = {
             Statistic.GRADIENT_MOMENT: self.moment,
             Statistic.INPUT_GRADIENT_MOMENT: self.input_moment,
             Statistic.GRADIENT_ENERGY: self.energy,
         }
-        taken = {statistic.value: take(name) for statistic, take in found.items() if statistic in required}
+        found = {statistic.value: method(name) for statistic, method in methods.items() if statistic in required}
         self._accumulators.pop(name)
-        return taken
+        return found
 
-    def _take_in(self, name: str, gradient: Tensor) -> None:
+    def _add(self, name: str, gradient: Tensor) -> None:
         if name not in self._bases:
             self._accumulators[name].update(gradient)
             return
         if gradient.dtype != torch.float64:
             gradient = gradient.float()
-        self._accumulators[_squares(name)].update(gradient)
+        self._squares[name].update(gradient)
         with float32_products(gradient.device):
-            # Orthonormal columns, not those of the weight itself, so that no direction is lost in float32's rounding.
             self._accumulators[name].update(gradient @ self._bases[name].to(gradient.dtype))
-
-    def _second_moment(self, name: str, key: str) -> Tensor:
-        accumulator = self._accumulators[key]
-        if not accumulator.is_finite:
-            raise ValueError(
-                f"NaN or Inf in the gradients of layer {name!r}; a half-precision model may overflow, load it with "
-                "dtype='float32'."
-            )
-        return accumulator.second_moment()
 
     def _weight(self, name: str) -> Tensor:
         weight = self._layers[name].weight
@@ -156,19 +130,19 @@ class GradientCollector(OutputListener):
             # A view of one zero takes no memory.
             self._called.setdefault(name, {})[call] = output.new_zeros(()).expand(output.shape)
             if output.dtype == torch.float16:
-                # Gradients of a confident model are too small for it; as in mixed-precision training they are scaled.
+                # The gradients of a confident model are too small for float16; they are scaled as in mixed precision.
                 self._scale = 2.0**14
 
-            def arrived(gradient: Tensor | None) -> None:
+            def add(gradient: Tensor | None) -> None:
                 if gradient is None:
                     return
                 with self._lock:
                     del self._awaited[name][call]
                     scaled = self._scale != 1
-                    self._context.run(self._take_in, name, gradient.float() / self._scale if scaled else gradient)
+                    self._context.run(self._add, name, gradient.float() / self._scale if scaled else gradient)
 
             if output.requires_grad:
-                output.register_hook(arrived)
+                output.register_hook(add)
 
         return hook
 
@@ -177,32 +151,33 @@ class GradientCollector(OutputListener):
         self._scale = 1.0
 
 
-def _squares(name: str) -> str:
-    return f"{name}:squares"
+def _second_moment(name: str, accumulators: dict[str, MomentAccumulator]) -> Tensor:
+    accumulator = accumulators[name]
+    if not accumulator.is_finite:
+        raise ValueError(
+            f"NaN or Inf in the gradients of layer {name!r}; a half-precision model may overflow, load it with "
+            "dtype='float32'."
+        )
+    return accumulator.second_moment()
 
 
 def _generator(seed: int, batch: int) -> torch.Generator:
-    """The same random numbers for a batch, whichever process it runs in."""
+    """Return a generator that depends on seed and batch alone, not on the process that the batch runs in."""
     state = np.random.SeedSequence(seed, spawn_key=(batch,)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
 def probe_likelihood(output: ModelOutput, generator: torch.Generator) -> Tensor:
-    """A random scalar whose gradient `g` by any activation has the Fisher information as its second moment.
+    """Return a random scalar whose gradient `g` by any activation has the Fisher information as its second moment.
 
     For class probabilities `p` the Fisher information of the logits is `diag(p) - p pᵀ = S Sᵀ` with
     `S = diag(√p) (I - √p √pᵀ)`. Drawing a label from `p` gives a gradient with that second moment; `S v` with normal
-    `v` has the same one, and weighs all classes in every draw instead of mostly the likeliest.
+    `v` has the same one, and involves all classes in every draw instead of mostly the likeliest.
 
-    Other outputs count as Gaussian with the variance of the feature tensor times its size, so that a loss of 1/2 is an
-    error as large as the features' own spread.
+    Other outputs are treated as Gaussian, with the variance of the feature tensor times its size, so that an error as
+    large as the features' own spread has a loss of 1/2.
 
-    Args:
-        output: Logits or features of a batch, with their graph.
-        generator: On the CPU, so that all devices see the same probes.
-
-    Returns:
-        The sum over images; images do not mix.
+    The scalar is a sum over images, which do not mix. The generator is on the CPU: all devices see the same probes.
     """
     if output.logits is not None:
         # On the host, since Apple's GPUs have no float64.
@@ -214,7 +189,7 @@ def probe_likelihood(output: ModelOutput, generator: torch.Generator) -> Tensor:
     for feature in output.features:
         values = feature.detach().float()
         spread = values.std(correction=0)
-        # Features that are all alike, a single value say, are measured by their size.
+        # Features that are all equal, such as a single value, are measured by their size instead.
         spread = torch.where(spread > 0, spread, values.square().mean().sqrt())
         scale = spread * (values[0].numel() * len(output.features)) ** 0.5
         noise = torch.randn(feature.shape, generator=generator).to(feature)

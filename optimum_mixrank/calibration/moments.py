@@ -1,4 +1,4 @@
-"""Streaming moments: tensors in, tensors out; nothing is kept of single samples."""
+"""Streaming moments: tensors in, tensors out; single samples are not kept."""
 
 from __future__ import annotations
 
@@ -14,18 +14,13 @@ from ..runtime.precision import float32_products
 class MomentAccumulator:
     """Mean and covariance (or variance) of a stream of vectors.
 
-    The vectors are shifted by the mean of the first batch before anything is multiplied, so that a mean much larger
-    than the spread cancels nothing. Products are summed over a batch in float32 (float64 for float64 input), never in
-    less, and over batches in float64; of a covariance, only the blocks on and above the diagonal are computed.
+    The vectors are shifted by the mean of the first batch before they are multiplied, so that no digits cancel if the
+    mean is much larger than the spread. Products are summed over a batch in at least float32 (in float64 for float64
+    input) and over batches in float64; only the blocks on and above the diagonal of a covariance are computed.
 
-    Several processes may each take in a part of the stream and `merge` what they have seen.
-
-    Args:
-        full: Whether to accumulate the whole covariance, `[n, n]`, or the variances alone, `[n]`.
-        products: False to accumulate the mean alone.
-
-    Attributes:
-        count: Vectors so far.
+    With `full` the whole covariance is accumulated, `[n, n]`, else only the variances, `[n]`; without `products` only
+    the mean. `count` is the number of vectors so far. Several processes may each see a part of the stream and `merge`
+    their moments.
     """
 
     def __init__(self, full: bool = True, products: bool = True) -> None:
@@ -37,7 +32,7 @@ class MomentAccumulator:
         self._product: Tensor | None = None
 
     def update(self, vectors: Tensor) -> None:
-        """Take in vectors, `[..., n]`, of any floating point dtype."""
+        """Add vectors, `[..., n]`, of any floating point dtype."""
         vectors = vectors.detach().reshape(-1, vectors.shape[-1])
         if len(vectors) == 0:
             return
@@ -55,7 +50,7 @@ class MomentAccumulator:
         self.count += len(vectors)
 
     def merge(self, processes: Processes) -> None:
-        """Take in what all processes have seen; all of them call this, and hold the same afterwards.
+        """Merge the moments of all processes, each of which calls this and holds the same afterwards.
 
         Means and covariances are merged in float64 (Chan, Golub and LeVeque 1983): with `n_i` vectors of mean `μ_i` and
         covariance `Σ_i` in process i, `n Σ = Σ_i n_i (Σ_i + (μ_i - μ)(μ_i - μ)ᵀ)`.
@@ -75,57 +70,46 @@ class MomentAccumulator:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all vectors so far were free of NaN and Inf."""
+        """Whether all vectors so far were finite."""
         tensors = (self._sum, self._product)
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
 
     def mean(self) -> Tensor:
-        """`E[x]`, `[n]`, float64."""
-        shift, total = self._totals()
-        return shift.to(total) + self._offset()
+        """Return `E[x]`, `[n]`, float64."""
+        shift, offset = self._state()
+        return shift.to(offset) + offset
 
     def covariance(self) -> Tensor:
-        """`E[x xᵀ] - E[x] E[x]ᵀ`, `[n, n]`, or its diagonal, `[n]`; float64, divided by the count."""
-        self._totals()
+        """Return `E[x xᵀ] - E[x] E[x]ᵀ`, `[n, n]`, or its diagonal, `[n]`; float64, divided by the count."""
+        _, offset = self._state()
         if self._product is None:
             raise ValueError("This accumulator was made for the mean alone.")
-        offset = self._offset()
         if not self._full:
             return (self._product / self.count - offset.square()).clamp_min(0)
-        # Below the diagonal nothing was summed.
-        product = self._product.triu() + self._product.triu(1).T
-        return product / self.count - torch.outer(offset, offset)
+        # Only the upper triangle was summed.
+        return (self._product.triu() + self._product.triu(1).T) / self.count - torch.outer(offset, offset)
 
     def second_moment(self) -> Tensor:
-        """`E[x xᵀ]` about zero, `[n, n]`, or its diagonal, `[n]`; float64."""
+        """Return `E[x xᵀ]` about zero, `[n, n]`, or its diagonal, `[n]`; float64."""
         mean = self.mean()
         return self.covariance() + (torch.outer(mean, mean) if self._full else mean.square())
 
     @property
     def shift(self) -> Tensor:
-        """What is subtracted from every vector, `[n]`.
+        """The vector that is subtracted from all others, `[n]`."""
+        return self._state()[0]
 
-        Raises:
-            ValueError: before the first vector.
-        """
-        return self._totals()[0]
-
-    def _offset(self) -> Tensor:
-        return self._totals()[1] / self.count
-
-    def _totals(self) -> tuple[Tensor, Tensor]:
+    def _state(self) -> tuple[Tensor, Tensor]:
+        """Return the shift, and the mean of the shifted vectors."""
         if self._shift is None or self._sum is None or self.count == 0:
             raise ValueError("No vectors have been seen.")
-        return self._shift, self._sum
+        return self._shift, self._sum / self.count
 
 
 class PairAccumulator:
-    """Means and covariances of a stream of pairs: inputs, `[..., n]`, and targets, `[..., m]`.
+    """Means and covariances of a stream of pairs, inputs `[..., n]` and targets `[..., m]`; see `MomentAccumulator`.
 
-    Shifted and summed as in `MomentAccumulator`.
-
-    Args:
-        same_inputs: An accumulator that gets the very same inputs, and gets them first; their moments are shared.
+    The moments of the inputs are shared with `same_inputs`, an accumulator that gets the same inputs before this one.
     """
 
     def __init__(self, same_inputs: PairAccumulator | None = None) -> None:
@@ -135,7 +119,7 @@ class PairAccumulator:
         self._cross: Tensor | None = None
 
     def update(self, inputs: Tensor, targets: Tensor) -> None:
-        """Take in as many inputs as targets."""
+        """Add as many inputs as targets."""
         inputs = inputs.detach().reshape(-1, inputs.shape[-1])
         targets = targets.detach().reshape(-1, targets.shape[-1])
         if inputs.dtype != torch.float64:
@@ -149,19 +133,19 @@ class PairAccumulator:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all vectors so far were free of NaN and Inf."""
+        """Whether all vectors so far were finite."""
         return self._inputs.is_finite and self._targets.is_finite
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """`E[x]`, `[n]`, and `E[t]`, `[m]`, float64."""
+        """Return `E[x]`, `[n]`, and `E[t]`, `[m]`, float64."""
         return self._inputs.mean(), self._targets.mean()
 
     def target_power(self, centred: bool = True) -> Tensor:
-        """`E ‖t - E t‖²`, or `E ‖t‖²`; a float64 scalar."""
+        """Return `E ‖t - E t‖²`, or `E ‖t‖²` if not centred; a float64 scalar."""
         return (self._targets.covariance() if centred else self._targets.second_moment()).sum()
 
     def moments(self, centred: bool = True) -> tuple[Tensor, Tensor]:
-        """Covariances of the inputs, `[n, n]`, and of targets with inputs, `[m, n]`; or second moments about zero."""
+        """Return the covariances of inputs, `[n, n]`, and of targets with inputs, `[m, n]`; or their second moments."""
         input_mean, target_mean = self.means()
         covariance, cross = self._inputs.covariance(), self._cross_covariance()
         if centred:
@@ -173,22 +157,16 @@ class PairAccumulator:
             raise ValueError("No vectors have been seen.")
         input_mean, target_mean = self.means()
         input_offset = input_mean - self._inputs.shift.to(input_mean)
-        return self._cross / self._inputs.count - torch.outer(
-            target_mean - self._targets.shift.to(target_mean), input_offset
-        )
+        target_offset = target_mean - self._targets.shift.to(target_mean)
+        return self._cross / self._inputs.count - torch.outer(target_offset, input_offset)
 
 
 def merge_pairs(pairs: Sequence[PairAccumulator], processes: Processes) -> None:
-    """Let accumulators that share their inputs take in what all processes have seen; see `MomentAccumulator.merge`.
-
-    Args:
-        pairs: The one that holds the inputs first.
-        processes: All of them call this, and hold the same afterwards.
-    """
+    """Merge pairs with shared inputs, which the first of them holds, across processes; see `MomentAccumulator.merge`."""
     if processes.is_single:
         return
     count = pairs[0]._inputs.count
-    # Before they are merged: the means of this process.
+    # The moments of this process, before they are merged.
     own = [(*pair.means(), pair._cross_covariance()) if count else None for pair in pairs]
     pairs[0]._inputs.merge(processes)
     for pair, found in zip(pairs, own, strict=True):
@@ -202,36 +180,31 @@ def merge_pairs(pairs: Sequence[PairAccumulator], processes: Processes) -> None:
 
 
 class MeanInputAccumulator:
-    """Mean over images of the inputs of a layer, `[tokens, n]`: the paper's representative input."""
+    """Mean over images of the inputs of a layer, `[tokens, n]`: the representative input (arXiv 2402.06004).
+
+    A number of tokens that changes is a ValueError.
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self._sum: Tensor | None = None
 
     def update(self, inputs: Tensor) -> None:
-        """Take in inputs, `[..., tokens, n]`; leading dimensions are images (or windows); `[images, n]` is one token.
-
-        Raises:
-            ValueError: if the number of tokens changes.
-        """
+        """Add inputs, `[..., tokens, n]`; leading dimensions are images (or windows); `[images, n]` is one token each."""
         inputs = inputs.detach()
         inputs = inputs[:, None] if inputs.ndim == 2 else inputs.reshape(-1, *inputs.shape[-2:])
         if self._sum is not None:
-            self._check_shape(self._sum.shape, inputs.shape[1:])
+            _check_tokens(self._sum.shape, inputs.shape[1:])
         self._sum = _add(self._sum, inputs.double().sum(dim=0) if inputs.device.type != "mps" else inputs.sum(dim=0))
         self.count += len(inputs)
 
     def merge(self, processes: Processes) -> None:
-        """Take in what all processes have seen; all of them call this, and hold the same afterwards.
-
-        Raises:
-            ValueError: if they have seen different numbers of tokens.
-        """
+        """Merge the inputs of all processes, each of which calls this and holds the same afterwards."""
         if processes.is_single:
             return
         shapes = [shape for shape in processes.gather(None if self._sum is None else self._sum.shape) if shape]
         for shape in shapes:
-            self._check_shape(shapes[0], shape)
+            _check_tokens(shapes[0], shape)
         if self._sum is None and shapes:
             self._sum = torch.zeros(shapes[0], dtype=torch.float64)
         if self._sum is not None:
@@ -240,40 +213,35 @@ class MeanInputAccumulator:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all inputs so far were free of NaN and Inf."""
+        """Whether all inputs so far were finite."""
         return self._sum is None or bool(torch.isfinite(self._sum).all())
 
     def mean(self) -> Tensor:
-        """The representative input, `[tokens, n]`, float64."""
+        """Return the representative input, `[tokens, n]`, float64."""
         if self._sum is None:
             raise ValueError("No inputs have been seen.")
         return self._sum / self.count
 
-    @staticmethod
-    def _check_shape(before: torch.Size, now: torch.Size) -> None:
-        if before != now:
-            raise ValueError(
-                f"The number of tokens changed from {before[0]} to {now[0]}; a mean input needs images of one size. Use "
-                "metric='second_moment'."
-            )
+
+def _check_tokens(before: torch.Size, now: torch.Size) -> None:
+    if before != now:
+        raise ValueError(
+            f"The number of tokens changed from {before[0]} to {now[0]}; a mean input needs images of one size. Use "
+            "metric='second_moment'."
+        )
 
 
 def _add(total: Tensor | None, batch: Tensor) -> Tensor:
-    """Add to a float64 total, which lives on the batch's device where that knows float64, else on the host."""
+    """Add to a float64 total, on the batch's device if that supports float64, else on the host."""
     batch = batch.to(_device_of_total(batch), torch.float64)
     return batch if total is None else total.add_(batch)
 
 
 def _add_upper_gram(total: Tensor | None, vectors: Tensor) -> Tensor:
-    """Add the upper triangle of `XᵀX` to a float64 total, panel by panel; what is below the diagonal means nothing.
-
-    Args:
-        total: `[n, n]`.
-        vectors: `X`, `[count, n]`.
-    """
+    """Add the upper triangle of `XᵀX` to a float64 total, `[n, n]`; values below the diagonal are meaningless."""
     size, device = vectors.shape[1], _device_of_total(vectors)
     total = torch.zeros(size, size, dtype=torch.float64, device=device) if total is None else total.to(device)
-    # A GPU is not busy with narrow panels.
+    # Narrow panels do not keep a GPU busy.
     width = 192 if vectors.device.type == "cpu" else 1024
     for start in range(0, size, width):
         stop = min(start + width, size)

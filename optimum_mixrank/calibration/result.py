@@ -1,4 +1,4 @@
-"""What a calibration run found."""
+"""The statistics of a calibration, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from ..runtime.files import replaced_file
 from ..runtime.version import __version__
 
 
+_FORMAT = "optimum-mixrank statistics 2"
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics of all layers, with what they were taken from.
+    """Statistics of all layers, and what they were collected from.
 
     Attributes:
         layers: Statistics by module name.
-        num_images: Images that were seen.
+        num_images: Number of images seen.
         broken: Names of the files that could not be decoded and were left out.
-        seconds: Wall time of the run.
-        model_fingerprint: Of the model that ran; see `fingerprint_model`.
-        data_fingerprint: Of the images; see `ImageFingerprint`.
-        fisher_samples: Probes per image that the Fisher information was taken with; None where that is not known.
+        seconds: Wall time of the collection.
+        model_fingerprint: Fingerprint of the model; see `fingerprint_model`.
+        data_fingerprint: Fingerprint of the images; see `ImageFingerprint`.
+        fisher_samples: Probes per image that the Fisher information was estimated with; None if unknown.
     """
 
     layers: Mapping[str, LayerStatistics]
@@ -42,12 +45,35 @@ class Calibration:
     fisher_samples: int | None = None
 
     def save(self, path: str | Path) -> Path:
-        """Write the statistics to a safetensors file, to be used again for another budget without the images.
+        """Write the statistics to a safetensors file, completely or not at all, and return its path.
+
+        They can be reused without the images. The folder must exist.
 
         Raises:
             ValueError: if there are none, as for a metric that needs none.
         """
-        return save_calibration(self, path)
+        if not self.layers:
+            raise ValueError(f"There are no statistics to write to {str(path)!r}: metric='svd' needs none.")
+        path = Path(path).expanduser()
+        tensors: dict[str, Tensor] = {}
+        stored_as: dict[int, str] = {}
+        layers: dict[str, Any] = {}
+        for name, statistics in self.layers.items():
+            keys = {}
+            for statistic in Statistic:
+                tensor = getattr(statistics, statistic.value)
+                if tensor is not None:
+                    # Layers that share an input share its tensors, which are stored once.
+                    key = stored_as.setdefault(id(tensor), f"{name}:{statistic.value}")
+                    tensors[key] = tensor.detach().cpu().contiguous()
+                    keys[statistic.value] = key
+            counts = {"num_tokens": statistics.num_tokens, "num_images": statistics.num_images}
+            layers[name] = {**counts, "tensors": keys}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        content = json.dumps({**fields, "layers": layers, "library_version": __version__})
+        with replaced_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": _FORMAT, "calibration": content})
+        return path
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -57,13 +83,35 @@ class Calibration:
             FileNotFoundError: if there is no such file.
             ValueError: if it holds something else, or is damaged.
         """
-        return load_calibration(path)
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"There is no file {str(path)!r} with statistics; write one with `calibration.save`."
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(
+                        f"{str(path)!r} has the format {metadata.get('format')!r}, not {_FORMAT!r}; collect the "
+                        "statistics anew with this version."
+                    )
+                # Copies are aligned in memory like the tensors that were saved; arithmetic may depend on it.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+            content = json.loads(metadata["calibration"])
+            layers = {name: _read_layer(entry, tensors) for name, entry in content["layers"].items()}
+            if not all(isinstance(content[f"{what}_fingerprint"], str) for what in ("model", "data")):
+                raise TypeError("fingerprints are missing")
+            fields = {field.name: content[field.name] for field in dataclasses.fields(cls) if field.name in content}
+            return cls(**{**fields, "layers": layers, "broken": tuple(content["broken"])})
+        except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{str(path)!r} is damaged ({error!r}); collect the statistics anew.") from error
 
     def check(self, model_fingerprint: str, data_fingerprint: str | None = None) -> None:
-        """Check that these are the statistics of a model, and of images where they are given too.
+        """Check that the statistics belong to a model and, if a fingerprint of them is given, to images.
 
         Raises:
-            ValueError: if they are not.
+            ValueError: if they do not.
         """
         if self.model_fingerprint not in (None, model_fingerprint):
             raise ValueError(
@@ -78,94 +126,11 @@ class Calibration:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the layer with the most of them has seen."""
+        """Number of tokens seen by the layer that has seen the most."""
         return max((statistics.num_tokens for statistics in self.layers.values()), default=0)
 
 
-_FORMAT = "optimum-mixrank statistics 2"
-
-
-def save_calibration(calibration: Calibration, path: str | Path) -> Path:
-    """Write statistics, complete or not at all.
-
-    Args:
-        calibration: What to write.
-        path: The file, `statistics.safetensors` say; its folder must exist.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    if not calibration.layers:
-        raise ValueError(f"There are no statistics to write to {str(path)!r}: metric='svd' needs none.")
-    path = Path(path).expanduser()
-    tensors: dict[str, Tensor] = {}
-    stored_as: dict[int, str] = {}
-    layers: dict[str, Any] = {}
-    for name, statistics in calibration.layers.items():
-        references = {}
-        for statistic in Statistic:
-            tensor = getattr(statistics, statistic.value)
-            if tensor is not None:
-                # Layers that share an input share its tensors: they are stored once.
-                key = stored_as.setdefault(id(tensor), f"{name}:{statistic.value}")
-                tensors[key] = tensor.detach().cpu().contiguous()
-                references[statistic.value] = key
-        layers[name] = {
-            "num_tokens": statistics.num_tokens,
-            "num_images": statistics.num_images,
-            "tensors": references,
-        }
-    content = {
-        "layers": layers,
-        "num_images": calibration.num_images,
-        "broken": list(calibration.broken),
-        "seconds": calibration.seconds,
-        "model_fingerprint": calibration.model_fingerprint,
-        "data_fingerprint": calibration.data_fingerprint,
-        "fisher_samples": calibration.fisher_samples,
-        "library_version": __version__,
-    }
-    with replaced_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": _FORMAT, "calibration": json.dumps(content)})
-    return path
-
-
-def load_calibration(path: str | Path) -> Calibration:
-    """Read statistics that `save_calibration` wrote.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds something else, or is damaged.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r} with statistics; write one with `calibration.save`.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(
-                    f"{str(path)!r} has the format {metadata.get('format')!r}, not {_FORMAT!r}; collect the statistics "
-                    "anew with this version."
-                )
-            # Copies are aligned in memory as what they were saved from; arithmetic may depend on it.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
-        content = json.loads(metadata["calibration"])
-        layers = {name: _layer(entry, tensors) for name, entry in content["layers"].items()}
-        if not all(isinstance(content[f"{what}_fingerprint"], str) for what in ("model", "data")):
-            raise TypeError("fingerprints are missing")
-        fields = {field.name for field in dataclasses.fields(Calibration)} & set(content)
-        return Calibration(
-            **{**{name: content[name] for name in fields}, "layers": layers, "broken": tuple(content["broken"])}
-        )
-    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error!r}); collect the statistics anew.") from error
-
-
-def _layer(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerStatistics:
+def _read_layer(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> LayerStatistics:
     known = {statistic.value for statistic in Statistic}
     values = {name: tensors[key] for name, key in entry["tensors"].items() if name in known}
     for name, tensor in values.items():

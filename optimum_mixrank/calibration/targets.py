@@ -1,14 +1,14 @@
 """Which layers are compressed, and what they are called.
 
 Targets are found by structure, not by a list of classes: an encoder is a stack of blocks, and a stack is a
-`nn.ModuleList`. Every linear layer of the base model that lies inside such a stack is a target; embeddings, poolers and
-heads lie outside. Layers whose inputs are the same for every image are left out: Swin V2 computes its position biases
-by such layers. ViT, DeiT and Swin (with its patch merging) are covered, and so is any encoder built alike.
+`nn.ModuleList`. Every linear layer of the base model inside such a stack is a target; embeddings, poolers and heads are
+outside. Layers whose inputs are the same for every image are left out: Swin V2 computes its position biases with such
+layers. ViT, DeiT and Swin (with its patch merging) are covered, and so is any encoder with the same structure.
 
-A layer has two names. Its *module name* is what this release of Transformers calls it in this model. Its *canonical
-name* is what a checkpoint on disk calls it, relative to the base model: `encoder.layer.0.attention.attention.query`.
-Transformers 5.x renames modules while loading and saving; canonical names are the same in all releases and for all
-heads.
+A layer has two names. Its *module name* is what the installed release of Transformers calls it in this model. Its
+*canonical name* is what a checkpoint on disk calls it, relative to the base model:
+`encoder.layer.0.attention.attention.query`. Transformers 5.x renames modules while loading and saving; canonical names
+are the same in all releases and for all heads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.modeling import FactoredLinear
 from ..checkpoint.names import Target, canonical_names
-from ..runtime.forward import evaluation_mode
+from ..runtime.forward import activation_gradients, black_image, evaluation_mode
 from ..runtime.hooks import hooks_removed_on_exit
 from ..runtime.logging import get_logger
 
@@ -35,12 +35,12 @@ Value = TypeVar("Value")
 
 
 def encoder_linears(model: PreTrainedModel) -> list[Target]:
-    """All linear layers of the model's encoder that images pass through, in forward order.
+    """Return all linear layers of the model's encoder that images pass through, in forward order.
 
     The model runs once, on a black image.
 
     Raises:
-        ValueError: if the model has none, or holds factored layers already.
+        ValueError: if the model has none, or contains factored layers already.
     """
     if any(isinstance(module, FactoredLinear) for module in model.modules()):
         raise ValueError(
@@ -48,8 +48,7 @@ def encoder_linears(model: PreTrainedModel) -> list[Target]:
             "one first with `optimum_mixrank.to_dense(model)`."
         )
     names = canonical_names(model)
-    base = model.base_model
-    stacks = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
+    stacks = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
     inside = {id(linear) for stack in stacks for linear in stack.modules() if isinstance(linear, nn.Linear)}
     found = [
         Target(name, names[name], module)
@@ -59,7 +58,7 @@ def encoder_linears(model: PreTrainedModel) -> list[Target]:
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no linear layer inside a stack of blocks (`nn.ModuleList`), so there is no "
-            "encoder to compress. Supported are encoders built like ViT, DeiT and Swin."
+            "encoder to compress. Encoders built like ViT, DeiT and Swin are supported."
         )
     constant = _constant_layers(model, found)
     if constant:
@@ -68,10 +67,7 @@ def encoder_linears(model: PreTrainedModel) -> list[Target]:
 
 
 def _constant_layers(model: PreTrainedModel, linears: Sequence[Target]) -> set[str]:
-    """Names of layers whose inputs do not depend on the image."""
-    # Here, since to open a checkpoint needs the names of layers, but neither of these.
-    from ..runtime.forward import activation_gradients, black_image
-
+    """Return the names of layers whose inputs do not depend on the image."""
     reached: dict[str, bool] = {}
     handles = []
     for target in linears:
@@ -84,9 +80,9 @@ def _constant_layers(model: PreTrainedModel, linears: Sequence[Target]) -> set[s
         with hooks_removed_on_exit(handles), evaluation_mode(model), activation_gradients(model):
             model(pixel_values=black_image(model).requires_grad_())
     except Exception:
-        # A model that does not run on a black image, on the meta device say, is judged by its structure alone.
+        # A model that does not run on a black image, for example on the meta device, is judged by its structure alone.
         return set()
-    # A model may hold back all gradients.
+    # If no layer has gradients, the model blocks them, and nothing is known.
     return {name for name, depends in reached.items() if not depends} if any(reached.values()) else set()
 
 
@@ -95,7 +91,7 @@ def find_targets(
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
 ) -> list[Target]:
-    """The layers of a model that would be compressed: `select_targets` of its `encoder_linears`."""
+    """Return the layers of a model that would be compressed: `select_targets` of its `encoder_linears`."""
     return select_targets(encoder_linears(model), target_modules, exclude_modules)
 
 
@@ -104,15 +100,10 @@ def select_targets(
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
 ) -> list[Target]:
-    """The layers to compress: encoder linears that the patterns include and do not exclude.
-
-    Args:
-        linears: What `encoder_linears` finds.
-        target_modules: As in `MixRankConfig`.
-        exclude_modules: As in `MixRankConfig`.
+    """Select the layers to compress: those that the patterns include and do not exclude; see `MixRankConfig`.
 
     Raises:
-        ValueError: if a pattern matches nothing, or nothing is left; the message lists the names there are.
+        ValueError: if a pattern matches nothing, or nothing is left; the message lists the existing names.
     """
     included = _select(linears, target_modules, "target_modules") if target_modules is not None else linears
     excluded = _select(linears, exclude_modules, "exclude_modules") if exclude_modules is not None else []
@@ -127,14 +118,16 @@ def select_targets(
 
 
 def match_values(targets: Sequence[Target], pattern: Mapping[str, Value], field: str) -> dict[str, Value]:
-    """Values of `rank_pattern` or `ratio_pattern` by canonical name; the first matching key wins.
+    """Return the values of `rank_pattern` or `ratio_pattern` by canonical name; the first matching key wins.
+
+    As in PEFT, a key is the end of a name, or a regular expression for it.
 
     Raises:
         ValueError: if a key matches no layer.
     """
     values: dict[str, Value] = {}
     for key, value in pattern.items():
-        matched = [target for target in targets if _matches_key(target, key)]
+        matched = _matching(targets, rf"(?:.*\.)?(?:{key})")
         if not matched:
             raise ValueError(f"{field} has the key {key!r}, which matches no targeted layer. {_examples(targets)}")
         for target in matched:
@@ -147,27 +140,19 @@ def _select(linears: Sequence[Target], patterns: str | Sequence[str], field: str
         return list(linears)
     selected: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if isinstance(patterns, str):
-            matched = [target for target in linears if any(re.fullmatch(pattern, n) for n in _names(target))]
-        else:
-            matched = [target for target in linears if _ends_with(target, pattern)]
+        # A single string is a regular expression for the whole name; in a list there are ends of names.
+        expression = pattern if isinstance(patterns, str) else rf"(?:.*\.)?{re.escape(pattern)}"
+        matched = _matching(linears, expression)
         if not matched:
             raise ValueError(f"{field} has {pattern!r}, which matches no linear layer. {_examples(linears)}")
         selected.update(target.name for target in matched)
     return [target for target in linears if target.name in selected]
 
 
-def _names(target: Target) -> tuple[str, str]:
-    return target.name, target.canonical_name
-
-
-def _ends_with(target: Target, suffix: str) -> bool:
-    return any(name == suffix or name.endswith(f".{suffix}") for name in _names(target))
-
-
-def _matches_key(target: Target, key: str) -> bool:
-    """PEFT's rule for `rank_pattern`: the key is the name's end, or a regular expression for it."""
-    return any(re.fullmatch(rf"(?:.*\.)?(?:{key})", name) for name in _names(target))
+def _matching(targets: Sequence[Target], expression: str) -> list[Target]:
+    return [
+        target for target in targets if any(re.fullmatch(expression, n) for n in (target.name, target.canonical_name))
+    ]
 
 
 def _examples(linears: Sequence[Target]) -> str:

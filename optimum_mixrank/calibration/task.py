@@ -1,18 +1,17 @@
-"""One calibration: what statistics are taken from, for all layers at once or for some of them at a time."""
+"""One calibration: what statistics are collected from, for all layers at once or for some of them at a time."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from ..checkpoint.names import Target
 from ..decomposition import Metric, Statistic
 from ..runtime.distributed import SINGLE_PROCESS, Processes
-from ..runtime.formatting import count
+from ..runtime.formatting import format_count
 from ..runtime.journal import NO_JOURNAL, Journal
 from ..runtime.phases import phase
 from .collect import collect_statistics
@@ -21,7 +20,7 @@ from .result import Calibration
 
 
 def required_statistics(metrics: Sequence[Metric], targets: Sequence[Target]) -> dict[str, frozenset[Statistic]]:
-    """Statistics that metrics need, by module name; layers of which none is needed are left out."""
+    """Return the statistics that metrics need, by module name, of all layers for which they need any."""
     required = {
         target.name: frozenset[Statistic]().union(*(metric.required_statistics(*target.shape) for metric in metrics))
         for target in targets
@@ -31,18 +30,14 @@ def required_statistics(metrics: Sequence[Metric], targets: Sequence[Target]) ->
 
 @dataclass(frozen=True)
 class CalibrationTask:
-    """What statistics are taken from.
+    """What statistics are collected from, and for which metrics.
 
     Attributes:
-        model: The original model.
-        fingerprint: Of the model; see `fingerprint_model`.
-        batches: The images, the share of this process.
-        decoded: The same, where they have been decoded already.
-        metrics: What the statistics are for.
-        fisher_samples: Probes per image for the Fisher information.
-        seed: Of the probes.
-        processes: Those that share the images out.
-        journal: Where statistics are kept once they are complete, and found when the run goes on.
+        fingerprint: Fingerprint of the model; see `fingerprint_model`.
+        batches: The images of this process.
+        decoded: The same batches, if they have been decoded already.
+        fisher_samples: Probes per image for the Fisher information; `seed` is their seed.
+        journal: Where complete statistics are kept for a run that is resumed.
     """
 
     model: PreTrainedModel
@@ -56,13 +51,10 @@ class CalibrationTask:
     journal: Journal = NO_JOURNAL
 
     def collect(self, targets: Sequence[Target]) -> Calibration:
-        """Statistics of some layers, in one pass over the images.
-
-        Args:
-            targets: The layers.
+        """Collect the statistics of some layers in one pass over the images.
 
         Raises:
-            ValueError: for unusable images, NaN or Inf, or layers that never run.
+            ValueError: for unusable images, NaN or Inf, or layers that are never called.
         """
         batches = self.batches
         with phase("Calibrated") as calibrating:
@@ -77,7 +69,7 @@ class CalibrationTask:
             )
             tokens = {statistics.num_tokens for statistics in layers.values()}
             calibrating.add_detail(
-                f"{num_images:,} images", f"{'up to ' * (len(tokens) > 1)}{count(max(tokens))} tokens per layer"
+                f"{num_images:,} images", f"{'up to ' * (len(tokens) > 1)}{format_count(max(tokens))} tokens per layer"
             )
         return Calibration(
             layers,
@@ -90,28 +82,36 @@ class CalibrationTask:
         )
 
     def collect_once(self, targets: Sequence[Target]) -> Calibration:
-        """The same, from the journal where they had been taken before the run was cut off.
+        """Return the statistics of some layers from the journal, or collect them and keep them there.
 
         Raises:
-            ValueError: as `collect`, and if the journal is of another model or of other images.
+            ValueError: as `collect`, and if the journal belongs to another model or to other images.
         """
         if not self.journal.is_kept:
             return self.collect(targets)
-        # By its layers, for another limit of memory makes other groups.
+        # The file is named after the layers, since another limit of memory divides them into other groups.
         names = "\n".join(target.name for target in targets).encode()
         path = self.journal.path(f"statistics-{zlib.crc32(names):08x}", shared=True)
-        calibration = self._finished(path)
-        if calibration is not None:
-            calibration.check(self.fingerprint, None if self.decoded is None else self.batches.fingerprint)
-            return calibration
+        with self.processes.raise_on_all_ranks():
+            kept = Calibration.load(path) if path.is_file() else None
+        if all(self.processes.gather(kept is not None)) and kept is not None:
+            self._check(kept)
+            return kept
         calibration = self.collect(targets)
         with self.processes.raise_on_all_ranks():
             if self.processes.is_main:
                 calibration.save(path)
         return calibration
 
-    def _finished(self, path: Path) -> Calibration | None:
-        """Statistics in the journal, if all processes find them."""
-        with self.processes.raise_on_all_ranks():
-            found = Calibration.load(path) if path.is_file() else None
-        return found if all(self.processes.gather(found is not None)) else None
+    def _check(self, calibration: Calibration) -> None:
+        """Check that statistics belong to this model and to these images, which are read if need be."""
+        if self.decoded is None and self.batches.source_fingerprint() is not None:
+            # The journal belongs to the bytes of these images; that is checked when the run starts.
+            calibration.check(self.fingerprint)
+            return
+        if self.decoded is None:
+            with self.processes.raise_on_all_ranks():
+                for _ in self.batches:
+                    pass
+            self.batches.merge_across_processes()
+        calibration.check(self.fingerprint, self.batches.fingerprint)

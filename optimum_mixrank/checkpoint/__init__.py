@@ -1,1 +1,1 @@
-"""What a compressed checkpoint is: all that loading needs, and how it is saved."""
+"""Compressed checkpoints: all that loading them needs, and how they are saved."""

@@ -1,4 +1,4 @@
-"""`MixRankConfig`: what was asked of a compression, and the rank map that a compressed checkpoint needs."""
+"""`MixRankConfig`: the settings of a compression, and the rank map that loading its result needs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Layout = Literal["factors", "pivoted"]
 Cost = Literal["parameters", "flops"]
 
 _BY_RECIPE: Any = None
-"""Default of the fields that the recipe fills."""
+"""Default of the fields that the recipe fills in."""
 
 
 @dataclass(kw_only=True, repr=False)
@@ -38,62 +38,58 @@ class MixRankConfig(QuantizationConfigMixin):
     """Configuration of a mixed-rank compression, stored as `quantization_config` in a checkpoint's `config.json`.
 
     Args:
-        compression_ratio (`float`): Fraction of parameters to **remove**, in (0, 1).
-        compression_scope (`str`): What the ratio counts: `"model"` counts all parameters of the model, as the paper's
-            headline does; `"targets"` counts the weights of the targeted layers alone.
+        compression_ratio (`float`): Fraction of the parameters to **remove**, in (0, 1).
+        compression_scope (`str`): What the ratio refers to: `"model"`, all parameters of the model, as in the paper's
+            headline; `"targets"`, the weights of the targeted layers alone.
         recipe (`str`): Named choice of `metric`, `allocation`, `layout`, `compensation` and `min_rank_ratio`:
-            `"best"`, `"fast"` (one forward pass, closed form) or `"paper"`. What is given too overrides the recipe.
+            `"best"`, `"fast"` (one forward pass, closed form) or `"paper"`. Each of them can be overridden.
         metric (`str`, *optional*): How the error of a layer is measured: `"svd"`, `"diagonal"`, `"mean_input"` (the
             paper's representative input), `"second_moment"` or `"kfac"` (predicted loss of the whole model). See
             `optimum_mixrank.decomposition`.
         allocation (`str`, *optional*): How ranks are distributed: `"uniform"`, `"greedy"` (the paper's gradual search)
-            or `"global"` (a global optimum of the summed losses). See `optimum_mixrank.allocation`.
-        layout (`str`, *optional*): How factors are stored: `"factors"` stores `r (m + n)` values; `"pivoted"` stores the
-            same product in `r (m + n) - r²`, so that the same budget buys higher ranks, at the price of bringing
-            outputs or rows into order at every step.
-        compensation (`list[str]`, *optional*): Steps that repair what the compression has broken, in this order. Each
+            or `"global"` (the global optimum of the summed losses). See `optimum_mixrank.allocation`.
+        layout (`str`, *optional*): How factors are stored: `"factors"`, `r (m + n)` values; `"pivoted"`, the same
+            product in `r (m + n) - r²`, so that a budget buys higher ranks, but every forward pass has to reorder rows.
+        compensation (`list[str]`, *optional*): Steps that repair what the compression has damaged, in this order. Each
             is kept only if it lowers the error on held-out images. See `optimum_mixrank.compensation`.
-        held_out_ratio (`float`): Share of the calibration images that compensation learns nothing from, in (0, 1).
-        mirror (`bool`): Whether layer-wise compensation sees every calibration image mirrored too, which halves what
-            it learns by heart and doubles its time.
-        epochs (`int`): Passes over the calibration images of steps that train (`"distillation"`, `"blocks"`).
-        learning_rate (`float`): Of these steps, the peak of a cosine schedule, relative to the size of the factors in
-            whitened coordinates; see `optimum_mixrank.compensation.whitening`.
-        train_batch_size (`int`): Images per step of training.
-        view_scale (`float`): `"distillation"` draws its random views from images this many times as large on each side
-            as the model sees, where the source gives images rather than tensors; 1 takes those that the model sees.
-        fisher_samples (`int`): Random probes per image for the Fisher information of `metric="kfac"`; each costs a
-            backward pass.
-        target_modules (`str`, `list[str]`, *optional*): Layers to compress, as in PEFT: a string is a regular
-            expression that must match the whole name; a list holds names or their last parts. Names of Transformers
-            4.x (`attention.attention.query`) and 5.x (`attention.q_proj`) both match. Default: all linear layers of
-            the encoder.
-        exclude_modules (`str`, `list[str]`, *optional*): Layers to leave alone, in the same form.
-        rank_pattern (`dict[str, int]`): Ranks of single layers; keys are names, last parts of names or regular
-            expressions, as in PEFT. The first matching key wins.
-        ratio_pattern (`dict[str, float]`): Fraction of the layer's own parameters to remove, in [0, 1), for single
-            layers; 0 leaves a layer dense.
+        held_out_ratio (`float`): Share of the calibration images held out from compensation, in (0, 1).
+        mirror (`bool`): Whether layer-wise compensation also sees every calibration image mirrored, which reduces
+            overfitting and doubles its time.
+        epochs (`int`): Passes over the calibration images in steps that train (`"distillation"`, `"blocks"`).
+        learning_rate (`float`): Peak of the cosine schedule in steps that train, relative to the size of the factors in
+            whitened coordinates; see `optimum_mixrank.compensation.training.whitening`.
+        train_batch_size (`int`): Batch size in steps that train.
+        view_scale (`float`): Side of the images from which `"distillation"` crops random views, as a multiple of that of
+            the model's inputs; 1, and a source that gives tensors, leaves the inputs themselves.
+        fisher_samples (`int`): Random probes per image, a backward pass each, for the Fisher information of `"kfac"`.
+        target_modules (`str`, `list[str]`, *optional*): Layers to compress, as in PEFT: a regular expression that must
+            match the whole name, or a list of names or their last parts, as in Transformers 4.x
+            (`attention.attention.query`) or 5.x (`attention.q_proj`). Default: all linear layers of the encoder.
+        exclude_modules (`str`, `list[str]`, *optional*): Layers not to compress, in the same form.
+        rank_pattern (`dict[str, int]`): Ranks of individual layers; keys are names, last parts of names or regular
+            expressions, as in PEFT. The first matching key applies.
+        ratio_pattern (`dict[str, float]`): Fractions of parameters to remove from individual layers, in [0, 1); 0
+            leaves a layer dense.
         rank_multiple (`int`): Ranks are multiples of this number (hardware likes 8, 16 or 32).
-        min_rank (`int`): No layer gets a smaller rank.
-        min_rank_ratio (`float`, *optional*): No layer gets less than this share of its break-even rank, in [0, 1].
-            Break-even is `mn / (m + n)` for two factors, `min(m, n)` for a pivoted layer.
-        max_rank_ratio (`float`, *optional*): No factored layer gets more than this share of its break-even rank, in
-            (0, 1]; a layer may still stay dense.
+        min_rank (`int`): Lower bound of every rank.
+        min_rank_ratio (`float`, *optional*): Lower bound of every rank as a share of the layer's break-even rank, in
+            [0, 1]. Break-even is `mn / (m + n)` for two factors, `min(m, n)` for a pivoted layer.
+        max_rank_ratio (`float`, *optional*): Upper bound of the rank of a factored layer as a share of its break-even
+            rank, in (0, 1]; a layer may still stay dense.
         cost (`str`): What the budget counts: `"parameters"`, or `"flops"`, the multiply-adds for one image. They
             differ where layers see different numbers of tokens, as in Swin.
         dataset (`str`, *optional*): Folder of images, parquet file or Hub id of the calibration images, for compressing
             while loading: `from_pretrained(id, quantization_config=MixRankConfig(dataset=...))`.
-        num_samples (`int`): Number of calibration images to draw where a dataset is named rather than passed.
+        num_samples (`int`): Number of calibration images to draw from a named dataset.
         seed (`int`): Seed of that draw and of all random numbers of the compression.
-        rank_map (`dict[str, dict]`): Written by the compressor: the factored layers by their canonical name (relative
-            to the base model, in the names that checkpoints have on disk), each `{"rank": int, "bias": bool,
-            "layout": str}`. Do not set it by hand.
+        rank_map (`dict[str, dict]`): The factored layers by canonical name (relative to the base model, as on disk),
+            each `{"rank": int, "bias": bool, "layout": str}`. Written by the compressor; do not set it by hand.
         layout_version (`int`): Version of the stored layout.
         library_version (`str`): Version of optimum-mixrank that wrote the checkpoint.
 
     Raises:
         TypeError: for an argument that does not exist.
-        ValueError: for a value that cannot be right; the message names field, value and remedy.
+        ValueError: for an invalid value; the message names field, value and remedy.
     """
 
     quant_method: str = QUANT_METHOD
@@ -138,41 +134,40 @@ class MixRankConfig(QuantizationConfigMixin):
         """Check every field on its own and against the others; called on construction.
 
         Raises:
-            ValueError: names the field, its value and the remedy.
+            ValueError: for an invalid value; the message names field, value and remedy.
         """
         validation.check_method(self)
         validation.check_ranks(self)
         validation.check_training(self)
         validation.check_data(self)
         if not self.rank_map:
-            # A checkpoint can be opened whatever it was made with, and without importing it.
+            # A checkpoint opens without importing the classes that it was made with, even if they no longer exist.
             validation.check_steps(self)
         validation.check_checkpoint(self)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """All fields, as `to_dict` gives them; the base class asks for it in `repr` and lacks it in 4.57."""
+        """Return all fields, as `to_dict` does; `repr` of the base class calls this, which Transformers 4.57 lacks."""
         return self.to_dict()
 
     @property
     def factored_layers(self) -> dict[str, FactoredLayer]:
-        """The rank map as objects, by canonical name."""
+        """The factored layers by canonical name, parsed from the rank map."""
         return parse_rank_map(self.rank_map)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Read a stored configuration, which may come from another version of this library.
+        """Read a stored configuration, which another version of this library may have written.
 
-        Keys that this version does not know are dropped with one warning that names them; a metric or allocator that
-        it does not know is kept with a warning; an unknown layout version is refused, since its weights would be
-        misread.
+        Unknown keys are dropped with one warning that names them, and unknown methods (`metric`, `allocation` and so on)
+        are kept with a warning. An unknown layout version is refused, because the weights would be misread.
 
         Raises:
-            ValueError: for an unknown `layout_version` or a value out of range.
+            ValueError: for an unknown `layout_version` or an invalid value.
         """
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(config_dict) - known)
         stored = {key: value for key, value in config_dict.items() if key in known}
-        # How a checkpoint was made need not be known to open it; the name is kept for the record.
+        # Loading does not depend on how a checkpoint was made; the names are kept for the record.
         choices = {"recipe": RECIPES, "metric": METRICS, "allocation": ALLOCATORS, "compensation": COMPENSATORS}
         foreign = {
             key: stored.pop(key)
@@ -183,13 +178,13 @@ class MixRankConfig(QuantizationConfigMixin):
         for key, value in foreign.items():
             logger.warning(
                 f"The checkpoint was made with {key}={value!r}, which optimum-mixrank {__version__} does not know "
-                f"(it was written by {config.library_version}). It can be used, but not made again with this version."
+                f"(it was written by {config.library_version}). It can be used, but this version cannot make it again."
             )
         if unknown:
             logger.warning(
                 f"Dropped keys of the stored MixRankConfig that optimum-mixrank {__version__} does not know: "
                 f"{', '.join(unknown)}. The checkpoint was written by optimum-mixrank {config.library_version}; "
-                "upgrade with `pip install --upgrade optimum-mixrank` if you miss something."
+                "upgrade with `pip install --upgrade optimum-mixrank` if you need them."
             )
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in known}
         if overrides:
@@ -200,8 +195,8 @@ class MixRankConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
 
-def _refusing_unknown_arguments(init: Callable[..., None]) -> Callable[..., None]:
-    """An `__init__` that answers an argument that does not exist with the name that was probably meant."""
+def _suggesting_names(init: Callable[..., None]) -> Callable[..., None]:
+    """Wrap an `__init__` so that it answers an unknown argument with the name that was probably meant."""
 
     @functools.wraps(init)
     def wrapped(self: MixRankConfig, *args: Any, **kwargs: Any) -> None:
@@ -216,4 +211,4 @@ def _refusing_unknown_arguments(init: Callable[..., None]) -> Callable[..., None
     return wrapped
 
 
-setattr(MixRankConfig, "__init__", _refusing_unknown_arguments(MixRankConfig.__init__))  # noqa: B010 - mypy's rule
+setattr(MixRankConfig, "__init__", _suggesting_names(MixRankConfig.__init__))  # noqa: B010 - mypy allows no assignment

@@ -1,8 +1,12 @@
-"""Sizes of models, in memory and on disk. Of files only the headers are read."""
+"""Sizes of models in memory and on disk.
+
+Only the headers of weight files are read. Whatever reads them raises the errors of `safetensors_files`.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +20,7 @@ _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 
 
 class StoredTensor(NamedTuple):
-    """A tensor as the header of its file describes it.
+    """A tensor as described in the header of its file.
 
     Attributes:
         shape: Its shape.
@@ -29,19 +33,16 @@ class StoredTensor(NamedTuple):
     @property
     def num_values(self) -> int:
         """Number of values."""
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
+        return math.prod(self.shape)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters of a model, trained or frozen; one that is used in several places counts once."""
+    """Return the number of parameters, trainable or frozen; one that is used in several places counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def safetensors_files(folder: str | Path) -> list[Path]:
-    """The weight files of a Transformers checkpoint: `model.safetensors`, or the shards that its index lists.
+    """Return the weight files of a Transformers checkpoint: `model.safetensors`, or the shards in its index.
 
     Raises:
         FileNotFoundError: if there is no such file, or a shard is missing.
@@ -49,64 +50,64 @@ def safetensors_files(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = _shard_names(index) if index.is_file() else [SAFE_WEIGHTS_NAME]
-    files = [folder / name for name in names]
+    files = [folder / name for name in (_shard_names(index) if index.is_file() else [SAFE_WEIGHTS_NAME])]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(
-                f"{str(folder)!r} has no {file.name}; it is to be a checkpoint in safetensors, as `save_pretrained` "
+                f"{str(folder)!r} has no {file.name}; it must be a checkpoint in safetensors, as `save_pretrained` "
                 "writes it."
             )
     return files
 
 
-def safetensors_bytes(folder: str | Path) -> int:
-    """Bytes on disk of a checkpoint's weight files, headers and index tables included.
+def _shard_names(index: Path) -> list[str]:
+    content = json.loads(index.read_text(encoding="utf-8"))
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{str(index)!r} has no `weight_map`, which names the file of every tensor.")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{str(index)!r} lists {name!r}, which is not a file beside it.")
+    return names
 
-    Raises:
-        FileNotFoundError: as `safetensors_files`.
-    """
+
+def safetensors_bytes(folder: str | Path) -> int:
+    """Return the size in bytes of a checkpoint's weight files, headers included."""
     return sum(file.stat().st_size for file in safetensors_files(folder))
 
 
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
-    """What a checkpoint stores, by tensor name, from the headers of one file or several shards.
+    """Return the tensors of a checkpoint by name, as the headers of its file or shards describe them.
 
     Raises:
-        FileNotFoundError: as `safetensors_files`.
         ValueError: if two shards hold a tensor of the same name.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in safetensors_files(folder):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - the file is no mapping
+            for name in file.keys():  # noqa: SIM118 - the file is not a mapping
                 if name in tensors:
-                    raise ValueError(f"Tensor {name!r} stands in {path.name} and in another shard too; save it anew.")
+                    raise ValueError(f"Tensor {name!r} is in {path.name} and in another shard; save the model again.")
                 header = file.get_slice(name)
                 tensors[name] = StoredTensor(tuple(header.get_shape()), header.get_dtype())
     return tensors
 
 
 def stored_dtype(folder: str | Path) -> str | None:
-    """The dtype of most values of a checkpoint, as torch calls it, such as `"float16"`; None if it has no name there.
-
-    Raises:
-        FileNotFoundError: as `safetensors_files`.
-        ValueError: as `stored_tensors`.
-    """
+    """Return the dtype of most values of a checkpoint as torch calls it, such as `"float16"`, or None for other dtypes."""
     values: Counter[str] = Counter()
     for tensor in stored_tensors(folder).values():
         values[tensor.dtype] += tensor.num_values
     return _TORCH_NAMES.get(values.most_common(1)[0][0]) if values else None
 
 
-def check_stored_values(model: nn.Module, folder: str | Path) -> None:
-    """Cross-check a checkpoint against the model that was saved there, by the number of values.
+def check_saved_files(model: nn.Module, folder: str | Path) -> None:
+    """Check that a checkpoint holds as many values as the model that was saved there.
 
     Tensors that share their memory are stored, and counted, once.
 
     Raises:
-        FileNotFoundError: as `safetensors_files`.
         ValueError: if the files hold more or fewer values than the model's state.
     """
     on_disk = sum(tensor.num_values for tensor in stored_tensors(folder).values())
@@ -114,24 +115,12 @@ def check_stored_values(model: nn.Module, folder: str | Path) -> None:
     sizes = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in ignored:
-            # Tensors on the meta device have no memory to tell them by, but tied ones are the same object.
+            # Tensors on the meta device have no memory to identify them by, but tied ones are the same object.
             key = id(tensor) if tensor.is_meta else (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
             sizes[key] = tensor.numel()
     in_memory = sum(sizes.values())
     if on_disk != in_memory:
         raise ValueError(
             f"The safetensors files in {str(folder)!r} hold {on_disk:,} values, the {type(model).__name__} "
-            f"{in_memory:,}; the checkpoint is not that of this model. Save it anew."
+            f"{in_memory:,}; the checkpoint does not belong to this model. Save it again."
         )
-
-
-def _shard_names(index: Path) -> list[str]:
-    content = json.loads(index.read_text(encoding="utf-8"))
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{str(index)!r} has no `weight_map`; it is to name the file of every tensor.")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{str(index)!r} lists {name!r}, which is not a file beside it.")
-    return names

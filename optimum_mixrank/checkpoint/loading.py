@@ -1,4 +1,4 @@
-"""Insert empty factored layers into a model that is about to be loaded."""
+"""Insert empty factored layers into a model whose weights are about to be loaded."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..runtime.logging import get_logger
-from .modeling import FactoredLinear, LowRankLinear, PivotedLinear, replace_module
+from .modeling import FactoredLinear, LowRankLinear, replace_module
 from .names import canonical_names
+from .pivoted import PivotedLinear
 from .rank_map import FactoredLayer, decode_rows
 
 
@@ -16,13 +17,13 @@ logger = get_logger(__name__)
 
 
 def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]) -> None:
-    """Replace, on the meta device, every linear layer that the rank map names by an empty factored layer.
+    """Replace every linear layer in the rank map by an empty factored layer on the meta device.
 
-    Layers of the map that this model lacks (it was opened with fewer blocks, say) are named in a warning.
+    A warning names the layers of the map that this model lacks, as when it is opened with fewer blocks.
 
     Raises:
-        ValueError: if none of the map's layers is in the model, if an entry names something else than a linear layer,
-            or a rank is larger than its layer.
+        ValueError: if the model has none of the map's layers, if an entry names something other than a linear layer, or
+            if a rank is too large for its layer.
     """
     names = {canonical: name for name, canonical in canonical_names(model).items()}
     missing = [canonical for canonical in layers if canonical not in names]
@@ -42,9 +43,7 @@ def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]
         linear = model.get_submodule(names[canonical])
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"rank_map entry {canonical!r} names a {type(linear).__name__}, not a linear layer.")
-        limit = min(linear.in_features, linear.out_features)
-        if layer.layout == "pivoted":
-            limit = min(limit, linear.out_features - 1)
+        limit = min(linear.in_features, linear.out_features - (layer.layout == "pivoted"))
         if layer.rank > limit:
             raise ValueError(
                 f"rank_map entry {canonical!r} has rank {layer.rank}, but the layer of shape "
@@ -54,7 +53,7 @@ def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]
 
 
 def empty_layer(linear: nn.Linear, layer: FactoredLayer) -> FactoredLinear:
-    """A factored layer on the meta device that may take the place of a dense one."""
+    """Return a factored layer on the meta device with the shape and dtype of a dense one."""
     shape, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
     if layer.layout == "pivoted":
         pivots = None if layer.pivots is None else decode_rows(layer.pivots)

@@ -1,4 +1,4 @@
-"""What the linear layers of a model are called, in memory and on disk."""
+"""The names of a model's linear layers, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Target:
     """A linear layer of the encoder.
 
     Attributes:
-        name: Module name within the model.
+        name: Name of the module within the model.
         canonical_name: Name on disk, relative to the base model; key of the rank map.
         module: The layer.
     """
@@ -26,12 +26,12 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(out_features, in_features)`."""
+        """The shape of the weight, `(out_features, in_features)`."""
         return self.module.out_features, self.module.in_features
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
-    """Canonical name of every linear layer of the model, dense or factored, by module name."""
+    """Return the canonical name of every linear layer of the model, dense or factored, by module name."""
     to_disk = _renaming_to_disk(model)
     prefix = getattr(model, "base_model_prefix", "")
     names = {}
@@ -43,7 +43,7 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 
 def _renaming_to_disk(model: nn.Module) -> Callable[[str], str]:
-    """How this release of Transformers renames parameters when it saves them; identity in 4.x."""
+    """Return how this release of Transformers renames parameters when it saves them; 4.x does not."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, apply_renamings
@@ -53,7 +53,7 @@ def _renaming_to_disk(model: nn.Module) -> Callable[[str], str]:
         from transformers.core_model_loading import PrefixChange
     except ImportError:
         PrefixChange = ()
-    # The same steps, in the same order, as `save_pretrained` takes in `revert_weight_conversion`.
+    # The same steps in the same order as in `revert_weight_conversion`, which `save_pretrained` calls.
     transforms = get_model_conversion_mapping(model, add_legacy=False)
     reverse = [
         transform.reverse_transform() for transform in reversed(transforms) if not isinstance(transform, PrefixChange)

@@ -24,69 +24,65 @@ def open_original(
     auto_class: Any,
     hub_kwargs: dict[str, Any],
 ) -> tuple[PreTrainedModel, Any]:
-    """The model to compress, where it is to be, and the image processor of its checkpoint.
+    """Return the model to compress, on its device, and the image processor of its checkpoint.
 
     Args:
-        model_or_path: A local folder, a Hub id, or a model in memory, which is taken as it is.
-        dtype: See `load_original`.
+        model_or_path: A local folder, a Hub id, or a model in memory, whose dtype stays as it is.
+        dtype: Dtype to load a checkpoint in; `"auto"` is that of the checkpoint.
         device: Where to put the model.
         default_device: Where to put a checkpoint that has neither `device` nor `device_map`; None leaves it on the CPU.
-        auto_class: See `load_original`.
-        hub_kwargs: As for Transformers' `from_pretrained`.
+        auto_class: Class to load a checkpoint with; None is the class that it names.
+        hub_kwargs: Arguments of Transformers' `from_pretrained`.
 
     Raises:
-        OSError: as `load_original`.
-        TypeError: if Hub arguments are given for a model in memory.
-        ValueError: as `load_original`, or if `device` is given for a model that has a `device_map`.
+        OSError: if there is no such checkpoint.
+        TypeError: if `hub_kwargs` or `auto_class` are given for a model in memory.
+        ValueError: if the dtype is unknown, the checkpoint is compressed already, or the model has both `device` and
+            `device_map`.
     """
     if isinstance(model_or_path, PreTrainedModel):
-        if hub_kwargs or auto_class is not None:
-            surplus = ", ".join([*hub_kwargs, *(["auto_class"] if auto_class is not None else [])])
-            raise TypeError(f"A model in memory takes no {surplus}; they belong to a path or Hub id.")
+        surplus = [*hub_kwargs, *([] if auto_class is None else ["auto_class"])]
+        if surplus:
+            raise TypeError(f"A model in memory takes no {', '.join(surplus)}; they belong to a path or Hub id.")
         places = getattr(model_or_path, "hf_device_map", None) or {}
         device_map = places if len(set(places.values())) > 1 else None
     else:
         device_map = hub_kwargs.get("device_map")
     if device is not None and device_map is not None:
         raise ValueError(
-            f"device={str(device)!r} and device_map={device_map!r} both say where the model lies; leave one out."
+            f"device={str(device)!r} and device_map={device_map!r} both say where to put the model; leave one out."
         )
     if isinstance(model_or_path, PreTrainedModel):
         model, image_processor = model_or_path, None
     else:
-        model = load_original(model_or_path, dtype, auto_class, hub_kwargs)
+        model = _load_original(model_or_path, dtype, auto_class, hub_kwargs)
         image_processor = load_image_processor(model_or_path, hub_kwargs)
         device = default_device if device_map is None and device is None else device
     return (model if device is None else model.to(device)), image_processor
 
 
-def load_original(
+def _load_original(
     path: str | Path, dtype: str | torch.dtype, auto_class: Any, hub_kwargs: dict[str, Any]
 ) -> PreTrainedModel:
-    """Load a dense checkpoint with the class that it names, so that its head is kept.
-
-    Raises:
-        OSError: if there is no such checkpoint.
-        ValueError: if the dtype is unknown or the checkpoint is compressed already.
-    """
+    """Load a dense checkpoint with the class that it names, so that its head is kept."""
     config = AutoConfig.from_pretrained(path, **hub_kwargs)
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method")
         raise ValueError(
             f"{str(path)!r} is compressed or quantized already (quant_method={method!r}); start from the original "
-            "checkpoint. Quantization is applied after compression, not before."
+            "checkpoint. Quantization comes after compression, not before."
         )
     if auto_class is None:
-        architectures = getattr(config, "architectures", None) or [None]
-        auto_class = getattr(transformers, architectures[0] or "", AutoModel)
+        architectures = getattr(config, "architectures", None) or [""]
+        auto_class = getattr(transformers, architectures[0], AutoModel)
     return auto_class.from_pretrained(path, dtype=parse_dtype(dtype), **hub_kwargs)
 
 
 def check_placement(model: PreTrainedModel, processes: Processes) -> None:
-    """Check that all weights lie where they are computed with: on one device, or each on its own.
+    """Check that all weights are in memory, and on a single device if there are several processes.
 
     Raises:
-        ValueError: if weights are offloaded, or each of several processes was to use several devices.
+        ValueError: if they are not.
     """
     offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if offloaded:
@@ -104,23 +100,23 @@ def check_placement(model: PreTrainedModel, processes: Processes) -> None:
 
 
 def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """A torch dtype from its name; `"auto"` stays.
+    """Return a floating-point dtype by name; `"auto"` stays as it is.
 
     Raises:
-        ValueError: if it is no floating point dtype.
+        ValueError: for anything else.
     """
     if dtype == "auto":
         return "auto"
     parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
         raise ValueError(
-            f"dtype={dtype!r} is no floating point dtype; choose 'float32', 'float16', 'bfloat16' or 'auto'."
+            f"dtype={dtype!r} is not a floating-point dtype; choose 'float32', 'float16', 'bfloat16' or 'auto'."
         )
     return parsed
 
 
 def load_image_processor(path: str | Path, hub_kwargs: dict[str, Any]) -> Any:
-    """The image processor of a checkpoint; None, with a warning, where it has none."""
+    """Return the image processor of a checkpoint, or None, with a warning, if it has none."""
     try:
         return transformers.AutoImageProcessor.from_pretrained(path, **hub_kwargs)
     except (OSError, ValueError) as error:

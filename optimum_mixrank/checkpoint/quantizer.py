@@ -1,6 +1,6 @@
-"""The hook through which `from_pretrained` and `save_pretrained` know compressed checkpoints.
+"""The class through which `from_pretrained` and `save_pretrained` handle compressed checkpoints.
 
-Transformers calls such a hook a quantizer. This one swaps the layers of the rank map for factored ones while the model
+Transformers calls such a class a quantizer. This one replaces the layers in the rank map by factored ones while the model
 is still on the meta device; the ordinary loading code (shards, dtypes, device maps, offload) then fills them.
 """
 
@@ -23,21 +23,22 @@ Compress = Callable[["PreTrainedModel", MixRankConfig], None]
 
 
 class MixRankHfQuantizer(HfQuantizer):
-    """Loads, saves and turns dense again models that `MixRankCompressor` has compressed."""
+    """Loads and saves models that `MixRankCompressor` has compressed, and turns them back into dense ones."""
 
     # A dense checkpoint may be compressed while it is loaded.
     requires_calibration = False
+    # Factors are ordinary floating-point parameters of ordinary linear layers.
+    is_trainable = is_qat_trainable = is_compileable = True
     quantization_config: MixRankConfig
 
     compress: ClassVar[Compress]
-    """Compresses, in place, a dense model that has just been loaded; set when the format is registered with Transformers,
-    since a checkpoint knows nothing of how it was made."""
+    """Compresses, in place, a dense model that has just been loaded; set on registration, since it belongs elsewhere."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to compress while loading without images, before any weight is read.
+        """Refuse, before any weight is read, to compress while loading without images.
 
         Raises:
-            ValueError: if the checkpoint to load is dense and the configuration names no dataset.
+            ValueError: if the checkpoint is dense and the configuration names no dataset.
         """
         if not self.pre_quantized and self.quantization_config.dataset is None:
             raise ValueError(
@@ -53,50 +54,39 @@ class MixRankHfQuantizer(HfQuantizer):
         insert_factored_layers(model, self.quantization_config.factored_layers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            attach(model, self)
+        else:
             type(self).compress(model, self.quantization_config)
-            return model
-        attach(model, self)
         return model
 
     def dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
-        """Turn the model, in place, into a dense one without any trace of compression; `model.dequantize()` calls this.
+        """Turn a model, in place, into a dense one without any trace of compression; `model.dequantize()` calls this.
 
         Args:
             model: The compressed model.
-            dtype: Precision of the result; default: the model's.
+            dtype: Dtype of the result; default: that of the model.
         """
-        from .dense import replace_by_dense
+        from .modeling import FactoredLinear, replace_module
 
-        replace_by_dense(model)
+        factored = {name: each for name, each in model.named_modules() if isinstance(each, FactoredLinear)}
+        # All products before the first replacement, so that an error leaves the model as it was.
+        dense = {name: module.to_linear() for name, module in factored.items()}
+        for name, module in dense.items():
+            replace_module(model, name, module)
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Factors are ordinary tensors: they can be saved."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Factors are ordinary parameters: they can be trained."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """See `is_trainable`; `Trainer` asks for both."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """`torch.compile` sees two ordinary linear layers."""
+        """Return True: factors are ordinary tensors."""
         return True
 
 
 def attach(model: PreTrainedModel, quantizer: MixRankHfQuantizer) -> None:
-    """Give a compressed model the attributes that a reloaded one has, whichever way it came to be.
+    """Give a compressed model, whether loaded or made in memory, the attributes by which Transformers knows it.
 
-    `is_quantized` stays False: with it Transformers forbids `.half()` and `.float()` and `Trainer` refuses, for the
-    sake of integer weights. Factors are ordinary floating point numbers.
+    `is_quantized` stays False, because Transformers forbids `.half()`, `.float()` and training of quantized models, whose
+    weights are integers. Factors are ordinary floating-point numbers.
     """
     model.hf_quantizer = quantizer
     model.quantization_method = QUANT_METHOD

@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass
 
 
 QUANT_METHOD = "mixrank"
-"""What `config.json` calls a compressed checkpoint."""
+"""The quantization method by which Transformers knows a compressed checkpoint."""
 
-# Raised whenever the meaning of stored tensors or of the rank map changes.
 LAYOUT_VERSION = 1
+"""Raised whenever the meaning of stored tensors or of the rank map changes."""
 
 LAYOUT_NAMES = ("factors", "pivoted")
 
 
 @dataclass(frozen=True)
 class FactoredLayer:
-    """One factored layer of a checkpoint.
+    """The entry of a factored layer in the rank map.
 
     Attributes:
         rank: Inner dimension of the two factors.
@@ -34,16 +34,16 @@ class FactoredLayer:
     pivots: str | None = None
 
     def to_dict(self) -> dict[str, int | bool | str]:
-        """The JSON form, as it stands in `config.json`."""
+        """Return the JSON form."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def num_values(self, out_features: int, in_features: int) -> int:
-        """Stored values of the factors of a layer of this shape, without bias and indices."""
+        """Return the number of values stored for the weight of a layer of this shape, without bias and pivots."""
         return stored_values(out_features, in_features, self.rank, self.layout)
 
 
 def encode_rows(rows: Iterable[int]) -> str:
-    """A set of rows as a hexadecimal number whose bit i is set if row i belongs to it."""
+    """Return a set of rows as a hexadecimal number whose bit i is set if it contains row i."""
     mask = 0
     for row in rows:
         mask |= 1 << row
@@ -51,44 +51,39 @@ def encode_rows(rows: Iterable[int]) -> str:
 
 
 def decode_rows(text: str) -> list[int]:
-    """The rows of `encode_rows`, ascending."""
-    # From a binary number, digit by digit: shifting a large number again and again would take quadratic time.
+    """Return the rows that `encode_rows` was given, ascending."""
+    # From binary digits: shifting a large number again and again would take quadratic time.
     return [row for row, bit in enumerate(reversed(f"{int(text, 16):b}")) if bit == "1"]
 
 
 def stored_values(out_features: int, in_features: int, rank: int, layout: str) -> int:
-    """Values that two factors of this rank take: `r (m + n)`, less `r²` in the pivoted layout."""
+    """Return how many values two factors take: `r (m + n)`, less `r²` in the pivoted layout."""
     values = rank * (out_features + in_features)
     return values - rank * rank if layout == "pivoted" else values
 
 
 def break_even(out_features: int, in_features: int, layout: str) -> float:
-    """The rank, seldom an integer, at which factors take as much as the dense layer."""
+    """Return the rank, seldom an integer, at which the factors take as many values as the dense weight."""
     m, n = out_features, in_features
     return float(min(m, n)) if layout == "pivoted" else m * n / (m + n)
 
 
 def parse_rank_map(rank_map: object) -> dict[str, FactoredLayer]:
-    """Check a rank map, which may come from an untrusted file, and turn it into objects.
+    """Return the entries of a rank map, which may come from an untrusted file.
 
     Raises:
-        ValueError: names the entry that is malformed.
+        ValueError: for a malformed entry; the message names it.
     """
     if not isinstance(rank_map, Mapping):
-        raise ValueError(
-            f"rank_map is a {type(rank_map).__name__}, not a mapping from layer names; do not set it by hand."
-        )
+        kind = type(rank_map).__name__
+        raise ValueError(f"rank_map is a {kind}, not a mapping from layer names; do not set it by hand.")
     return {name: _parse_entry(name, entry) for name, entry in rank_map.items()}
 
 
-def _parse_entry(name: object, entry: object) -> FactoredLayer:
-    required, optional = {"rank", "bias"}, {"layout", "pivots"}
-    if (
-        not isinstance(name, str)
-        or not isinstance(entry, Mapping)
-        or not required <= set(entry) <= required | optional
-    ):
-        raise ValueError(f"rank_map entry {name!r}: {entry!r} must have the keys `rank`, `bias` and `layout`.")
+def _parse_entry(name: object, stored: object) -> FactoredLayer:
+    entry = dict(stored) if isinstance(stored, Mapping) else {}
+    if not isinstance(name, str) or not {"rank", "bias"} <= entry.keys() <= {"rank", "bias", "layout", "pivots"}:
+        raise ValueError(f"rank_map entry {name!r}: {stored!r} must have the keys `rank`, `bias` and `layout`.")
     rank, bias, layout = entry["rank"], entry["bias"], entry.get("layout", "factors")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank_map entry {name!r}: rank={rank!r} is not a positive integer.")
@@ -100,10 +95,9 @@ def _parse_entry(name: object, entry: object) -> FactoredLayer:
             f"{', '.join(map(repr, LAYOUT_NAMES))}. Upgrade with `pip install --upgrade optimum-mixrank`."
         )
     pivots = entry.get("pivots")
-    if pivots is not None and not (
-        layout == "pivoted" and isinstance(pivots, str) and re.fullmatch("[0-9a-f]+", pivots)
-    ):
+    is_mask = isinstance(pivots, str) and re.fullmatch("[0-9a-f]+", pivots)
+    if pivots is not None and not (layout == "pivoted" and is_mask):
         raise ValueError(
-            f"rank_map entry {name!r}: pivots={pivots!r} is no hexadecimal mask of the rows of a pivoted layer."
+            f"rank_map entry {name!r}: pivots={pivots!r} is not a hexadecimal mask of the rows of a pivoted layer."
         )
     return FactoredLayer(rank, bias, layout, pivots)

@@ -1,4 +1,4 @@
-"""Named sets of choices: how the fields that a user leaves open are filled."""
+"""Recipes: named values for the fields that a user leaves open."""
 
 from __future__ import annotations
 
@@ -31,4 +31,4 @@ RECIPES: dict[str, dict[str, Any]] = {
         "min_rank_ratio": 0.05,
     },
 }
-"""Values of the fields that a recipe fills, by its name. A pivoted layer's break-even rank is twice as high."""
+"""The fields that each recipe fills in. A pivoted layer has twice the break-even rank, hence half the `min_rank_ratio`."""

@@ -7,19 +7,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from ..runtime.files import explained_no_space, flush_tree, put_in_place, remove_leftovers, temporary_prefix
-from .files import check_stored_values
+from .files import check_saved_files
 from .modeling import FactoredLinear
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
 def writable_directory(directory: str | Path, overwrite: bool) -> Path:
-    """Check, before any work, that a checkpoint can go there.
+    """Check, before any work, that a checkpoint can be written to a folder, and make its parents.
 
     Raises:
         FileExistsError: if it holds files and may not be overwritten.
@@ -41,64 +39,52 @@ def save_checkpoint(
     directory: str | Path,
     image_processor: Any,
     *,
+    dense: bool = False,
     overwrite: bool = False,
     describe: Callable[[Path], None] | None = None,
     announce: Callable[[Path], None] | None = None,
     **kwargs: Any,
 ) -> None:
-    """Write the checkpoint beside its destination and move it there when it is complete.
+    """Write a model beside its destination, and move it there when it is complete.
 
     Args:
-        model: The compressed model.
+        model: The model.
         directory: The destination.
-        image_processor: To save with it, or None.
-        overwrite: Whether the destination may hold files.
-        describe: Called with the folder that holds model and image processor, to write beside them what describes them.
+        image_processor: The image processor to save with it, or None.
+        dense: Whether the model is a dense one, which is refused otherwise.
+        overwrite: Whether to replace what the destination holds.
+        describe: Writes further files into the folder that holds model and image processor.
         announce: Called with the complete folder before it is moved.
-        **kwargs: Of Transformers' `save_pretrained`.
+        **kwargs: Passed to Transformers' `save_pretrained`.
 
     Raises:
-        ValueError: if the model is not compressed, or the files hold something else than the model.
-        FileExistsError: see `writable_directory`.
+        ValueError: if the model is unexpectedly dense, or the files do not hold what the model holds.
+        FileExistsError: as `writable_directory`.
     """
-    if not any(isinstance(module, FactoredLinear) for module in model.modules()):
+    if not dense and not any(isinstance(module, FactoredLinear) for module in model.modules()):
         raise ValueError(
             f"This {type(model).__name__} holds no factored layer; save a dense model with its own `save_pretrained`."
         )
     with _complete_or_not_at_all(directory, overwrite, announce) as temporary:
         model.save_pretrained(temporary, **kwargs)
-        check_stored_values(model, temporary)
+        check_saved_files(model, temporary)
         if image_processor is not None:
             image_processor.save_pretrained(temporary)
         if describe is not None:
             describe(temporary)
 
 
-def save_dense(
-    model: PreTrainedModel, directory: str | Path, image_processor: Any, *, overwrite: bool = False
-) -> None:
-    """Write a dense model with its image processor, complete or not at all.
-
-    Raises:
-        FileExistsError: see `writable_directory`.
-    """
-    with _complete_or_not_at_all(directory, overwrite) as temporary:
-        model.save_pretrained(temporary)
-        if image_processor is not None:
-            image_processor.save_pretrained(temporary)
-
-
 @contextmanager
 def _complete_or_not_at_all(
     directory: str | Path, overwrite: bool, announce: Callable[[Path], None] | None = None
 ) -> Iterator[Path]:
-    """A folder beside the destination that takes its place when everything has been written and is on the disk."""
+    """Provide a folder that replaces the destination once everything has been written and has reached the disk."""
     destination = writable_directory(directory, overwrite)
     remove_leftovers(destination)
     with explained_no_space(destination):
         temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(destination), dir=destination.parent))
         try:
-            # mkdtemp makes folders of mode 0700; a checkpoint is as readable as other new folders.
+            # mkdtemp makes folders of mode 0700; a checkpoint should be as readable as other new folders.
             temporary.chmod(0o755)
             yield temporary
             for file in temporary.rglob("*"):

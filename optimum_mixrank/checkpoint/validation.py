@@ -1,6 +1,7 @@
-"""The rules that the fields of a `MixRankConfig` keep: each on its own, and against the others.
+"""The rules for the fields of a `MixRankConfig`; `MixRankConfig.validate` applies them all.
 
-The configuration comes as `Any`, since its module imports this one.
+Every check raises a `ValueError` that names the field, its value and the remedy. The configuration is annotated as `Any`
+because its module imports this one.
 """
 
 from __future__ import annotations
@@ -15,33 +16,25 @@ from .recipes import RECIPES
 
 
 def check_method(config: Any) -> None:
-    """Check what is to be removed, and by which method.
-
-    Raises:
-        ValueError: names the field, its value and the remedy; so do the other functions of this module.
-    """
-    _check_fraction(
-        "compression_ratio", config.compression_ratio, "It is the fraction of parameters to remove, 0.6 for -60 %."
-    )
+    """Check what is to be removed, and by which method."""
+    remedy = "It is the fraction of parameters to remove: 0.6 removes 60 %."
+    _check_number("compression_ratio", config.compression_ratio, "(0, 1)", remedy)
     check_choice("compression_scope", config.compression_scope, ("model", "targets"))
     check_choice("recipe", config.recipe, tuple(RECIPES))
     check_choice("metric", config.metric, tuple(METRICS))
     check_choice("allocation", config.allocation, tuple(ALLOCATORS))
     check_choice("layout", config.layout, LAYOUT_NAMES)
     check_choice("cost", config.cost, ("parameters", "flops"))
-    if not isinstance(config.compensation, list):
-        raise ValueError(
-            f"compensation={config.compensation!r} is not a list; give the steps in their order, or [] for none."
-        )
-    if not is_known(config.compensation, tuple(COMPENSATORS)):
-        raise ValueError(
-            f"compensation={config.compensation!r} has an unknown step; choose among "
-            f"{', '.join(map(repr, COMPENSATORS))}."
-        )
+    steps, known = config.compensation, tuple(COMPENSATORS)
+    if not isinstance(steps, list):
+        raise ValueError(f"compensation={steps!r} is not a list; give the steps in their order, or [] for none.")
+    if not is_known(steps, known):
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"compensation={steps!r} has an unknown step; choose among {names}.")
 
 
 def check_ranks(config: Any) -> None:
-    """Check which layers are meant, and the bounds of their ranks."""
+    """Check which layers are selected, and the bounds of their ranks."""
     _check_patterns("target_modules", config.target_modules)
     _check_patterns("exclude_modules", config.exclude_modules)
     _check_mapping("rank_pattern", config.rank_pattern)
@@ -49,45 +42,32 @@ def check_ranks(config: Any) -> None:
         _check_integer(f"rank_pattern[{key!r}]", rank, 1)
     _check_mapping("ratio_pattern", config.ratio_pattern)
     for key, ratio in config.ratio_pattern.items():
-        if not _is_number(ratio) or not 0 <= ratio < 1:
-            raise ValueError(
-                f"ratio_pattern[{key!r}]={ratio!r} is not in [0, 1); it is the fraction of the layer's parameters "
-                "to remove, 0 leaves the layer dense."
-            )
+        remedy = "It is the fraction of the layer's parameters to remove; 0 leaves the layer dense."
+        _check_number(f"ratio_pattern[{key!r}]", ratio, "[0, 1)", remedy)
     _check_integer("rank_multiple", config.rank_multiple, 1)
     _check_integer("min_rank", config.min_rank, 1)
-    if not _is_number(config.min_rank_ratio) or not 0 <= config.min_rank_ratio <= 1:
-        raise ValueError(
-            f"min_rank_ratio={config.min_rank_ratio!r} is not in [0, 1]; it is a share of the break-even rank, "
-            "0.05 is usual."
-        )
-    if config.max_rank_ratio is not None and not (
-        _is_number(config.max_rank_ratio) and max(0, config.min_rank_ratio) < config.max_rank_ratio <= 1
-    ):
-        raise ValueError(
-            f"max_rank_ratio={config.max_rank_ratio!r} is not in (min_rank_ratio, 1]; it is a share of the break-even "
-            f"rank, min_rank_ratio is {config.min_rank_ratio!r}."
-        )
+    remedy = "It is a share of the break-even rank; 0.05 is usual."
+    _check_number("min_rank_ratio", config.min_rank_ratio, "[0, 1]", remedy)
+    if config.max_rank_ratio is not None:
+        interval = f"({config.min_rank_ratio}, 1]"
+        remedy = f"It is a share of the break-even rank, above min_rank_ratio={config.min_rank_ratio!r}."
+        _check_number("max_rank_ratio", config.max_rank_ratio, interval, remedy)
 
 
 def check_training(config: Any) -> None:
-    """Check how compensation learns."""
-    _check_fraction("held_out_ratio", config.held_out_ratio, "It is a share of the calibration images.")
+    """Check the settings of compensation."""
+    _check_number("held_out_ratio", config.held_out_ratio, "(0, 1)", "It is a share of the calibration images.")
     if not isinstance(config.mirror, bool):
         raise ValueError(f"mirror={config.mirror!r} is neither True nor False.")
     _check_integer("epochs", config.epochs, 1)
-    if not _is_number(config.learning_rate) or not 0 < config.learning_rate < 1:
-        raise ValueError(f"learning_rate={config.learning_rate!r} is not in (0, 1); the default is 5e-4.")
+    _check_number("learning_rate", config.learning_rate, "(0, 1)", "The default is 5e-4.")
     _check_integer("train_batch_size", config.train_batch_size, 1)
-    if not _is_number(config.view_scale) or not 1 <= config.view_scale <= 8:
-        raise ValueError(
-            f"view_scale={config.view_scale!r} is not in [1, 8]; it says how much larger than the model's input, on each "
-            "side, images are decoded for random views. 2 is usual."
-        )
+    remedy = "It is how many times larger than the model's input, on each side, images are decoded; 2 is usual."
+    _check_number("view_scale", config.view_scale, "[1, 8]", remedy)
 
 
 def check_data(config: Any) -> None:
-    """Check what is drawn from which images."""
+    """Check which images are drawn, and the random numbers."""
     _check_integer("fisher_samples", config.fisher_samples, 1)
     if config.dataset is not None and not isinstance(config.dataset, str):
         raise ValueError(
@@ -99,26 +79,25 @@ def check_data(config: Any) -> None:
 
 
 def check_steps(config: Any) -> None:
-    """Check that the steps make sense together; this imports the classes behind their names."""
+    """Check that the steps fit together; this imports the classes behind their names."""
     steps = config.compensation
-    starts_anew = [COMPENSATORS[step].starts_anew for step in steps]
-    if any(starts_anew[1:]):
+    if any(COMPENSATORS[step].starts_anew for step in steps[1:]):
         raise ValueError(
             f"compensation={steps!r}: a layer-wise step ('sequential' or 'residual') makes every layer anew from the "
-            "original, so whatever comes before it is lost. Put one of them first, or none."
+            "original and discards what comes before it. Put one of them first, or none."
         )
     for step in steps:
         if steps.count(step) > 1:
             raise ValueError(f"compensation={steps!r} names {step!r} twice; raise `epochs` to train longer.")
     if config.fisher_samples > 1 and not METRICS.create(config.metric).uses_gradients:
         raise ValueError(
-            f"fisher_samples={config.fisher_samples} has no effect with metric={config.metric!r}, which takes no "
+            f"fisher_samples={config.fisher_samples} has no effect with metric={config.metric!r}, which uses no "
             "gradients; leave it out, or use metric='kfac'."
         )
 
 
 def check_checkpoint(config: Any) -> None:
-    """Check what a stored configuration says about the checkpoint."""
+    """Check the fields that describe a checkpoint."""
     if config.quant_method != QUANT_METHOD:
         raise ValueError(f"quant_method={config.quant_method!r} is not {QUANT_METHOD!r}; leave the field out.")
     if config.layout_version != LAYOUT_VERSION:
@@ -131,23 +110,22 @@ def check_checkpoint(config: Any) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Check that a value is one of those there are."""
+    """Check that a value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
 
 
 def is_known(value: object, names: tuple[str, ...]) -> bool:
-    """Whether a name, or every name of a list, is among those there are."""
+    """Return whether a name, or every name of a list, is among those given."""
     return all(each in names for each in (value if isinstance(value, list) else [value]))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_fraction(name: str, value: Any, remedy: str) -> None:
-    if not _is_number(value) or not 0 < value < 1:
-        raise ValueError(f"{name}={value!r} is not in (0, 1). {remedy}")
+def _check_number(name: str, value: object, interval: str, remedy: str) -> None:
+    """Check that a value is a number in an interval such as `"[0, 1)"`."""
+    low, high = map(float, interval[1:-1].split(", "))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not is_number or (value == low and interval[0] == "(") or (value == high and interval[-1] == ")"):
+        raise ValueError(f"{name}={value!r} is not in {interval}. {remedy}")
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:
@@ -163,11 +141,11 @@ def _check_mapping(name: str, value: object) -> None:
 
 
 def _check_patterns(name: str, value: object) -> None:
-    if value is None:
-        return
     if isinstance(value, str):
         _check_regex(name, value)
-    elif not isinstance(value, list) or not value or not all(isinstance(entry, str) for entry in value):
+    elif value is not None and not (
+        isinstance(value, list) and value and all(isinstance(each, str) for each in value)
+    ):
         raise ValueError(
             f"{name}={value!r} is neither None, a regular expression nor a non-empty list of layer names."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from argparse import ArgumentParser
@@ -18,11 +19,11 @@ MODEL, REFERENCE = "compressed", "dense"
 
 
 class BenchmarkCommand(MixRankSubcommand):
-    """Time and memory, dense against compressed."""
+    """Compare time and memory of a compressed model with those of a dense one."""
 
-    description = """Time a compressed model against a dense one, in turns on the same machine, and measure their memory.
+    description = """Time a compressed model and a dense one in turns on the same machine, and measure their memory.
 
-Images are random: what they show does not change the time.
+The images are random, because the time does not depend on what they show.
 
 examples:
   optimum-cli mixrank benchmark --model out
@@ -33,44 +34,42 @@ examples:
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """See `MixRankSubcommand`."""
-        parser.add_argument("--model", required=True, help="compressed checkpoint: local folder or Hub id")
-        parser.add_argument(
+        add = parser.add_argument
+        add("--model", required=True, help="compressed checkpoint: local folder or Hub id")
+        add(
             "--reference",
-            help="what to compare with: local folder or Hub id; default: the compressed model with its factors "
-            "multiplied out, which has the original's layers",
+            help="dense checkpoint to compare with; default: the compressed model with its factors multiplied",
         )
-        parser.add_argument(
-            "--batch-size", type=int, nargs="+", default=[1, 32], help="images per forward pass; default 1 32"
-        )
-        parser.add_argument("--image-size", type=int, help="pixels of a side; default: that of the model")
-        parser.add_argument("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
-        parser.add_argument("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
-        parser.add_argument("--threads", type=int, help="threads on the CPU; default: PyTorch's choice")
-        parser.add_argument("--repeats", type=int, default=20, help="timings of each model, at least 6; default 20")
-        parser.add_argument("--warmup", type=int, default=3, help="forward passes that are not timed; default 3")
-        parser.add_argument("--compile", action="store_true", help="time what torch.compile makes of both models")
+        add("--batch-size", type=int, nargs="+", default=[1, 32], help="images per forward pass; default: 1 32")
+        add("--image-size", type=int, help="height and width of the images in pixels; default: that of the model")
+        add("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
+        add("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
+        add("--threads", type=int, help="number of CPU threads; default: PyTorch's choice")
+        add("--repeats", type=int, default=20, help="timed repetitions of each model, at least 6; default: 20")
+        add("--warmup", type=int, default=3, help="forward passes before the timed ones; default: 3")
+        add("--compile", action="store_true", help="compile both models with torch.compile")
         add_hub_arguments(parser)
 
     def execute(self) -> tuple[str, dict[str, Any]]:
         """See `MixRankSubcommand`."""
         args = self.args
-        _check_positive("--batch-size", args.batch_size)
-        for option in ("image_size", "threads", "warmup"):
-            if getattr(args, option) is not None:
-                _check_positive(f"--{option.replace('_', '-')}", [getattr(args, option)])
+        self._check_options()
         import torch
 
         from ..checkpoint.files import count_parameters
-        from ..evaluation.latency import MIN_REPEATS, measure_latency, time_ratio
         from ..evaluation.memory import activation_bytes, weight_bytes
         from ..reporting.build import environment
 
-        if args.repeats < MIN_REPEATS:
-            raise ValueError(f"--repeats {args.repeats} is too few for an interval; use {MIN_REPEATS} or more.")
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         models = self._models()
         shape, inputs = self._inputs(models[MODEL])
+        batches = [
+            {**inputs, "pixel_values": inputs["pixel_values"].expand(size, *shape).contiguous()}
+            for size in args.batch_size
+        ]
+        # Before compilation, after which tensors cannot be counted.
+        memory = [{name: activation_bytes(model, batch) for name, model in models.items()} for batch in batches]
         values: dict[str, Any] = {
             "environment": environment(inputs["pixel_values"].device),
             "dtype": str(models[MODEL].dtype).removeprefix("torch."),
@@ -81,45 +80,52 @@ examples:
                 name: {"parameters": count_parameters(model), "weight_bytes": weight_bytes(model)}
                 for name, model in models.items()
             },
-            "runs": [],
+            "runs": [self._timings(models, *each) for each in zip(batches, memory, strict=True)],
         }
-        batches = [
-            {**inputs, "pixel_values": inputs["pixel_values"].expand(size, *shape).contiguous()}
-            for size in args.batch_size
-        ]
-        # Before compilation, which keeps tensors in places of its own.
-        memory = [{name: activation_bytes(model, batch) for name, model in models.items()} for batch in batches]
-        for batch, activations in zip(batches, memory, strict=True):
-            if args.compile:
-                for model in models.values():
-                    model.compile(dynamic=False)
-            latencies = measure_latency(models, batch, repeats=args.repeats, warmup=args.warmup)
-            rows = {
-                name: {
-                    "seconds": latency.median,
-                    "seconds_quartiles": list(latency.quartiles),
-                    "images_per_second": latency.images_per_second,
-                    "activation_bytes": activations[name],
-                }
-                for name, latency in latencies.items()
-            }
-            ratio = time_ratio(latencies[MODEL], latencies[REFERENCE])
-            values["runs"].append(
-                {"batch_size": len(batch["pixel_values"]), "models": rows, "time_ratio": dataclasses.asdict(ratio)}
-            )
         return _text(values), values
 
-    def _models(self) -> dict[str, PreTrainedModel]:
-        """Both models on the device, by name."""
-        args = self.args
-        import copy
+    def _check_options(self) -> None:
+        from ..evaluation.latency import MIN_REPEATS
 
+        args = self.args
+        given = [("--batch-size", size) for size in args.batch_size]
+        given += [("--image-size", args.image_size), ("--threads", args.threads), ("--warmup", args.warmup)]
+        for option, value in given:
+            if value is not None and value < 1:
+                raise ValueError(f"{option} {value} is not positive.")
+        if args.repeats < MIN_REPEATS:
+            raise ValueError(f"--repeats {args.repeats} is too few for an interval; use {MIN_REPEATS} or more.")
+
+    def _timings(
+        self, models: dict[str, PreTrainedModel], batch: dict[str, Any], activations: dict[str, int]
+    ) -> dict[str, Any]:
+        """Return the times of all models for one batch size, as JSON values."""
+        from ..evaluation.latency import measure_latency, time_ratio
+
+        if self.args.compile:
+            for model in models.values():
+                model.compile(dynamic=False)
+        latencies = measure_latency(models, batch, repeats=self.args.repeats, warmup=self.args.warmup)
+        rows = {
+            name: {
+                "seconds": latency.median,
+                "seconds_quartiles": list(latency.quartiles),
+                "images_per_second": latency.images_per_second,
+                "activation_bytes": activations[name],
+            }
+            for name, latency in latencies.items()
+        }
+        ratio = dataclasses.asdict(time_ratio(latencies[MODEL], latencies[REFERENCE]))
+        return {"batch_size": len(batch["pixel_values"]), "models": rows, "time_ratio": ratio}
+
+    def _models(self) -> dict[str, PreTrainedModel]:
+        """Return both models by name, on the device."""
         from ..checkpoint.dense import to_dense
         from ..checkpoint.modeling import FactoredLinear
         from ..checkpoint.original import parse_dtype
 
-        dtype = parse_dtype(args.dtype)
-        model = load_checkpoint(args, args.model, dtype)
+        args = self.args
+        model = load_checkpoint(args, args.model, parse_dtype(args.dtype))
         if args.reference is not None:
             reference = load_checkpoint(args, args.reference, model.dtype)
         elif any(isinstance(module, FactoredLinear) for module in model.modules()):
@@ -132,7 +138,7 @@ examples:
         return {MODEL: model.to(device).eval(), REFERENCE: reference.to(device).eval()}
 
     def _inputs(self, model: PreTrainedModel) -> tuple[Sequence[int], dict[str, Any]]:
-        """Shape of an image, and the models' arguments with one random image."""
+        """Return the shape of an image, and the arguments of the models for a single random image."""
         import torch
 
         from ..runtime.forward import configured_shape
@@ -148,31 +154,21 @@ examples:
         return shape, {"pixel_values": image.to(model.device, model.dtype), **options}
 
 
-def _check_positive(option: str, values: Sequence[int]) -> None:
-    for value in values:
-        if value < 1:
-            raise ValueError(f"{option} {value} is not positive.")
-
-
 def _text(values: Mapping[str, Any]) -> str:
-    header = f"{'batch':>5}  {'model':<10}  {'ms per batch (quartiles)':>30}  {'images/s':>10}  {'activations':>12}"
     lines = [
         f"{name:<10}  {model['parameters']:,} parameters, {_megabytes(model['weight_bytes'])}"
         for name, model in values["models"].items()
     ]
-    lines += ["", header]
+    lines += ["", f"batch  {'model':<10}  {'ms per batch (quartiles)':>30}  {'images/s':>10}  {'activations':>12}"]
     ratios = []
     for run in values["runs"]:
+        size, ratio = run["batch_size"], run["time_ratio"]
         for name, row in run["models"].items():
-            low, high = (f"{1000 * each:.2f}" for each in row["seconds_quartiles"])
-            time = f"{1000 * row['seconds']:.2f} ({low} to {high})"
-            memory = _megabytes(row["activation_bytes"])
-            lines.append(
-                f"{run['batch_size']:>5}  {name:<10}  {time:>30}  {row['images_per_second']:>10,.1f}  {memory:>12}"
-            )
-        ratio = run["time_ratio"]
+            low, high, median = (f"{1000 * each:.2f}" for each in (*row["seconds_quartiles"], row["seconds"]))
+            time, memory = f"{median} ({low} to {high})", _megabytes(row["activation_bytes"])
+            lines.append(f"{size:>5}  {name:<10}  {time:>30}  {row['images_per_second']:>10,.1f}  {memory:>12}")
         ratios.append(
-            f"batch {run['batch_size']}: {MODEL} takes {ratio['median']:.3f} of the time of {REFERENCE} "
+            f"batch {size}: {MODEL} takes {ratio['median']:.3f} of the time of {REFERENCE} "
             f"(95 % interval {ratio['low']:.3f} to {ratio['high']:.3f}, {values['repeats']} repetitions)"
         )
     environment = values["environment"]

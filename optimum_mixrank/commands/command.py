@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 FAILED, INTERRUPTED = 1, 130
 
 GRACE_SECONDS = 30.0
-"""How long a process beside the main one waits for it to report the same error, before it reports its own."""
+"""How long the other processes wait for the main one to report an error before they report their own."""
 
 
 class MixRankSubcommand(BaseOptimumCLICommand):
-    """A command with the options that all have.
+    """A command with the common options.
 
     Attributes:
-        description: For `--help`, with examples.
-        shares_work: Whether several processes, as `accelerate launch` starts them, share its work; of other commands
-            they leave all to the main one.
+        description: Text for `--help`, with examples.
+        shares_work: Whether several processes, as `accelerate launch` starts them, share the work; otherwise only the
+            main process works.
     """
 
     description: ClassVar[str]
@@ -47,31 +47,25 @@ class MixRankSubcommand(BaseOptimumCLICommand):
 
     @abstractmethod
     def execute(self) -> tuple[str, dict[str, Any]]:
-        """Do the work.
-
-        Returns:
-            The result as text, and as JSON values.
-        """
+        """Do the work, and return the result as text and as JSON values."""
 
     def advice(self) -> str:
-        """What to tell after an interruption."""
-        return "Nothing was written over."
+        """Return what to tell the user after an interruption."""
+        return "Nothing was overwritten."
 
     def parse_args(self, parser: ArgumentParser) -> None:
         """See `BaseOptimumCLICommand`."""
         parser.formatter_class = RawDescriptionHelpFormatter
         parser.description = self.description
         self.add_arguments(parser)
-        common = parser.add_argument_group("output")
-        common.add_argument(
-            "--json", action="store_true", help="print the result as JSON, and nothing else, to stdout"
-        )
-        common.add_argument("--quiet", action="store_true", help="no progress bars and no messages below errors")
-        common.add_argument("--verbose", action="store_true", help="more messages, those of Transformers too")
-        common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        add = parser.add_argument_group("output").add_argument
+        add("--json", action="store_true", help="print the result as JSON, and nothing else, to stdout")
+        add("--quiet", action="store_true", help="show errors only, and no progress bars")
+        add("--verbose", action="store_true", help="show more messages, including those of Transformers")
+        add("--debug", action="store_true", help="show the traceback of an error")
 
     def run(self) -> None:
-        """Execute; an error is one sentence on stderr and exit code 1, an interruption 130."""
+        """Execute the command; an error becomes one sentence on stderr and exit code 1, an interruption code 130."""
         from ..runtime.distributed import disconnect, launched_index
 
         index = launched_index()
@@ -79,7 +73,7 @@ class MixRankSubcommand(BaseOptimumCLICommand):
             return
         self._set_verbosity(index == 0)
         with suppress(ValueError):  # not in the main thread
-            # Those who end a job ask first, by SIGTERM.
+            # Schedulers send SIGTERM before they kill a job.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             text, values = self.execute()
@@ -93,7 +87,7 @@ class MixRankSubcommand(BaseOptimumCLICommand):
             if self.args.debug:
                 raise
             if index:
-                # Mostly the main process has the same error, and its end is the end of all.
+                # The main process usually reports the same error, and the launcher then ends all of them.
                 with suppress(ValueError):
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(GRACE_SECONDS)
@@ -107,43 +101,46 @@ class MixRankSubcommand(BaseOptimumCLICommand):
         import datasets
         from transformers.utils import logging
 
-        if self.args.quiet or not is_main:
-            level = logging.ERROR
-            logging.set_verbosity_error()
-            datasets.utils.logging.set_verbosity_error()
-        elif self.args.verbose:
-            level = logging.DEBUG
-            logging.set_verbosity_info()
-            datasets.utils.logging.set_verbosity_info()
-        else:
-            level = logging.INFO  # a line per phase
+        quiet = self.args.quiet or not is_main
+        if quiet or self.args.verbose:
+            for library in (logging, datasets.utils.logging):
+                library.set_verbosity(logging.ERROR if quiet else logging.INFO)
+        # At INFO the package logs a line per phase.
+        level = logging.ERROR if quiet else logging.DEBUG if self.args.verbose else logging.INFO
         python_logging.getLogger("optimum_mixrank").setLevel(level)
-        if self.args.quiet or not is_main or not sys.stderr.isatty():
+        if quiet or not sys.stderr.isatty():
             logging.disable_progress_bar()
             datasets.disable_progress_bars()
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
-    """Options of what `open_compressor` opens and runs."""
-    parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass; default 32")
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images ahead; default 0")
-    parser.add_argument("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
-    parser.add_argument("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
+    """Declare the options of `open_compressor` and `reading_arguments`."""
+    add = parser.add_argument
+    add("--batch-size", type=int, default=32, help="images per forward pass; default: 32")
+    add("--num-workers", type=int, default=0, help="processes that decode images; default: 0")
+    add("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
+    add("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
+    add_hub_arguments(parser)
+
+
+def reading_arguments(args: Any) -> dict[str, Any]:
+    """Return the options for reading images, as keyword arguments."""
+    return {"batch_size": args.batch_size, "num_workers": args.num_workers}
 
 
 def open_compressor(args: Any, model: str) -> MixRankCompressor:
-    """The compressor of a model that is named on the command line, on the device and in the dtype asked for."""
+    """Return the compressor of a named model, on the device and in the dtype of the options."""
     from ..pipeline.compressor import MixRankCompressor
     from ..runtime.distributed import find_processes
 
-    # Each of several processes has a GPU of its own, which "cuda" then means.
+    # Each of several processes has its own GPU, which "cuda" then refers to.
     processes = find_processes()
     device = args.device or (default_device() if processes.is_single else processes.device)
     return MixRankCompressor.from_pretrained(model, dtype=args.dtype, device=device, **hub_arguments(args))
 
 
 def load_checkpoint(args: Any, model: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    """A checkpoint that is named on the command line, dense or compressed, with the class that it names."""
+    """Return a checkpoint, dense or compressed, loaded with the class that it names."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(model, **hub_arguments(args))
@@ -153,13 +150,13 @@ def load_checkpoint(args: Any, model: str, dtype: str | torch.dtype = "auto") ->
 
 
 def add_output_arguments(parser: ArgumentParser, what: str) -> None:
-    """Options of a folder to write to."""
-    parser.add_argument("--output", type=Path, required=True, help=f"folder of the {what} checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="the output folder may hold files; they are replaced")
+    """Declare the options of the folder to write to."""
+    parser.add_argument("--output", type=Path, required=True, help=f"folder for the {what} checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
 
 
 def default_device() -> str:
-    """A GPU if there is one."""
+    """Return the GPU if there is one, otherwise the CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -168,16 +165,16 @@ def default_device() -> str:
 
 
 def add_hub_arguments(parser: ArgumentParser, runs_code: bool = True) -> None:
-    """Options of everything that may come from the Hub."""
-    group = parser.add_argument_group("Hub")
-    group.add_argument("--revision", help="branch, tag or commit of the model")
-    group.add_argument("--token", help="access token, or `hf auth login` beforehand")
-    group.add_argument("--cache-dir", help="where downloads are kept")
+    """Declare the options of checkpoints that may come from the Hub."""
+    add = parser.add_argument_group("Hub").add_argument
+    add("--revision", help="branch, tag or commit of the model")
+    add("--token", help="access token; not needed after `hf auth login`")
+    add("--cache-dir", help="folder for downloads")
     if runs_code:
-        group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+        add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 
 def hub_arguments(args: Any) -> dict[str, Any]:
-    """Those that were given, as `from_pretrained` takes them."""
+    """Return the options of `add_hub_arguments` that were given, as arguments of `from_pretrained`."""
     names = ("revision", "token", "cache_dir", "trust_remote_code")
     return {name: getattr(args, name) for name in names if getattr(args, name, None)}

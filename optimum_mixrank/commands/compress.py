@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from .command import (
     MixRankSubcommand,
-    add_hub_arguments,
     add_model_arguments,
     add_output_arguments,
     hub_arguments,
     open_compressor,
+    reading_arguments,
 )
 from .fields import add_field_arguments, calibration_images, configuration
 from .statistics import add_statistics_argument, has_statistics, read_statistics, take_statistics
@@ -20,12 +20,16 @@ from .statistics import add_statistics_argument, has_statistics, read_statistics
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
+
+    from ..checkpoint.configuration import MixRankConfig
+    from ..pipeline.compressor import MixRankCompressor
 
 
 class CompressCommand(MixRankSubcommand):
-    """Compress a model with a folder of images."""
+    """Compress a model, given a folder of images."""
 
-    description = """Compress a ViT, DeiT or Swin. Images are needed, labels are not.
+    description = """Compress a ViT, DeiT or Swin. This needs images, but no labels.
 
 examples:
   optimum-cli mixrank compress --model facebook/deit-base-patch16-224 --dataset path/to/images --ratio 0.6 --output out
@@ -40,53 +44,43 @@ on several GPUs:
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """See `MixRankSubcommand`."""
-        parser.add_argument("--model", required=True, help="local folder or Hub id")
+        add = parser.add_argument
+        add("--model", required=True, help="local folder or Hub id")
         add_output_arguments(parser, "compressed")
         add_model_arguments(parser)
-        parser.add_argument("--evaluate-on", help="labelled images to measure the loss on")
-        parser.add_argument("--evaluate-split", help="default: validation, test, or the only one")
-        parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository")
-        parser.add_argument(
-            "--save-dtype",
-            default="auto",
-            metavar="DTYPE",
-            help="of the compressed checkpoint: float32, float16, bfloat16, or auto (default), that of the original or of "
-            "--dtype, whichever is shorter",
-        )
-        parser.add_argument(
-            "--max-memory",
-            metavar="SIZE",
-            help="most memory to use beside the model, 8GiB say; where more would be needed, several passes are made",
-        )
+        add("--evaluate-on", metavar="DATASET", help="labelled images to evaluate the result on")
+        add("--evaluate-split", metavar="SPLIT", help="default: validation, test, or the only one")
+        add("--push-to-hub", metavar="REPO", help="upload the result to this repository")
+        dtypes = "float32, float16, bfloat16, or auto (default), the shorter of the original's and --dtype"
+        add("--save-dtype", default="auto", metavar="DTYPE", help=f"dtype of the compressed checkpoint: {dtypes}")
+        limit = "limit on memory besides the model, such as 8GiB; makes several passes where one would need more"
+        add("--max-memory", metavar="SIZE", help=limit)
         add_statistics_argument(parser)
-        add_resume_arguments(parser)
+        add = parser.add_argument_group("interrupted runs").add_argument
+        resume = "continue where the same command was interrupted (default), or start anew"
+        add("--resume", action=BooleanOptionalAction, default=True, help=resume)
+        save = "how often to save progress, in OUTPUT.unfinished beside the output; default: 60, 0 for never"
+        add("--save-interval", type=float, default=60.0, metavar="SECONDS", help=save)
         add_field_arguments(parser)
-        add_hub_arguments(parser)
 
     def execute(self) -> tuple[str, dict[str, Any]]:
         """See `MixRankSubcommand`."""
         args = self.args
         config = configuration(args)
         from ..checkpoint.saving import writable_directory
-        from ..decomposition import METRICS
         from ..pipeline.unfinished import discard, has_saved
         from ..reporting import HTML_NAME, format_table
 
         run = unfinished_run(args)
         writable_directory(args.output, args.overwrite or (args.resume and has_saved(run, args.output)))
         reuse = has_statistics(args, config)
-        if config.dataset is None and (config.compensation or (METRICS[config.metric].uses_data and not reuse)):
-            others = (
-                "--statistics of an earlier run --compensation none" if reuse else "--metric svd --compensation none"
-            )
-            raise ValueError(f"--dataset is missing: name a folder of images, or use {others}.")
-        stored = dtype_to_save(args)
+        check_images(config, reuse)
+        saved_dtype = dtype_to_save(args)
         compressor = open_compressor(args, args.model)
         images = None if config.dataset is None else calibration_images(args, compressor, config)
         with compressor.processes.raise_on_all_ranks():
             if run is not None and not args.resume and compressor.processes.is_main:
                 discard(run)
-        loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
         calibration = None
         if args.statistics is not None:
             if reuse:
@@ -103,16 +97,9 @@ on several GPUs:
             max_memory=args.max_memory,
             resume_directory=run,
             save_interval=args.save_interval or 60.0,
-            **loading,
+            **reading_arguments(args),
         )
-        computed = model.dtype
-        if args.save_dtype == "auto" and (stored is None or stored.itemsize >= computed.itemsize):
-            stored = computed
-        # What is evaluated are the values that the files will hold.
-        model.to(stored).to(computed)
-        if args.evaluate_on is not None:
-            compressor.evaluate(model, args.evaluate_on, split=args.evaluate_split, **loading)
-        model.to(stored)
+        self._round_and_evaluate(compressor, model, saved_dtype)
         compressor.save_pretrained(model, args.output, overwrite=args.overwrite, picture=True)
         report = compressor.report
         assert report is not None  # `compress` has made one
@@ -120,25 +107,42 @@ on several GPUs:
             compressor.push_to_hub(model, args.push_to_hub, token=args.token)
         text = (
             f"{format_table(report)}\n\n"
-            f"Checkpoint, report and picture of the ranks: {args.output}\n"
-            f"The same to look at in a browser: {args.output / HTML_NAME}"
+            f"Checkpoint, report and plot of the ranks: {args.output}\n"
+            f"The same as a web page: {args.output / HTML_NAME}"
         )
         return text, {"output": str(args.output), **report.to_dict()}
+
+    def _round_and_evaluate(
+        self, compressor: MixRankCompressor, model: PreTrainedModel, dtype: torch.dtype | None
+    ) -> None:
+        """Round the model to the dtype that it is saved in, and evaluate the rounded values if asked to."""
+        args, computed = self.args, model.dtype
+        if dtype is None or (args.save_dtype == "auto" and dtype.itemsize >= computed.itemsize):
+            dtype = computed
+        model.to(dtype).to(computed)
+        if args.evaluate_on is not None:
+            compressor.evaluate(model, args.evaluate_on, split=args.evaluate_split, **reading_arguments(args))
+        model.to(dtype)
 
     def advice(self) -> str:
         """See `MixRankSubcommand`."""
         run = unfinished_run(self.args)
         if run is None or not run.is_dir():
             return super().advice()
-        return f"What was finished is kept in {str(run)!r}: the same command goes on from there."
+        return f"What was finished is kept in {str(run)!r}: the same command continues from there."
+
+
+def check_images(config: MixRankConfig, reuse: bool) -> None:
+    """Raise a `ValueError` if images are needed and none are named; `reuse` says whether statistics are at hand."""
+    from ..decomposition import METRICS
+
+    if config.dataset is None and (config.compensation or (METRICS[config.metric].uses_data and not reuse)):
+        others = "--statistics of an earlier run" if reuse else "--metric svd"
+        raise ValueError(f"--dataset is missing: name a folder of images, or use {others} --compensation none.")
 
 
 def dtype_to_save(args: Any) -> torch.dtype | None:
-    """The dtype that was asked for, or that of the original; None where neither its files nor its configuration tell.
-
-    Raises:
-        ValueError: if `--save-dtype` is no floating point dtype.
-    """
+    """Return the dtype of `--save-dtype`, or the original's for `auto`; None if neither its files nor its config tell."""
     import torch
     from transformers import AutoConfig
 
@@ -151,7 +155,7 @@ def dtype_to_save(args: Any) -> torch.dtype | None:
         raise ValueError(f"--save-{error}") from None
     if dtype != "auto":
         return dtype
-    # A loaded model tells what it was loaded in.
+    # From the files, because a loaded model has the dtype that it was loaded in.
     folder = Path(args.model).expanduser()
     if any(folder.glob("*.safetensors")):
         named = stored_dtype(folder)
@@ -161,30 +165,8 @@ def dtype_to_save(args: Any) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 
 
-def add_resume_arguments(parser: ArgumentParser) -> None:
-    """Options of runs that may be cut off."""
-    group = parser.add_argument_group("interrupted runs")
-    group.add_argument(
-        "--resume",
-        action=BooleanOptionalAction,
-        default=True,
-        help="go on where the same command was cut off (the default), or start anew",
-    )
-    group.add_argument(
-        "--save-interval",
-        type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="between two savings of what is finished, in OUTPUT.unfinished beside the output; default 60, 0 for none",
-    )
-
-
 def unfinished_run(args: Any) -> Path | None:
-    """The folder beside the output in which the run notes what it has finished; None if it is not to.
-
-    Raises:
-        ValueError: for a negative interval.
-    """
+    """Return the folder beside the output in which the run saves its progress, or None if it saves none."""
     if args.save_interval < 0:
         raise ValueError(f"--save-interval {args.save_interval} is negative; give seconds, or 0 to save nothing.")
     output = args.output.expanduser().absolute()

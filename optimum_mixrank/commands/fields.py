@@ -1,9 +1,10 @@
-"""Options for the fields of `MixRankConfig`, declared here so that `--help` need not import it."""
+"""Options for the fields of `MixRankConfig`, listed here so that `--help` need not import it."""
 
 from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, BooleanOptionalAction
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,77 +19,66 @@ if TYPE_CHECKING:
 
 
 class Field(NamedTuple):
-    """An option.
-
-    Attributes:
-        option: Without dashes.
-        kind: `int`, `float`, `str`, `bool`, `list` (names, one or more) or `json`.
-        help: For `--help`.
-    """
+    """The option for a field: its name without dashes, the type of its values, and its help text."""
 
     option: str
-    kind: str
+    type: Callable[[str], Any]
     help: str
 
 
 FIELDS: dict[str, Field] = {
-    "compression_ratio": Field("ratio", "float", "fraction of parameters to remove, in (0, 1); default 0.5"),
-    "compression_scope": Field("scope", "str", "what the ratio counts: model (default) or targets"),
-    "recipe": Field("recipe", "str", "best (default), fast or paper; fills what is not given"),
-    "metric": Field("metric", "str", "kfac, second_moment, mean_input, diagonal or svd"),
-    "allocation": Field("allocation", "str", "global, greedy or uniform"),
-    "layout": Field("layout", "str", "pivoted or factors"),
-    "compensation": Field("compensation", "list", "steps: sequential, residual, blocks, distillation, or none"),
-    "held_out_ratio": Field("held-out-ratio", "float", "share of the images that decide what is kept; default 0.1"),
-    "mirror": Field("mirror", "bool", "learn from mirrored images too; default yes"),
-    "epochs": Field("epochs", "int", "of steps that train; default 10"),
-    "learning_rate": Field("learning-rate", "float", "of steps that train, relative to the factors; default 5e-4"),
-    "train_batch_size": Field("train-batch-size", "int", "of steps that train; default 64"),
-    "view_scale": Field(
-        "view-scale", "float", "size of the images that distillation crops from, beside the model's input; default 2"
-    ),
-    "fisher_samples": Field("fisher-samples", "int", "random probes per image for kfac; default 1"),
-    "target_modules": Field("target-modules", "list", "layers to compress; default: all linears of the encoder"),
-    "exclude_modules": Field("exclude-modules", "list", "layers to leave alone"),
-    "rank_pattern": Field("rank-pattern", "json", "ranks of single layers, '{\"query\": 64}'"),
-    "ratio_pattern": Field("ratio-pattern", "json", "fractions to remove of single layers, '{\"query\": 0.5}'"),
-    "rank_multiple": Field("rank-multiple", "int", "ranks are multiples of this; default 1"),
-    "min_rank": Field("min-rank", "int", "smallest rank; default 1"),
-    "min_rank_ratio": Field("min-rank-ratio", "float", "smallest share of the break-even rank"),
-    "max_rank_ratio": Field("max-rank-ratio", "float", "largest share of the break-even rank"),
-    "cost": Field("cost", "str", "what the budget counts: parameters (default) or flops"),
-    "dataset": Field("dataset", "str", "images: local folder, parquet file or folder, or Hub id"),
-    "num_samples": Field("num-samples", "int", "calibration images to draw; default 512"),
-    "seed": Field("seed", "int", "of the draw and of all random numbers; default 42"),
+    "compression_ratio": Field("ratio", float, "fraction of parameters to remove, in (0, 1); default: 0.5"),
+    "compression_scope": Field("scope", str, "what the ratio refers to: model (default) or targets"),
+    "recipe": Field("recipe", str, "best (default), fast or paper; sets metric, allocation, layout and so on"),
+    "metric": Field("metric", str, "kfac, second_moment, mean_input, diagonal or svd"),
+    "allocation": Field("allocation", str, "global, greedy or uniform"),
+    "layout": Field("layout", str, "pivoted or factors"),
+    "compensation": Field("compensation", list, "steps: sequential, residual, blocks, distillation; or none"),
+    "held_out_ratio": Field("held-out-ratio", float, "share of images held out to judge compensation; default: 0.1"),
+    "mirror": Field("mirror", bool, "also learn from mirrored images; default: yes"),
+    "epochs": Field("epochs", int, "epochs of steps that train; default: 10"),
+    "learning_rate": Field("learning-rate", float, "relative learning rate of steps that train; default: 5e-4"),
+    "train_batch_size": Field("train-batch-size", int, "batch size of steps that train; default: 64"),
+    "view_scale": Field("view-scale", float, "size of images to crop, relative to the model's input; default: 2"),
+    "fisher_samples": Field("fisher-samples", int, "random probes per image for kfac; default: 1"),
+    "target_modules": Field("target-modules", list, "layers to compress; default: all linear layers of the encoder"),
+    "exclude_modules": Field("exclude-modules", list, "layers not to compress"),
+    "rank_pattern": Field("rank-pattern", json.loads, "ranks of individual layers, such as '{\"query\": 64}'"),
+    "ratio_pattern": Field("ratio-pattern", json.loads, "ratios of individual layers, such as '{\"query\": 0.5}'"),
+    "rank_multiple": Field("rank-multiple", int, "ranks are multiples of this; default: 1"),
+    "min_rank": Field("min-rank", int, "smallest rank; default: 1"),
+    "min_rank_ratio": Field("min-rank-ratio", float, "smallest rank as a share of the break-even rank"),
+    "max_rank_ratio": Field("max-rank-ratio", float, "largest rank as a share of the break-even rank"),
+    "cost": Field("cost", str, "what the budget counts: parameters (default) or flops"),
+    "dataset": Field("dataset", str, "images: local folder, parquet file or folder, or Hub id"),
+    "num_samples": Field("num-samples", int, "number of calibration images to draw; default: 512"),
+    "seed": Field("seed", int, "seed of all random numbers; default: 42"),
 }
 """Options by the field they set."""
 
+_ARGUMENTS: dict[Callable[[str], Any], dict[str, Any]] = {
+    list: {"nargs": "+"},
+    bool: {"action": BooleanOptionalAction},
+    json.loads: {"type": json.loads, "metavar": "JSON"},
+}
+"""Arguments of `add_argument` by type, where that is more than the type."""
+
 
 def add_field_arguments(parser: ArgumentParser) -> None:
-    """Declare an option for every field, `--config` for a file of them, and how to read the dataset."""
-    parser.add_argument("--split", help="of the dataset; default: train, or the only one")
-    parser.add_argument("--image-column", help="of the dataset; default: the one image column")
-    parser.add_argument(
-        "--streaming", action="store_true", help="draw images from the Hub without downloading all of the dataset"
-    )
-    group = parser.add_argument_group("method")
-    group.add_argument(
-        "--config", type=Path, help="YAML or JSON file with fields of MixRankConfig; options override it"
-    )
-    kinds: dict[str, dict[str, Any]] = {
-        "int": {"type": int},
-        "float": {"type": float},
-        "str": {},
-        "list": {"nargs": "+"},
-        "json": {"type": json.loads, "metavar": "JSON"},
-        "bool": {"action": BooleanOptionalAction},
-    }
+    """Declare the options for the fields, for a file of them, and for reading the dataset."""
+    add = parser.add_argument
+    add("--split", help="split of the dataset; default: train, or the only one")
+    add("--image-column", help="column of the dataset; default: the only image column")
+    add("--streaming", action="store_true", help="draw images from the Hub without downloading the whole dataset")
+    add = parser.add_argument_group("method").add_argument
+    add("--config", type=Path, help="YAML or JSON file with fields of MixRankConfig; options override it")
     for name, field in FIELDS.items():
-        group.add_argument(f"--{field.option}", dest=name, default=None, help=field.help, **kinds[field.kind])
+        arguments = _ARGUMENTS.get(field.type, {"type": field.type})
+        add(f"--{field.option}", dest=name, default=None, help=field.help, **arguments)
 
 
 def configuration(args: Any) -> MixRankConfig:
-    """The `MixRankConfig` of the options and the file.
+    """Return the `MixRankConfig` of the options and the file.
 
     Raises:
         ValueError: for a file that cannot be read as fields, and as `MixRankConfig`.
@@ -101,14 +91,14 @@ def configuration(args: Any) -> MixRankConfig:
     if fields.get("compensation") == ["none"]:
         fields["compensation"] = []
     for name in ("target_modules", "exclude_modules"):
-        # A single word is a regular expression or a name, as in PEFT a string is.
+        # A single value is a string, as in PEFT: a regular expression, unless it is a plain name.
         if isinstance(fields.get(name), list) and len(fields[name]) == 1 and not fields[name][0].isidentifier():
             fields[name] = fields[name][0]
     return MixRankConfig(**fields)
 
 
 def calibration_images(args: Any, compressor: MixRankCompressor, config: MixRankConfig) -> datasets.Dataset:
-    """The images that the configuration's `dataset` names, drawn as it says."""
+    """Return the calibration images that the configuration and the options select."""
     hub = {name: value for name, value in hub_arguments(args).items() if name in ("token", "cache_dir")}
     return compressor.get_calibration_dataset(
         config.dataset,
@@ -123,7 +113,9 @@ def calibration_images(args: Any, compressor: MixRankCompressor, config: MixRank
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"--config {str(path)!r} is no file; give a YAML or JSON file with fields of MixRankConfig.")
+        raise ValueError(
+            f"--config {str(path)!r} is not a file; give a YAML or JSON file with fields of MixRankConfig."
+        )
     import yaml  # type: ignore[import-untyped]
 
     try:

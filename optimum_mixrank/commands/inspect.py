@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser
 from typing import Any
 
@@ -9,7 +10,7 @@ from .command import MixRankSubcommand, add_hub_arguments, hub_arguments
 
 
 class InspectCommand(MixRankSubcommand):
-    """What is inside a compressed checkpoint."""
+    """Show what a compressed checkpoint holds."""
 
     description = """Show the settings, ranks and sizes of a compressed checkpoint without loading its weights.
 
@@ -26,8 +27,6 @@ examples:
 
     def execute(self) -> tuple[str, dict[str, Any]]:
         """See `MixRankSubcommand`."""
-        import json
-
         from ..checkpoint.configuration import MixRankConfig
         from ..checkpoint.contents import contents_of
         from ..reporting import REPORT_NAME, CompressionReport, format_table
@@ -37,7 +36,7 @@ examples:
         stored = json.loads((contents.folder / "config.json").read_text(encoding="utf-8"))
         content = stored.get("quantization_config") if isinstance(stored, dict) else None
         if not isinstance(content, dict) or content.get("quant_method") != "mixrank":
-            raise ValueError(f"{name!r} is no checkpoint that optimum-mixrank has compressed.")
+            raise ValueError(f"{name!r} is not a checkpoint that optimum-mixrank has compressed.")
         config = MixRankConfig.from_dict(content)
         values: dict[str, Any] = {
             "config": config.to_dict(),
@@ -52,5 +51,4 @@ examples:
         else:
             values["report"] = report.to_dict()
             text = format_table(report)
-        size = f"{values['stored_values']:,} stored values, {values['bytes_on_disk']:,} bytes"
-        return f"{text}\n\n{size}", values
+        return f"{text}\n\n{values['stored_values']:,} stored values, {values['bytes_on_disk']:,} bytes", values

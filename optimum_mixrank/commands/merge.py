@@ -9,9 +9,9 @@ from .command import MixRankSubcommand, add_hub_arguments, add_output_arguments,
 
 
 class MergeCommand(MixRankSubcommand):
-    """Back to a dense checkpoint."""
+    """Turn a compressed checkpoint into a dense one."""
 
-    description = """Multiply the factors of a compressed checkpoint: a dense one, of the original's size, needs no plugin.
+    description = """Multiply the factors of a compressed checkpoint into a dense one that needs no plugin.
 
 example:
   optimum-cli mixrank merge --model out --output dense
@@ -29,10 +29,11 @@ example:
         args = self.args
         from ..checkpoint.dense import to_dense
         from ..checkpoint.original import load_image_processor
-        from ..checkpoint.saving import save_dense, writable_directory
+        from ..checkpoint.saving import save_checkpoint, writable_directory
 
         writable_directory(args.output, args.overwrite)
         model = to_dense(load_checkpoint(args, args.model))
-        save_dense(model, args.output, load_image_processor(args.model, hub_arguments(args)), overwrite=args.overwrite)
+        image_processor = load_image_processor(args.model, hub_arguments(args))
+        save_checkpoint(model, args.output, image_processor, dense=True, overwrite=args.overwrite)
         values = {"output": str(args.output), "parameters": sum(each.numel() for each in model.parameters())}
         return f"{values['parameters']:,} parameters: {args.output}", values

@@ -15,14 +15,14 @@ from .plan import PlanCommand
 class MixRankCommand(BaseOptimumCLICommand):
     """`optimum-cli mixrank`."""
 
-    COMMAND = CommandInfo(name="mixrank", help="Compress Vision Transformers by activation-aware mixed-rank factors.")
+    COMMAND = CommandInfo("mixrank", "Compress Vision Transformers by activation-aware mixed-rank factorization.")
     SUBCOMMANDS = (
-        CommandInfo("compress", "Compress a model with a folder of images.", CompressCommand),
-        CommandInfo("plan", "What would a budget cost? Predicted losses, without compressing.", PlanCommand),
+        CommandInfo("compress", "Compress a model, given a folder of images.", CompressCommand),
+        CommandInfo("plan", "Predict the loss at several budgets, without compressing.", PlanCommand),
+        CommandInfo("evaluate", "Compare the predictions of a compressed model with the original's.", EvaluateCommand),
+        CommandInfo("benchmark", "Compare time and memory of a compressed model with a dense one.", BenchmarkCommand),
         CommandInfo(
-            "evaluate", "Accuracy, agreement and KL of a compressed model against its original.", EvaluateCommand
+            "inspect", "Show what a compressed checkpoint holds, without loading its weights.", InspectCommand
         ),
-        CommandInfo("benchmark", "Time and memory of a compressed model against a dense one.", BenchmarkCommand),
-        CommandInfo("inspect", "What is inside a compressed checkpoint, without loading its weights.", InspectCommand),
         CommandInfo("merge", "Turn a compressed checkpoint into a dense one that needs no plugin.", MergeCommand),
     )

@@ -7,15 +7,15 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-from .command import MixRankSubcommand, add_hub_arguments, add_model_arguments, open_compressor
+from .command import MixRankSubcommand, add_model_arguments, open_compressor
 from .fields import add_field_arguments, calibration_images, configuration
 from .statistics import add_statistics_argument, has_statistics, read_statistics, take_statistics
 
 
 class PlanCommand(MixRankSubcommand):
-    """Predicted losses over budgets."""
+    """Predict the loss at several budgets."""
 
-    description = """Ranks and predicted losses over many budgets, without compressing anything.
+    description = """Show ranks and predicted losses at several budgets, without compressing anything.
 
 example:
   optimum-cli mixrank plan --model facebook/deit-base-patch16-224 --dataset path/to/images --ratios 0.4 0.5 0.6 0.7 \\
@@ -26,13 +26,14 @@ example:
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """See `MixRankSubcommand`."""
-        parser.add_argument("--model", required=True, help="local folder or Hub id")
+        add = parser.add_argument
+        add("--model", required=True, help="local folder or Hub id")
         add_statistics_argument(parser)
-        parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help="budgets")
-        parser.add_argument("--plot", type=Path, help="picture to write: .png, .svg or .pdf")
+        ratios = "fractions of parameters to remove; default: 0.3 0.4 0.5 0.6 0.7"
+        add("--ratios", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help=ratios)
+        add("--plot", type=Path, help="plot to write: .png, .svg or .pdf")
         add_model_arguments(parser)
         add_field_arguments(parser)
-        add_hub_arguments(parser)
 
     def execute(self) -> tuple[str, dict[str, Any]]:
         """See `MixRankSubcommand`."""

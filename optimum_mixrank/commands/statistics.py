@@ -1,10 +1,12 @@
-"""`--statistics`: taken once, kept in a file, and used again for other budgets."""
+"""`--statistics`: the file in which calibration statistics are kept for several budgets."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .command import reading_arguments
 
 
 if TYPE_CHECKING:
@@ -17,21 +19,12 @@ if TYPE_CHECKING:
 
 def add_statistics_argument(parser: ArgumentParser) -> None:
     """Declare the option."""
-    parser.add_argument(
-        "--statistics",
-        type=Path,
-        metavar="FILE",
-        help="safetensors file of statistics: read if it is there, else taken from the images and written",
-    )
+    kept = "safetensors file of calibration statistics; read if it exists, otherwise computed and written"
+    parser.add_argument("--statistics", type=Path, metavar="FILE", help=kept)
 
 
 def has_statistics(args: Any, config: MixRankConfig) -> bool:
-    """Whether there is a file of statistics already.
-
-    Raises:
-        ValueError: for a metric that needs none, for a file in a folder that does not exist, and for a limit on memory
-            beside a file that is to be made.
-    """
+    """Return whether a file of statistics is named and exists; raise a `ValueError` if it could not be used or written."""
     from ..decomposition import METRICS
 
     if args.statistics is None:
@@ -39,12 +32,12 @@ def has_statistics(args: Any, config: MixRankConfig) -> bool:
     if not METRICS[config.metric].uses_data:
         raise ValueError(f"--statistics has no use with metric={config.metric!r}, which needs none; leave it out.")
     if not args.statistics.expanduser().absolute().parent.is_dir():
-        raise ValueError(f"--statistics {str(args.statistics)!r} is in no folder that exists; make it first.")
+        raise ValueError(f"--statistics {str(args.statistics)!r} is in a folder that does not exist; make it first.")
     found: bool = args.statistics.expanduser().is_file()
     if not found and getattr(args, "max_memory", None) is not None:
         raise ValueError(
-            f"--max-memory may need several passes over the images, and --statistics {str(args.statistics)!r} is made in "
-            "one. Leave one of them out, or make the file with `optimum-cli mixrank plan`."
+            f"--max-memory may need several passes over the images, but --statistics {str(args.statistics)!r} is written "
+            "in a single one. Leave one of them out, or write the file with `optimum-cli mixrank plan`."
         )
     return found
 
@@ -52,15 +45,9 @@ def has_statistics(args: Any, config: MixRankConfig) -> bool:
 def take_statistics(
     args: Any, compressor: MixRankCompressor, config: MixRankConfig, images: datasets.Dataset
 ) -> Calibration:
-    """Statistics of all layers of the encoder, written to the file if one is named."""
-    calibration = compressor.calibrate(
-        images,
-        config.metric,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        fisher_samples=config.fisher_samples,
-        seed=config.seed,
-    )
+    """Compute statistics of all layers of the encoder, and write them to the file if one is named."""
+    probes: dict[str, Any] = {"fisher_samples": config.fisher_samples, "seed": config.seed}
+    calibration = compressor.calibrate(images, config.metric, **probes, **reading_arguments(args))
     with compressor.processes.raise_on_all_ranks():
         if args.statistics is not None and compressor.processes.is_main:
             calibration.save(args.statistics)
@@ -70,12 +57,7 @@ def take_statistics(
 def read_statistics(
     args: Any, compressor: MixRankCompressor, config: MixRankConfig, images: datasets.Dataset | None
 ) -> Calibration:
-    """Those of the file.
-
-    Raises:
-        ValueError: if the file is no such one, is of another model or of other images than those that are given, or was
-            made with another number of probes than is asked for.
-    """
+    """Read the statistics; raise a `ValueError` if they are of another model, other images or another number of probes."""
     from ..calibration.result import Calibration
 
     calibration = Calibration.load(args.statistics)
@@ -86,6 +68,5 @@ def read_statistics(
             "out, or name another file."
         )
     if images is not None:
-        reading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-        compressor.check_calibration(calibration, images, **reading)
+        compressor.check_calibration(calibration, images, **reading_arguments(args))
     return calibration

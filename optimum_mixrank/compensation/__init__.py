@@ -1,7 +1,7 @@
-"""Compensation: repair what a compression has broken, with unlabelled images.
+"""Compensation: repair with unlabelled images what a compression has damaged.
 
-A compensator is one file with one class that is registered here. Whatever it does, it is kept only if it lowers the
-error on images that were held out.
+A compensator is one class in one file, which registers itself. Whatever it does is kept only if it lowers the error on
+held-out images.
 """
 
 from .compensator import COMPENSATORS, CompensationResult, CompensationTask, Compensator
@@ -12,7 +12,7 @@ from .training.distillation import DistillationCompensator
 
 
 Compensation = CompensationTask
-"""What `CompensationTask` was called before."""
+"""Another name of `CompensationTask`."""
 
 __all__ = [
     "COMPENSATORS",

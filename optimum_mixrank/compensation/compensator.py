@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.names import Target
 from ..checkpoint.rank_map import FactoredLayer
 from ..decomposition import LayerStatistics
@@ -18,25 +19,16 @@ from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.journal import NO_JOURNAL, Journal
 from ..runtime.outputs import ModelOutput
 from ..runtime.registry import Registry
-
-
-if TYPE_CHECKING:
-    from ..checkpoint.configuration import MixRankConfig
-    from .training.high_resolution import HighResolutionImages
+from .training.high_resolution import HighResolutionImages
 
 
 MAX_CACHED_OUTPUT_BYTES = 4 * 2**30
-"""Up to which layer-wise compensation keeps the original's outputs rather than computing them again."""
+"""Layer-wise compensation caches this much of the original's outputs, and computes the rest again when needed."""
 
 
 @dataclass(frozen=True)
 class ActivationStorage:
-    """Where layer-wise steps hold the activations of all images.
-
-    Attributes:
-        max_output_bytes: Up to which outputs of the original are kept rather than computed again.
-        on_disk: Whether the inputs of blocks lie on the disk rather than in memory.
-    """
+    """How much of the original's outputs layer-wise compensation caches, and whether inputs of blocks are on disk."""
 
     max_output_bytes: int = MAX_CACHED_OUTPUT_BYTES
     on_disk: bool = False
@@ -51,19 +43,19 @@ class CompensationTask:
 
     Attributes:
         original: The original model; it is not changed.
-        model: The compressed model, in evaluation mode; it is improved in place, and takes no more values.
+        model: The compressed model, in evaluation mode. It is improved in place and must not grow.
         targets: The targeted layers of the original.
         rank_map: The factored layers, by canonical name.
-        statistics: Calibration statistics by module name; empty for a metric without data.
-        batches: Calibration images as `pixel_values`, each `[batch, channels, height, width]`, for learning.
-        held_out: The same of images that nothing is learned from; they decide what is kept.
-        references: Outputs of the original on the held-out images.
+        statistics: Calibration statistics by module name; empty for a metric that uses no data.
+        batches: Images to learn from, as `pixel_values`, each `[batch, channels, height, width]`.
+        held_out: Images in the same form that nothing is learned from; they decide what is kept.
+        references: Outputs of the original for the held-out images.
         config: The configuration.
-        processes: Those that share the images out: batches, held-out images and references are the share of this one.
-        numbers: Of `batches` among those of all processes, ascending; not needed for one process.
-        storage: Where activations are held.
-        journal: Where a compensator may note how far it is, and finds it when the run goes on.
-        photographs: The images of `batches` in more detail; None where there are none.
+        processes: The processes that share the images; `batches`, `held_out` and `references` are this one's share.
+        numbers: The numbers of `batches` among those of all processes, ascending; optional for a single process.
+        storage: Where activations are stored.
+        journal: Where a compensator can save its progress, and find it when an interrupted compression is resumed.
+        high_resolution: The images of `batches` at a higher resolution, if there are any.
     """
 
     original: nn.Module
@@ -82,24 +74,23 @@ class CompensationTask:
     high_resolution: HighResolutionImages | None = None
 
     def all_images(self) -> Tensor:
-        """The images to learn from, of all processes, in the order of their batches; every process calls this."""
-        if self.processes.is_single:
-            return torch.cat(list(self.batches))
-        return torch.cat(list(self.processes.collect(dict(zip(self.numbers, self.batches, strict=True))).values()))
+        """Return the images to learn from of all processes, in the order of their batches; every process calls this."""
+        return self._collect(self.numbers or range(len(self.batches)), self.batches)
 
     def all_high_resolution(self) -> Tensor | None:
-        """The same in more detail, float16; None where there are none."""
+        """Return the images of `all_images` at a higher resolution, in float16, or None if there are none."""
         if self.high_resolution is None:
             return None
         own = self.high_resolution.decode()
-        return torch.cat(list((own if self.processes.is_single else self.processes.collect(own)).values()))
+        return self._collect(list(own), list(own.values()))
 
     def all_held_out(self) -> Tensor:
-        """The same of the held-out images, in an order of its own."""
-        if self.processes.is_single:
-            return torch.cat(list(self.held_out))
-        own = range(self.processes.index, self.processes.count * len(self.held_out), self.processes.count)
-        return torch.cat(list(self.processes.collect(dict(zip(own, self.held_out, strict=True))).values()))
+        """Return the held-out images of all processes; every process calls this."""
+        count = self.processes.count
+        return self._collect(range(self.processes.index, count * len(self.held_out), count), self.held_out)
+
+    def _collect(self, numbers: Sequence[int], batches: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(self.processes.collect(dict(zip(numbers, batches, strict=True))).values()))
 
     @property
     def factored(self) -> list[Target]:
@@ -109,15 +100,14 @@ class CompensationTask:
 
 @dataclass(frozen=True)
 class CompensationResult:
-    """What came of a compensator, for the report.
+    """The outcome of a compensation step, for the report.
 
     Attributes:
-        name: Of the compensator.
-        kept: Whether its outcome was kept; if not, the model is as it was before.
-        error_before: Error on the held-out images before, KL in nats per image, or relative error of the features of
-            models without a class head.
-        error_after: The same afterwards.
-        details: JSON values.
+        name: The name of the compensator.
+        kept: Whether its changes were kept; if not, the model is as it was before.
+        error_before: Error on the held-out images before the step, see `held_out.output_error`.
+        error_after: The same error after the step.
+        details: What the compensator reported, as JSON values.
     """
 
     name: str
@@ -128,14 +118,14 @@ class CompensationResult:
 
 
 class Compensator(ABC):
-    """Repairs what a compression has broken, without labels.
+    """Repairs what a compression has damaged, without labels.
 
     Attributes:
-        name: Entry of `MixRankConfig.compensation`.
-        shares_images: Whether it works on the share of the images that its process has, and exchanges what it finds by
-            `task.processes`. If not, every process gets all images and does the same work.
-        uses_photographs: Whether it draws views from `task.high_resolution`; only a compensator that shares images may.
-        starts_anew: Whether it makes every layer anew from the original, so that it has to be the first step.
+        name: The name by which `MixRankConfig.compensation` refers to it.
+        shares_images: Whether each process works on its own share of the images and exchanges its results through
+            `task.processes`. Otherwise every process gets all images and does the same work.
+        uses_high_resolution: Whether it uses `task.high_resolution`; only a compensator that shares images may.
+        starts_anew: Whether it computes every layer afresh from the original, so that it has to be the first step.
     """
 
     name: ClassVar[str]
@@ -145,11 +135,7 @@ class Compensator(ABC):
 
     @abstractmethod
     def compensate(self, task: CompensationTask) -> Mapping[str, Any]:
-        """Improve `task.model` in place.
-
-        Returns:
-            Details for the report, JSON values.
-        """
+        """Improve `task.model` in place, and return details for the report as JSON values."""
 
 
 COMPENSATORS: Registry[Compensator] = registry.COMPENSATORS

@@ -1,4 +1,4 @@
-"""The one rule of all compensators: what does not lower the error on held-out images is not kept."""
+"""Held-out images decide: a compensation step is kept only if it lowers the error on images it did not learn from."""
 
 from __future__ import annotations
 
@@ -23,28 +23,27 @@ from .compensator import CompensationResult, CompensationTask, Compensator
 def split_batches(
     batches: Mapping[int, Tensor], share: float, seed: int, processes: Processes = SINGLE_PROCESS
 ) -> tuple[dict[int, Tensor], list[Tensor]]:
-    """Split images at random into those to learn from and those that are held out; each part keeps its order.
+    """Split images at random into those to learn from and those that are held out; both keep their order.
 
-    Which images are held out does not depend on how they are batched or shared out.
+    The split does not depend on how images are batched or shared between processes.
 
     Args:
-        batches: `pixel_values` by number of the batch among those of all processes; their order may be that of the
-            classes.
+        batches: `pixel_values` of this process's batches, by number.
         share: Share of the images to hold out, in (0, 1).
-        seed: Of the draw.
-        processes: Those that share the batches out.
+        seed: Seed of the random split.
+        processes: The processes that share the batches.
 
     Returns:
-        What is left of the batches, by number, and the held-out images of this process, in batches of their own.
+        What remains of the batches, by number, and the held-out images of this process, batched anew.
 
     Raises:
         ValueError: if there are fewer than two images.
     """
     learn, held_out = {}, []
-    for number, part in held_out_masks(batches, share, seed, processes).items():
-        held_out.append(batches[number][part])
-        if not part.all():
-            learn[number] = batches[number][~part]
+    for number, mask in held_out_masks(batches, share, seed, processes).items():
+        held_out.append(batches[number][mask])
+        if not mask.all():
+            learn[number] = batches[number][~mask]
     together = torch.cat(held_out) if held_out else torch.zeros(0)
     size = max(processes.gather(max(map(len, batches.values()), default=1)))
     return learn, list(together.split(size)) if len(together) else []
@@ -53,13 +52,13 @@ def split_batches(
 def held_out_masks(
     batches: Mapping[int, Tensor], share: float, seed: int, processes: Processes = SINGLE_PROCESS
 ) -> dict[int, Tensor]:
-    """Which images of the batches of this process `split_batches` holds out, bool, by number of the batch.
+    """Return which images `split_batches` holds out, as one bool mask per batch of this process, by number.
 
     Raises:
-        ValueError: as `split_batches`.
+        ValueError: if there are fewer than two images.
     """
-    found = processes.gather({number: len(batch) for number, batch in batches.items()})
-    sizes = {number: size for each in found for number, size in each.items()}
+    gathered = processes.gather({number: len(batch) for number, batch in batches.items()})
+    sizes = {number: size for each in gathered for number, size in each.items()}
     total = sum(sizes.values())
     count = min(max(1, math.ceil(share * total)), total - 1)
     if count < 1:
@@ -70,13 +69,13 @@ def held_out_masks(
     is_held_out = torch.zeros(total, dtype=torch.bool)
     is_held_out[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]] = True
     numbers = sorted(sizes)
-    parts = is_held_out.split([sizes[number] for number in numbers])
-    return {number: part for number, part in zip(numbers, parts, strict=True) if number in batches}
+    masks = is_held_out.split([sizes[number] for number in numbers])
+    return {number: mask for number, mask in zip(numbers, masks, strict=True) if number in batches}
 
 
 @torch.no_grad()
 def model_outputs(model: nn.Module, batches: Sequence[Tensor]) -> list[ModelOutput]:
-    """Outputs of a model in evaluation mode, on the CPU."""
+    """Return the outputs of a model in evaluation mode, on the CPU."""
     parameter = next(model.parameters())
     device = getattr(model, "device", parameter.device)
     config = getattr(model, "config", None)
@@ -89,7 +88,10 @@ def model_outputs(model: nn.Module, batches: Sequence[Tensor]) -> list[ModelOutp
 def output_error(
     outputs: Sequence[ModelOutput], references: Sequence[ModelOutput], processes: Processes = SINGLE_PROCESS
 ) -> float:
-    """Mean over the images of all processes: KL(reference ‖ output) in nats, or relative squared error of features."""
+    """Return the mean error over the images of all processes.
+
+    The error is KL(reference ‖ output) in nats, or the relative squared error of features where there are no logits.
+    """
     errors = []
     for output, reference in zip(outputs, references, strict=True):
         if output.logits is not None and reference.logits is not None:
@@ -98,28 +100,23 @@ def output_error(
             pairs = zip(reference.features, output.features, strict=True)
             errors.append(torch.stack([relative_error(*pair) for pair in pairs]).mean(dim=0))
     total = sum(float(error.double().sum()) for error in errors)
-    found = processes.gather((total, sum(len(error) for error in errors)))
-    return sum(total for total, _ in found) / sum(count for _, count in found)
+    gathered = processes.gather((total, sum(len(error) for error in errors)))
+    return sum(total for total, _ in gathered) / sum(count for _, count in gathered)
 
 
 def held_out_error(task: CompensationTask) -> float:
-    """Error of the compressed model, as it is now, on the held-out images; see `output_error`."""
+    """Return the current error of the compressed model on the held-out images; see `output_error`."""
     with task.processes.raise_on_all_ranks():
         outputs = model_outputs(task.model, task.held_out)
     return output_error(outputs, task.references, task.processes)
 
 
 def accept_if_improved(compensator: Compensator, task: CompensationTask) -> CompensationResult:
-    """Run a compensator; put everything back where the error on the held-out images did not fall.
-
-    Args:
-        compensator: What to run.
-        task: What to run it on.
-    """
+    """Run a compensator, and restore the model unless the error on the held-out images fell."""
     before = held_out_error(task)
     modes = {name: module.training for name, module in task.model.named_modules()}
     backup = _Backup(task.model)
-    details = compensator.compensate(task) if compensator.shares_images else _same_work(compensator, task)
+    details = compensator.compensate(task) if compensator.shares_images else _run_on_all_images(compensator, task)
     after = held_out_error(task)
     kept = after < before
     if not kept:
@@ -130,8 +127,8 @@ def accept_if_improved(compensator: Compensator, task: CompensationTask) -> Comp
     return CompensationResult(compensator.name, kept, before, after, details)
 
 
-def _same_work(compensator: Compensator, task: CompensationTask) -> Mapping[str, Any]:
-    """Run a compensator on all images in every process; what the main process has made of the model holds for all."""
+def _run_on_all_images(compensator: Compensator, task: CompensationTask) -> Mapping[str, Any]:
+    """Run a compensator in every process on the images of all; the main process's model is then given to the others."""
     if task.processes.is_single:
         return compensator.compensate(task)
     size = max(task.processes.gather(max(map(len, task.batches), default=1)))
@@ -140,10 +137,11 @@ def _same_work(compensator: Compensator, task: CompensationTask) -> Mapping[str,
         whole = replace(
             task,
             batches=batches,
+            numbers=(),
             held_out=held_out,
             references=model_outputs(task.original, held_out),
             processes=task.processes.apart(),
-            # They are shared out, and would be exchanged.
+            # Decoding them would exchange messages between processes.
             high_resolution=None,
         )
         details = compensator.compensate(whole)
@@ -153,7 +151,7 @@ def _same_work(compensator: Compensator, task: CompensationTask) -> Mapping[str,
 
 
 class _Backup:
-    """Copies of the factored layers, and the values of all other parameters."""
+    """Copies of the factored layers and of the values of all other parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = {

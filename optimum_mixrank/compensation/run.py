@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from ..calibration.images.batches import Batch, ImageBatches
+from ..checkpoint.configuration import MixRankConfig
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.logging import get_logger
 from ..runtime.outputs import ModelOutput
@@ -19,22 +19,12 @@ from .saved_steps import resume_steps, save_steps
 from .training.high_resolution import HighResolutionImages
 
 
-if TYPE_CHECKING:
-    from ..checkpoint.configuration import MixRankConfig
-
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class CompensationImages:
-    """Images for compensation; of several processes, the share of this one.
-
-    Attributes:
-        batches: To learn from, by number, each `[batch, channels, height, width]`.
-        held_out: To decide by.
-        references: Outputs of the original on these.
-        photographs: The images to learn from in more detail, where a step uses it and the source has it.
-    """
+    """This process's share of the images for compensation, as in `CompensationTask`; `batches` are given by number."""
 
     batches: Mapping[int, Tensor]
     held_out: Sequence[Tensor]
@@ -49,14 +39,9 @@ def prepare_images(
     processes: Processes = SINGLE_PROCESS,
     source: ImageBatches | None = None,
 ) -> CompensationImages:
-    """Split the images and run the original over those that are held out; nothing is changed.
+    """Split the images, and run the original on those that are held out.
 
-    Args:
-        original: The original model.
-        images: Of this process.
-        config: The configuration.
-        processes: Those that share the images out.
-        source: Where the images come from.
+    `images` are those of this process; `source` is where they come from, and may give them at a higher resolution.
 
     Raises:
         ValueError: if there are too few images, or the original does not give the same output twice.
@@ -68,8 +53,9 @@ def prepare_images(
         again = model_outputs(original, held_out[:1])
         if again and output_error(again, references[:1]) > 1e-6:
             raise ValueError(
-                f"{type(original).__name__} gives another output each time for the same images (random masks, say), so "
-                "nothing can be learned from it. Load it without that, or set compensation=[]."
+                f"{type(original).__name__} gives another output each time for the same images, perhaps because it draws "
+                "random masks, so nothing can be learned from it. Load a model without randomness, or set "
+                "compensation=[]."
             )
     high_resolution = _high_resolution(source, numbered, config, processes)
     return CompensationImages(batches, held_out, references, high_resolution)
@@ -82,20 +68,16 @@ def _high_resolution(
         return None
     enlarged = None if source is None else source.enlarged(config.view_scale)
     if enlarged is None:
-        logger.info("Views are taken from the images as the model sees them: the source does not give larger ones.")
+        logger.info("Views are taken from the images as the model sees them, since the source has no larger ones.")
         return None
     masks = held_out_masks(batches, config.held_out_ratio, config.seed, processes)
     return HighResolutionImages(enlarged, masks, processes)
 
 
 def compensate(task: CompensationTask) -> list[CompensationResult]:
-    """Improve a compressed model in place by the steps that `config.compensation` names.
+    """Improve a compressed model in place by the steps in `config.compensation`, and return the result of each.
 
-    Args:
-        task: What to work on. Its journal keeps the outcome of every step, which is found when the run goes on.
-
-    Returns:
-        What came of every step.
+    The state after each step is saved in the task's journal, from which an interrupted compression continues.
 
     Raises:
         ValueError: if NaN or Inf occur.

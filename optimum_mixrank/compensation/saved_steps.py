@@ -1,4 +1,4 @@
-"""Outcomes of compensation steps in the journal: the layers that a step has made, and all values that it has changed."""
+"""Finished compensation work in the journal: factored layers, and all other values that have changed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint.factorize import layer_from_state, values_beside
 from ..checkpoint.modeling import FactoredLinear, replace_module
 from ..checkpoint.names import Target
 from ..checkpoint.rank_map import parse_rank_map
 from ..runtime.distributed import Processes
-from ..runtime.journal import Entry, Journal
+from ..runtime.journal import Journal
 from .compensator import CompensationResult, CompensationTask
 
 
@@ -22,7 +22,7 @@ _NAME = "compensated"
 
 
 def save_steps(task: CompensationTask, results: Sequence[CompensationResult]) -> None:
-    """Note the model as the steps so far have left it, and what came of them."""
+    """Save the model after the steps finished so far, and their results."""
     if not task.journal.is_kept:
         return
     layers = [name for name, module in task.model.named_modules() if isinstance(module, FactoredLinear)]
@@ -32,11 +32,7 @@ def save_steps(task: CompensationTask, results: Sequence[CompensationResult]) ->
 
 
 def resume_steps(task: CompensationTask) -> list[CompensationResult]:
-    """Put the model into the state in which the steps had left it that were finished before the run was cut off.
-
-    Returns:
-        What came of them.
-    """
+    """Restore the model as saved after the last finished step, and return the results of the finished steps."""
     values = load_layers(task.journal, _NAME, task.model, task.targets, task.processes)
     return [] if values is None else [CompensationResult(**result) for result in values["results"]]
 
@@ -49,19 +45,13 @@ def save_layers(
     values: Mapping[str, Any],
     other: bool = False,
 ) -> None:
-    """Save factored layers of a model that all processes have.
+    """Save factored layers, given by module name, and JSON values as a journal entry that all processes share.
 
-    Args:
-        journal: Where to.
-        name: Of the entry.
-        model: The compressed model.
-        layers: Module names of factored layers.
-        values: JSON values to keep with them.
-        other: Whether to save all other parameters and buffers too.
+    With `other`, all other parameters and buffers of the model are saved too.
     """
     modules = {layer: cast(FactoredLinear, model.get_submodule(layer)) for layer in layers}
     entries = {layer: module.entry.to_dict() for layer, module in modules.items()}
-    # A layer's empty `weight` is no content.
+    # The `weight` of a factored layer is an empty placeholder.
     tensors = {
         f"{layer}.{key}": tensor
         for layer, module in modules.items()
@@ -77,17 +67,9 @@ def save_layers(
 def load_layers(
     journal: Journal, name: str, model: nn.Module, targets: Sequence[Target], processes: Processes
 ) -> Mapping[str, Any] | None:
-    """Put into a model what `save_layers` has saved.
+    """Put what `save_layers` saved into a compressed model, and return the JSON values saved with it.
 
-    Args:
-        journal: Where from.
-        name: Of the entry.
-        model: The compressed model, as it was before.
-        targets: The targeted layers of the original.
-        processes: Those that share the work: if one of them does not find the entry, none uses it.
-
-    Returns:
-        The JSON values kept with them, or None.
+    Returns None, and leaves the model alone, if the entry is missing in any process.
     """
     with processes.raise_on_all_ranks():
         entry = journal.load(name, shared=True)
@@ -96,16 +78,11 @@ def load_layers(
     dense = {target.name: target.module for target in targets}
     layers = parse_rank_map(entry.values["layers"])
     for layer, described in layers.items():
-        replace_module(model, layer, layer_from_state(_state(entry, layer), dense[layer], described))
+        prefix = f"{layer}."
+        names = [key.removeprefix(prefix) for key in entry.tensors if key.startswith(f"{prefix}factor_")]
+        state = {name: entry.tensors[prefix + name] for name in names}
+        replace_module(model, layer, layer_from_state(state, dense[layer], described))
     for key, tensor in values_beside(model, layers).items():
         if key in entry.tensors:
             tensor.copy_(entry.tensors[key])
     return entry.values
-
-
-def _state(entry: Entry, layer: str) -> dict[str, Tensor]:
-    return {
-        key.removeprefix(f"{layer}."): tensor
-        for key, tensor in entry.tensors.items()
-        if key.startswith(f"{layer}.factor_")
-    }

@@ -1,4 +1,4 @@
-"""Run a model segment by segment over a fixed set of images, holding the activations at one boundary only."""
+"""Run a model segment by segment over a fixed set of images, storing the activations at one boundary only."""
 
 from __future__ import annotations
 
@@ -16,46 +16,42 @@ from ..runtime.hooks import hooks_removed_on_exit
 
 @dataclass
 class Call:
-    """Arguments of one call of a module."""
+    """The arguments of one call of a module."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     def __call__(self, module: nn.Module) -> Any:
-        """Call a module with them."""
+        """Call a module with these arguments."""
         return module(*self.args, **self.kwargs)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensors among them."""
+        """The bytes of the tensors among the arguments."""
         tensors = [each for each in (*self.args, *self.kwargs.values()) if isinstance(each, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 Keep = Callable[[int, Call], Call]
-"""Takes the number of a batch and a call, and returns the call as it is to be held."""
+"""Takes the number of a batch and a call, and returns the call in the form in which it is stored."""
 
 
 def in_memory(index: int, call: Call) -> Call:
-    """Hold a call as it is."""
+    """Store a call as it is."""
     return call
 
 
 class StopForward(Exception):  # noqa: N818 - no error, but the way out of a forward pass whose rest is not needed
-    """Ends a forward pass as soon as what was looked for is there."""
+    """Ends a forward pass as soon as everything needed has been recorded."""
 
 
 def find_segments(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """The segments of an encoder, in forward order: elements of the outermost `nn.ModuleList` around every layer.
+    """Return the segments of an encoder in forward order: the blocks of ViT and DeiT, the stages of Swin.
 
-    Blocks of ViT and DeiT, stages of Swin.
-
-    Args:
-        model: Any model.
-        names: Layers inside such lists.
+    They are the elements of the outermost `nn.ModuleList` around each of the layers, given by module name.
 
     Raises:
-        ValueError: if a layer lies in none.
+        ValueError: if a layer is not inside any list.
     """
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     segments: dict[str, None] = {}
@@ -71,14 +67,14 @@ def find_segments(model: nn.Module, names: Sequence[str]) -> list[str]:
 class SegmentReplay:
     """The inputs of one segment after the other, for a fixed list of batches.
 
-    To get from one segment to the next, the model runs with all segments so far replaced by the output of the last:
-    whatever the encoder does between segments is done by its own code.
+    To advance from one segment to the next, the model runs with all segments up to the current one replaced by the
+    output of the current one: whatever the encoder does between segments is done by its own code.
 
     Args:
-        model: In evaluation mode.
-        segments: Names of the segments in forward order.
-        batches: `pixel_values`, each `[batch, channels, height, width]`; gone over for every segment.
-        keep: How calls are held.
+        model: A model in evaluation mode.
+        segments: Module names of the segments, in forward order.
+        batches: `pixel_values`, each `[batch, channels, height, width]`; iterated over once per segment.
+        keep: How calls are stored.
     """
 
     def __init__(
@@ -95,19 +91,19 @@ class SegmentReplay:
 
     @property
     def segment(self) -> nn.Module:
-        """The segment whose inputs are held."""
+        """The current segment, whose inputs are stored."""
         return self._model.get_submodule(self._segments[self._position])
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the activations held in memory."""
+        """The bytes of the activations stored in memory."""
         return sum(call.num_bytes for call in self.calls)
 
     def advance(self, outputs: Mapping[int, Any] = MappingProxyType({})) -> bool:
-        """Take the inputs of the next segment; False if there is none.
+        """Move on to the next segment, and return whether there is one.
 
         Args:
-            outputs: What the segment, as it is now, gives for the batches with these indices; it is run for the others.
+            outputs: Known outputs of the current segment, by index of the batch; it is run for the other batches.
         """
         if self._position + 1 == len(self._segments):
             return False
@@ -120,24 +116,24 @@ class SegmentReplay:
     def _capture(self, batch: Tensor, position: int, output: Any = None) -> Call:
         skipped = [self._model.get_submodule(name) for name in self._segments[:position]]
         target = self._model.get_submodule(self._segments[position])
-        found: list[Call] = []
+        captured: list[Call] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(Call(args, kwargs))
+            captured.append(Call(args, kwargs))
             raise StopForward
 
         handle = target.register_forward_pre_hook(hook, with_kwargs=True)
         with suppress(StopForward), hooks_removed_on_exit([handle]), _returning(skipped, output):
             self._model(pixel_values=batch.to(self._device, self._dtype))
-        if not found:
+        if not captured:
             raise RuntimeError(f"Segment {self._segments[position]!r} was not reached; the model skips its blocks.")
-        return found[0]
+        return captured[0]
 
 
 @contextmanager
 def _returning(modules: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Let modules return a given output instead of computing one."""
-    # Accelerate and others put a `forward` of their own on a module; it has to come back.
+    """Make modules return a given output instead of computing one."""
+    # Accelerate and other libraries override `forward` on a module; their override has to be restored.
     before = [vars(module).get("forward") for module in modules]
     for module in modules:
         module.forward = lambda *args, **kwargs: output
@@ -152,59 +148,55 @@ def _returning(modules: Sequence[nn.Module], output: Any) -> Iterator[None]:
 
 
 @dataclass
-class SegmentRun:
-    """What a run of a segment has shown.
-
-    Attributes:
-        inputs: First positional inputs of submodules.
-        outputs: Outputs of submodules, the first tensor of each.
-        result: All that the segment itself returned, if its output was asked for.
-    """
+class SegmentRecord:
+    """First positional inputs of submodules and what submodules returned, by name; `""` is the segment itself."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    result: Any = None
+    outputs: dict[str, Any] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def run_segment(segment: nn.Module, call: Call, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> SegmentRun:
-    """Run a segment until all is there that was asked for.
+def run_segment(
+    segment: nn.Module, call: Call, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+) -> SegmentRecord:
+    """Run a segment until the inputs and outputs of submodules that are named have been recorded."""
+    record = SegmentRecord()
 
-    Args:
-        segment: The segment.
-        call: Its arguments.
-        inputs: Names within the segment; `""` is not allowed.
-        outputs: Names within the segment; `""` is the segment itself.
-    """
-    run = SegmentRun()
-
-    def check() -> None:
-        if len(run.inputs) == len(inputs) and len(run.outputs) == len(outputs):
+    def keep(values: dict[str, Any], name: str, value: Any) -> None:
+        values.setdefault(name, value)
+        if len(record.inputs) == len(inputs) and len(record.outputs) == len(outputs):
             raise StopForward
 
-    def before(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            run.inputs.setdefault(name, args[0])
-            check()
+    def input_hook(name: str) -> Any:
+        return lambda module, args: keep(record.inputs, name, args[0])
 
-        return hook
+    def output_hook(name: str) -> Any:
+        return lambda module, args, output: keep(record.outputs, name, output)
 
-    def after(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            run.outputs.setdefault(name, first_tensor(output))
-            if not name:
-                run.result = output
-            check()
-
-        return hook
-
-    handles = [segment.get_submodule(name).register_forward_pre_hook(before(name)) for name in inputs]
-    handles += [segment.get_submodule(name).register_forward_hook(after(name)) for name in outputs]
+    handles = [segment.get_submodule(name).register_forward_pre_hook(input_hook(name)) for name in inputs]
+    handles += [segment.get_submodule(name).register_forward_hook(output_hook(name)) for name in outputs]
     with suppress(StopForward), hooks_removed_on_exit(handles):
         call(segment)
-    return run
+    return record
+
+
+@torch.no_grad()
+def record_calls(segment: nn.Module, call: Call) -> tuple[list[tuple[str, Tensor]], Tensor]:
+    """Return the names and first inputs of all submodules in the order of their calls, and the segment's output."""
+    calls: list[tuple[str, Tensor]] = []
+
+    def input_hook(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[object, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                calls.append((name, args[0]))
+
+        return hook
+
+    modules = {name: module for name, module in segment.named_modules() if name}
+    with hooks_removed_on_exit(each.register_forward_pre_hook(input_hook(name)) for name, each in modules.items()):
+        return calls, first_tensor(call(segment))
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The hidden states among what a block returns: the tensor itself or the first of a tuple."""
+    """Return the hidden states among what a block returns: the tensor itself, or the first of a tuple."""
     return output if isinstance(output, Tensor) else output[0]

@@ -1,8 +1,7 @@
 """Decomposition of linear layers: tensors in, tensors out.
 
-A metric says how the error of a layer is measured and which calibration statistics it needs; from them it derives the
-best approximations of all ranks at once (`Decomposition`). A new metric is one file with one class that is registered
-here.
+A metric defines how the error of a layer is measured, which calibration statistics that takes and, for all ranks at
+once, the best approximations (`Decomposition`). A new metric is one file with one registered class.
 """
 
 from .anchored import anchored_weight
@@ -11,7 +10,7 @@ from .factorization import Decomposition, balance, corrected_bias, decompose_by_
 from .kfac import KfacMetric
 from .mean_input import MeanInputMetric
 from .metric import METRICS, Metric
-from .pivoting import Pivoting, pivot_rows
+from .pivoting import pivot_rows
 from .second_moment import SecondMomentMetric
 from .statistics import LayerStatistics, Statistic
 from .svd import SvdMetric
@@ -27,7 +26,6 @@ __all__ = [
     "MeanInputMetric",
     "Metric",
     "OutputFisher",
-    "Pivoting",
     "SecondMomentMetric",
     "Statistic",
     "SvdMetric",

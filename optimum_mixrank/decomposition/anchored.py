@@ -1,13 +1,12 @@
-r"""Closed-form repair of a layer whose inputs have changed, and its low-rank step under both sides.
+r"""Closed-form repair of a layer whose inputs have changed.
 
-Let a layer see `x'`, since the layers before it are compressed, while its output should be `t`. The weight that
+Let a layer see inputs `x'`, since the layers before it are compressed, while its output should be `t`. The weight that
 minimises `E ‖t - W* x' - b*‖² + λ ‖W* - W‖²` is
 
     W* = (S_t + λ W) (S + λ I)⁻¹,   S = Cov(x'),   S_t = Cov(t, x'),   b* = E[t] - W* E[x'],
 
-anchored to the original weight `W` where the data say little. Its best rank-r stand-in under the two-sided measure
-`tr(F (W* - Ŵ) S (W* - Ŵ)ᵀ)` follows as in `two_sided`: what `W*` leaves of `t` is uncorrelated with `x'`, so that the
-two errors add.
+anchored to the original weight `W` where the data say little. What `W*` leaves of `t` is uncorrelated with `x'` up to
+`λ`, so that errors add up: the best rank-r approximation `Ŵ` under `tr(F (W* - Ŵ) S (W* - Ŵ)ᵀ)` follows as in `two_sided`.
 """
 
 from __future__ import annotations
@@ -17,16 +16,13 @@ from torch import Tensor
 
 
 def anchored_weight(weight: Tensor, input_moment: Tensor, target_moment: Tensor, ridge: float) -> Tensor:
-    """The regularised least-squares weight `W*`, `[m, n]`, float64.
+    """Return the ridge regression weight `W*`, `[m, n]`, float64; `W` itself if the inputs do not vary at all.
 
     Args:
         weight: `W`, `[m, n]`, float64, to which the solution is anchored.
         input_moment: `S`, `[n, n]`, float64: covariance of the inputs, or second moment for a layer without bias.
         target_moment: `S_t`, `[m, n]`, float64: the same between targets and inputs.
         ridge: `λ` as a multiple of the mean diagonal of `S`, above 0.
-
-    Returns:
-        `W*`; `W` itself for inputs that do not vary at all, from which nothing can be learned.
     """
     scale = input_moment.diagonal().mean()
     if scale <= 0:

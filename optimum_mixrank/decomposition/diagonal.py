@@ -1,4 +1,4 @@
-"""Every input feature weighed by its own spread (ASVD-like diagonal scaling)."""
+"""The output error if input features were uncorrelated (diagonal scaling as in ASVD)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .statistics import LayerStatistics, Statistic
 
 @METRICS.register
 class DiagonalMetric(Metric):
-    """Output error as if input features were uncorrelated, `‖(W - Ŵ) diag(σ)‖²_F`.
+    """Output error if input features were uncorrelated, `‖(W - Ŵ) diag(σ)‖²_F`.
 
     `σ` is the standard deviation of each input feature. ASVD (arXiv 2312.05821) scales by a power of the mean
     absolute value instead; the standard deviation is what remains once the bias has absorbed the mean.
@@ -21,7 +21,7 @@ class DiagonalMetric(Metric):
     name = "diagonal"
 
     def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:
-        """Mean and variance of the inputs."""
+        """Return the mean and variance of the inputs."""
         return frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_VARIANCE})
 
     def decompose(self, weight: Tensor, statistics: LayerStatistics | None) -> Decomposition:

@@ -1,4 +1,4 @@
-"""What an error of a layer does to the prediction: the two-sided metric."""
+"""The effect of a layer's error on the prediction: the two-sided metric."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from .two_sided import OutputFisher
 class KfacMetric(Metric):
     """Predicted loss, `½ tokens · tr(F ΔW Σ ΔWᵀ)`, in nats per image (K-FAC, arXiv 1503.05671).
 
-    `F = E[g gᵀ]` is the Fisher information of the layer's output: `g` are gradients of the log-likelihood of labels that
-    the model itself would draw, so no labels are needed. All layers are measured in the same unit.
+    `F = E[g gᵀ]` is the Fisher information of the layer's output: `g` is the gradient of the log-likelihood of labels
+    drawn from the model itself, so that no true labels are needed. All layers are measured in the same unit.
 
-    Memory: two float64 matrices of the smaller side for every layer, one of them shared by layers that share an input.
-
-    Args:
-        damping: Share of the mean diagonal of `F` that is added to it.
+    Memory: two float64 matrices of the smaller side per layer, one of them shared by layers that share an input.
+    `damping` is the share of the mean diagonal of `F` that is added to its diagonal.
     """
 
     name = "kfac"
@@ -32,7 +30,7 @@ class KfacMetric(Metric):
         self.damping = damping
 
     def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:
-        """Mean of the inputs, the covariance of the smaller side and the second moment of its gradients."""
+        """Return the mean of the inputs, the covariance of the smaller side and the second moment of its gradients."""
         smaller = Statistic.OUTPUT_COVARIANCE if out_features < in_features else Statistic.INPUT_COVARIANCE
         gradients = {Statistic.GRADIENT_MOMENT}
         if out_features > in_features:
@@ -47,6 +45,6 @@ class KfacMetric(Metric):
             found = fisher.decompose(weight, output_covariance=statistics.require(Statistic.OUTPUT_COVARIANCE))
         else:
             found = fisher.decompose(weight, statistics.require(Statistic.INPUT_COVARIANCE))
-        # Of a layer on which the output does not depend nothing is lost, whatever its rank.
+        # If the prediction does not depend on the layer, it loses nothing at any rank.
         matters = bool(statistics.total_gradient_energy > 0)
         return dataclasses.replace(found, energies=found.energies * (statistics.tokens_per_image / 2 * matters))

@@ -13,14 +13,14 @@ from .statistics import LayerStatistics, Statistic
 class MeanInputMetric(Metric):
     """Output error on the representative input `X̄`, `‖(W - Ŵ)(X̄ - μ)ᵀ‖²_F / tokens` (arXiv 2402.06004).
 
-    `X̄`, `[tokens, in_features]`, is the mean over images of the layer's inputs. It has no more directions than there
-    are tokens; in the others the weight itself is approximated.
+    `X̄`, `[tokens, in_features]`, is the mean of the layer's inputs over images. It spans at most as many directions as
+    there are tokens; in all others the weight itself is approximated.
     """
 
     name = "mean_input"
 
     def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:
-        """Mean and representative input."""
+        """Return the mean of the inputs and the representative input."""
         return frozenset({Statistic.INPUT_MEAN, Statistic.REPRESENTATIVE_INPUT})
 
     def decompose(self, weight: Tensor, statistics: LayerStatistics | None) -> Decomposition:

@@ -1,4 +1,4 @@
-"""What a metric is, and the registry of metrics."""
+"""The interface of metrics, and their registry."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..runtime import registry
-from ..runtime.registry import Registry
 from .factorization import Decomposition
 from .statistics import GRADIENT_STATISTICS, LayerStatistics, Statistic
 
 
 class Metric(ABC):
-    """A measure of a layer's error, under which it is decomposed.
+    """A measure of a layer's error, under which the layer is decomposed.
 
     Attributes:
-        name: Value of `MixRankConfig.metric`.
-        uses_data: Whether calibration images are needed. If so, the metric is centred: the mean of the error is not
-            counted, since the bias absorbs it (`corrected_bias`); a layer without bias gives statistics about zero.
-        common_unit: Whether the energies of different layers can be added up as they are. If not, every layer's energy
-            is normalised by its total before ranks are allocated, as in the paper.
+        name: The value of `MixRankConfig.metric` that selects it.
+        uses_data: Whether calibration images are needed. If so, the mean of the error does not count, since the bias
+            absorbs it (`corrected_bias`); layers without bias have statistics about zero instead.
+        common_unit: Whether the energies of different layers may be added up as they are. If not, the energies of each
+            layer are divided by their total before ranks are allocated, as in the paper.
     """
 
     name: ClassVar[str]
@@ -30,21 +29,21 @@ class Metric(ABC):
 
     @property
     def uses_gradients(self) -> bool:
-        """Whether calibration has to take gradients, with a backward pass per probe."""
+        """Whether calibration needs gradients: one backward pass per sampled label."""
         return bool(self.required_statistics(2, 2) & GRADIENT_STATISTICS)
 
     @abstractmethod
     def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:
-        """The statistics that `decompose` needs for a layer of this shape."""
+        """Return the statistics that `decompose` needs for a layer of this shape."""
 
     @abstractmethod
     def decompose(self, weight: Tensor, statistics: LayerStatistics | None) -> Decomposition:
-        """Best approximations of all ranks.
+        """Return the best approximations of all ranks.
 
         Args:
             weight: `[out_features, in_features]`, float64.
-            statistics: What `required_statistics` asked for; None for a metric without data.
+            statistics: The required statistics; None for a metric without data.
         """
 
 
-METRICS: Registry[Metric] = registry.METRICS
+METRICS: registry.Registry[Metric] = registry.METRICS

@@ -1,4 +1,4 @@
-"""The exact output error over all calibration tokens."""
+"""The exact output error, averaged over all calibration tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SecondMomentMetric(Metric):
     name = "second_moment"
 
     def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:
-        """Mean of the inputs and the covariance of the smaller side."""
+        """Return the mean of the inputs and the covariance of the smaller side."""
         smaller = Statistic.OUTPUT_COVARIANCE if out_features < in_features else Statistic.INPUT_COVARIANCE
         return frozenset({Statistic.INPUT_MEAN, smaller})
 
@@ -36,7 +36,7 @@ class SecondMomentMetric(Metric):
         covariance = statistics.require(Statistic.INPUT_COVARIANCE)
         if out_features == in_features:
             return decompose_by_output(weight, weight @ covariance @ weight.T)
-        # Orthonormal columns in front change no error: the problem is that of the triangular factor, `[n, n]`.
+        # Multiplying by orthonormal columns changes no error: decompose the triangular factor, `[n, n]`.
         Q, R = torch.linalg.qr(weight)
         found = decompose_by_output(R, R @ covariance @ R.T)
         return dataclasses.replace(found, left=Q @ found.left)

@@ -1,10 +1,9 @@
-"""The calibration statistics of one layer that metrics ask for."""
+"""The calibration statistics of a layer."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -25,34 +24,29 @@ class Statistic(str, Enum):
     """`E[x xᵀ] - E[x] E[x]ᵀ`, `[in_features, in_features]`."""
 
     OUTPUT_COVARIANCE = "output_covariance"
-    """The same of the output `W x`, `[out_features, out_features]`; a bias does not change it."""
+    """Covariance of the output `W x`, `[out_features, out_features]`; a bias does not change it."""
 
     GRADIENT_MOMENT = "gradient_moment"
-    """Fisher information of the output: `E[g gᵀ]` over tokens, `[out_features, out_features]`, where `g` is the gradient
-    of an image's log-likelihood by the layer's output at a token, for labels drawn from the model itself."""
+    """Fisher information `F` of the output: `E[g gᵀ]` over tokens, `[out_features, out_features]`. `g` is the gradient of
+    the log-likelihood with respect to the layer's output at a token, for labels drawn from the model itself."""
 
     INPUT_GRADIENT_MOMENT = "input_gradient_moment"
-    """The same of what the layer passes back to its input, `E[(Wᵀg) (Wᵀg)ᵀ] = WᵀFW`, `[in_features, in_features]`: all
-    that matters of `F` to weights whose columns are combinations of those of `W`."""
+    """Second moment of the gradients of the input, `E[(Wᵀg) (Wᵀg)ᵀ] = WᵀFW`, `[in_features, in_features]`: all that
+    matters of `F` for weights whose columns are combinations of those of `W`."""
 
     GRADIENT_ENERGY = "gradient_energy"
     """`E[‖g‖²] = tr F`, `[]`."""
 
     REPRESENTATIVE_INPUT = "representative_input"
-    """Mean over images of the inputs, `[tokens, in_features]` (arXiv 2402.06004)."""
-
-    @property
-    def from_gradients(self) -> bool:
-        """Whether it is taken from gradients. Compensation needs these too; the others serve decomposition alone."""
-        return self in (Statistic.GRADIENT_MOMENT, Statistic.INPUT_GRADIENT_MOMENT, Statistic.GRADIENT_ENERGY)
+    """Mean of the inputs over images, `[tokens, in_features]` (arXiv 2402.06004)."""
 
     @property
     def of_input(self) -> bool:
-        """Whether layers with the same input share it."""
-        return not self.from_gradients and self is not Statistic.OUTPUT_COVARIANCE
+        """Whether layers that share their input share it too."""
+        return self not in GRADIENT_STATISTICS and self is not Statistic.OUTPUT_COVARIANCE
 
     def shape(self, out_features: int, in_features: int, tokens: int = 1) -> tuple[int, ...]:
-        """Shape of the tensor, for a layer that maps `tokens` vectors for one image."""
+        """Return the shape of the tensor for a layer that sees `tokens` vectors per image."""
         m, n = out_features, in_features
         return {
             Statistic.INPUT_MEAN: (n,),
@@ -66,14 +60,17 @@ class Statistic(str, Enum):
         }[self]
 
 
-GRADIENT_STATISTICS = frozenset(statistic for statistic in Statistic if statistic.from_gradients)
+GRADIENT_STATISTICS = frozenset(
+    {Statistic.GRADIENT_MOMENT, Statistic.INPUT_GRADIENT_MOMENT, Statistic.GRADIENT_ENERGY}
+)
+"""Statistics computed from gradients. Compensation needs these too; only decomposition needs the others."""
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one layer, in float64; those that were not asked for are None. See `Statistic` for shapes.
+    """The statistics of a layer, in float64; those that were not requested are None. See `Statistic` for shapes.
 
-    `centred` says whether the mean of the error is free, since a bias absorbs it.
+    `centred` says whether they are taken about the mean, as for a layer whose bias absorbs the mean of the error.
     """
 
     num_tokens: int
@@ -90,28 +87,24 @@ class LayerStatistics:
 
     @property
     def tokens_per_image(self) -> float:
-        """How often the layer runs for one image; 1 if the number of images is not known."""
+        """The number of vectors that the layer sees per image; 1 if the number of images is unknown."""
         return self.num_tokens / self.num_images if self.num_images else 1.0
 
     @property
     def has_gradients(self) -> bool:
-        """Whether they tell how much an error of the output matters."""
+        """Whether they include the Fisher information of the output."""
         return self.gradient_moment is not None or self.input_gradient_moment is not None
 
     @property
     def total_gradient_energy(self) -> Tensor:
-        """`E[‖g‖²]`, `[]`, from whichever statistic of the gradients there is."""
-        if self.gradient_moment is not None:
-            return self.gradient_moment.trace()
-        return self.require(Statistic.GRADIENT_ENERGY)
+        """`E[‖g‖²]`, `[]`, from whichever gradient statistic is there."""
+        moment = self.gradient_moment
+        return self.require(Statistic.GRADIENT_ENERGY) if moment is None else moment.trace()
 
     def about_zero(self, weight: Tensor) -> LayerStatistics:
-        """The same statistics about zero instead of about the mean, for a layer that has no bias to absorb the mean.
+        """Return the statistics about zero instead of the mean, for a layer with weight `W` and no bias.
 
         Covariances become second moments, `E[x xᵀ] = Σ + μ μᵀ`.
-
-        Args:
-            weight: `W`, `[out_features, in_features]`.
         """
         mean = self.require(Statistic.INPUT_MEAN)
         output_mean = weight @ mean
@@ -122,24 +115,19 @@ class LayerStatistics:
             changes["input_covariance"] = self.input_covariance + mean.outer(mean)
         if self.output_covariance is not None:
             changes["output_covariance"] = self.output_covariance + output_mean.outer(output_mean)
-        return dataclasses.replace(self, centred=False, **changes)
+        return replace(self, centred=False, **changes)
 
     def only(self, statistics: Collection[Statistic], device: torch.device | str | None = None) -> LayerStatistics:
-        """The mean of the inputs and some more of the statistics; the others are let go.
-
-        Args:
-            statistics: Those to keep.
-            device: Where to keep them; None for where they are.
-        """
+        """Return the mean of the inputs and the given statistics without the others; on a device, if given."""
         values: dict[str, Any] = {}
         for statistic in Statistic:
-            tensor = getattr(self, statistic.value)
-            wanted = tensor is not None and (statistic is Statistic.INPUT_MEAN or statistic in statistics)
-            values[statistic.value] = (tensor if device is None else tensor.to(device)) if wanted else None
-        return dataclasses.replace(self, **values)
+            wanted = statistic is Statistic.INPUT_MEAN or statistic in statistics
+            tensor = getattr(self, statistic.value) if wanted else None
+            values[statistic.value] = tensor if tensor is None or device is None else tensor.to(device)
+        return replace(self, **values)
 
     def require(self, statistic: Statistic) -> Tensor:
-        """The statistic's tensor.
+        """Return the tensor of a statistic.
 
         Raises:
             ValueError: if it was not collected.

@@ -1,4 +1,4 @@
-"""Plain truncated SVD of the weight; knows nothing of the data."""
+"""Plain truncated SVD of the weight, without data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SvdMetric(Metric):
     uses_data = False
 
     def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:
-        """None."""
+        """Return the empty set: no statistics are needed."""
         return frozenset()
 
     def decompose(self, weight: Tensor, statistics: LayerStatistics | None) -> Decomposition:

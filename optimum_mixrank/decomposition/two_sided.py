@@ -1,4 +1,4 @@
-r"""Truncated factorization under a measure of inputs and outputs alike.
+r"""Truncated factorization under a two-sided measure, of inputs and gradients.
 
 With `F`, `[m, m]`, the second moment of the loss gradients at the output and `Σ`, `[n, n]`, the covariance of the
 inputs, an error `ΔW` of the weight changes the loss by `½ tr(F ΔW Σ ΔWᵀ)` per token, to second order and if gradients
@@ -6,15 +6,14 @@ and inputs are independent (K-FAC, arXiv 1503.05671). With the Cholesky factor `
 of `Lᵀ ΔW`: the best rank-r solution is `Ŵ = L⁻ᵀ U_r U_rᵀ Lᵀ W` with the leading left singular vectors `U_r` of
 `Lᵀ W Σ^{1/2}`.
 
-Where `m > n`, only what `F` says about the columns of `W` matters, `QᵀFQ` with an orthonormal basis `Q` of these: the
-solution is that of `QᵀW`, `[n, n]`, multiplied by `Q`. It follows from the gradients that the layer passes back,
+If `m > n`, only the restriction of `F` to the column space of `W` matters, `QᵀFQ` with an orthonormal basis `Q`: the
+solution is that of `QᵀW`, `[n, n]`, multiplied by `Q`. It follows from the gradients of the input,
 `E[(Wᵀg)(Wᵀg)ᵀ] = WᵀFW`, so that `F` itself, 16 times as large for the first layer of an MLP, is not needed.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,20 +23,20 @@ from .statistics import LayerStatistics, Statistic
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
-    """`F` plus a share of its mean diagonal, `[m, m]`, so that it can be inverted; the identity if `F` is zero."""
-    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    """Return `F`, `[m, m]`, with a share of its mean diagonal added to the diagonal; the identity if `F` is zero."""
+    identity = _identity_like(moment)
     scale = moment.diagonal().mean()
     return identity if scale <= 0 else moment + damping * scale * identity
 
 
 @dataclass(frozen=True)
 class OutputFisher:
-    """The damped Fisher information of a layer's output, `[m, m]`, as far as it is known.
+    """The damped Fisher information `F̃` of a layer's output, `[m, m]`, as far as it is known.
 
     Attributes:
-        moment: `F̃`, `[m, m]`; or `QᵀF̃Q`, `[k, k]`, where a basis is given.
-        basis: `Q`, `[m, k]`, with orthonormal columns that span those of the original weight; None for the identity.
-        outside: What stands for `F̃` on the complement of the basis: its mean diagonal there.
+        moment: `F̃`, `[m, m]`; or `QᵀF̃Q`, `[k, k]`, if there is a basis.
+        basis: `Q`, `[m, k]`, orthonormal, which spans the columns of the original weight; None for the identity.
+        outside: The mean diagonal of `F̃` on the complement of the basis, where no more is known of it.
     """
 
     moment: Tensor
@@ -46,19 +45,16 @@ class OutputFisher:
 
     @classmethod
     def of(cls, weight: Tensor, statistics: LayerStatistics, damping: float) -> OutputFisher:
-        """Take it from the statistics of a layer.
+        """Derive it from the original weight, `[m, n]`, float64, and the gradient statistics of a layer.
 
-        Args:
-            weight: The original weight, `[m, n]`, float64.
-            statistics: With the moment of the output's gradients, or that of the input's and the energy.
-            damping: Share of the mean diagonal that is added.
+        `damping` is the share of the mean diagonal that is added to the diagonal.
         """
         if statistics.gradient_moment is not None:
             return cls(damped(statistics.gradient_moment.to(weight), damping))
         energy = statistics.total_gradient_energy.to(weight)
         basis, columns = _basis(weight)
         moment = columns.T @ statistics.require(Statistic.INPUT_GRADIENT_MOMENT).to(weight) @ columns
-        identity = torch.eye(len(moment), dtype=weight.dtype, device=weight.device)
+        identity = _identity_like(moment)
         if energy <= 0:
             return cls(identity, basis, 1.0)
         penalty = damping * energy / len(weight)
@@ -68,38 +64,33 @@ class OutputFisher:
     def decompose(
         self, weight: Tensor, input_covariance: Tensor | None = None, output_covariance: Tensor | None = None
     ) -> Decomposition:
-        """See `decompose_two_sided`.
-
-        Args:
-            weight: `[m, n]`, float64: the original weight, or one that takes its place.
-            input_covariance: `[n, n]`.
-            output_covariance: `[m, m]`.
-        """
+        """Decompose the original weight or one that takes its place; see `decompose_two_sided`."""
         if self.basis is None:
             return decompose_two_sided(weight, self.moment, input_covariance, output_covariance)
         inside = self.basis.T @ weight
         if (weight - self.basis @ inside).norm() > 1e-6 * weight.norm():
-            return decompose_two_sided(weight, self._expanded(self.basis), input_covariance, output_covariance)
+            inner = self.moment - self.outside * _identity_like(self.moment)
+            expanded = self.outside * _identity_like(self.basis) + self.basis @ inner @ self.basis.T
+            return decompose_two_sided(weight, expanded, input_covariance, output_covariance)
         if output_covariance is not None:
             output_covariance = self.basis.T @ output_covariance @ self.basis
         found = decompose_two_sided(inside, self.moment, input_covariance, output_covariance)
-        return dataclasses.replace(found, left=self.basis @ found.left)
+        return replace(found, left=self.basis @ found.left)
 
-    def _expanded(self, basis: Tensor) -> Tensor:
-        identity = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
-        inner = self.moment - self.outside * torch.eye(len(self.moment), dtype=basis.dtype, device=basis.device)
-        return self.outside * identity + basis @ inner @ basis.T
+
+def _identity_like(rows: Tensor) -> Tensor:
+    return torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
 
 
 def _basis(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`Q`, `[m, k]`, orthonormal, which spans the columns of `W`, and `Z`, `[n, k]`, with `Q = W Z`."""
+    """Return an orthonormal basis `Q`, `[m, k]`, of the columns of `W`, and `Z`, `[n, k]`, with `Q = W Z`."""
     Q, R = torch.linalg.qr(weight)
     if len(R) == weight.shape[1]:
-        inverse = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+        inverse = torch.linalg.solve_triangular(R, _identity_like(R), upper=True)
         if torch.linalg.norm(R) * torch.linalg.norm(inverse) < 1e6:
             return Q, inverse
     U, S, Vh = torch.linalg.svd(R, full_matrices=False)
-    # What `WᵀFW` says of smaller directions is lost in its rounding.
+    # `WᵀFW` says nothing about smaller directions that its own rounding does not hide.
     rank = max(1, int((S / S[0] > 1e-6).sum()))
     return Q @ U[:, :rank], Vh[:rank].T / S[:rank].clamp_min(torch.finfo(S.dtype).tiny)
 
@@ -110,7 +101,7 @@ def decompose_two_sided(
     input_covariance: Tensor | None = None,
     output_covariance: Tensor | None = None,
 ) -> Decomposition:
-    """Decompose under `tr(F ΔW Σ ΔWᵀ)`; one of the two covariances is needed.
+    """Decompose under `tr(F ΔW Σ ΔWᵀ)`; raises a `ValueError` unless one of the two covariances is given.
 
     Args:
         weight: `W`, `[m, n]`, float64.
@@ -128,4 +119,4 @@ def decompose_two_sided(
         inner = decompose_by_output(scaled, scaled @ input_covariance @ scaled.T)
     else:
         inner = decompose_by_input(scaled, root_of_covariance(input_covariance))
-    return dataclasses.replace(inner, left=torch.linalg.solve_triangular(lower.T, inner.left, upper=True))
+    return replace(inner, left=torch.linalg.solve_triangular(lower.T, inner.left, upper=True))

@@ -1,1 +1,1 @@
-"""What a compression costs and what it saves: accuracy, fidelity to the original, size on disk, FLOPs."""
+"""What compression costs and what it saves: accuracy, fidelity to the original, FLOPs, latency and memory."""

@@ -13,7 +13,7 @@ logger = get_logger(__name__)
 
 
 def find_label_column(data: datasets.Dataset | datasets.IterableDataset) -> str | None:
-    """The column with class labels, or None: the one `ClassLabel` column, else `label` or `labels`."""
+    """Return the column with class labels, if there is one: the only `ClassLabel` column, else `label` or `labels`."""
     classes = [name for name, feature in data.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(classes) == 1:
         return classes[0]
@@ -23,20 +23,20 @@ def find_label_column(data: datasets.Dataset | datasets.IterableDataset) -> str 
 def map_labels(
     data: datasets.Dataset | datasets.IterableDataset, label_column: str, id2label: Mapping[int, str]
 ) -> list[int] | None:
-    """Model label by dataset label.
+    """Map the labels of a dataset to those of a model.
 
-    By index, where model and dataset have as many classes and no name stands elsewhere; by name otherwise, where the
-    model knows all class names of the dataset, each for one class. Letters of either case are the same, unless names
-    differ in nothing else. ImageNet is a case for the index: two of its classes are called "crane", which models keep
-    and datasets have to tell apart.
+    Labels are matched by index if model and dataset have the same number of classes and no name has another index in
+    the model than in the dataset; otherwise by name, if the model knows every class name of the dataset for exactly one
+    class. Case matters only where names differ in nothing else. ImageNet is matched by index: two of its classes are
+    called "crane", which models keep and datasets have to tell apart.
 
     Args:
         data: The dataset.
         label_column: Its column with labels.
-        id2label: Of the model's configuration. Its `label2id` lacks classes where two have the same name.
+        id2label: From the model's configuration, whose `label2id` lacks classes if two have the same name.
 
     Returns:
-        `[classes of the dataset]`; None where the column has no class names, so that its numbers are taken as they are.
+        Model label by dataset label; None if the column has no class names, so that its numbers are used as they are.
 
     Raises:
         ValueError: if the classes do not match.
@@ -51,18 +51,17 @@ def map_labels(
         any_case.setdefault(name.lower(), []).append(int(index))
     candidates = [exact.get(name) or any_case.get(name.lower(), []) for name in feature.names]
     unknown = [name for name, indices in zip(feature.names, candidates, strict=True) if not indices]
-    if len(feature.names) == len(id2label) and all(
+    if len(candidates) == len(id2label) and all(
         index in indices for index, indices in enumerate(candidates) if indices
     ):
         if unknown:
             logger.warning(
-                f"The dataset names {len(unknown)} of its {len(feature.names)} classes otherwise than the model "
+                f"The model has other names for {len(unknown)} of the dataset's {len(candidates)} classes "
                 f"({', '.join(unknown[:3])}); labels are matched by index."
             )
-        return list(range(len(feature.names)))
-    known = [indices[0] for indices in candidates if len(indices) == 1]
-    if len(known) == len(candidates):
-        return known
+        return list(range(len(candidates)))
+    if all(len(indices) == 1 for indices in candidates):
+        return [index for [index] in candidates]
     if unknown:
         problem = f"the model does not know {unknown[:5]}"
     else:

@@ -1,4 +1,4 @@
-"""Time that forward passes of several models take, side by side."""
+"""Latency of several models, measured side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ..runtime.forward import evaluation_mode
 
 
-# With fewer values the smallest and the largest do not enclose the median with 95 % confidence.
+# Of fewer values, the smallest and the largest do not enclose the median with 95 % confidence.
 MIN_REPEATS = 6
 
 
@@ -35,12 +35,12 @@ class Latency:
 
     @property
     def median(self) -> float:
-        """Seconds per forward pass."""
+        """The median of `seconds`."""
         return statistics.median(self.seconds)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """A quarter of the repetitions was faster than the first value, a quarter slower than the second."""
+        """The lower and the upper quartile of `seconds`."""
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return low, high
 
@@ -52,13 +52,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class TimeRatio:
-    """How many times as long one model takes as another; below 1 it is faster.
-
-    Attributes:
-        median: Of the ratios of all repetitions.
-        low: Lower end of the 95 % interval of that median.
-        high: Upper end.
-    """
+    """The time of one model divided by that of another: median over repetitions, and `low` to `high` its 95 % interval."""
 
     median: float
     low: float
@@ -75,16 +69,16 @@ def measure_latency(
 ) -> dict[str, Latency]:
     """Time forward passes of several models over the same batch, in turns.
 
-    Each repetition times every model once, and another one first each time, so that a machine that slows down slows all
-    of them. Passes run without gradients, in evaluation mode; afterwards the models are as they were. On an accelerator
-    the clock is read when all its work is done.
+    Each repetition times every model once, starting with another one each time, so that a machine that slows down slows
+    down all of them. Models run without gradients, in evaluation mode, and are left as they were. On an accelerator the
+    clock is read when all its work is done.
 
     Args:
         models: By name, on the inputs' device.
         inputs: Keyword arguments for all models; one of them is `pixel_values`, `[batch, channels, height, width]`.
-        repeats: Repetitions, at least 6.
+        repeats: Number of repetitions, at least 6.
         warmup: Forward passes of every model that are not timed; at least one.
-        min_seconds: A repetition takes as many passes, the same number for all models, as last at least so long.
+        min_seconds: Minimum time of a repetition, which makes as many passes as it takes, equally many for all models.
 
     Raises:
         ValueError: for too few repetitions or warm-up passes.
@@ -116,19 +110,11 @@ def measure_latency(
             for name in order:
                 times[name].append(seconds(models[name], passes))
             order.append(order.pop(0))
-    batch_size = len(inputs["pixel_values"])
-    return {name: Latency(batch_size, tuple(values)) for name, values in times.items()}
+    return {name: Latency(len(inputs["pixel_values"]), tuple(values)) for name, values in times.items()}
 
 
 def time_ratio(latency: Latency, reference: Latency) -> TimeRatio:
-    """Compare two models repetition by repetition.
-
-    The interval is that of the sign test: it supposes nothing about how the ratios are distributed, only that
-    repetitions are independent of one another.
-
-    Args:
-        latency: Of the model in question.
-        reference: Of the other, from the same call of `measure_latency`.
+    """Compare two models repetition by repetition; both are from one call of `measure_latency`.
 
     Raises:
         ValueError: if the two have different numbers of repetitions.
@@ -138,12 +124,14 @@ def time_ratio(latency: Latency, reference: Latency) -> TimeRatio:
             f"{len(latency.seconds)} and {len(reference.seconds)} repetitions cannot be paired; measure both models "
             "in one call."
         )
-    ratios = [ours / theirs for ours, theirs in zip(latency.seconds, reference.seconds, strict=True)]
+    ratios = [own / other for own, other in zip(latency.seconds, reference.seconds, strict=True)]
     return TimeRatio(statistics.median(ratios), *median_interval(ratios))
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of a population's median from a sample, by the sign test.
+    """Return a confidence interval of a population's median, by the sign test.
+
+    It assumes nothing about the distribution of the values, only that they are independent.
 
     Raises:
         ValueError: if the sample is too small for this confidence.
@@ -160,6 +148,5 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
 
 
 def _synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,11 +1,9 @@
-"""Memory that a forward pass takes beside the weights, and the peak of a piece of work."""
+"""Memory of the weights, and of a forward pass beside them."""
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,25 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..runtime.forward import evaluation_mode
-from ..runtime.malloc import trim_heap
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers in memory; one that is used in several places counts once."""
+    """Return the bytes of parameters and buffers in memory; shared tensors count once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def activation_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """Most bytes that a forward pass holds at once beside weights and inputs.
+    """Return the peak memory of a forward pass in bytes, beside the weights and `inputs`, the model's arguments.
 
-    On CUDA this is what the allocator hands out, workspaces of kernels included. Elsewhere it is the bytes of all
-    tensors that are alive at once, which leaves out what kernels take and give back within themselves. The model runs
-    once, without gradients, and is left as it was.
-
-    Args:
-        model: Any model.
-        inputs: Its keyword arguments, tensors on its device.
+    On CUDA this is what the allocator hands out, including workspaces of kernels. Elsewhere it is the bytes of all
+    tensors alive at the same time, without what kernels allocate and free internally. The model runs without gradients
+    and is left as it was.
     """
     tensors = [tensor for tensor in tree_leaves(dict(inputs)) if isinstance(tensor, Tensor)]
     with evaluation_mode(model):
@@ -40,16 +33,13 @@ def activation_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
 
 
 def live_bytes(model: nn.Module, work: Callable[[], Any], known: list[Tensor] | None = None) -> int:
-    """Most bytes that some work with a model holds at once beside its weights; see `activation_bytes`.
+    """Return the peak memory of some work with a model in bytes; see `activation_bytes`.
 
-    Args:
-        model: The model.
-        work: What to do, with the gradient mode as it is.
-        known: Tensors that are there beforehand and are not counted.
+    The model's weights and the `known` tensors are not counted. Whether there are gradients is up to the caller.
     """
-    weights = [*model.parameters(), *model.buffers()]
-    if any(tensor.is_cuda for tensor in (*weights, *(known or []))):
-        # A first pass makes what stays, such as the workspace of cuBLAS.
+    existing = [*(known or []), *model.parameters(), *model.buffers()]
+    if any(tensor.is_cuda for tensor in existing):
+        # The first run allocates what stays, such as the workspace of cuBLAS.
         work()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -57,61 +47,13 @@ def live_bytes(model: nn.Module, work: Callable[[], Any], known: list[Tensor] | 
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with _LiveTensors([*(known or []), *weights]) as live:
+    with _LiveTensors(existing) as live:
         work()
     return live.peak
 
 
-class PeakMemory:
-    """By how much memory has grown at most since this was made.
-
-    On the host it is the resident memory that the Linux kernel counts for the process, whose mark of the highest value
-    is set back. Elsewhere than on Linux it is not known. Memory that is free already goes back to the system first, for
-    what takes its place counts.
-
-    Args:
-        device: A GPU to watch too.
-    """
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self._device = device if device is not None and device.type == "cuda" else None
-        trim_heap()
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-        self._host = _kernel_bytes("VmRSS")
-        if self._device is not None:
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._allocated = torch.cuda.memory_allocated(self._device)
-
-    @property
-    def resident(self) -> int | None:
-        """Most bytes of the process on the host, what was there before included; None if not known."""
-        return _kernel_bytes("VmHWM")
-
-    @property
-    def host(self) -> int | None:
-        """Bytes on the host; None if not known."""
-        peak = self.resident
-        return None if peak is None or self._host is None else max(0, peak - self._host)
-
-    @property
-    def device(self) -> int | None:
-        """Bytes of tensors on the GPU; None without one."""
-        if self._device is None:
-            return None
-        return torch.cuda.max_memory_allocated(self._device) - self._allocated
-
-
-def _kernel_bytes(name: str) -> int | None:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
 class _LiveTensors(TorchDispatchMode):
-    """Adds up the memory of tensors that operations return, until it is given back."""
+    """Adds up the memory of the tensors that operations return, for as long as they live."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
@@ -131,13 +73,13 @@ class _LiveTensors(TorchDispatchMode):
 
     def _watch(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata  # views share it
+        key = storage._cdata  # the same for all views
         if key in self._seen:
             return
 
-        def given_back(_: Any) -> None:
+        def forget(_: Any) -> None:
             self._now -= size
             del self._seen[key]
 
-        self._seen[key] = weakref.ref(storage, given_back)
+        self._seen[key] = weakref.ref(storage, forget)
         self._now += size

@@ -1,11 +1,12 @@
-"""The method, step by step: calibrate and decompose, allocate ranks, factorize, compensate, report."""
+"""The method step by step: calibrate and decompose, allocate ranks, factorize, compensate, report."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,72 +48,62 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
     """Compress a model.
 
     Returns:
-        The compressed model, which is the original itself where that is compressed in place, and the report.
+        The compressed model (the original itself, if it is compressed in place) and the report.
 
     Raises:
-        ValueError: for unusable images, NaN or Inf in activations, or memory that the limits do not allow; the original
-            is as it was then.
+        ValueError: for unusable images, NaN or Inf in activations, or a limit of memory that cannot be met. The original
+            is left as it was.
     """
     with bounded_heap(run.max_memory is not None):
         original = measure(run.model)
         images, memory = _images_within_memory(run)
         learning = _prepare_compensation(run, images)
-        decomposed = _decompose(run, images, memory)
-        allocated = _allocate(run, decomposed)
-        built = _build(run, decomposed, allocated, learning, memory)
+        decompositions, calibration = _decompose(run, images, memory)
+        allocated = _allocate(run, decompositions)
+        model = run.model if run.inplace else copy.deepcopy(run.model)
+        with _restored_on_failure(run, model) as untouched:
+            _factorize(run, model, decompositions, allocated.ranks, calibration)
+            results = _compensate(run, untouched, model, calibration, learning, memory)
+            # Compensation may have chosen new pivots.
+            rank_map = rank_map_of(model, run.targets)
+            warn_of_other_layouts(rank_map, run.config.layout)
+        config = _attach(run, model, rank_map)
         report = build_report(
             Outcome(
-                config=built.config,
+                config=config,
                 linears=run.linears,
                 ranks=allocated.ranks,
-                rank_map=built.rank_map,
+                rank_map=rank_map,
                 losses=allocated.losses,
                 original=original,
-                model=built.model,
-                calibration=decomposed.calibration,
+                model=model,
+                calibration=calibration,
                 seconds=run.seconds,
-                compensation=built.compensation,
+                compensation=results,
                 predicted=run.metric.common_unit,
                 profile=RankProfile(allocated.profile, NATS if run.metric.common_unit else NORMALISED),
                 processes=run.processes,
                 memory={} if memory is None else memory.record(),
             )
         )
-    # Timings are those of the main process.
-    return built.model, run.processes.broadcast(report)
-
-
-@dataclass
-class _Decomposed:
-    """Decompositions by canonical name, and the statistics that they were made with."""
-
-    decompositions: dict[str, Decomposition]
-    calibration: Calibration | None
+    # All processes get the timings of the main one.
+    return model, run.processes.broadcast(report)
 
 
 @dataclass(frozen=True)
 class _Allocated:
-    """Losses at every rank and the ranks chosen, by canonical name; and what other budgets would have cost."""
+    """The losses at every rank and the chosen ranks by canonical name, and the losses under other budgets."""
 
     losses: Mapping[str, np.ndarray]
     ranks: Mapping[str, int | None]
     profile: Sequence[BudgetPoint]
 
 
-@dataclass(frozen=True)
-class _Built:
-    """The compressed model."""
-
-    model: PreTrainedModel
-    config: MixRankConfig
-    rank_map: Mapping[str, FactoredLayer]
-    compensation: Sequence[CompensationResult]
-
-
 def _images_within_memory(run: CompressionRun) -> tuple[list[Batch], MemoryPlan | None]:
-    """Images for compensation, decoded, and the plan of memory where there is a limit.
+    """Decode the images for compensation, and plan the memory if it is limited.
 
-    Whether the limit can be kept to is known before images are decoded, unless only they tell their number.
+    The plan comes first, so that an impossible limit is refused before any work, unless the number of images is only
+    known after decoding them.
     """
     own = None if run.batches is None else run.batches.num_own_images
     if run.max_memory is None or own is None:
@@ -133,7 +124,7 @@ def _plan_memory(run: CompressionRun, num_images: int) -> MemoryPlan | None:
 
 
 def _decode(run: CompressionRun) -> list[Batch]:
-    """Images for compensation, which goes over them many times: decoded once, and kept as the model sees them."""
+    """Decode the images for compensation, which needs them many times, and keep them as the model sees them."""
     if not run.config.compensation or run.batches is None:
         return []
     with phase("Decoded") as decoding:
@@ -152,15 +143,17 @@ def _prepare_compensation(run: CompressionRun, images: Sequence[Batch]) -> Compe
     return prepare_images(run.model, images, run.config, run.processes, run.batches)
 
 
-def _decompose(run: CompressionRun, images: Sequence[Batch], memory: MemoryPlan | None) -> _Decomposed:
-    """Decompose all layers, with the statistics that were given or with those of the images."""
+def _decompose(
+    run: CompressionRun, images: Sequence[Batch], memory: MemoryPlan | None
+) -> tuple[dict[str, Decomposition], Calibration | None]:
+    """Decompose all layers with the given statistics or those of the images; return both, layers by canonical name."""
     config, metric = run.config, run.metric
     calibration = run.calibration if metric.uses_data else None
     if run.calibration is not None:
         check_statistics(run.calibration, run.fingerprint, run.batches, run.processes, to_read=not config.compensation)
     start = time.perf_counter()
     if metric.uses_data and calibration is None:
-        assert run.batches is not None  # `take_images` has seen to that
+        assert run.batches is not None  # checked when the run was set up
         task = CalibrationTask(
             model=run.model,
             fingerprint=run.fingerprint,
@@ -179,11 +172,11 @@ def _decompose(run: CompressionRun, images: Sequence[Batch], memory: MemoryPlan 
         found = decompose_layers(metric, run.targets, calibration, config.layout, run.processes)
     run.seconds["calibrate"] = 0.0 if calibration is None else calibration.seconds
     run.seconds["decompose"] = time.perf_counter() - start
-    return _Decomposed({target.canonical_name: found[target.canonical_name] for target in run.targets}, calibration)
+    return {target.canonical_name: found[target.canonical_name] for target in run.targets}, calibration
 
 
 def _groups(targets: Sequence[Target], memory: MemoryPlan) -> list[list[Target]]:
-    """The layers of which statistics are collected in one pass over the images, for each pass."""
+    """Return, for each calibration pass, the layers whose statistics it collects."""
     if memory.passes == 1:
         return [list(targets)]
     by_name = {target.name: target for target in targets}
@@ -197,17 +190,17 @@ def check_statistics(
     processes: Processes,
     to_read: bool = True,
 ) -> None:
-    """Check that statistics are of a model, and of images if there are any.
+    """Check that statistics were collected from this model and, if there are images, from these.
 
     Args:
         calibration: The statistics.
-        fingerprint: Of the model.
-        batches: The images.
-        processes: Those that share the images out.
-        to_read: Whether the images have yet to be read.
+        fingerprint: The fingerprint of the model.
+        batches: The images, or None.
+        processes: The processes that share the images.
+        to_read: Whether the images have not been read yet.
 
     Raises:
-        ValueError: if they are not.
+        ValueError: if they were not.
     """
     calibration.check(fingerprint)
     if batches is None:
@@ -220,10 +213,10 @@ def check_statistics(
     calibration.check(fingerprint, batches.fingerprint)
 
 
-def _allocate(run: CompressionRun, decomposed: _Decomposed) -> _Allocated:
-    """Choose the ranks, and say what other budgets would have cost."""
+def _allocate(run: CompressionRun, decompositions: Mapping[str, Decomposition]) -> _Allocated:
+    """Allocate the ranks, and compute the losses under other budgets for the report."""
     with phase("Allocated") as allocating:
-        losses = allocation_losses(run.metric, decomposed.decompositions)
+        losses = allocation_losses(run.metric, decompositions)
         ranks = run.processes.broadcast(run.budget.allocate(losses, run.config.allocation))
         allocating.add_detail(_rank_range(ranks))
     with phase("Profiled", logging.DEBUG) as profiling:
@@ -233,58 +226,51 @@ def _allocate(run: CompressionRun, decomposed: _Decomposed) -> _Allocated:
 
 
 def _rank_range(ranks: Mapping[str, int | None]) -> str:
-    """`ranks 3 to 60`; dense layers have none."""
+    """Describe the ranks, as in `ranks 3 to 60`."""
     given = [rank for rank in ranks.values() if rank is not None]
     return f"ranks {min(given)} to {max(given)}" if given else "all layers stay dense"
 
 
 def _around(budget: RankBudget) -> list[RankBudget]:
-    """The budget among others of ratios that can be reached."""
+    """Return the budget among those of other ratios that can be reached."""
     ratios = sorted({budget.compression_ratio, *(tenths / 10 for tenths in range(1, 10))})
     budgets = [dataclasses.replace(budget, compression_ratio=ratio) for ratio in ratios]
     return [each for each in budgets if each.is_reachable]
 
 
-def _build(
-    run: CompressionRun,
-    decomposed: _Decomposed,
-    allocated: _Allocated,
-    learning: CompensationImages | None,
-    memory: MemoryPlan | None,
-) -> _Built:
-    """Factorize the layers at their ranks and compensate; a model that is compressed in place is restored on failure."""
-    model = run.model if run.inplace else copy.deepcopy(run.model)
-    original = copy.deepcopy(run.model) if run.inplace and run.config.compensation else run.model
+@contextmanager
+def _restored_on_failure(run: CompressionRun, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Restore the layers and values of a model that is compressed in place, if its compression fails.
+
+    Yields:
+        The original model, from which compensation learns.
+    """
+    original = copy.deepcopy(model) if run.inplace and run.config.compensation else run.model
     try:
-        _factorize(run, model, decomposed, allocated)
-        results = _compensate(run, original, model, decomposed, learning, memory)
-        # Compensation chooses new pivots.
-        rank_map = rank_map_of(model, run.targets)
-        warn_of_other_layouts(rank_map, run.config.layout)
+        yield original
     except BaseException:
         if run.inplace:
-            _restore(model, run.targets, original)
+            for target in run.targets:
+                replace_module(model, target.name, target.module)
+            if original is not model:
+                model.load_state_dict(original.state_dict())
         raise
-    config = dataclasses.replace(run.config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
-    if run.calibration is not None and run.calibration.fisher_samples is not None:
-        config.fisher_samples = run.calibration.fisher_samples
-    attach(model, MixRankHfQuantizer(config, pre_quantized=True))
-    return _Built(model, config, rank_map, results)
 
 
-def _factorize(run: CompressionRun, model: PreTrainedModel, decomposed: _Decomposed, allocated: _Allocated) -> None:
+def _factorize(
+    run: CompressionRun,
+    model: PreTrainedModel,
+    decompositions: dict[str, Decomposition],
+    ranks: Mapping[str, int | None],
+    calibration: Calibration | None,
+) -> None:
     with phase("Factorized") as factorizing:
         rank_map = factorize_layers(
-            model,
-            run.targets,
-            decomposed.decompositions,
-            allocated.ranks,
-            decomposed.calibration,
-            run.config.layout,
-            run.processes,
+            model, run.targets, decompositions, ranks, calibration, run.config.layout, run.processes
         )
         factorizing.add_detail(f"{len(rank_map)} of {len(run.targets)} layers")
-    decomposed.decompositions.clear()
+    # Some are left: those of dense layers, and of layers made by other processes.
+    decompositions.clear()
     run.seconds["factorize"] = factorizing.seconds
 
 
@@ -292,7 +278,7 @@ def _compensate(
     run: CompressionRun,
     original: PreTrainedModel,
     model: PreTrainedModel,
-    decomposed: _Decomposed,
+    calibration: Calibration | None,
     learning: CompensationImages | None,
     memory: MemoryPlan | None,
 ) -> list[CompensationResult]:
@@ -304,7 +290,7 @@ def _compensate(
                 model=model,
                 targets=run.targets,
                 rank_map=rank_map_of(model, run.targets),
-                statistics={} if decomposed.calibration is None else decomposed.calibration.layers,
+                statistics={} if calibration is None else calibration.layers,
                 batches=list(learning.batches.values()),
                 held_out=learning.held_out,
                 references=learning.references,
@@ -320,9 +306,10 @@ def _compensate(
     return results
 
 
-def _restore(model: PreTrainedModel, targets: Sequence[Target], original: PreTrainedModel) -> None:
-    """Give a model that was to be compressed in place its own layers and values back."""
-    for target in targets:
-        replace_module(model, target.name, target.module)
-    if original is not model:
-        model.load_state_dict(original.state_dict())
+def _attach(run: CompressionRun, model: PreTrainedModel, rank_map: Mapping[str, FactoredLayer]) -> MixRankConfig:
+    """Attach the configuration and the quantizer, as loading does; return the configuration."""
+    config = dataclasses.replace(run.config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
+    if run.calibration is not None and run.calibration.fisher_samples is not None:
+        config.fisher_samples = run.calibration.fisher_samples
+    attach(model, MixRankHfQuantizer(config, pre_quantized=True))
+    return config

@@ -18,7 +18,6 @@ from ..calibration.targets import find_targets
 from ..calibration.task import CalibrationTask, required_statistics
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.original import check_placement, open_original
-from ..checkpoint.saving import writable_directory
 from ..decomposition import METRICS
 from ..evaluation.evaluate import EvaluationResult, evaluate_model
 from ..reporting import CompressionReport
@@ -32,7 +31,7 @@ from .memory import MaxMemory, MemoryPlan, MemoryTask, estimate_memory
 from .profile import profile_model
 from .run import CompressionRun, shared_fingerprint
 from .saving import push_compressed, save_result
-from .unfinished import UnfinishedRun, has_saved, open_run
+from .unfinished import UnfinishedRun, check_output, open_run
 
 
 if TYPE_CHECKING:
@@ -124,17 +123,15 @@ class MixRankCompressor(OptimumQuantizer):
             accelerator: See `MixRankCompressor`.
             dtype: Precision of the loaded weights and of the compressed checkpoint, float32 whatever the file holds;
                 `"auto"` keeps the file's.
-            device: Where to put the model, such as `"cuda"`; a model that is too large for one device takes
-                `device_map="auto"` instead. Default: a model in memory stays where it is; a checkpoint goes to the device
-                of the `accelerator`, or of each of several processes, else to the CPU.
+            device: Where to put the model. Default: a model in memory stays where it is; a checkpoint goes to the device
+                of the process if there are several, or an `accelerator` is given, else to the CPU.
             allow_tf32: See `MixRankCompressor`.
             auto_class: Class to load with; default: the architecture that the checkpoint names.
             **hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, `trust_remote_code`,
                 `device_map`, `max_memory`, … as for Transformers' `from_pretrained`.
 
         Raises:
-            OSError: if there is no such checkpoint.
-            TypeError: if Hub arguments are given for a model in memory.
+            OSError: if there is no such checkpoint; TypeError: if Hub arguments are given for a model in memory.
             ValueError: if weights would have to be offloaded, or both `device` and `device_map` are given.
         """
         processes = find_processes(accelerator)
@@ -146,7 +143,7 @@ class MixRankCompressor(OptimumQuantizer):
 
     @property
     def processes(self) -> Processes:
-        """This process among those that share the work."""
+        """Return this process among those that share the work."""
         return find_processes(self.accelerator)
 
     def get_calibration_dataset(
@@ -191,9 +188,7 @@ class MixRankCompressor(OptimumQuantizer):
         max_broken_share: float = 0.05,
         num_workers: int = 0,
     ) -> Calibration:
-        """Collect the statistics that one or several metrics need, in one pass over the images.
-
-        `compress` does this itself; call it to try several ratios or metrics on the same statistics.
+        """Collect, in one pass, the statistics that metrics need, to try several ratios or metrics on the same ones.
 
         Args:
             calibration_dataset: See `compress`.
@@ -263,7 +258,7 @@ class MixRankCompressor(OptimumQuantizer):
         max_broken_share: float = 0.05,
         num_workers: int = 0,
     ) -> PreTrainedModel:
-        """Compress the model.
+        """Compress the model; return one of the same class, which `self.report` describes.
 
         Args:
             config: What to do; default `MixRankConfig()`.
@@ -287,9 +282,6 @@ class MixRankCompressor(OptimumQuantizer):
             max_broken_share: Tolerated share of images that cannot be decoded.
             num_workers: Processes that decode images ahead while the model runs; the result is the same for any number.
 
-        Returns:
-            The compressed model, a Transformers model of the same class; `self.report` describes it.
-
         Raises:
             ValueError: before the model is changed: for a ratio that cannot be reached, patterns that match nothing,
                 missing or unusable images, NaN or Inf, too little `max_memory`, or a `resume_directory` of another run.
@@ -297,25 +289,15 @@ class MixRankCompressor(OptimumQuantizer):
             OSError: if a disk is full; what was saved before stays as it is.
         """
         processes, self._unfinished = self.processes, None
-
-        def check_output() -> None:
-            if save_directory is not None and processes.is_main:
-                writable_directory(save_directory, overwrite or has_saved(resume_directory, save_directory))
-
-        with processes.raise_on_all_ranks():
-            if save_interval <= 0:
-                raise ValueError(f"save_interval={save_interval!r} is not a positive number of seconds.")
-            check_output()
-            reader = self._reader(batch_size, num_workers, max_broken_share)
-            options: dict[str, Any] = {"calibration": calibration, "inplace": inplace, "max_memory": max_memory}
-            run = CompressionRun.start(config or MixRankConfig(), reader, **options)
-            run.take_images(calibration_dataset)
-        run.fingerprint = shared_fingerprint(self.model, processes)
+        output = (save_directory, overwrite, resume_directory, processes)
+        check_output(*output)
+        reader = self._reader(batch_size, num_workers, max_broken_share)
+        options: dict[str, Any] = {"calibration": calibration, "inplace": inplace, "max_memory": max_memory}
+        run = CompressionRun.start(config or MixRankConfig(), reader, calibration_dataset, **options)
         if resume_directory is not None:
             self._unfinished = open_run(run, resume_directory, save_interval, self.allow_tf32)
-            with processes.raise_on_all_ranks():
-                # A run that has ended while this one waited for the folder may have saved its result.
-                check_output()
+            # A run that has ended while this one waited for the folder may have saved its result.
+            check_output(*output)
         model, self.report = compress(run)
         if save_directory is not None:
             self.save_pretrained(model, save_directory, overwrite=overwrite)
@@ -361,10 +343,7 @@ class MixRankCompressor(OptimumQuantizer):
         Args:
             calibration: Statistics from `calibrate` with the configuration's metric.
             config: Everything but the ratio; default `MixRankConfig()`.
-            ratios: Values of `compression_ratio`; those that cannot be reached are an error.
-
-        Raises:
-            ValueError: as `compress`.
+            ratios: Values of `compression_ratio`; one that cannot be reached is a `ValueError`.
         """
         return profile_model(self._reader(), calibration, config or MixRankConfig(), ratios)
 
@@ -377,7 +356,7 @@ class MixRankCompressor(OptimumQuantizer):
         calibration_dataset: Any = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
-        """Compress and save: Optimum's interface to `compress`, whose other arguments it takes too.
+        """Compress and save: Optimum's interface to `compress`, whose other arguments it takes as well.
 
         Raises:
             ValueError: if `file_prefix` is given, and as `compress`.
@@ -416,13 +395,11 @@ class MixRankCompressor(OptimumQuantizer):
             batch_size: Images per forward pass.
             num_workers: See `compress`.
         """
-        processes = self.processes
-        with processes.raise_on_all_ranks():
-            batches = self._reader(batch_size, num_workers).read_labelled(
-                dataset, image_column, label_column, split=split, num_samples=num_samples, seed=seed
-            )
+        draw = {"split": split, "num_samples": num_samples, "seed": seed}
+        with self.processes.raise_on_all_ranks():
+            batches = self._reader(batch_size, num_workers).read_labelled(dataset, image_column, label_column, **draw)
         with phase("Evaluated") as evaluating:
-            result = evaluate_model(model, batches, reference=self.model, processes=processes)
+            result = evaluate_model(model, batches, reference=self.model, processes=self.processes)
             evaluating.add_detail(*result.details())
         if self.report is not None:
             self.report = dataclasses.replace(self.report, evaluation=dataclasses.asdict(result))
@@ -451,7 +428,7 @@ class MixRankCompressor(OptimumQuantizer):
 
         Raises:
             FileExistsError: if the folder holds files and `overwrite` is False.
-            OSError: if the disk is full; what was in the folder stays as it is.
+            OSError: if the disk is full.
         """
         processes, report = self.processes, self.report
         with processes.raise_on_all_ranks():
@@ -462,19 +439,16 @@ class MixRankCompressor(OptimumQuantizer):
 
     @_in_every_process
     def push_to_hub(self, model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
-        """Upload a compressed model with its image processor and the report.
+        """Upload a compressed model with its image processor and the report; the main process gets the commit.
 
         Args:
             model: The compressed model.
             repo_id: `user/name` on the Hub; made if it does not exist.
             **kwargs: `token`, `private`, `revision`, `commit_message`, and `max_shard_size`.
-
-        Returns:
-            What `huggingface_hub.upload_folder` returns; in the main process only.
         """
-        processes, uploaded = self.processes, None
-        with processes.raise_on_all_ranks():
-            if processes.is_main:
+        uploaded = None
+        with self.processes.raise_on_all_ranks():
+            if self.processes.is_main:
                 uploaded = push_compressed(model, repo_id, self.image_processor, self.report, **kwargs)
         return uploaded
 

@@ -1,4 +1,4 @@
-"""Decompose the targeted layers, with the statistics of all of them or of one group after the other."""
+"""Decompose the targeted layers, all at once or group by group, and factorize them at the allocated ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_weights(targets: Sequence[Target]) -> None:
     """Check that all weights are finite.
 
     Raises:
-        ValueError: names the first layer whose weight is not.
+        ValueError: if one is not; the message names the first such layer.
     """
     for target in targets:
         if not torch.isfinite(target.module.weight).all():
@@ -43,18 +43,17 @@ def decompose_layers(
     layout: str = "factors",
     processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, Decomposition]:
-    """Decompose every layer, in float64.
+    """Decompose every layer in float64; return the decompositions by canonical name.
 
-    Kept are, by canonical name, the components that pay off (up to the break-even rank), in float32 or the layer's own
-    precision if that is higher: at most as much memory as the dense weights in that precision. Several processes share
-    the layers out by cost, and give each other what they have found.
+    Only components up to the break-even rank are kept, in float32 or the layer's own precision if that is higher, so
+    that they take at most as much memory as the dense weights. Several processes share the layers and exchange results.
 
     Args:
-        metric: How errors are measured.
+        metric: Measures the error of a layer.
         targets: The layers.
-        calibration: Statistics by module name; None for a metric without data.
-        layout: How factors will be stored; it says where break-even is.
-        processes: Those that share the work.
+        calibration: Statistics by module name; None for a metric that uses no data.
+        layout: How factors will be stored, on which the break-even rank depends.
+        processes: The processes that share the work.
 
     Raises:
         ValueError: if the calibration lacks a layer or a statistic.
@@ -82,7 +81,7 @@ def _decompose(metric: Metric, target: Target, calibration: Calibration | None, 
     if statistics is not None and target.module.bias is None:
         statistics = statistics.about_zero(weight)
     decomposition = metric.decompose(weight, statistics)
-    # From the break-even rank on a layer stays dense; no more components can be asked for.
+    # A layer stays dense from the break-even rank on, so that no further component is ever used.
     m, n = target.shape
     keep = max(1, int(break_even(m, n, layout)))
     dtype = torch.promote_types(target.module.weight.dtype, torch.float32)
@@ -90,7 +89,7 @@ def _decompose(metric: Metric, target: Target, calibration: Calibration | None, 
 
 
 def allocation_losses(metric: Metric, decompositions: Mapping[str, Decomposition]) -> dict[str, np.ndarray]:
-    """Loss at rank 0, 1, … of every layer, in the unit in which losses of different layers are added up."""
+    """Return the loss of every layer at rank 0, 1, …, in a unit in which the losses of all layers can be added up."""
     return {
         name: (decomposition.tails() if metric.common_unit else decomposition.losses()).cpu().numpy()
         for name, decomposition in decompositions.items()
@@ -108,16 +107,16 @@ def factorize_layers(
 ) -> dict[str, FactoredLayer]:
     """Replace the layers of `model` by factored ones of the given ranks; return the rank map.
 
-    Several processes share the layers out, and all get the same ones.
+    Several processes share the work, and all end up with the same layers.
 
     Args:
-        model: Changed in place; `targets` may belong to it or to the model it is a copy of.
+        model: Changed in place; `targets` may belong to it or to the model that it is a copy of.
         targets: The layers.
-        decompositions: By canonical name; those that this process has used are taken out, so that memory does not grow.
+        decompositions: By canonical name; used ones are removed, so that memory does not grow.
         ranks: By canonical name; None leaves a layer dense.
-        calibration: Statistics by module name, for the bias; None leaves biases as they are.
+        calibration: Statistics by module name, to correct biases; None leaves biases unchanged.
         layout: How factors are stored; see `FactoredLayer`.
-        processes: Those that share the work.
+        processes: The processes that share the work.
     """
 
     def factorize(target: Target) -> FactoredLinear:
@@ -142,7 +141,7 @@ def _statistics(calibration: Calibration, target: Target) -> LayerStatistics:
     statistics = calibration.layers[target.name]
     for statistic in Statistic:
         tensor = getattr(statistics, statistic.value)
-        # How many tokens an image has is not known here.
+        # The number of tokens per image is not known here.
         if tensor is not None and tensor.shape != (shape := statistic.shape(*target.shape, *tensor.shape[:1])):
             raise ValueError(
                 f"The calibration's {statistic.value} of layer {target.name!r} has the shape {list(tensor.shape)}; "
@@ -163,19 +162,19 @@ def _to(statistics: LayerStatistics, tensor: torch.Tensor) -> LayerStatistics:
 def decompose_by_groups(
     metric: Metric, groups: Sequence[Sequence[Target]], layout: str, task: CalibrationTask, keep_gradients: bool
 ) -> tuple[dict[str, Decomposition], Calibration]:
-    """Calibrate and decompose one group of layers after the other, so that statistics of one group are held at a time.
+    """Calibrate and decompose group by group, so that only the statistics of one group are held at a time.
 
-    Every group takes a pass over the images. Of several groups, what is found is kept on the host.
+    Every group takes one pass over the images. With several groups, results are kept on the host.
 
     Args:
-        metric: How errors are measured.
+        metric: Measures the error of a layer.
         groups: The layers.
         layout: How factors will be stored.
-        task: What statistics are taken from.
+        task: Collects the statistics.
         keep_gradients: Whether later steps need the Fisher information; means are always kept.
 
     Returns:
-        Decompositions by canonical name, and the statistics that later steps need.
+        The decompositions by canonical name, and the statistics that later steps need.
 
     Raises:
         ValueError: as `CalibrationTask.collect_once` and `decompose_layers`.
@@ -190,7 +189,7 @@ def decompose_by_groups(
         kept = GRADIENT_STATISTICS if keep_gradients else frozenset()
         layers = {name: statistics.only(kept, device) for name, statistics in part.layers.items()}
         parts.append(dataclasses.replace(part, layers=layers))
-        # Before the next pass; on a GPU they are not those that are kept.
+        # Free their memory before the next pass.
         del part, found, layers
     together = dataclasses.replace(
         parts[0],

@@ -1,4 +1,4 @@
-"""Images for a model, to learn from and to evaluate on."""
+"""Batches of images for a model, to calibrate with and to evaluate on."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class ImageReader:
 
     Attributes:
         model: The model.
-        image_processor: Its image processor; None if batches of `pixel_values` are given.
-        processes: Those that share the images out.
+        image_processor: Its image processor; not needed for batches of `pixel_values`.
+        processes: The processes that share the images.
         batch_size: Images per forward pass.
-        num_workers: Processes that decode ahead.
+        num_workers: Processes that decode images ahead.
         max_broken_share: Tolerated share of images that cannot be decoded.
     """
 
@@ -39,17 +39,17 @@ class ImageReader:
     max_broken_share: float = 0.05
 
     def draw(self, dataset: Any, num_samples: int, seed: int) -> Any:
-        """Of a folder or Hub id, so many images; anything else stays as it is."""
+        """Draw images from a folder or Hub id; return anything else unchanged."""
         if isinstance(dataset, str | Path):
             return load_image_dataset(dataset, num_samples=num_samples, seed=seed)
         return dataset
 
     def read(self, dataset: Any, keep: bool = False) -> ImageBatches:
-        """Batches to learn from, with their fingerprint.
+        """Return batches to calibrate with, which are fingerprinted.
 
         Args:
             dataset: See `ImageBatches`.
-            keep: Whether they are kept, so that they are not to fill the memory that a GPU copies from.
+            keep: Whether the batches will be kept, in which case they must not fill up pinned memory.
         """
         return self._batches(
             dataset,
@@ -61,12 +61,12 @@ class ImageReader:
     def read_labelled(
         self, dataset: Any, image_column: str | None = None, label_column: str | None = None, **draw: Any
     ) -> ImageBatches:
-        """Batches to evaluate on, with labels of the model where the dataset has labels.
+        """Return batches to evaluate on; labels of the dataset are mapped to those of the model.
 
         Args:
-            dataset: See `ImageBatches`; of a folder or Hub id, the validation split is taken, or the test split.
-            image_column: Default: the one image column there is.
-            label_column: Default: `label` or `labels`, where there is one.
+            dataset: See `ImageBatches`; the default split of a folder or Hub id is `validation`, then `test`.
+            image_column: Default: the only image column.
+            label_column: Default: `label` or `labels`, if there is one.
             **draw: `split`, `num_samples` and `seed`, as for `load_image_dataset`.
         """
         if isinstance(dataset, str | Path | datasets.DatasetDict):

@@ -1,4 +1,4 @@
-"""How much memory a compression will need, estimated from shapes, and how to make it fit a limit."""
+"""Estimate the memory that a compression needs, and fit it into a limit."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ MaxMemory = int | str | Mapping[int | str, int | str] | None
 HOST, DEVICE, DISK = "host", "device", "disk"
 
 FRAGMENTATION_FACTOR = 1.25
-"""What a graph of activations takes on the host, over the bytes of its tensors: the C library keeps holes between them."""
+"""Heap taken by a graph of activations on the host, relative to the bytes of its tensors."""
 
 LAYERWISE = frozenset({"sequential", "residual"})
-"""Compensation that is counted; steps that train are not."""
+"""Compensation steps that the estimate covers; it leaves out steps that train."""
 
 Parts = Sequence[tuple[str, float]]
-"""What is held at once: places and bytes."""
+"""Everything that is held at the same time: place and bytes of each part."""
 
 
 @dataclass(frozen=True)
 class MemoryTask:
-    """What a compression does, as far as memory depends on it.
+    """The settings on which the memory of a compression depends.
 
     Attributes:
-        config: What to do.
-        required: Statistics to collect, by module name; empty where they are given or not needed.
+        config: The configuration.
+        required: Statistics to collect, by module name; empty if they are given or not needed.
         num_images: Images of this process.
         batch_size: Images per forward pass.
-        inplace: Whether the model itself is compressed.
+        inplace: Whether the model itself is compressed rather than a copy.
     """
 
     config: MixRankConfig
@@ -68,12 +68,12 @@ class MemoryTask:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a compression is estimated to need beside the model that is there already.
+    """The memory that a compression needs beside the model, and how it keeps to it.
 
     Attributes:
-        phases: By phase and place (`"host"`, `"device"`, `"disk"`).
-        groups: Names of the layers of which statistics are collected in one pass over the images, for each pass.
-        storage: Where layer-wise compensation holds activations.
+        phases: Estimated bytes by phase and place (`"host"`, `"device"`, `"disk"`).
+        groups: For each calibration pass, the names of the layers whose statistics it collects.
+        storage: Where layer-wise compensation keeps activations.
         not_counted: Compensation steps that the estimate leaves out.
     """
 
@@ -84,21 +84,21 @@ class MemoryPlan:
 
     @property
     def passes(self) -> int:
-        """Over the images, to collect statistics."""
+        """Number of calibration passes over the images."""
         return len(self.groups)
 
     def peak(self, place: str) -> int:
-        """Most bytes at once in a place."""
+        """Return the largest number of bytes held at once in a place."""
         return max((places.get(place, 0) for places in self.phases.values()), default=0)
 
     def record(self) -> dict[str, Any]:
-        """What the report keeps of it, JSON values."""
+        """Return what the report stores, as JSON values."""
         estimated = {place: self.peak(place) for place in (HOST, DEVICE) if self.peak(place)}
         rest = {"passes": self.passes, "disk_bytes": self.peak(DISK), "not_counted": list(self.not_counted)}
         return {"estimated_bytes": estimated, **rest}
 
     def __str__(self) -> str:
-        """The peaks, and one line for every phase."""
+        """Return a line with the peaks and one line for every phase."""
         peaks = {place: self.peak(place) for place in (HOST, DEVICE, DISK)}
         lines = [f"Memory beside the model: {_listed(peaks)}" + (f", {self.passes} passes" if self.passes > 1 else "")]
         lines += [f"  {phase}: {_listed(places)}" for phase, places in self.phases.items()]
@@ -110,16 +110,16 @@ class MemoryPlan:
 def estimate_memory(
     model: PreTrainedModel, targets: Sequence[Target], task: MemoryTask, max_memory: MaxMemory = None
 ) -> MemoryPlan:
-    """What a compression will need beside the model, within the limits; the model runs once, on a black image.
+    """Plan a compression within a limit of memory; the model runs on one black image.
 
     Args:
-        model: The original.
+        model: The original model.
         targets: The targeted layers.
-        task: What to do.
-        max_memory: What is allowed; None sets no limit.
+        task: The settings.
+        max_memory: The limit, or None.
 
     Raises:
-        ValueError: if the limits cannot be kept to, or the model's configuration names no size of images.
+        ValueError: if the limit cannot be met, or the model's configuration has no image size.
     """
     size = probe_model(model, targets, any(each & GRADIENT_STATISTICS for each in task.required.values()))
     if max_memory is None:
@@ -134,13 +134,13 @@ def plan_memory(
     """Estimate the memory of all phases.
 
     Args:
-        size: The model.
-        task: What to do.
-        passes: Over the images, each collecting statistics of some of the layers.
+        size: Measurements of the model.
+        task: The settings.
+        passes: Number of calibration passes, each of which collects the statistics of some layers.
         storage: See `MemoryPlan`.
     """
     compute = HOST if size.on_host else DEVICE
-    # What several passes leave is put by on the host.
+    # The results of several passes are kept on the host.
     store = HOST if passes > 1 else compute
     groups = split_layers(size.layers, passes)
     steps, batch = task.config.compensation, min(task.batch_size, task.num_images)
@@ -149,7 +149,7 @@ def plan_memory(
     kept = statistics_bytes(size.layers, gradients if steps else {})
     collected = max((statistics_bytes(group, task.required) for group in groups), default=0)
     found = sum(_decomposition_bytes(layer.shape, task.config.layout) for layer in size.layers)
-    # A pass holds its own statistics beside what earlier ones have left; the last one bears most.
+    # A pass holds its own statistics beside the results of earlier passes; the last pass holds the most.
     left = (store, (found + kept) * (1 - 1 / passes))
     own = found if passes == 1 else (found + kept) / passes
     decomposing = (compute, max((_decomposition_workspace(layer.shape) for layer in size.layers), default=0))
@@ -164,7 +164,7 @@ def plan_memory(
         phases["compensate"] = [
             images,
             (store, kept),
-            # A second compressed model is kept to go back to.
+            # A second compressed model is kept in case the step is rolled back.
             (compute, copies - size.weights + 2 * size.weights * (1 - task.config.compression_ratio)),
             (DISK if storage.on_disk else compute, 2 * views * size.boundary),
             (compute, min(views * size.outputs, storage.max_output_bytes)),
@@ -177,20 +177,20 @@ def plan_memory(
 
 
 def fit_memory(size: ModelSize, task: MemoryTask, limits: Mapping[str, int]) -> MemoryPlan:
-    """The fastest plan that keeps to limits.
+    """Return the fastest plan within the limits.
 
     Args:
-        size: The model.
-        task: What to do.
-        limits: Bytes by place, `"host"` or `"device"`; a place that is not there is not limited.
+        size: Measurements of the model.
+        task: The settings.
+        limits: Bytes by place (`"host"`, `"device"`); other places are not limited.
 
     Raises:
-        ValueError: if none does; it says what is needed at least.
+        ValueError: if there is none; the message gives the least that is needed.
     """
     most = len({layer.leader for layer in size.layers}) if task.required else 1
     ways = [ActivationStorage(*way) for way in product((MAX_CACHED_OUTPUT_BYTES, 0), (False, True))]
     if not size.on_host:
-        # A GPU computes outputs again faster than a disk gives activations.
+        # A GPU recomputes outputs faster than a disk delivers activations.
         ways.sort(key=lambda way: way.on_disk)
     tried = []
     for passes in sorted({min(most, each) for each in (1, 2, 3, 4, 6, 8, 12, 16, 24, most)}):
@@ -211,17 +211,17 @@ def fit_memory(size: ModelSize, task: MemoryTask, limits: Mapping[str, int]) -> 
 
 
 def agree_on_plan(plan: MemoryPlan, processes: Processes, directory: Path | None) -> MemoryPlan:
-    """The plan with as many passes as the process needs that needs most; logged.
+    """Let all processes make as many passes as the one that needs the most; log and return the plan of this process.
 
     Args:
-        plan: Of this process.
-        processes: Those that share the work.
-        directory: Where activations are put that do not fit; None stands for the system's temporary files.
+        plan: The plan of this process.
+        processes: The processes that share the work.
+        directory: The folder for activations that do not fit into memory; None for the system's temporary folder.
 
     Raises:
         ValueError: if the disk has too little space.
     """
-    # All make the same passes; what is kept, and where, each decides for itself.
+    # Each process decides for itself where it keeps activations.
     most = max(processes.gather(plan), key=lambda each: each.passes)
     plan = dataclasses.replace(plan, groups=most.groups)
     needs = processes.gather((platform.node(), plan.peak(DISK)))
@@ -246,15 +246,15 @@ def agree_on_plan(plan: MemoryPlan, processes: Processes, directory: Path | None
 
 
 def parse_limits(max_memory: int | str | Mapping[int | str, int | str], device: int | None) -> dict[str, int]:
-    """Limits by place, from what Accelerate's `max_memory` may be.
+    """Return the limits in bytes by place.
 
     Args:
-        max_memory: A number of bytes or a string like `"8GiB"`, for the host and for the device each; or a mapping of
-            `"cpu"` and numbers of devices to these.
+        max_memory: As for Accelerate: a number of bytes or a string such as `"8GiB"`, which limits host and device alike;
+            or a mapping from `"cpu"` and device numbers to these.
         device: Number of the device that computes; None for the host.
 
     Raises:
-        ValueError: for something else.
+        ValueError: if `max_memory` is anything else.
     """
     if not isinstance(max_memory, Mapping):
         max_memory = {"cpu": max_memory} if device is None else {"cpu": max_memory, device: max_memory}
@@ -274,7 +274,7 @@ def parse_limits(max_memory: int | str | Mapping[int | str, int | str], device: 
 
 
 def split_layers(layers: Sequence[LayerSize], passes: int) -> list[list[LayerSize]]:
-    """Contiguous groups of about as many weights each; layers that share an input stay together."""
+    """Split layers into contiguous groups with about equally many weights; layers that share an input stay together."""
     units: dict[str, list[LayerSize]] = {}
     for layer in layers:
         units.setdefault(layer.leader, []).append(layer)
@@ -289,7 +289,7 @@ def split_layers(layers: Sequence[LayerSize], passes: int) -> list[list[LayerSiz
 
 
 def statistics_bytes(layers: Sequence[LayerSize], required: Mapping[str, frozenset[Statistic]]) -> int:
-    """Of statistics in float64; layers that share an input share its statistics."""
+    """Return the bytes of statistics in float64; layers that share an input share its statistics."""
     sizes: dict[tuple[str, Statistic], int] = {}
     for layer in layers:
         for statistic in required.get(layer.name, ()):
@@ -299,7 +299,7 @@ def statistics_bytes(layers: Sequence[LayerSize], required: Mapping[str, frozens
 
 
 def _pass_bytes(size: ModelSize, task: MemoryTask, groups: Sequence[Sequence[LayerSize]], batch: int) -> float:
-    """Activations of a calibration pass, and what it works with, beside the statistics."""
+    """Return the bytes of activations and workspace in a calibration pass."""
     required = task.required
     with_gradients = any(statistics & GRADIENT_STATISTICS for statistics in required.values())
     activations = (FRAGMENTATION_FACTOR if size.on_host else 1.0) * size.backward if with_gradients else size.forward
@@ -315,19 +315,19 @@ def _pass_bytes(size: ModelSize, task: MemoryTask, groups: Sequence[Sequence[Lay
 
 
 def _decomposition_bytes(shape: tuple[int, int], layout: str) -> int:
-    """Of the components that are kept of a layer, in float32."""
+    """Return the bytes of the components that are kept of a layer, in float32."""
     m, n = shape
     return 4 * max(1, int(break_even(m, n, layout))) * (m + n) + 8 * min(m, n)
 
 
 def _decomposition_workspace(shape: tuple[int, int]) -> int:
-    """The weight, both sides of its decomposition and a handful of square matrices, in float64."""
+    """Return the bytes of a weight, both sides of its decomposition and a handful of square matrices, in float64."""
     m, n = shape
     return 8 * (3 * m * n + 8 * min(m, n) ** 2)
 
 
 def _solving_workspace(shape: tuple[int, int]) -> int:
-    """Moments of inputs and of targets with inputs, and what solving with them takes, in float64."""
+    """Return the bytes of the moments of a layer and the matrices for solving with them, in float64."""
     m, n = shape
     return 8 * (5 * n * n + 6 * m * n)
 

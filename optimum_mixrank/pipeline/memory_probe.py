@@ -1,4 +1,4 @@
-"""What a model takes for one image: the measurements that a memory estimate starts from."""
+"""How much memory a model takes for one image: the measurements behind a memory estimate."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class LayerSize:
     Attributes:
         name: Module name.
         shape: `(out_features, in_features)`.
-        tokens: How often it runs for one image.
-        leader: The first of the layers that share its input.
+        tokens: Number of vectors that it maps for one image.
+        leader: First of the layers that share its input.
     """
 
     name: str
@@ -36,16 +36,16 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a model takes, in bytes.
+    """Memory that a model takes, in bytes; all but the weights for one image.
 
     Attributes:
         layers: The targeted layers, in forward order.
         weights: Parameters and buffers.
-        pixels: One image, as the model sees it.
-        forward: Activations that a forward pass holds at once, for one image.
-        backward: The same on the way there and back to the image.
-        boundary: Input of a segment (a block), for one image.
-        outputs: Outputs of the targeted layers of a segment, for one image.
+        pixels: The image as the model sees it.
+        forward: Peak of the activations in a forward pass.
+        backward: Peak of the activations in a forward and backward pass.
+        boundary: Largest input of a segment (a block).
+        outputs: Largest total output of the targeted layers of a segment.
         on_host: Whether the model computes on the host.
     """
 
@@ -60,15 +60,10 @@ class ModelSize:
 
 
 def probe_model(model: nn.Module, targets: Sequence[Target], with_gradients: bool) -> ModelSize:
-    """Run a model on one black image, and once more with gradients where they will be needed.
-
-    Args:
-        model: A model that takes `pixel_values`.
-        targets: The targeted layers.
-        with_gradients: Whether gradients will be taken.
+    """Measure a model on one black image, with a backward pass if gradients will be needed.
 
     Raises:
-        ValueError: if the model's configuration names no size of images, or a layer is not called.
+        ValueError: if the model's configuration has no image size, or a layer is not called.
     """
     parameter = next(model.parameters())
     device = getattr(model, "device", parameter.device)
@@ -116,7 +111,7 @@ def probe_model(model: nn.Module, targets: Sequence[Target], with_gradients: boo
 def _segments(
     model: nn.Module, image: Tensor, layers: Sequence[LayerSize], calls: dict[str, tuple[Tensor, Tensor]]
 ) -> tuple[int, int]:
-    """Bytes of the largest input of a segment, and of the outputs of its layers; zeros for a model without segments."""
+    """Return the bytes of the largest segment input and of the largest layer outputs; zeros without segments."""
     try:
         segments = find_segments(model, [layer.name for layer in layers])
     except ValueError:
@@ -126,7 +121,7 @@ def _segments(
     def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         boundaries.append(Call(args, kwargs).num_bytes)
 
-    # A stage of Swin gives less than it gets.
+    # A stage of Swin returns less than it receives, so every segment is looked at.
     handles = [model.get_submodule(segment).register_forward_pre_hook(hook, with_kwargs=True) for segment in segments]
     with hooks_removed_on_exit(handles):
         model(pixel_values=image)
@@ -142,7 +137,7 @@ def _segments(
 
 
 def _gradients(model: nn.Module, image: Tensor) -> None:
-    """Run the model and back to the image."""
+    """Run a forward and backward pass."""
     found = select_output(model(pixel_values=image.clone().requires_grad_()), getattr(model, "config", None))
     tensors = [found.logits] if found.logits is not None else list(found.features)
     torch.stack([tensor.sum() for tensor in tensors]).sum().backward()

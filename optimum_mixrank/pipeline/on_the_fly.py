@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..checkpoint.configuration import MixRankConfig
+from ..checkpoint.original import load_image_processor
+from .compressor import MixRankCompressor
 
 
 if TYPE_CHECKING:
@@ -12,17 +14,14 @@ if TYPE_CHECKING:
 
 
 def compress_loaded_model(model: PreTrainedModel, config: MixRankConfig) -> None:
-    """Compress, in place, a model whose dense weights have just been loaded.
+    """Compress a model in place right after its dense weights were loaded.
 
     Args:
-        model: Its `name_or_path` says where its image processor is.
-        config: With `dataset`; `num_samples` images of it are drawn with `seed`.
+        model: Its image processor is loaded from its `name_or_path`.
+        config: The configuration; `num_samples` images of its `dataset` are drawn with `seed`.
 
     Raises:
         ValueError: as `MixRankCompressor.compress`, or if the checkpoint has no image processor.
     """
-    from ..checkpoint.original import load_image_processor
-    from .compressor import MixRankCompressor
-
     processor = load_image_processor(model.name_or_path, {})
     MixRankCompressor(model, processor).compress(config, config.dataset, inplace=True)

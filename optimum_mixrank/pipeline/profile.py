@@ -1,4 +1,4 @@
-"""What would a budget cost? Ranks and predicted losses over many budgets, without compressing anything."""
+"""Ranks and predicted losses under several budgets, without compressing anything."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .run import rank_budget, shared_fingerprint
 def profile_model(
     reader: ImageReader, calibration: Calibration, config: MixRankConfig, ratios: Sequence[float]
 ) -> RankProfile:
-    """Allocate ranks under several ratios.
+    """Allocate ranks for several compression ratios.
 
     Args:
-        reader: Knows the model and its processes.
-        calibration: Statistics with the configuration's metric.
-        config: Everything but the ratio.
+        reader: Holds the model and the processes.
+        calibration: Statistics for the metric of the configuration.
+        config: All settings but the ratio.
         ratios: Values of `compression_ratio`.
 
     Raises:

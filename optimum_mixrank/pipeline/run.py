@@ -1,4 +1,4 @@
-"""One run of a compression: what all of its steps share."""
+"""One run of a compression: everything that its steps share."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class CompressionRun:
-    """What is asked for, of which model, by which processes and within which limits.
+    """The task, the model, the processes that share the work, and the limits.
 
     Attributes:
-        model: The original.
-        config: What to do.
+        model: The original model.
+        config: The task.
         reader: Reads images for the model.
-        metric: How errors are measured.
+        metric: Measures the error of a layer.
         linears: All linear layers of the encoder, in forward order.
-        targets: Those to compress.
-        budget: What they may cost together.
-        batches: The images, if statistics or compensation need them, or statistics are to be compared with them.
-        calibration: Statistics that were given.
-        inplace: Whether the model itself is compressed.
-        max_memory: Most memory to use beside the model.
-        journal: Where it is kept what is finished, for a run that is cut off.
-        fingerprint: Of the model; see `fingerprint_model`.
+        targets: The layers to compress.
+        budget: The constraints on their ranks.
+        batches: The images, if statistics or compensation need them, or statistics are to be checked against them.
+        calibration: Statistics passed by the user.
+        inplace: Whether to compress the model itself rather than a copy.
+        max_memory: Limit of the memory to use beside the model.
+        journal: Records finished work, so that a run that was cut off can be resumed.
+        fingerprint: Of the model's weights; see `fingerprint_model`.
         seconds: Wall time by step.
     """
 
@@ -63,40 +63,38 @@ class CompressionRun:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, config: MixRankConfig, reader: ImageReader, **options: Any) -> CompressionRun:
-        """Check all that can be checked before any work.
+    def start(cls, config: MixRankConfig, reader: ImageReader, dataset: Any, **options: Any) -> CompressionRun:
+        """Set up a run, and check everything that can be checked before any work.
 
         Args:
-            config: What to do.
+            config: The task.
             reader: Reads images for the model.
-            **options: Attributes of the run.
+            dataset: The images, as for `MixRankCompressor.compress`.
+            **options: Further attributes of the run.
 
         Raises:
-            ValueError: for patterns that match nothing, weights with NaN or Inf, or a budget that cannot be met.
+            ValueError: for patterns that match nothing, weights with NaN or Inf, a budget that cannot be met, missing
+                images, or processes that hold different models.
         """
-        config.validate()
-        linears = encoder_linears(reader.model)
-        targets = select_targets(linears, config.target_modules, config.exclude_modules)
-        check_weights(targets)
-        budget = rank_budget(reader.model, config, targets)
-        budget.check()
-        metric = METRICS.create(config.metric)
-        return cls(reader.model, config, reader, metric, linears, targets, budget, **options)
+        with reader.processes.raise_on_all_ranks():
+            config.validate()
+            linears = encoder_linears(reader.model)
+            targets = select_targets(linears, config.target_modules, config.exclude_modules)
+            check_weights(targets)
+            budget = rank_budget(reader.model, config, targets)
+            budget.check()
+            metric = METRICS.create(config.metric)
+            run = cls(reader.model, config, reader, metric, linears, targets, budget, **options)
+            run._take_images(dataset)
+        run.fingerprint = shared_fingerprint(run.model, run.processes)
+        return run
 
     @property
     def processes(self) -> Processes:
-        """Those that share the work."""
+        """Return the processes that share the work."""
         return self.reader.processes
 
-    def take_images(self, dataset: Any) -> None:
-        """Take the images, if statistics or compensation need them, or statistics are to be compared with them.
-
-        Args:
-            dataset: As for `MixRankCompressor.compress`.
-
-        Raises:
-            ValueError: if images are needed and there are none.
-        """
+    def _take_images(self, dataset: Any) -> None:
         config, needs_statistics = self.config, self.metric.uses_data and self.calibration is None
         if dataset is None and self.calibration is None:
             dataset = config.dataset
@@ -109,16 +107,15 @@ class CompressionRun:
                 f"{step} needs calibration images: pass `calibration_dataset`. Without images there are only "
                 "metric='svd' and compensation=[], which lose far more accuracy."
             )
-        self.batches = self.reader.read(
-            self.reader.draw(dataset, config.num_samples, config.seed), keep=bool(config.compensation)
-        )
+        drawn = self.reader.draw(dataset, config.num_samples, config.seed)
+        self.batches = self.reader.read(drawn, keep=bool(config.compensation))
 
 
 def rank_budget(model: PreTrainedModel, config: MixRankConfig, targets: Sequence[Target]) -> RankBudget:
-    """The constraints under which ranks are sought.
+    """Return the constraints under which ranks are allocated.
 
     Raises:
-        ValueError: if a pattern matches no layer, or a rank or a ratio does not fit its layer.
+        ValueError: if a pattern matches no layer, or a rank or ratio does not fit its layer.
     """
     rank_pattern = match_values(targets, config.rank_pattern, "rank_pattern")
     ratio_pattern = match_values(targets, config.ratio_pattern, "ratio_pattern")
@@ -153,7 +150,7 @@ def rank_budget(model: PreTrainedModel, config: MixRankConfig, targets: Sequence
 
 
 def shared_fingerprint(model: PreTrainedModel, processes: Processes) -> str:
-    """The model's fingerprint.
+    """Return the fingerprint of the model's weights, which must be the same in all processes.
 
     Raises:
         ValueError: if the processes hold different models.
@@ -162,6 +159,6 @@ def shared_fingerprint(model: PreTrainedModel, processes: Processes) -> str:
     if len(set(processes.gather(fingerprint))) > 1:
         raise ValueError(
             "The processes hold models with different weights. Load the same checkpoint in all, and call "
-            "`accelerate.utils.set_seed` before weights are drawn at random, those of a new head say."
+            "`accelerate.utils.set_seed` before weights (of a new head, for example) are initialized at random."
         )
     return fingerprint

@@ -1,4 +1,4 @@
-"""Save a compressed model with all that describes it: report, page, picture and card."""
+"""Save a compressed model together with its report, page, picture and model card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..checkpoint.files import safetensors_bytes, stored_dtype
 from ..checkpoint.saving import save_checkpoint
 from ..reporting import HTML_NAME, RANKS_NAME, plot_ranks
 from ..reporting.card import model_card
-from ..runtime.formatting import size
+from ..runtime.formatting import format_count
 from ..runtime.logging import get_logger
 from ..runtime.phases import phase
 from .unfinished import UnfinishedRun, has_saved
@@ -39,11 +39,11 @@ def save_result(
     overwrite: bool = False,
     **kwargs: Any,
 ) -> CompressionReport | None:
-    """Save the result of a run, and forget the run.
+    """Save the result of a run, and remove the folder that kept its progress.
 
     Args:
         model: See `save_compressed`.
-        directory: See `save_compressed`; it may hold what this very run has saved before it was cut off.
+        directory: See `save_compressed`; it may hold the result of the same run, saved just before it was cut off.
         image_processor: See `save_compressed`.
         report: See `save_compressed`.
         run: The run, if its progress was kept.
@@ -54,7 +54,7 @@ def save_result(
         is_own = run is not None and has_saved(run.journal.directory, directory)
         kwargs |= {"overwrite": overwrite or is_own, "announce": None if run is None else run.announce}
         report = save_compressed(model, directory, image_processor, report, **kwargs)
-        saving.add_detail(str(directory), size(safetensors_bytes(directory)))
+        saving.add_detail(str(directory), f"{format_count(safetensors_bytes(directory))}B")
     if run is not None:
         run.close()
     return report
@@ -111,8 +111,8 @@ def _save_pictures(report: CompressionReport, folder: Path, picture: bool) -> No
         try:
             save()
         except Exception as error:
-            # Hours of work are not thrown away for a picture that could not be drawn.
-            logger.warning(f"The checkpoint is saved without {name!r}, which could not be made: {error}")
+            # Hours of work must not be lost because a picture could not be drawn.
+            logger.warning(f"The checkpoint is saved without {name!r}, which could not be created: {error}")
 
 
 def push_compressed(

@@ -1,4 +1,4 @@
-"""The folder of an unfinished run: opened for the very run that it belongs to, removed when the result is saved."""
+"""The folder of an unfinished run: opened only by the run that it belongs to, removed once the result is saved."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 
+from ..checkpoint.saving import writable_directory
 from ..reporting import REPORT_NAME
 from ..runtime.distributed import Processes
 from ..runtime.journal import ACTIVATIONS, Entry, Journal
@@ -35,7 +36,7 @@ _LOCK = "lock"
 _JOURNAL_FILES = re.compile(r"(.+\.safetensors|\..+\.safetensors-[a-z0-9_]{8}|lock)")
 
 _LOCK_TIMEOUT = 10.0
-"""Seconds: processes that a killed run had started may outlive it by some, and hold its lock so long."""
+"""Seconds. Processes started by a run that was killed may outlive it for a while and hold its lock."""
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
@@ -46,16 +47,16 @@ class UnfinishedRun:
     """A run whose progress is kept in a folder, from its start until its result is saved.
 
     Args:
-        directory: The folder; it is made where there is none.
-        identity: What the result depends on, JSON values by name.
-        interval: Seconds between two savings of work that goes on.
-        processes: Those that share the work; all make the object.
+        directory: The folder; created if it does not exist.
+        identity: Everything that the result depends on, as JSON values by name.
+        interval: Seconds between two saves of work in progress.
+        processes: The processes that share the work; all of them create the object.
 
     Attributes:
-        journal: For the entries of this process.
+        journal: The journal of this process.
 
     Raises:
-        ValueError: if the folder belongs to a run with another identity, or another process works on it now.
+        ValueError: if the folder belongs to a run with another identity, or another process is working on it.
         FileExistsError: if it holds other files.
     """
 
@@ -66,7 +67,7 @@ class UnfinishedRun:
         self.journal = Journal(directory, interval, processes.index)
         self._is_main = processes.is_main
         self._identity = json.loads(json.dumps(dict(identity)))
-        # Whoever gets past this point finds a folder that the main process has looked through.
+        # No process goes on before the main one has checked the folder.
         with processes.raise_on_all_ranks():
             if self._is_main:
                 self._open(directory)
@@ -76,27 +77,27 @@ class UnfinishedRun:
         for each in directory.iterdir():
             if not _JOURNAL_FILES.fullmatch(each.name):
                 raise FileExistsError(
-                    f"The folder {str(directory)!r} for an unfinished run holds something else ({each.name!r}); name "
-                    "another."
+                    f"The folder {str(directory)!r} for an unfinished run holds something else ({each.name!r}); choose "
+                    "another folder."
                 )
         self._lock = _locked(directory)
         entry = self.journal.load(_RUN, shared=True)
         for each in directory.iterdir():
-            # Without the identity of their run no entries can be trusted; unfinished files and activations are of no use.
+            # Entries without the identity of their run cannot be trusted; partial files and activations are useless.
             if each.name != _LOCK and (entry is None or each.name.startswith((".", ACTIVATIONS))):
                 each.unlink()
         if entry is None:
             self._save(None)
             return
         _check(entry.values["identity"], self._identity, directory)
-        logger.warning(f"Going on with the unfinished run in {str(directory)!r}.")
+        logger.warning(f"Resuming the unfinished run in {str(directory)!r}.")
 
     def announce(self, folder: Path) -> None:
-        """Note, before a complete checkpoint is moved to its place, that it is the result of this run."""
+        """Record that a complete checkpoint is the result of this run, before it is moved to its destination."""
         self._save(_fingerprint(folder))
 
     def close(self) -> None:
-        """Remove the folder, for the result is saved."""
+        """Remove the folder, since the result is saved."""
         if self._is_main:
             assert self.journal.directory is not None  # given
             _remove(self.journal.directory, self._lock)
@@ -109,7 +110,7 @@ def discard(directory: str | Path) -> None:
     """Remove the folder of an unfinished run, if there is one.
 
     Raises:
-        ValueError: if another process works on it now.
+        ValueError: if another process is working on it.
     """
     directory = Path(directory).expanduser()
     if directory.is_dir():
@@ -117,9 +118,9 @@ def discard(directory: str | Path) -> None:
 
 
 def _locked(directory: Path) -> FileLock | None:
-    """The lock of a folder, taken; None where the file system knows no locks.
+    """Take the lock of a folder; return None where the file system does not support locks.
 
-    It is let go when the process ends, however it ends, and taken again by the same process without waiting.
+    The lock is released when the process ends, however it ends, and the same process can take it again at once.
     """
     lock = FileLock(directory / _LOCK, timeout=_LOCK_TIMEOUT, is_singleton=True, thread_local=False)
     try:
@@ -127,8 +128,8 @@ def _locked(directory: Path) -> FileLock | None:
         return lock
     except Timeout as error:
         raise ValueError(
-            f"Another process works on the unfinished run in {str(directory)!r}. Wait until it ends, or name another "
-            "output."
+            f"Another process is working on the unfinished run in {str(directory)!r}. Wait until it ends, or choose "
+            "another output."
         ) from error
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
@@ -141,9 +142,9 @@ def _remove(directory: Path, lock: FileLock | None) -> None:
     for each in directory.iterdir():
         if _JOURNAL_FILES.fullmatch(each.name) and each not in (last, locked):
             each.unlink(missing_ok=True)
-    # Late, for without it nobody would know that the result beside the folder comes from it.
+    # Last, since it alone tells that the saved result comes from this run.
     last.unlink(missing_ok=True)
-    # While it is held, for another process may wait for it and make its own; where that is not allowed, afterwards.
+    # While it is held, since another process may be waiting to create its own; Windows only allows it afterwards.
     with suppress(OSError):
         locked.unlink(missing_ok=True)
     if lock is not None:
@@ -154,8 +155,27 @@ def _remove(directory: Path, lock: FileLock | None) -> None:
         directory.rmdir()
 
 
+def check_output(
+    directory: str | Path | None, overwrite: bool, resume_directory: str | Path | None, processes: Processes
+) -> None:
+    """Check, before any work, that the result can be saved.
+
+    Args:
+        directory: The destination, or None if the result is not to be saved.
+        overwrite: Whether it may hold files. The result of the same run, saved just before it was cut off, is allowed.
+        resume_directory: The folder with the progress of the run.
+        processes: The processes that share the work.
+
+    Raises:
+        FileExistsError: in all processes, if the folder holds files that may not be overwritten.
+    """
+    with processes.raise_on_all_ranks():
+        if directory is not None and processes.is_main:
+            writable_directory(directory, overwrite or has_saved(resume_directory, directory))
+
+
 def has_saved(directory: str | Path | None, output: str | Path) -> bool:
-    """Whether what stands in `output` is the result of the run in `directory`, which was cut off right after saving."""
+    """Return whether `output` holds the result of the run in `directory`, which was cut off right after saving it."""
     if directory is None:
         return False
     entry = _load(Path(directory).expanduser())
@@ -164,7 +184,7 @@ def has_saved(directory: str | Path | None, output: str | Path) -> bool:
 
 
 def check_images(journal: Journal, fingerprint: str, processes: Processes) -> None:
-    """Check that images, now that they are decoded, are those of the run so far.
+    """Check that the decoded images are those that the run started with.
 
     Raises:
         ValueError: if they are not.
@@ -177,23 +197,25 @@ def check_images(journal: Journal, fingerprint: str, processes: Processes) -> No
         elif before != fingerprint:
             raise ValueError(
                 f"The calibration images have the fingerprint {fingerprint}, those of the unfinished run in "
-                f"{str(journal.directory)!r} had {before}. Give the same images in the same order, or start anew."
+                f"{str(journal.directory)!r} had {before}. Pass the same images in the same order, or start over."
             )
 
 
 def open_run(run: CompressionRun, directory: str | Path, interval: float, allow_tf32: bool) -> UnfinishedRun:
-    """Keep the progress of a run in a folder, or go on with the run that was cut off there.
+    """Keep the progress of a run in a folder, or resume the run that was cut off there.
 
     Args:
-        run: The run.
+        run: The run; it gets the journal of the folder.
         directory: The folder.
-        interval: Seconds between two savings of work that goes on.
+        interval: Seconds between two saves of work in progress.
         allow_tf32: Whether statistics may be multiplied in TF32.
 
     Raises:
         ValueError: if the folder belongs to another run.
     """
     processes, images = run.processes, None
+    if interval <= 0:
+        raise ValueError(f"save_interval={interval!r} is not a positive number of seconds.")
     with processes.raise_on_all_ranks():
         if run.batches is not None and processes.is_main:
             images = run.batches.source_fingerprint()
@@ -204,7 +226,7 @@ def open_run(run: CompressionRun, directory: str | Path, interval: float, allow_
 
 
 def _identity_of(run: CompressionRun, images: str | None, allow_tf32: bool) -> dict[str, Any]:
-    """What the result of a compression depends on, JSON values by name."""
+    """Return everything that the result of a compression depends on, as JSON values by name."""
     model, image_processor = run.model, run.reader.image_processor
     settings = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     return {
@@ -235,8 +257,8 @@ def _check(before: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -
     ]
     if differences:
         raise ValueError(
-            f"The unfinished run in {str(directory)!r} is another one: {'; '.join(differences)}. Go on with it as it was "
-            "started, or start anew: on the command line with --no-resume, else by removing that folder."
+            f"The unfinished run in {str(directory)!r} is a different one: {'; '.join(differences)}. Resume it as it was "
+            "started, or start over: with --no-resume on the command line, otherwise by removing that folder."
         )
 
 
@@ -245,7 +267,7 @@ def _load(directory: Path) -> Entry | None:
 
 
 def _fingerprint(folder: Path) -> str | None:
-    """Of the result in a folder: of its report, which holds times that no other run has had."""
+    """Return a digest of the report in a folder, whose timings no other run has; None if there is no report."""
     report = folder / REPORT_NAME
     return hashlib.sha256(report.read_bytes()).hexdigest() if report.is_file() else None
 

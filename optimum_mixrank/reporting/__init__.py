@@ -1,4 +1,4 @@
-"""What was done to every layer: as JSON beside the checkpoint, as a table, as a picture, as a page."""
+"""What was done to every layer: as JSON beside the checkpoint, as a table, as a picture and as a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put together the report of a compression."""
+"""Assemble the report of a compression."""
 
 from __future__ import annotations
 
@@ -32,18 +32,16 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_PACKAGES = ("optimum-mixrank", "torch", "transformers", "optimum", "datasets", "safetensors")
-
 
 @dataclass(frozen=True)
 class Measurement:
     """Size and cost of a model.
 
     Attributes:
-        parameters: Stored values.
-        flops: FLOPs per image, or None where the model cannot be run on an image of its size.
-        bytes: Bytes of the safetensors files it was loaded from; None where they are not in a local folder.
-        dtype: Of most values in these files.
+        parameters: Number of stored values.
+        flops: FLOPs per image; None if they could not be counted.
+        bytes: Size of the safetensors files it was loaded from; None if they are not in a local folder.
+        dtype: The dtype of most values in these files.
     """
 
     parameters: int
@@ -53,11 +51,11 @@ class Measurement:
 
 
 def measure(model: PreTrainedModel) -> Measurement:
-    """Measure a model as it is now."""
+    """Measure a model in its present state."""
     try:
         flops = flops_per_image(model)
     except Exception as error:
-        # A count that some architecture does not support must not stop a compression.
+        # A figure for the report must not stop a compression.
         logger.warning(f"The FLOPs of {type(model).__name__} could not be counted: {error}")
         flops = None
     folder = Path(model.name_or_path)
@@ -66,24 +64,30 @@ def measure(model: PreTrainedModel) -> Measurement:
     return Measurement(count_parameters(model), flops)
 
 
+def is_local_path(name: str) -> bool:
+    """Return whether a model's name is a path on this machine rather than a Hub id, even if nothing is there any more."""
+    path = Path(name)
+    return path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~")) or path.exists()
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a compression has come to.
+    """The outcome of a compression; names of layers are canonical.
 
     Attributes:
-        config: As it is stored with the model.
-        linears: All linear layers of the encoder, as they were.
-        ranks: By canonical name of every targeted layer.
+        config: The configuration as it is stored with the model.
+        linears: All linear layers of the original's encoder.
+        ranks: The rank of every targeted layer, None for dense ones.
         rank_map: The factored layers.
-        losses: Loss at rank 0, 1, …, by canonical name, as the allocation saw it.
-        original: The model as it was.
+        losses: The loss of every targeted layer at rank 0, 1, …, as the allocator saw it.
+        original: Size and cost of the original.
         model: The compressed model.
-        calibration: None where no data was used.
-        seconds: Wall time by step.
-        compensation: What came of every step.
-        predicted: Whether the losses are in a common unit, so that their sum says something.
-        profile: What other budgets would have cost.
-        processes: Those that shared the work.
+        calibration: The statistics; None if no data was used.
+        seconds: Wall time by phase.
+        compensation: The result of every step.
+        predicted: Whether the losses have a common unit, so that they can be added up.
+        profile: Predicted losses of other budgets.
+        processes: The processes that shared the work.
         memory: See `ReportData`.
     """
 
@@ -104,8 +108,8 @@ class Outcome:
 
 
 def build_report(outcome: Outcome) -> CompressionReport:
-    """Describe what was done to every linear layer of the encoder, targeted or not."""
-    config, model, original = outcome.config, outcome.model, outcome.original
+    """Return the report of a compression."""
+    config, model, original, calibration = outcome.config, outcome.model, outcome.original, outcome.calibration
     compressed = measure(model)
     layers = [_layer_report(outcome, linear) for linear in outcome.linears]
     predicted = [layer.predicted_loss for layer in layers if layer.predicted_loss is not None]
@@ -123,7 +127,11 @@ def build_report(outcome: Outcome) -> CompressionReport:
         dtype_on_disk_before=original.dtype,
         flops_before=original.flops,
         flops_after=compressed.flops,
-        calibration=_describe(outcome.calibration),
+        calibration={
+            "num_images": 0 if calibration is None else calibration.num_images,
+            "num_tokens": 0 if calibration is None else calibration.num_tokens,
+            "num_broken": 0 if calibration is None else len(calibration.broken),
+        },
         predicted_loss=sum(predicted) if outcome.predicted else None,
         model_name=_name(model),
         profile=_budgets(outcome.profile, outcome.linears, original.parameters, config.layout),
@@ -154,13 +162,13 @@ def _layer_report(outcome: Outcome, linear: Target) -> LayerReport:
 
 
 def environment(used: torch.device | None = None) -> dict[str, Any]:
-    """Versions and machine: what a reader needs to reproduce or to judge a figure.
+    """Return the versions and the machine, which a reader needs to reproduce or judge a figure.
 
     Args:
-        used: The device that the work was done on; default: the CPU.
+        used: The device that did the work; default: the CPU.
     """
     versions = {}
-    for package in _PACKAGES:
+    for package in ("optimum-mixrank", "torch", "transformers", "optimum", "datasets", "safetensors"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -177,9 +185,9 @@ def environment(used: torch.device | None = None) -> dict[str, Any]:
 
 
 def _name(model: PreTrainedModel) -> str:
-    # Where a folder lies on this machine is nobody's business.
+    # Reports are published with the model and must not show paths of this machine.
     name = str(model.name_or_path)
-    return (Path(name).name if Path(name).exists() else name) or type(model).__name__
+    return (Path(name).name if is_local_path(name) else name) or type(model).__name__
 
 
 def _budgets(profile: RankProfile, linears: Sequence[Target], parameters: int, layout: str) -> list[dict[str, Any]]:
@@ -190,13 +198,3 @@ def _budgets(profile: RankProfile, linears: Sequence[Target], parameters: int, l
         saved = sum(m * n - stored_values(m, n, rank, layout) for m, n, rank in factored)
         budgets.append({"compression_ratio": point.ratio, "model_parameters": parameters - saved, "loss": point.loss})
     return budgets
-
-
-def _describe(calibration: Calibration | None) -> dict[str, Any]:
-    if calibration is None:
-        return {"num_images": 0, "num_tokens": 0, "num_broken": 0}
-    return {
-        "num_images": calibration.num_images,
-        "num_tokens": calibration.num_tokens,
-        "num_broken": len(calibration.broken),
-    }

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
 from ..runtime.version import __version__
+from .build import is_local_path
 from .data import ReportData
 from .table import format_table
 
@@ -25,27 +26,28 @@ _TASKS = {
 
 
 def model_card(model: PreTrainedModel, report: ReportData) -> ModelCard:
-    """Describe a compressed model: what it derives from, how it was made, what was lost, how to load it.
+    """Return a card that says what a model derives from, how it was compressed, what was lost and how to load it.
 
-    Licence and tags come from the card of the original where it can be read.
+    The licence and the data sets come from the original's card if it can be read.
 
     Args:
-        model: The compressed model; its `name_or_path` is the original.
-        report: Of the compression, with an evaluation if there was one.
+        model: The compressed model; its `name_or_path` names the original.
+        report: The report of the compression, with the evaluation if there was one.
     """
     original = str(model.name_or_path)
     name = type(model).__name__
     task = next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), "image-feature-extraction")
     inherited = _card_data(original)
+    terms: dict[str, Any] = {
+        key: inherited.get(key) for key in ("license", "license_name", "license_link", "datasets")
+    }
+    base_model = original if original and not is_local_path(original) else None
     shown = report.model_name or name
     data = ModelCardData(
-        base_model=None if Path(original).exists() or not original else original,
-        base_model_relation="quantized" if original and not Path(original).exists() else None,
+        base_model=base_model,
+        base_model_relation=base_model and "quantized",
         library_name="transformers",
-        license=inherited.get("license"),
-        license_name=inherited.get("license_name"),
-        license_link=inherited.get("license_link"),
-        datasets=inherited.get("datasets"),
+        **terms,
         pipeline_tag=task,
         tags=["mixrank", "low-rank", "compressed"],
         model_name=f"{shown} ({report.removed_of_model:.0%} smaller)",
@@ -61,7 +63,7 @@ def _text(original: str, model_class: str, report: ReportData) -> str:
         f"# {original}, {report.removed_of_model:.0%} smaller",
         "",
         f"`{original}` compressed by optimum-mixrank {__version__}: every linear layer of the encoder is a pair of thin "
-        "factors, chosen so that the model's output changes least. The method goes on from "
+        "factors, chosen so that the model's output changes least. The method builds on "
         "[arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
         "",
         "## Use",
@@ -122,10 +124,10 @@ def _results(report: ReportData, task: str) -> list[EvalResult] | None:
 
 
 def _card_data(original: str) -> dict[str, Any]:
-    """Metadata of the original's card; nothing where there is none, or it cannot be reached."""
+    """Return the metadata of the original's card, empty if there is none or it cannot be reached."""
     try:
-        file = Path(original) / "README.md"
-        if Path(original).exists():
+        if is_local_path(original):
+            file = Path(original) / "README.md"
             return ModelCard.load(file).data.to_dict() if file.is_file() else {}
         return ModelCard.load(original).data.to_dict() if original else {}
     except (OSError, ValueError, EntryNotFoundError, RepositoryNotFoundError, HFValidationError):

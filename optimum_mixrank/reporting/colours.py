@@ -1,15 +1,15 @@
-"""Colours of pictures and pages, by what they stand for, on light and on dark background."""
+"""Colours of pictures and pages, named for what they show, on a light and on a dark background."""
 
 from __future__ import annotations
 
 
 INK, GRID, PAPER = "#2c3e50", "#e5e7e9", "#fefefe"
-"""Text and axes; lines of a grid; what shows between coloured areas (told from the white of text on bars)."""
+"""Text and axes; grid lines; the gaps between coloured areas (not quite the white of text on bars)."""
 
 FACTORED, DENSE, EXCLUDED, BREAK_EVEN = "#3b75af", "#f0a04b", "#d5d8dc", "#b03a2e"
 
 SERIES = ("#3a76b1", "#c2661a", "#2f8f5b", "#8a5bb5", "#c2416b", "#1c8594", "#8c6239", "#6b7785")
-"""Kinds of layers, in the order in which they run."""
+"""Kinds of layers, in forward order."""
 
 ON_DARK = {
     INK: "#e3e8ee",
@@ -19,12 +19,8 @@ ON_DARK = {
     DENSE: "#94601f",
     EXCLUDED: "#454e59",
     BREAK_EVEN: "#ff9184",
-    **dict(
-        zip(
-            SERIES,
-            ("#6ba6dd", "#f0a04b", "#5cc58a", "#bb98e3", "#f2819f", "#4fc0cf", "#cba57d", "#a3adb8"),
-            strict=True,
-        )
-    ),
 }
-"""What takes the place of every colour on a dark background."""
+ON_DARK.update(
+    zip(SERIES, ("#6ba6dd", "#f0a04b", "#5cc58a", "#bb98e3", "#f2819f", "#4fc0cf", "#cba57d", "#a3adb8"), strict=True)
+)
+"""The colour that replaces each of these on a dark background."""

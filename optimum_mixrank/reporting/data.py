@@ -1,4 +1,4 @@
-"""The report of a compression as plain data, saved beside the checkpoint as JSON."""
+"""The report of a compression as plain data, saved as JSON beside the checkpoint."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class LayerReport:
     Attributes:
         name: Canonical name.
         shape: `(out_features, in_features)`.
-        rank: None if the layer stayed dense.
+        rank: The rank of its factors; None if the layer stayed dense.
         kept_energy: Share of the layer's energy that one-shot factors of this rank keep, in [0, 1], as the metric
             measures it, before compensation; None for a dense layer.
-        targeted: Whether it was to be compressed; a targeted layer stays dense where that is smaller or asked for.
-        parameters_before: Stored values of the weight, `out_features * in_features`.
-        parameters_after: Stored values of the weight or its factors.
-        predicted_loss: What one-shot factors of this rank are predicted to cost, before compensation, in nats per
-            image, to second order; None for a dense layer or a metric whose losses have no common unit.
+        targeted: Whether the layer was targeted; a targeted layer stays dense if that is smaller or requested.
+        parameters_before: Number of values in the weight, `out_features * in_features`.
+        parameters_after: Number of values stored for the weight or its factors.
+        predicted_loss: Predicted loss of one-shot factors of this rank, before compensation, in nats per image, to
+            second order; None for a dense layer or a metric whose losses have no common unit.
     """
 
     name: str
@@ -56,39 +56,44 @@ class LayerReport:
         """Share of the stored values that is left."""
         return self.parameters_after / self.parameters_before
 
+    @property
+    def rank_text(self) -> str:
+        """The rank as tables show it: a number, `dense` or `excluded`."""
+        return str(self.rank) if self.rank is not None else "dense" if self.targeted else "excluded"
+
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a compression was asked to do, what it did, and what came of it.
+    """The plain data of a report: what a compression was asked to do, what it did, and what the result is like.
 
     Attributes:
         layers: All linear layers of the encoder in forward order, targeted or not.
-        settings: The configuration, JSON values.
-        environment: Versions, machine and threads, JSON values.
-        model_parameters_before: Parameters of the whole model.
-        model_parameters_after: The same after the compression.
-        bytes_on_disk_before: Of the original's weight files; None if not known.
-        bytes_on_disk_after: Of the compressed checkpoint's weight files; None before it is saved.
-        dtype_on_disk_before: The dtype of most of the original's stored values, such as `"float16"`; None if not known.
-        dtype_on_disk_after: Of the compressed checkpoint.
-        flops_before: FLOPs per image (a multiply-add counts two); None if not counted.
-        flops_after: The same after the compression.
-        calibration: `num_images`, `num_tokens`, `num_broken`.
+        settings: The configuration, as JSON values.
+        environment: Versions, machine and threads, as JSON values.
+        model_parameters_before: Parameters of the original model.
+        model_parameters_after: Parameters of the compressed model.
+        bytes_on_disk_before: Size of the original's weight files; None if unknown.
+        bytes_on_disk_after: Size of the compressed checkpoint's weight files; None before it is saved.
+        dtype_on_disk_before: The dtype of most of the original's stored values, such as `"float16"`; None if unknown.
+        dtype_on_disk_after: The same for the compressed checkpoint.
+        flops_before: FLOPs per image of the original (a multiply-add counts as two); None if not counted.
+        flops_after: FLOPs per image of the compressed model.
+        calibration: `num_images`, `num_tokens` and `num_broken`.
         seconds: Wall time by phase.
-        evaluation: Fields of `EvaluationResult`; None before an evaluation.
-        compensation: Fields of `CompensationTaskResult` for every step.
-        predicted_loss: Of the ranks, before compensation: in nats per image, to second order; None for a metric whose
-            losses have no common unit.
-        model_name: Hub id or folder of the original, without the path to it.
-        profile: What other budgets were predicted to cost, before compensation, by ascending ratio:
-            `compression_ratio`, `model_parameters` and `loss` of each.
-        loss_unit: Unit of the profile's losses.
-        memory: Where a limit was set, what was estimated beside the original, of the main process: `estimated_bytes` by
-            place (`host`, `device`), `disk_bytes` that activations take there, `passes` over the images for statistics,
-            and `not_counted`, the steps that the estimate leaves out. Else empty.
+        evaluation: The fields of `EvaluationResult`; None before an evaluation.
+        compensation: The fields of `CompensationResult` for every step.
+        predicted_loss: Predicted loss of the ranks before compensation, in nats per image, to second order; None for a
+            metric whose losses have no common unit.
+        model_name: Hub id of the original, or the name of its folder without the path.
+        profile: Predicted losses of other budgets before compensation, by ascending ratio; each has
+            `compression_ratio`, `model_parameters` and `loss`.
+        loss_unit: The unit of the profile's losses.
+        memory: If a limit was set, the main process's estimate of what is needed beside the original:
+            `estimated_bytes` by place (`host`, `device`), `disk_bytes` of activations on the disk, `passes` over the
+            images for statistics, and `not_counted`, the steps that the estimate leaves out. Empty without a limit.
 
     Raises:
-        TypeError: if settings and the like hold something else than JSON values.
+        TypeError: if settings and the like hold anything but JSON values.
         ValueError: if they hold NaN or Inf.
     """
 
@@ -115,31 +120,31 @@ class ReportData:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        for name in _JSON_FIELDS:
+        for name in {each.name for each in dataclasses.fields(self)} - {"layers"}:
             object.__setattr__(self, name, _json_value(getattr(self, name), name))
 
     @property
     def kept_of_encoder(self) -> float:
-        """Share of the stored values of all the encoder's linear weights, excluded and dense ones included, left."""
+        """Share left of the values of all the encoder's linear weights, including excluded and dense ones."""
         return _share(self.layers)
 
     @property
     def removed_of_encoder(self) -> float:
-        """Share removed of all the encoder's linear weights, excluded and dense ones included."""
+        """Share removed of the values of all the encoder's linear weights, including excluded and dense ones."""
         return 1 - self.kept_of_encoder
 
     @property
     def removed_of_model(self) -> float:
-        """Share removed of all parameters of the model; what `compression_scope="model"` counts."""
+        """Share removed of all parameters of the model, which `compression_scope="model"` counts."""
         return 1 - self.model_parameters_after / self.model_parameters_before
 
     @property
     def removed_of_targets(self) -> float:
-        """Share removed of the targeted layers' weights; what `compression_scope="targets"` counts."""
+        """Share removed of the targeted layers' weights, which `compression_scope="targets"` counts."""
         return 1 - _share([layer for layer in self.layers if layer.targeted])
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, with the ratios; `from_dict` is its exact inverse."""
+        """Return the report with its ratios as JSON values; `from_dict` is the exact inverse."""
         content = dataclasses.asdict(self)
         content["layers"] = [{**layer, "shape": list(layer["shape"])} for layer in content["layers"]]
         ratios = {name: getattr(self, name) for name in _RATIOS}
@@ -147,12 +152,10 @@ class ReportData:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Build a report from its JSON form.
-
-        Fields of a newer version of this library are left out, with a warning.
+        """Build a report from JSON values; unknown fields, as of a newer version, are dropped with a warning.
 
         Raises:
-            ValueError: names what is missing.
+            ValueError: if a field is missing.
         """
         known = {name: value for name, value in content.items() if name not in _RATIOS}
         fields = _known_fields(cls, known, "The report")
@@ -162,13 +165,13 @@ class ReportData:
         return cls(**{**fields, "layers": layers})
 
     def save(self, path: str | Path) -> Path:
-        """Write the report, complete or not at all.
+        """Write the report, completely or not at all.
 
         Args:
-            path: A file, or an existing folder in which it is called `mixrank_report.json`.
+            path: A file, or an existing folder, in which the file is called `mixrank_report.json`.
 
         Returns:
-            The file.
+            The path of the file.
         """
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         return write_text(file_in(path, REPORT_NAME), text)
@@ -181,57 +184,46 @@ class ReportData:
             path: The file, or the folder of the checkpoint.
 
         Raises:
-            FileNotFoundError: if there is none.
-            ValueError: if the file holds no report.
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file does not hold a report.
         """
         file = file_in(path, REPORT_NAME)
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError(f"{str(file)!r} holds a {type(content).__name__}, not the report of a compression.")
+            raise ValueError(f"{str(file)!r} holds a {type(content).__name__}, not a compression report.")
         return cls.from_dict(content)
 
-
-_JSON_FIELDS = (
-    "settings",
-    "environment",
-    "calibration",
-    "seconds",
-    "evaluation",
-    "compensation",
-    "profile",
-    "memory",
-)
 
 _RATIOS = ("removed_of_model", "removed_of_targets", "removed_of_encoder", "kept_of_encoder")
 
 
 def _share(layers: Sequence[LayerReport]) -> float:
     before = sum(layer.parameters_before for layer in layers)
-    # Of nothing, nothing was removed.
+    # Where there is nothing, nothing was removed.
     return sum(layer.parameters_after for layer in layers) / before if before else 1.0
 
 
 def file_in(path: str | Path, name: str) -> Path:
-    """The path itself, or the file of this name in it where it is an existing folder."""
+    """Return the file of this name in `path` if that is an existing folder, else `path` itself."""
     path = Path(path)
     return path / name if path.is_dir() else path
 
 
 def write_text(file: Path, text: str) -> Path:
-    """Write a file, complete or not at all, and return it."""
+    """Write a file, completely or not at all, and return its path."""
     with replaced_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return file
 
 
 def _json_value(value: Any, name: str) -> Any:
-    """The value as it comes back from a JSON file, so that a report equals its reloaded self."""
+    """Return the value as a JSON file would give it back, so that a report equals its reloaded copy."""
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except TypeError as error:
-        raise TypeError(f"{name} of a report is to hold JSON values only: {error}.") from None
+        raise TypeError(f"{name} of a report must hold JSON values only: {error}.") from None
     except ValueError as error:
-        raise ValueError(f"{name} of a report may hold neither NaN nor Inf: {error}.") from None
+        raise ValueError(f"{name} of a report must not hold NaN or Inf: {error}.") from None
 
 
 def _known_fields(cls: type, content: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -242,10 +234,10 @@ def _known_fields(cls: type, content: Mapping[str, Any], what: str) -> dict[str,
         if name not in content and each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{what} lacks {', '.join(missing)}; the file is no report of a compression, or is damaged.")
+        raise ValueError(f"{what} lacks {', '.join(missing)}; the file is not a compression report, or it is damaged.")
     unknown = sorted(set(content) - set(fields))
     if unknown:
         logger.warning(
-            f"{what} has unknown fields, which are left out: {', '.join(unknown)}. Is optimum-mixrank up to date?"
+            f"{what} has unknown fields, which are dropped: {', '.join(unknown)}. Is optimum-mixrank up to date?"
         )
     return {name: value for name, value in content.items() if name in fields}

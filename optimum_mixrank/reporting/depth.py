@@ -1,9 +1,8 @@
-"""Where a layer stands: its depth and its kind, both from its name."""
+"""Where a layer stands in the model, read from its name: its depth and its kind."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .data import LayerReport
@@ -13,51 +12,37 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
-class LayerName:
-    """A layer's name, taken apart.
-
-    Attributes:
-        kind: The parts that are no numbers.
-        numbers: The parts that are: where the layer stands.
-    """
-
-    kind: tuple[str, ...]
-    numbers: tuple[int, ...]
-
-    @classmethod
-    def parse(cls, name: str) -> LayerName:
-        """Take a dotted name apart."""
-        parts = name.split(".")
-        numbers = tuple(int(part) for part in parts if part.isdecimal())
-        return cls(tuple(part for part in parts if not part.isdecimal()), numbers)
-
-
 def depths_of(layers: Sequence[LayerReport]) -> dict[str, int]:
-    """Position of every layer on the axis of depth: the number of its block, counted over all stages.
+    """Return the position of every layer on the depth axis: the number of its block, counted over all stages.
 
-    A layer that belongs to a stage rather than to a block, such as the reduction of Swin's patch merging, stands at
-    the last block before it.
+    A layer that belongs to a stage rather than to a block, such as the reduction of Swin's patch merging, shares the
+    position of the last block before it.
     """
-    names = {layer.name: LayerName.parse(layer.name) for layer in layers}
-    levels = max(len(name.numbers) for name in names.values())
+    numbers = {layer.name: _split(layer.name)[1] for layer in layers}
+    levels = max(map(len, numbers.values()))
     slots: dict[tuple[int, ...], int] = {}
     depths: dict[str, int] = {}
     last = 0
-    for layer in layers:
-        numbers = names[layer.name].numbers
-        if len(numbers) == levels or not slots:
-            last = slots.setdefault(numbers, len(slots))
-        depths[layer.name] = last
+    for name, position in numbers.items():
+        if len(position) == levels or not slots:
+            last = slots.setdefault(position, len(slots))
+        depths[name] = last
     return depths
 
 
 def kinds_of(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
-    """Layers by kind, which is called by as many last parts of its name as tell it from the other kinds."""
+    """Group layers whose names differ only in numbers; each group is labelled by its shortest unique name ending."""
     groups: dict[tuple[str, ...], list[LayerReport]] = {}
     for layer in layers:
-        groups.setdefault(LayerName.parse(layer.name).kind, []).append(layer)
+        groups.setdefault(_split(layer.name)[0], []).append(layer)
     return {_shortest_suffix(kind, list(groups)): members for kind, members in groups.items()}
+
+
+def _split(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Split a dotted name into its words, which say what kind of layer it is, and its numbers, which say where."""
+    parts = name.split(".")
+    words = tuple(part for part in parts if not part.isdecimal())
+    return words, tuple(int(part) for part in parts if part.isdecimal())
 
 
 def _shortest_suffix(kind: tuple[str, ...], kinds: Sequence[tuple[str, ...]]) -> str:
@@ -68,21 +53,15 @@ def _shortest_suffix(kind: tuple[str, ...], kinds: Sequence[tuple[str, ...]]) ->
 
 
 def label_depth(axes: Axes, layers: Sequence[LayerReport], depths: Mapping[str, int], room: float) -> None:
-    """Number the blocks along the axis of depth.
+    """Number the blocks along the horizontal axis; `room` is the width of a block in points.
 
-    Args:
-        axes: Whose horizontal axis it is.
-        layers: All layers of the report.
-        depths: See `depths_of`.
-        room: Width of a block in points; where it is narrow, not every block gets its number.
+    Where blocks are narrow, only some of them are numbered.
     """
     labels: dict[int, str] = {}
     for layer in layers:
-        numbers = ".".join(map(str, LayerName.parse(layer.name).numbers))
-        labels.setdefault(depths[layer.name], numbers)
-    step = 1 + int(max(len(label) for label in labels.values()) * 5 // room)
+        labels.setdefault(depths[layer.name], ".".join(map(str, _split(layer.name)[1])))
+    step = 1 + int(max(map(len, labels.values())) * 5 // room)
     shown = range(0, len(labels), step)
     axes.set_xticks(shown, [labels[slot] for slot in shown], fontsize=8)
     axes.set_xlim(-0.6, len(labels) - 0.4)
-    nested = any("." in label for label in labels.values())
-    axes.set_xlabel("stage.block" if nested else "block")
+    axes.set_xlabel("stage.block" if any("." in label for label in labels.values()) else "block")

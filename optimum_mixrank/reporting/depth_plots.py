@@ -1,4 +1,4 @@
-"""Over depth: what the ranks keep, and what they are predicted to cost."""
+"""Pictures over depth: how much energy the ranks keep, and the loss that is predicted for them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE = (4.3, 3.6)
-"""Inches; narrow enough for the screen of a telephone."""
+"""Inches; narrow enough for the screen of a phone."""
 
 _MARKERS = "osD^vPX*"
 
 
 def draw_kept_energy(report: ReportData) -> Figure | None:
-    """Share of every factored layer's energy that one-shot factors keep, one line per kind of layer.
+    """Draw the share of energy that one-shot factors keep, with a line for each kind of layer.
 
-    Returns:
-        The picture; None if no layer is factored.
+    Return None if no layer is factored.
     """
     if all(layer.kept_energy is None for layer in report.layers):
         return None
@@ -41,10 +40,9 @@ def draw_kept_energy(report: ReportData) -> Figure | None:
 
 
 def draw_predicted_loss(report: ReportData) -> Figure | None:
-    """Predicted loss of every block, before compensation, as a bar that its layers share.
+    """Draw the predicted loss of every block before compensation as a bar, divided among its layers.
 
-    Returns:
-        The picture; None if the losses of the metric have no common unit.
+    Return None if the metric's losses have no common unit.
     """
     if all(layer.predicted_loss is None for layer in report.layers):
         return None
@@ -78,7 +76,7 @@ def draw_predicted_loss(report: ReportData) -> Figure | None:
 
 
 def new_figure() -> tuple[Figure, Axes]:
-    """A small figure with one pair of axes."""
+    """Return a small figure with one pair of axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, layout="constrained")
@@ -91,7 +89,7 @@ def new_figure() -> tuple[Figure, Axes]:
 
 
 def add_legend(figure: Figure, columns: int = 2) -> None:
-    """Below the axes, where it covers nothing."""
+    """Put a legend below the axes, where it covers nothing."""
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 

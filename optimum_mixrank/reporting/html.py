@@ -1,20 +1,19 @@
-"""A report as one HTML page: figures, pictures, tables, settings and machine; nothing is loaded, no script runs."""
+"""A report as one HTML page: figures, pictures, tables, settings and machine; it loads nothing and runs no script."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..runtime.formatting import change, format_count, percent
+from ..runtime.formatting import format_change, format_count, format_percent
 from .colours import ON_DARK
 from .data import LayerReport, ReportData
 from .inline_svg import css_variable
 from .pictures import draw_pictures
-from .table import common_prefix, dtype_change
+from .table import common_prefix, count_values, dtype_change
 
 
 if TYPE_CHECKING:
@@ -25,25 +24,23 @@ THEMES = ("light", "dark")
 _TEMPLATE = "report.html.jinja"
 
 
-@dataclass(frozen=True)
-class Headline:
-    """A figure at the head of the page: what it is, its value, and what that compares with."""
+class Headline(NamedTuple):
+    """A figure at the head of the page: what it is, its value, and what to compare it with."""
 
     label: str
     value: str
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table of layers."""
+class Row(NamedTuple):
+    """A row of the table of layers."""
 
     name: str
     cells: Sequence[str]
 
 
 def render_html(report: ReportData, others: Sequence[ReportData] = (), theme: str | None = None) -> str:
-    """See `ReportData.to_html`."""
+    """Return the page of a report, see `CompressionReport.to_html`."""
     if theme is not None and theme not in THEMES:
         names = ", ".join(map(repr, THEMES))
         raise ValueError(f"theme={theme!r} is unknown; choose one of {names}, or None to follow the reader's system.")
@@ -53,18 +50,18 @@ def render_html(report: ReportData, others: Sequence[ReportData] = (), theme: st
         light={css_variable(colour): colour for colour in ON_DARK},
         dark={css_variable(colour): on_dark for colour, on_dark in ON_DARK.items()},
         model=report.model_name or "A model",
-        removed=percent(report.removed_of_model),
+        removed=format_percent(report.removed_of_model),
         version=report.environment.get("optimum-mixrank"),
-        headlines=_headlines(report),
+        headlines=_headlines(report) + _measured(report.evaluation or {}),
         evaluated=report.evaluation is not None,
         pictures=draw_pictures(report, others),
         steps=_steps(report),
         prefix=prefix.removesuffix("."),
         rows=[_row(layer, layer.name.removeprefix(prefix), report.predicted_loss) for layer in report.layers],
         totals=_totals(report),
-        settings=_shown(report.settings),
-        environment=_shown(report.environment),
-        calibration=_shown(report.calibration),
+        settings=_as_text(report.settings),
+        environment=_as_text(report.environment),
+        calibration=_as_text(report.calibration),
         seconds={phase: f"{seconds:,.1f} s" for phase, seconds in report.seconds.items()},
         total_seconds=f"{sum(report.seconds.values()):,.1f} s",
     )
@@ -76,7 +73,7 @@ def _template() -> Template:
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        # Names of models, layers and settings come from anywhere.
+        # Names of models, layers and settings are not to be trusted.
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -87,22 +84,20 @@ def _template() -> Template:
 
 def _headlines(report: ReportData) -> list[Headline]:
     before, after = report.model_parameters_before, report.model_parameters_after
-    figures = [Headline("parameters", f"{after:,}", f"of {before:,} ({change(before, after)})")]
-    size = report.bytes_on_disk_after
+    figures = [Headline("parameters", f"{after:,}", f"of {before:,} ({format_change(before, after)})")]
+    size, original = report.bytes_on_disk_after, report.bytes_on_disk_before
     if size is not None:
-        original = report.bytes_on_disk_before
-        note = (
-            "" if original is None else f"of {original:,} ({change(original, size)}) {dtype_change(report)}".rstrip()
+        change = (
+            "" if original is None else f"of {original:,} ({format_change(original, size)}) {dtype_change(report)}"
         )
-        figures.append(Headline("bytes on disk", f"{size:,}", note))
+        figures.append(Headline("bytes on disk", f"{size:,}", change.rstrip()))
     if report.flops_before is not None and report.flops_after is not None:
-        note = f"of {format_count(report.flops_before)} ({change(report.flops_before, report.flops_after)})"
+        note = f"of {format_count(report.flops_before)} ({format_change(report.flops_before, report.flops_after)})"
         figures.append(Headline("FLOPs per image", format_count(report.flops_after), note))
     if report.predicted_loss is not None:
-        figures.append(
-            Headline("predicted loss", f"{report.predicted_loss:.3g} nats", "per image, before compensation")
-        )
-    return figures + _measured(report.evaluation or {})
+        loss = f"{report.predicted_loss:.3g} nats"
+        figures.append(Headline("predicted loss", loss, "per image, before compensation"))
+    return figures
 
 
 def _measured(evaluation: Mapping[str, Any]) -> list[Headline]:
@@ -111,11 +106,11 @@ def _measured(evaluation: Mapping[str, Any]) -> list[Headline]:
         after, before = evaluation.get(name), evaluation.get(f"reference_{name}")
         if after is not None:
             points = "" if before is None else f"{100 * (after - before):+.2f}".replace("-", "−")
-            note = "" if before is None else f"original {percent(before, 2)} ({points} points)"
-            figures.append(Headline(f"top-{name.removeprefix('top')} accuracy", percent(after, 2), note))
+            note = "" if before is None else f"original {format_percent(before, 2)} ({points} points)"
+            figures.append(Headline(f"top-{name.removeprefix('top')} accuracy", format_percent(after, 2), note))
     images = f"on {evaluation.get('num_images', 0):,} images"
     if evaluation.get("agreement") is not None:
-        figures.append(Headline("agreement with the original", percent(evaluation["agreement"], 2), images))
+        figures.append(Headline("agreement with the original", format_percent(evaluation["agreement"], 2), images))
     if evaluation.get("kl") is not None:
         figures.append(Headline("KL from the original", f"{evaluation['kl']:.4f} nats", images))
     if evaluation.get("feature_error") is not None:
@@ -124,7 +119,7 @@ def _measured(evaluation: Mapping[str, Any]) -> list[Headline]:
 
 
 def _steps(report: ReportData) -> list[dict[str, Any]]:
-    """Steps of compensation, with the errors as lengths of bars too, in percent of the largest."""
+    """Return the compensation steps; bar lengths are errors as percentages of the largest one."""
     largest = max((max(step["error_before"], step["error_after"]) for step in report.compensation), default=0) or 1
     return [
         {
@@ -132,59 +127,43 @@ def _steps(report: ReportData) -> list[dict[str, Any]]:
             "kept": step["kept"],
             "before": f"{step['error_before']:.4g}",
             "after": f"{step['error_after']:.4g}",
-            "change": change(step["error_before"], step["error_after"]),
+            "change": format_change(step["error_before"], step["error_after"]),
             "bars": [round(100 * step[f"error_{when}"] / largest, 1) for when in ("before", "after")],
-            "details": _shown(step.get("details", {})),
+            "details": _as_text(step.get("details", {})),
         }
         for step in report.compensation
     ]
 
 
 def _row(layer: LayerReport, name: str, predicted: float | None) -> Row:
-    rank = "dense" if layer.targeted else "excluded"
     share = layer.predicted_loss / predicted if layer.predicted_loss is not None and predicted else None
-    return Row(
-        name,
-        (
-            f"{layer.shape[0]} × {layer.shape[1]}",
-            rank if layer.rank is None else str(layer.rank),
-            "" if layer.kept_energy is None else percent(layer.kept_energy, 2),
-            "" if share is None else percent(share),
-            f"{layer.parameters_before:,}",
-            f"{layer.parameters_after:,}",
-            percent(layer.kept),
-        ),
+    cells = (
+        f"{layer.shape[0]} × {layer.shape[1]}",
+        layer.rank_text,
+        "" if layer.kept_energy is None else format_percent(layer.kept_energy, 2),
+        "" if share is None else format_percent(share),
+        f"{layer.parameters_before:,}",
+        f"{layer.parameters_after:,}",
+        format_percent(layer.kept),
     )
+    return Row(name, cells)
 
 
 def _totals(report: ReportData) -> list[Row]:
     groups = {"targeted layers": [layer for layer in report.layers if layer.targeted]}
     if not all(layer.targeted for layer in report.layers):
         groups["all linear layers of the encoder"] = list(report.layers)
-    return [_total(name, layers) for name, layers in groups.items()]
+    rows = []
+    for name, layers in groups.items():
+        factored, before, after = count_values(layers)
+        kept = format_percent(after / before) if before else ""
+        rows.append(Row(name, ("", factored, "", "", f"{before:,}", f"{after:,}", kept)))
+    return rows
 
 
-def _total(name: str, layers: Sequence[LayerReport]) -> Row:
-    before = sum(layer.parameters_before for layer in layers)
-    after = sum(layer.parameters_after for layer in layers)
-    return Row(
-        name,
-        (
-            "",
-            f"{sum(layer.rank is not None for layer in layers)} of {len(layers)}",
-            "",
-            "",
-            f"{before:,}",
-            f"{after:,}",
-            percent(after / before) if before else "",
-        ),
-    )
-
-
-def _shown(values: Mapping[str, Any]) -> dict[str, str]:
-    """Values as one would write them, text without quotes."""
-    return {name: value if isinstance(value, str) else _literal(value) for name, value in values.items()}
-
-
-def _literal(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
+def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return values as text: strings without quotes, lists and mappings as JSON."""
+    return {
+        name: json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
+        for name, value in values.items()
+    }

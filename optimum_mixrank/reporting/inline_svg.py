@@ -1,4 +1,4 @@
-"""Pictures as SVG inside a page: in the page's colours, and with a text in their place."""
+"""Pictures as SVG elements of a page, in its colours and with an alternative text."""
 
 from __future__ import annotations
 
@@ -18,26 +18,24 @@ if TYPE_CHECKING:
 
 _PIXELS_PER_POINT = 96 / 72
 
-_SUPERFLUOUS = ("metadata", "style")
-
 _URL = re.compile(r"url\(#([\w-]+)\)")
 
 _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 
 
 def css_variable(colour: str) -> str:
-    """Name of the variable that holds a colour of `colours`, or what takes its place on dark background."""
+    """Return the name of the CSS variable for a colour of `colours`, whose value depends on the theme."""
     return f"--c-{colour.removeprefix('#')}"
 
 
 @contextmanager
 def picture_style() -> Iterator[None]:
-    """Draw and save alike whatever the user's settings of matplotlib are."""
+    """Draw and save the same picture whatever the user's matplotlib settings are."""
     import matplotlib
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        # Text stays text, which can be searched and copied.
+        # Text stays text, so that it can be searched and copied.
         matplotlib.rcParams.update({**STYLE, "svg.fonttype": "none"})
         yield
 
@@ -45,14 +43,14 @@ def picture_style() -> Iterator[None]:
 def inline_svg(
     figure: Figure, name: str, title: str, description: str, tooltips: Mapping[str, str] | None = None
 ) -> str:
-    """A figure as an `svg` element without anything that it would load.
+    """Return a figure as an `svg` element that loads nothing.
 
     Args:
-        figure: Drawn under `picture_style`, with colours of `colours`.
-        name: Tells its ids from those of other pictures of the page.
-        title: What it shows.
-        description: What is to be seen, for those who do not see it.
-        tooltips: Texts by the id of an artist.
+        figure: A figure drawn under `picture_style` in colours of `colours`.
+        name: A prefix for its ids, unique in the page.
+        title: What the picture shows.
+        description: The alternative text.
+        tooltips: Tooltips by the `gid` of an artist.
     """
     figure.patch.set_visible(False)
     for axes in figure.axes:
@@ -74,7 +72,7 @@ def inline_svg(
         "viewBox": root.attrib["viewBox"],
         "role": "img",
         "aria-labelledby": " ".join(f"{name}-{tag}" for tag in texts),
-        # The width at which its letters have the size that they were drawn with.
+        # The width at which letters have the size that they were drawn with.
         "style": f"--width: {width * _PIXELS_PER_POINT:.0f}px; aspect-ratio: {width:.2f} / {height:.2f}",
         "fill": "currentColor",
         "stroke-linejoin": "round",
@@ -83,9 +81,9 @@ def inline_svg(
 
 
 def _clean(element: ElementTree.Element, name: str, referred: set[str], tooltips: Mapping[str, str]) -> None:
-    """Free an element of names that other pictures have too, of namespaces and of fixed colours."""
+    """Make ids unique to the picture, and replace namespaces and fixed colours."""
     for child in list(element):
-        if _local(child.tag) in _SUPERFLUOUS:
+        if _local(child.tag) in ("metadata", "style"):
             element.remove(child)
     element.tag = _local(element.tag)
     identity = element.attrib.pop("id", "")
@@ -112,5 +110,5 @@ def _themed(colour: str) -> str:
 
 
 def _local(name: str) -> str:
-    """A name without its namespace; in HTML an `svg` element needs none."""
+    """Return a name without its namespace, which an `svg` element in HTML does not need."""
     return name.rpartition("}")[2]

@@ -1,4 +1,4 @@
-"""Over parameters: predicted and measured loss, and accuracy."""
+"""Pictures over parameters: predicted and measured loss, and accuracy."""
 
 from __future__ import annotations
 
@@ -18,57 +18,30 @@ if TYPE_CHECKING:
 
 
 def draw_loss(report: ReportData, others: Sequence[ReportData] = ()) -> Figure | None:
-    """Predicted loss of many budgets with the chosen one marked, and what was measured.
+    """Draw the predicted loss of many budgets with the chosen one marked, and the measured losses of all reports.
 
-    Args:
-        report: Of the compression.
-        others: Of other compressions of the same model; what was measured of them is drawn too.
-
-    Returns:
-        The picture; None if there is nothing to compare.
+    Return None if there is nothing to compare.
     """
     budgets = [budget for budget in report.profile if budget["loss"] > 0]
     points = [(each.model_parameters_after, found["kl"]) for each, found in measured((report, *others), "kl")]
     points = [(parameters, kl) for parameters, kl in points if kl > 0]
     unit = report.loss_unit
     if unit != NATS:
-        # Other metrics than K-FAC predict in units of their own; one measured point alone says nothing.
+        # Metrics other than K-FAC predict in units of their own; a single measured point says nothing.
         budgets, points, unit = ([], points, NATS) if len(points) > 1 else (budgets, [], unit)
     if not budgets and len(points) < 2:
         return None
     figure, axes = new_figure()
     if budgets:
-        axes.plot(
-            [budget["model_parameters"] for budget in budgets],
-            [budget["loss"] for budget in budgets],
-            color=FACTORED,
-            marker="o",
-            markersize=3.5,
-            lw=1.3,
-            label="predicted, before compensation",
-        )
-    chosen = [each for each in budgets if each["compression_ratio"] == report.settings.get("compression_ratio")]
-    for budget in chosen:
-        axes.plot(
-            budget["model_parameters"],
-            budget["loss"],
-            color=INK,
-            marker="o",
-            markersize=10,
-            fillstyle="none",
-            linestyle="none",
-            label="chosen budget",
-        )
+        x, y = zip(*((budget["model_parameters"], budget["loss"]) for budget in budgets), strict=True)
+        axes.plot(x, y, "o-", color=FACTORED, markersize=3.5, lw=1.3, label="predicted, before compensation")
+    for budget in budgets:
+        if budget["compression_ratio"] == report.settings.get("compression_ratio"):
+            at = (budget["model_parameters"], budget["loss"])
+            axes.plot(*at, "o", color=INK, markersize=10, fillstyle="none", label="chosen budget")
     if points:
-        axes.plot(
-            [parameters for parameters, _ in points],
-            [kl for _, kl in points],
-            color=BREAK_EVEN,
-            marker="D",
-            markersize=6,
-            linestyle="none",
-            label="measured KL of the result",
-        )
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, "D", color=BREAK_EVEN, markersize=6, label="measured KL of the result")
     _scale_losses(axes)
     axes.set_ylabel(f"loss ({unit})")
     _finish(figure, axes, report)
@@ -76,14 +49,9 @@ def draw_loss(report: ReportData, others: Sequence[ReportData] = ()) -> Figure |
 
 
 def draw_accuracy(report: ReportData, others: Sequence[ReportData] = ()) -> Figure | None:
-    """Top-1 accuracy of the original and of what was made of it, with 95 % intervals.
+    """Draw the top-1 accuracy of the original and of the compressed models, with 95 % intervals.
 
-    Args:
-        report: Of the compression.
-        others: Of other compressions of the same model.
-
-    Returns:
-        The picture; None if accuracy was not measured.
+    Return None if accuracy was not measured.
     """
     evaluated = measured((report, *others), "top1")
     if not evaluated:
@@ -100,13 +68,13 @@ def draw_accuracy(report: ReportData, others: Sequence[ReportData] = ()) -> Figu
 
 
 def measured(reports: Sequence[ReportData], name: str) -> list[tuple[ReportData, Mapping[str, Any]]]:
-    """The reports whose evaluation has a value of this name, with their evaluations."""
+    """Return the reports whose evaluation has a value of this name, with their evaluations."""
     evaluated = [(report, report.evaluation) for report in reports if report.evaluation is not None]
     return [(report, found) for report, found in evaluated if found.get(name) is not None and found.get("num_images")]
 
 
 def _scale_losses(axes: Axes) -> None:
-    """A logarithmic axis over a decade at least, with plain numbers."""
+    """Make the axis logarithmic over at least a decade, with plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -140,11 +108,11 @@ def _draw_shares(axes: Axes, points: Sequence[tuple[int, float, int]], colour: s
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share that was observed `count` times (Wilson 1927); holds near 0 and 1 too."""
+    """Return the 95 % interval of a share in `count` trials (Wilson 1927), which also holds near 0 and 1."""
     z = 1.959964
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    # At 0 and 1 the share is an end of its interval, which rounding misses.
+    # At 0 and 1 the share itself is an end of the interval, which rounding would miss.
     return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 
 

@@ -1,4 +1,4 @@
-"""A report as a picture."""
+"""The ranks of a report as a picture."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RANKS_NAME = "ranks.png"
-"""Of the picture of the ranks beside a checkpoint."""
+"""File name of the picture of the ranks beside a checkpoint."""
 
 STYLE = {
     # The same report gives the same file.
     "svg.hashsalt": "mixrank",
-    # Names of layers are no formulas.
+    # Names of layers are not formulas.
     "text.parse_math": False,
     "text.color": INK,
     "axes.edgecolor": INK,
@@ -34,10 +34,10 @@ STYLE = {
     "font.size": 9,
     "hatch.linewidth": 0.6,
 }
-"""Settings of matplotlib to draw and to save with."""
+"""matplotlib settings for drawing and saving."""
 
 _NARROWEST_LABELLED = 12
-"""Points that a bar needs for its rank to be written at it, upright if need be."""
+"""Width in points that a bar needs to be labelled with its rank, upright if necessary."""
 
 _FORMATS = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 
@@ -45,19 +45,19 @@ _FORMATS = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 def plot_ranks(report: ReportData, path: str | Path) -> Path:
     """Draw the rank of every layer over depth, one row per kind of layer.
 
-    A bar is the rank as a share of the full rank `min(m, n)`, with the rank written at it. A line across it marks the
-    break-even rank of the layout, from which on factors are no smaller than the dense weight. Dense and excluded
-    layers have full bars in colours of their own. Layers are of one kind if their names differ in numbers only.
+    A bar shows the rank as a share of the full rank `min(m, n)` and is labelled with it. A line across the bar marks
+    the layout's break-even rank, from which on factors are no smaller than the dense weight. Dense and excluded layers
+    have full bars in colours of their own. Layers are of one kind if their names differ only in numbers.
 
     Args:
-        report: What to draw.
-        path: Where to; the suffix says how: `.png`, `.svg` or `.pdf`.
+        report: The report to draw.
+        path: The file to write; its suffix gives the format: `.png`, `.svg` or `.pdf`.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        ValueError: for another suffix, or a report without layers.
+        ValueError: if the suffix is another, or the report has no layers.
     """
     from matplotlib import rc_context
 
@@ -75,14 +75,10 @@ def plot_ranks(report: ReportData, path: str | Path) -> Path:
 
 
 def draw_ranks(report: ReportData, title: str | None = None) -> Figure:
-    """The picture of `plot_ranks`; the bar of every layer has the layer's name as its id.
-
-    Args:
-        report: What to draw.
-        title: Above the picture.
+    """Return the picture that `plot_ranks` saves; the `gid` of every bar is its layer's name.
 
     Raises:
-        ValueError: for a report without layers.
+        ValueError: if the report has no layers.
     """
     # matplotlib takes a while to import; figures made without pyplot need no display and leave no global state.
     from matplotlib.figure import Figure
@@ -104,7 +100,7 @@ def draw_ranks(report: ReportData, title: str | None = None) -> Figure:
     label_depth(rows[-1], report.layers, depths, room)
     if title:
         figure.suptitle(title, fontsize=12, fontweight="bold", color=INK, y=1 - 0.18 / height)
-    # Without a title it stands to the left, where it is seen before the picture is scrolled.
+    # Without a title it goes to the left, where it is visible before the picture is scrolled.
     _add_legend(figure, report.layers, y=1 - head / height, left=title is None)
     top = 1 - (head + 0.43) / height
     figure.subplots_adjust(left=1.95 / width, right=1 - 0.3 / width, top=top, bottom=0.55 / height)
@@ -112,19 +108,18 @@ def draw_ranks(report: ReportData, title: str | None = None) -> Figure:
 
 
 def _draw_kind(axes: Axes, label: str, layers: Sequence[tuple[int, LayerReport]], room: float, layout: str) -> None:
-    """One row: bars with ranks, each with its break-even line; `room` is the width of a slot in points."""
+    """Draw one row of bars with their break-even lines; `room` is the width of a slot in points."""
     for depth, layer in layers:
         m, n = layer.shape
         full = min(m, n)
-        axes.hlines(
-            break_even(m, n, layout) / full, depth - 0.42, depth + 0.42, color=BREAK_EVEN, linewidth=1.3, zorder=3
-        )
+        limit = break_even(m, n, layout) / full
+        axes.hlines(limit, depth - 0.42, depth + 0.42, color=BREAK_EVEN, linewidth=1.3, zorder=3)
+        share, text, colour = 1.0, "excl.", EXCLUDED
         if layer.rank is not None:
-            share, text, colour, hatch = layer.rank / full, str(layer.rank), FACTORED, None
+            share, text, colour = layer.rank / full, str(layer.rank), FACTORED
         elif layer.targeted:
-            share, text, colour, hatch = 1.0, "dense", DENSE, None
-        else:
-            share, text, colour, hatch = 1.0, "excl.", EXCLUDED, "////"
+            text, colour = "dense", DENSE
+        hatch = "////" if colour == EXCLUDED else None
         (bar,) = axes.bar(depth, share, width=0.72, color=colour, hatch=hatch, edgecolor=PAPER, linewidth=0, zorder=2)
         bar.set_gid(layer.name)
         if room >= _NARROWEST_LABELLED:
@@ -136,7 +131,7 @@ def _draw_kind(axes: Axes, label: str, layers: Sequence[tuple[int, LayerReport]]
     axes.tick_params(length=2, colors=INK)
     lines = [label, *_shapes([layer for _, layer in layers])]
     for position, line in enumerate(lines):
-        # Line by line: SVG cannot align several lines to the right in the reader's font.
+        # One line at a time: SVG cannot right-align several lines in the reader's font.
         axes.annotate(
             line,
             xy=(0, 0.5),
@@ -150,9 +145,9 @@ def _draw_kind(axes: Axes, label: str, layers: Sequence[tuple[int, LayerReport]]
 
 
 def _write_on_bar(axes: Axes, depth: int, share: float, text: str, light: bool, upright: bool) -> None:
-    """Write into the head of a bar, or above a bar that is too short for it; so it never meets a break-even line."""
+    """Label a bar at its top end, or above it if it is too short, so that no label meets a break-even line."""
     inside = share > (0.36 if upright else 0.2)
-    # The full bars of dense layers are crossed by the line; their word stands below it.
+    # The break-even line crosses the full bars of dense layers; their label goes below it.
     head = share if light else 0.3
     axes.text(
         depth,

@@ -1,4 +1,4 @@
-"""Predicted loss over budgets: as lines of text, and as a picture."""
+"""Predicted loss over budgets, as lines of text and as a picture."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..allocation.profile import BudgetPoint
 
 @dataclass(frozen=True)
 class RankProfile:
-    """Predicted loss over budgets, by ascending ratio.
+    """Ranks and predicted losses for several budgets.
 
     Attributes:
-        points: The budgets.
-        unit: Of the losses.
+        points: The budgets by ascending ratio.
+        unit: The unit of the losses.
     """
 
     points: Sequence[BudgetPoint]
@@ -28,47 +28,37 @@ class RankProfile:
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> Path:
-        """Draw predicted loss and ranks over the budgets.
+        """Draw the predicted loss and the mean rank of every kind of layer over the budgets.
+
+        Layers are of one kind if their names differ only in numbers.
 
         Args:
-            path: Where to; the suffix says how: `.png`, `.svg` or `.pdf`.
+            path: The file to write; its suffix gives the format: `.png`, `.svg` or `.pdf`.
+
+        Returns:
+            The path of the file.
         """
-        return plot_profile(self, path)
+        # matplotlib takes a while to import; figures made without pyplot need no display and leave no global state.
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
 
-
-def plot_profile(profile: RankProfile, path: str | Path) -> Path:
-    """Draw predicted loss over the budgets, and the mean rank of every kind of layer.
-
-    Layers are of one kind if their names differ in numbers only.
-
-    Args:
-        profile: What to draw.
-        path: Where to; the suffix says how.
-
-    Returns:
-        The file.
-    """
-    # matplotlib takes a while to import; figures made without pyplot need no display and leave no global state.
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    path = Path(path)
-    removed = [100 * point.ratio for point in profile.points]
-    kinds: dict[str, list[str]] = {}
-    for name in profile.points[0].ranks:
-        kinds.setdefault(re.sub(r"\d+", "*", name).split("*.")[-1], []).append(name)
-    with rc_context({"svg.hashsalt": "mixrank", "font.size": 9}):
-        figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
-        left, right = figure.subplots(1, 2)
-        left.plot(removed, [point.loss for point in profile.points], marker="o", color="#3b75af")
-        left.set(xlabel="parameters removed (%)", ylabel=f"predicted loss ({profile.unit})", ylim=(0, None))
-        for kind, names in kinds.items():
-            means = []
-            for point in profile.points:
-                ranks = [rank for name in names if (rank := point.ranks[name]) is not None]
-                means.append(sum(ranks) / len(ranks) if ranks else float("nan"))
-            right.plot(removed, means, marker=".", label=kind)
-        right.set(xlabel="parameters removed (%)", ylabel="mean rank of the factored layers", ylim=(0, None))
-        right.legend(fontsize=7)
-        figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
-    return path
+        path = Path(path)
+        removed = [100 * point.ratio for point in self.points]
+        kinds: dict[str, list[str]] = {}
+        for name in self.points[0].ranks:
+            kinds.setdefault(re.sub(r"\d+", "*", name).split("*.")[-1], []).append(name)
+        with rc_context({"svg.hashsalt": "mixrank", "font.size": 9}):
+            figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
+            left, right = figure.subplots(1, 2)
+            left.plot(removed, [point.loss for point in self.points], marker="o", color="#3b75af")
+            left.set(xlabel="parameters removed (%)", ylabel=f"predicted loss ({self.unit})", ylim=(0, None))
+            for kind, names in kinds.items():
+                means = []
+                for point in self.points:
+                    ranks = [rank for name in names if (rank := point.ranks[name]) is not None]
+                    means.append(sum(ranks) / len(ranks) if ranks else float("nan"))
+                right.plot(removed, means, marker=".", label=kind)
+            right.set(xlabel="parameters removed (%)", ylabel="mean rank of the factored layers", ylim=(0, None))
+            right.legend(fontsize=7)
+            figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
+        return path

@@ -16,14 +16,11 @@ _SHORTEST_NAME = len("all encoder linears")
 
 
 def format_table(report: ReportData, width: int = 100) -> str:
-    """The report as a table of layers and a summary.
+    """Return the report as text: a table of layers and a summary, without a trailing newline.
 
     Args:
-        report: What to show.
-        width: Columns of the terminal; longer layer names lose their middle.
-
-    Returns:
-        Lines of text without a trailing newline.
+        report: The report to show.
+        width: The width of the terminal in columns; long layer names are shortened in the middle.
     """
     prefix = common_prefix([layer.name for layer in report.layers])
     rows = [_layer_row(layer, layer.name.removeprefix(prefix)) for layer in report.layers]
@@ -40,17 +37,16 @@ def format_table(report: ReportData, width: int = 100) -> str:
 
 
 def dtype_change(report: ReportData) -> str:
-    """`float16 -> float32` where a checkpoint is stored in another dtype than the original's, else nothing."""
+    """Return `float16 -> float32` if the checkpoint is stored in another dtype than the original, else nothing."""
     before, after = report.dtype_on_disk_before, report.dtype_on_disk_after
     return f"{before} -> {after}" if before and after and before != after else ""
 
 
 def _layer_row(layer: LayerReport, name: str) -> tuple[str, ...]:
-    dense = "dense" if layer.targeted else "excluded"
     return (
         name,
         f"{layer.shape[0]} x {layer.shape[1]}",
-        dense if layer.rank is None else str(layer.rank),
+        layer.rank_text,
         "" if layer.kept_energy is None else f"{layer.kept_energy:.2%}",
         f"{layer.parameters_before:,}",
         f"{layer.parameters_after:,}",
@@ -58,16 +54,21 @@ def _layer_row(layer: LayerReport, name: str) -> tuple[str, ...]:
     )
 
 
-def _total_row(name: str, layers: Sequence[LayerReport]) -> tuple[str, ...]:
-    before = sum(layer.parameters_before for layer in layers)
-    after = sum(layer.parameters_after for layer in layers)
+def count_values(layers: Sequence[LayerReport]) -> tuple[str, int, int]:
+    """Return how many layers are factored, as in `"70 of 71"`, and the stored values of all before and after."""
     factored = sum(layer.rank is not None for layer in layers)
+    before = sum(layer.parameters_before for layer in layers)
+    return f"{factored} of {len(layers)}", before, sum(layer.parameters_after for layer in layers)
+
+
+def _total_row(name: str, layers: Sequence[LayerReport]) -> tuple[str, ...]:
+    factored, before, after = count_values(layers)
     kept = f"{after / before:.1%}" if before else ""
-    return name, "", f"{factored} of {len(layers)}", "", f"{before:,}", f"{after:,}", kept
+    return name, "", factored, "", f"{before:,}", f"{after:,}", kept
 
 
 def _aligned(rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Columns under each other, names to the left and figures to the right."""
+    """Align the columns: names to the left, figures to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     others = sum(widths[1:]) + len(_GAP) * (len(widths) - 1)
     widths[0] = min(widths[0], max(width - others, _SHORTEST_NAME))
@@ -81,7 +82,7 @@ def _aligned(rows: Sequence[Sequence[str]], width: int) -> list[str]:
 def _shortened(name: str, width: int) -> str:
     if len(name) <= width:
         return name
-    # The end says what kind of layer it is, the beginning where it stands; both are needed.
+    # The end of a name says what kind of layer it is, the beginning where it is; both are needed.
     tail = (width - 1) * 2 // 3
     return f"{name[: width - 1 - tail]}…{name[-tail:]}"
 
@@ -96,11 +97,8 @@ def _summary(report: ReportData) -> list[str]:
     if report.flops_before is not None and report.flops_after is not None:
         lines.append(_change("FLOPs per image", report.flops_before, report.flops_after))
     if report.bytes_on_disk_after is not None:
-        lines.append(
-            _fact(
-                "Bytes on disk", _bytes(report.bytes_on_disk_before, report.bytes_on_disk_after, dtype_change(report))
-            )
-        )
+        size = _bytes(report.bytes_on_disk_before, report.bytes_on_disk_after, dtype_change(report))
+        lines.append(_fact("Bytes on disk", size))
     if report.calibration:
         images, broken = report.calibration.get("num_images", 0), report.calibration.get("num_broken", 0)
         tokens = report.calibration.get("num_tokens", 0)
@@ -130,18 +128,14 @@ def _evaluation(report: ReportData) -> list[str]:
         if after is None:
             continue
         label = f"  top-{name.removeprefix('top')} accuracy"
-        if before is None:
-            lines.append(_fact(label, f"{after:.2%}"))
-        else:
-            points = 100 * (after - before)
-            lines.append(_fact(label, f"{before:.2%} -> {after:.2%}  ({points:+.2f} points)"))
-    for name, label, form in (
-        ("agreement", "  agreement with the original", ".2%"),
-        ("kl", "  KL(original || compressed)", ".4f"),
-        ("feature_error", "  relative error of the features", ".4g"),
+        change = "" if before is None else f"  ({100 * (after - before):+.2f} points)"
+        lines.append(_fact(label, f"{'' if before is None else f'{before:.2%} -> '}{after:.2%}{change}"))
+    for name, label, form, unit in (
+        ("agreement", "  agreement with the original", ".2%", ""),
+        ("kl", "  KL(original || compressed)", ".4f", " nats"),
+        ("feature_error", "  relative error of the features", ".4g", ""),
     ):
         if evaluation.get(name) is not None:
-            unit = " nats" if name == "kl" else ""
             lines.append(_fact(label, f"{evaluation[name]:{form}}{unit}"))
     return lines
 
@@ -161,7 +155,7 @@ def _fact(label: str, value: str) -> str:
 
 
 def common_prefix(names: Sequence[str]) -> str:
-    """What all names begin with, up to and with a dot; never a whole name."""
+    """Return the longest common prefix of the names that ends with a dot; it is never a whole name."""
     common = ""
     if len(names) > 1:
         for column in zip(*(name.split(".")[:-1] for name in names), strict=False):

@@ -1,1 +1,1 @@
-"""The ground floor, which knows no model and no method: processes, files, hooks, precision, logging."""
+"""The ground floor, which knows neither models nor methods: processes, files, hooks, precision and logging."""

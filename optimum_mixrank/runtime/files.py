@@ -1,4 +1,4 @@
-"""Files and folders that are complete or not there."""
+"""Files and folders that are either complete or not there."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from safetensors import SafetensorError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
+_AT_FDCWD = -100 if sys.platform != "darwin" else -2
+
+_SWAP = 2
+"""`RENAME_EXCHANGE` of Linux and `RENAME_SWAP` of macOS."""
+
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A file beside another, which takes its place when it has been written and is on the disk; else it goes.
+    """Give a temporary file to write; on exit it is flushed to disk and replaces `path`, after an error it is removed.
 
     Raises:
-        OSError: if the disk is full, say; what was there stays.
+        OSError: if it cannot be written, for instance because the disk is full; `path` is unchanged.
     """
     temporary: Path | None = None
     try:
@@ -33,7 +38,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
             os.close(descriptor)
             temporary = Path(name)
             yield temporary
-            # mkstemp makes files of mode 0600; these are as readable as other new files.
+            # mkstemp creates files of mode 0600; other new files are readable by all.
             temporary.chmod(0o644)
             flush(temporary)
             temporary.replace(path)
@@ -46,32 +51,31 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def explained_no_space(path: Path) -> Iterator[None]:
-    """Say what could not be written, and that nothing is lost, where a disk or a quota is full.
+    """Where a disk or a quota is full, name the file that could not be written and say that nothing is lost.
 
     Raises:
-        OSError: in the place of one that says so, or of safetensors' own error.
+        OSError: in place of Python's own error or that of safetensors.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else _error_number(error)
+        if isinstance(error, OSError):
+            number = error.errno
+        else:
+            found = re.search(r"os error (\d+)", str(error))
+            number = int(found[1]) if found else None
         if number not in _NO_SPACE:
             raise
         raise OSError(
-            f"{os.strerror(number)}: {str(path)!r} could not be written. What stood there before is as it was; free some "
+            f"{os.strerror(number)}: {str(path)!r} could not be written. What was there before is unchanged; free some "
             "space and try again."
         ) from error
 
 
-def _error_number(error: SafetensorError) -> int:
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found[1]) if found else 0
-
-
 def flush(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    """Wait until the content of a file, or the entries of a folder, are on the disk."""
     if os.name == "nt" and path.is_dir():
-        return  # folders cannot be opened there
+        return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -79,27 +83,27 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-_AT_FDCWD = -100 if sys.platform != "darwin" else -2
-
-_SWAP = 2
-"""`RENAME_EXCHANGE` of Linux and `RENAME_SWAP` of macOS."""
+def flush_tree(folder: Path) -> None:
+    """Wait until a folder and everything in it is on the disk."""
+    for each in (*folder.rglob("*"), folder):
+        flush(each)
 
 
 def temporary_prefix(destination: Path) -> str:
-    """What the name of a folder begins with in which the new content of `destination` is written."""
+    """Return the prefix of the name of a folder in which new content for `destination` is written."""
     return f".{destination.name}.saving-"
 
 
 def put_in_place(source: Path, destination: Path, last: str) -> None:
-    """Let a complete folder take the place of another.
+    """Replace a folder by another, complete one.
 
-    Linux and macOS exchange two names in one step: old or new stands there whenever a run is cut off. Where the system or
-    the file system cannot, files are moved one by one. Whoever looks at the folder meanwhile finds new files beside the
-    old one that is named to be the last.
+    Linux and macOS exchange two names in one step, so that the old or the new content is there whenever a run is cut
+    off. Where the system or the file system cannot, files are moved one by one, and those who look at the folder
+    meanwhile find new files beside the old version of the one that is moved last.
 
     Args:
         source: The new folder, on the same file system; it may hold the old content afterwards.
-        destination: Where it is to stand.
+        destination: The folder to replace.
         last: Name of the file that is moved last.
     """
     if not destination.exists() or not any(destination.iterdir()):
@@ -118,19 +122,13 @@ def put_in_place(source: Path, destination: Path, last: str) -> None:
 
 
 def remove_leftovers(destination: Path) -> None:
-    """Remove what runs that were cut off while saving to `destination` have left beside it."""
+    """Remove temporary folders that runs left beside `destination` when they were cut off while saving to it."""
+    # The random part is as `tempfile` makes it, so that no other folder matches.
+    name = re.escape(temporary_prefix(destination)) + "[a-z0-9_]{8}"
     if destination.parent.is_dir():
         for each in list(destination.parent.iterdir()):
-            # What `tempfile` puts behind the prefix: names of other folders do not match.
-            name = re.escape(temporary_prefix(destination)) + "[a-z0-9_]{8}"
             if re.fullmatch(name, each.name) and each.is_dir():
                 shutil.rmtree(each, ignore_errors=True)
-
-
-def flush_tree(folder: Path) -> None:
-    """Wait until a folder, all that is in it, is on the disk."""
-    for each in (*folder.rglob("*"), folder):
-        flush(each)
 
 
 def _remove(path: Path, only_folder: bool = False) -> None:
@@ -141,7 +139,7 @@ def _remove(path: Path, only_folder: bool = False) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Let two folders change names in one step; False where this machine or file system cannot."""
+    """Exchange the names of two folders in one step; return False where this system or file system cannot."""
     if os.name == "nt":
         return False
     library = ctypes.CDLL(None, use_errno=True)

@@ -1,10 +1,9 @@
-"""Run a model for what it computes, and leave it as it was."""
+"""Forward passes that leave the model as it was, and the image to run them on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; on leaving, every module is in training mode or not, as it was before."""
+    """Put a model in evaluation mode without gradients; on exit every module is back in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -25,7 +24,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def activation_gradients(model: nn.Module) -> Iterator[None]:
-    """Gradients by activations alone: no parameter collects any, and all are as trainable afterwards as before."""
+    """Compute gradients with respect to activations but not parameters, which are as trainable on exit as before."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -38,10 +37,12 @@ def activation_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def black_image(model: nn.Module, pixel_values_shape: Sequence[int] | None = None) -> torch.Tensor:
-    """An image of the size that a model takes, `[1, channels, height, width]`, on its device and in its dtype.
+    """Return an image of zeros, `[1, channels, height, width]`, on the model's device and in its dtype.
+
+    The shape `(channels, height, width)` defaults to `configured_shape`.
 
     Raises:
-        ValueError: as `flops_per_image`.
+        ValueError: if the shape is malformed, or None and not configured.
     """
     shape = configured_shape(model) if pixel_values_shape is None else tuple(pixel_values_shape)
     if len(shape) != 3 or any(size < 1 for size in shape):
@@ -53,10 +54,10 @@ def black_image(model: nn.Module, pixel_values_shape: Sequence[int] | None = Non
 
 
 def configured_shape(model: nn.Module) -> tuple[int, ...]:
-    """Shape of an image as the model's configuration gives it, `(channels, height, width)`.
+    """Return the shape of an image according to the model's configuration, `(channels, height, width)`.
 
     Raises:
-        ValueError: if it gives none.
+        ValueError: if the configuration does not give it.
     """
     config = getattr(model, "config", None)
     size = getattr(config, "image_size", None)
@@ -64,46 +65,41 @@ def configured_shape(model: nn.Module) -> tuple[int, ...]:
         size = (size, size)
     if not isinstance(size, list | tuple) or len(size) != 2:
         raise ValueError(
-            f"The configuration of {type(model).__name__} has image_size={size!r}, no size of images; pass "
+            f"The configuration of {type(model).__name__} has image_size={size!r}, which is not an image size; pass "
             "`pixel_values_shape=(channels, height, width)`."
         )
     return getattr(config, "num_channels", 3), *size
 
 
-MOST_TOKENS = 256
-"""Plain products were faster with 64 and with 196."""
+_MAX_TOKENS = 256
+"""Plain attention was faster with 64 and with 196 tokens."""
 
 
 @contextmanager
 def fast_attention_for_training(*models: nn.Module) -> Iterator[None]:
-    """Plain products in place of fused attention where they are faster: on the CPU, on the way back, with few tokens.
+    """Use plain matrix products instead of fused attention on the CPU if images have few tokens; undone on exit.
 
-    The fused kernel of the CPU is made for the way there; with few tokens its way back takes longer than all linear
-    layers together in bfloat16. Plain products hold `tokens²` values for every head and layer. Afterwards the models are
-    as they were.
+    The CPU's fused kernel is optimised for the forward pass: with few tokens and in bfloat16 its backward pass takes
+    longer than all linear layers together. Plain products keep `tokens²` values per head and layer.
     """
-    with ExitStack() as stack:
-        for model in models:
-            stack.enter_context(_plain_on_cpu(model))
-        yield
-
-
-@contextmanager
-def _plain_on_cpu(model: nn.Module) -> Iterator[None]:
-    config = getattr(model, "config", None)
-    before = getattr(config, "_attn_implementation", None)
-    is_on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    can_be_set = getattr(model, "_can_set_attn_implementation", lambda: False)
-    if before != "sdpa" or not is_on_cpu or not _has_few_tokens(config) or not can_be_set():
-        yield
-        return
-    model.set_attn_implementation("eager")
+    fused = [model for model in models if _has_slow_attention(model)]
     try:
+        for model in fused:
+            model.set_attn_implementation("eager")
         yield
     finally:
-        model.set_attn_implementation(before)
+        for model in fused:
+            model.set_attn_implementation("sdpa")
 
 
-def _has_few_tokens(config: Any) -> bool:
+def _has_slow_attention(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
     image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    return isinstance(image, int) and isinstance(patch, int) and (image // patch) ** 2 <= MOST_TOKENS
+    return (
+        getattr(config, "_attn_implementation", None) == "sdpa"
+        and all(parameter.device.type == "cpu" for parameter in model.parameters())
+        and isinstance(image, int)
+        and isinstance(patch, int)
+        and (image // patch) ** 2 <= _MAX_TOKENS
+        and getattr(model, "_can_set_attn_implementation", lambda: False)()
+    )

@@ -1,11 +1,10 @@
-"""Hooks on modules that never stay longer than they are needed."""
+"""Hooks on modules that are always removed in the end."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def hooks_removed_on_exit(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks on leaving, also by an exception."""
+    """Remove hooks on exit, also after an exception."""
     handles = list(handles)
     try:
         yield
@@ -28,11 +27,7 @@ def hooks_removed_on_exit(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 class OutputListener(ABC):
-    """Context manager that listens to what layers are called with and give; on leaving, no hook remains.
-
-    Args:
-        layers: By module name.
-    """
+    """Context manager that observes inputs and outputs of layers, given by module name; it leaves no hook behind."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self._layers = dict(layers)
@@ -40,20 +35,18 @@ class OutputListener(ABC):
 
     @abstractmethod
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Any]:
-        """The forward hook of a layer."""
+        """Return the forward hook for a layer."""
 
     @abstractmethod
     def _forget(self) -> None:
-        """Let go of the tensors of the last batch."""
+        """Release the tensors of the last batch."""
 
     def __enter__(self) -> Self:
         for name, layer in self._layers.items():
             self._handles.append(layer.register_forward_hook(self._hook(name)))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

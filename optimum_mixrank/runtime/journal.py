@@ -1,7 +1,6 @@
-"""What a long run has finished so far, on disk, so that the same run goes on after its end came too early.
+"""The finished work of a long run, on disk, so that the run can be continued if it is cut off.
 
-An entry is a safetensors file with tensors and JSON values. It is complete or not there: it is written beside its place,
-flushed to the disk and renamed.
+An entry is a safetensors file with tensors and JSON values, and is always complete: see `files.replaced_file`.
 """
 
 from __future__ import annotations
@@ -21,17 +20,12 @@ from .files import replaced_file
 
 
 ACTIVATIONS = "activations-"
-"""Beginning of the names of files beside the entries that are of no use to a run that goes on."""
+"""Prefix of the names of files beside the entries that are of no use to a continued run."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What was saved under one name.
-
-    Attributes:
-        tensors: By name, on the host.
-        values: JSON values.
-    """
+    """The content of an entry: tensors, on the CPU, and JSON values, by name."""
 
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
@@ -39,21 +33,21 @@ class Entry:
 
 @dataclass
 class _Clock:
-    """When an entry was saved last, by the journal or one of its parts."""
+    """When a journal or one of its parts last saved an entry."""
 
     saved: float
 
 
 @dataclass(eq=False)
 class Journal:
-    """The entries of one process of one run.
+    """The entries of one process of a run.
 
     Attributes:
-        directory: Where they are; None keeps none: nothing is ever found or due.
-        interval: Seconds between two entries of work that goes on.
-        process: Number of the process. Each has entries of its own beside those that are shared: these the main process
-            writes and all read.
-        prefix: Of the names of all entries, for one part of the run.
+        directory: Folder of the entries; with None nothing is kept, found or due.
+        interval: Seconds between two entries about work in progress.
+        process: Index of the process. Each process has entries of its own. Shared ones are written by the main process
+            and read by all.
+        prefix: Prefix of the names of all entries, for one part of the run.
     """
 
     directory: Path | None = None
@@ -68,15 +62,15 @@ class Journal:
         return self.directory is not None
 
     def part(self, name: str) -> Journal:
-        """The journal of one part of the run, whose entries have names of their own."""
+        """Return the journal of one part of the run, whose entries have names of their own."""
         return replace(self, prefix=f"{self.prefix}{name}-")
 
     def due(self) -> bool:
-        """Whether so much time has passed since the last entry that the next one should be written."""
+        """Whether `interval` has passed since the last entry, so that work in progress should be saved."""
         return self.directory is not None and time.monotonic() - self._clock.saved >= self.interval
 
     def load(self, name: str, shared: bool = False) -> Entry | None:
-        """An entry; None if there is none.
+        """Return an entry; None if there is none.
 
         Raises:
             ValueError: if it is damaged.
@@ -86,8 +80,8 @@ class Journal:
         path = self.path(name, shared)
         try:
             with safe_open(path, framework="pt") as file:
-                # Copies are aligned in memory as what they were saved from; arithmetic may depend on it.
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - no mapping
+                # Copies are aligned in memory as the saved tensors were; results may depend on it.
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a mapping
                 values = json.loads((file.metadata() or {})["values"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(
@@ -96,22 +90,18 @@ class Journal:
         return Entry(tensors, values)
 
     def save(
-        self,
-        name: str,
-        tensors: Mapping[str, Tensor],
-        values: Mapping[str, Any] | None = None,
-        shared: bool = False,
+        self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None, shared: bool = False
     ) -> None:
-        """Write an entry in the place of an earlier one of the same name.
+        """Write an entry, replacing an earlier one of the same name.
 
         Args:
             name: Letters, digits, dashes and underscores.
-            tensors: Copied to the host.
-            values: JSON values.
-            shared: Whether it is the same for all processes; the main one alone writes it then.
+            tensors: Tensors by name, on any device.
+            values: JSON values by name.
+            shared: Whether it is the same for all processes; only the main one then writes it.
 
         Raises:
-            OSError: if the disk is full, say; the earlier entry stays.
+            OSError: if it cannot be written, for instance because the disk is full; the earlier entry is unchanged.
         """
         if self.directory is None or (shared and self.process):
             return
@@ -119,7 +109,7 @@ class Journal:
         places: set[int] = set()
         for key, tensor in tensors.items():
             tensor = tensor.detach().cpu().contiguous()
-            # safetensors stores no tensor that shares its memory with another.
+            # safetensors refuses tensors that share memory.
             place = tensor.untyped_storage().data_ptr()
             content[key] = tensor.clone() if place in places else tensor
             places.add(place)
@@ -127,13 +117,8 @@ class Journal:
             save_file(content, temporary, metadata={"values": json.dumps(dict(values or {}))})
         self._clock.saved = time.monotonic()
 
-    def remove(self, name: str, shared: bool = False) -> None:
-        """Forget an entry that is not needed any more."""
-        if self.directory is not None and not (shared and self.process):
-            self.path(name, shared).unlink(missing_ok=True)
-
     def clear(self) -> None:
-        """Forget all entries of this part of the run, of this process and, in the main one, the shared ones."""
+        """Remove all entries of this part and process; the main process also removes shared ones."""
         if self.directory is None:
             return
         for path in self.directory.glob(f"{self.prefix}*.safetensors"):
@@ -141,24 +126,10 @@ class Journal:
                 path.unlink(missing_ok=True)
 
     def path(self, name: str, shared: bool = False) -> Path:
-        """The file of an entry."""
+        """Return the file of an entry."""
         if self.directory is None:
             raise ValueError("A journal that is not kept has no files.")
         return self.directory / f"{self.prefix}{name}{'' if shared else f'.{self.process}'}.safetensors"
 
 
 NO_JOURNAL = Journal()
-
-
-def flatten(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors of several owners as one mapping; names of tensors hold no slash."""
-    return {f"{owner}/{name}": tensor for owner, state in states.items() for name, tensor in state.items()}
-
-
-def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The inverse of `flatten`."""
-    states: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        owner, _, name = key.rpartition("/")
-        states.setdefault(owner, {})[name] = tensor
-    return states

@@ -1,7 +1,7 @@
-"""Loggers that obey Transformers' verbosity, and print where the program has said nothing about logging.
+"""Loggers that follow Transformers' verbosity, and print if the program has not configured logging itself.
 
-`transformers.logging.set_verbosity_info()` and its like hold for this package too. A level of its own goes before that:
-`logging.getLogger("optimum_mixrank").setLevel(logging.INFO)`.
+`transformers.logging.set_verbosity_info()` and the like apply to this package too. A level set for the package itself
+takes precedence: `logging.getLogger("optimum_mixrank").setLevel(logging.INFO)`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,17 @@ from transformers.utils import logging as transformers_logging
 _ROOT = logging.getLogger(__name__.split(".")[0])
 
 _FOLLOW = 1
-"""Level of the package's logger while Transformers' verbosity decides: below all that are in use."""
+"""Level of the package's logger while Transformers' verbosity decides: below every level in use."""
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module of this package.
-
-    Args:
-        name: `__name__`.
-    """
+    """Return the logger of a module of this package, given its `__name__`."""
     if _ROOT.level == logging.NOTSET:
         _ROOT.setLevel(_FOLLOW)
     if not any(isinstance(handler, _Console) for handler in _ROOT.handlers):
         _ROOT.addHandler(_Console())
     logger = logging.getLogger(name)
-    # Filters of a logger do not hold for those below it.
+    # Filters of a logger do not apply to its children: each needs its own.
     logger.addFilter(_is_wanted)
     return logger
 

@@ -1,4 +1,4 @@
-"""Memory that has been freed goes back to the system, so that one phase does not bear what another has left."""
+"""Return freed memory to the system, so that one phase does not add to the memory of the next."""
 
 from __future__ import annotations
 
@@ -12,29 +12,25 @@ from contextvars import ContextVar
 import torch
 
 
-_HOST = torch.device("cpu")
-
 LARGE_BLOCK = 4 * 2**20
-"""Bytes."""
+"""Size in bytes from which glibc takes a block directly from the system while the heap is bounded."""
 
 _MMAP_THRESHOLD = -3
-"""`M_MMAP_THRESHOLD` of glibc's `malloc.h`."""
+"""`M_MMAP_THRESHOLD` in glibc's `malloc.h`."""
 
-
+_CPU = torch.device("cpu")
 _bounded = ContextVar("bounded", default=False)
 
 
 @contextmanager
 def bounded_heap(wanted: bool) -> Iterator[None]:
-    """Let memory that is freed go back to the system at once, at the price of time: for work under a limit of memory.
+    """Return freed memory to the system at once, at the price of time: for work under a memory limit.
 
-    By itself glibc keeps small blocks for itself, and raises the size of what it calls small with what it sees freed, up
-    to 32 MiB: activations then leave holes in its heap, and the same work takes once what its tensors need and once three
-    times as much. Inside of this, `trim_heap` works; the threshold stays for the rest of the process, since glibc knows
-    no way back. It is not touched where the environment sets it, by `MALLOC_MMAP_THRESHOLD_` or in `GLIBC_TUNABLES`.
-
-    Args:
-        wanted: False changes nothing.
+    glibc keeps freed blocks below a threshold, which it raises by itself, up to 32 MiB, with the size of the blocks that
+    it sees freed. Activations then fragment the heap: the same work takes now what its tensors need and now three times
+    as much. This sets the threshold to `LARGE_BLOCK`, unless the environment sets one (`MALLOC_MMAP_THRESHOLD_`,
+    `GLIBC_TUNABLES`), and makes `trim_heap` effective. The threshold stays for the rest of the process, since glibc
+    cannot go back to its own rule. If `wanted` is false nothing changes.
     """
     token = _bounded.set(wanted)
     try:
@@ -45,18 +41,16 @@ def bounded_heap(wanted: bool) -> Iterator[None]:
         _bounded.reset(token)
 
 
-def trim_heap(device: torch.device = _HOST) -> None:
-    """Let the C library return the pages of freed blocks, inside of `bounded_heap`; elsewhere nothing happens.
+def trim_heap(device: torch.device = _CPU) -> None:
+    """Return the pages of freed blocks to the system after work on a device, if inside `bounded_heap`.
 
-    Args:
-        device: On which the work was done; what a GPU computes leaves nothing on the host.
+    Work on a GPU leaves nothing behind in the CPU's heap.
     """
     if _bounded.get() and device.type == "cpu" and (trim := _function("malloc_trim", ctypes.c_size_t)) is not None:
         trim(0)
 
 
 def _set_mmap_threshold() -> None:
-    """Let the C library take every large block from the system, and return it as soon as it is freed."""
     if "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     mallopt = _function("mallopt", ctypes.c_int, ctypes.c_int)
@@ -66,7 +60,7 @@ def _set_mmap_threshold() -> None:
 
 @functools.cache
 def _function(name: str, *arguments: type) -> Callable[..., int] | None:
-    """Of the C library, if it has one of this name."""
+    """Return a function of the C library; None if it has none with this name."""
     try:
         library = ctypes.CDLL(None)
     except (OSError, TypeError):

@@ -1,4 +1,4 @@
-"""The phases of a compression: how long each took, and a line about it at its end."""
+"""The phases of a compression: how long each takes, and one log line about it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from .formatting import duration
+from .formatting import format_duration
 from .logging import get_logger
 from .malloc import trim_heap
 
@@ -18,30 +18,21 @@ logger = get_logger(__name__)
 
 @dataclass
 class Phase:
-    """A phase that runs, or has run.
-
-    Attributes:
-        details: What its line says, in order.
-        seconds: How long it took; 0 while it runs.
-    """
+    """A running or finished phase: the details for its log line, and its duration, 0 while it runs."""
 
     details: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def add_detail(self, *details: str) -> None:
-        """Add to the line at the end."""
+        """Add details to the log line."""
         self.details.extend(details)
 
 
 @contextmanager
 def phase(done: str, level: int = logging.INFO) -> Iterator[Phase]:
-    """Time a phase; at its end say so in one line, `Calibrated: 512 images, 12.3 s`. After an error nothing is said.
+    """Time a phase; at its end log what was done, with details and duration: `Calibrated: 512 images, 12.3 s`.
 
-    What was freed before it and in it goes back to the system.
-
-    Args:
-        done: What has been done then.
-        level: Of the message.
+    After an error nothing is logged. Inside `bounded_heap`, memory freed before and in the phase returns to the system.
     """
     trim_heap()
     current = Phase()
@@ -49,4 +40,4 @@ def phase(done: str, level: int = logging.INFO) -> Iterator[Phase]:
     yield current
     trim_heap()
     current.seconds = time.perf_counter() - start
-    logger.log(level, f"{done}: {', '.join([*current.details, duration(current.seconds)])}")
+    logger.log(level, f"{done}: {', '.join([*current.details, format_duration(current.seconds)])}")

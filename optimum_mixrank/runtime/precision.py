@@ -1,4 +1,4 @@
-"""In which precision products of float32 tensors are computed."""
+"""In which precision tensors are multiplied and accumulated."""
 
 from __future__ import annotations
 
@@ -10,33 +10,29 @@ import torch
 from torch import Tensor
 
 
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dtypes by Accelerate's names of mixed precision."""
+
+_tf32_allowed = ContextVar("tf32_allowed", default=False)
+
+
 def to_float64(tensor: Tensor) -> Tensor:
-    """The values of a tensor in float64, on its device where that knows float64, else on the host."""
+    """Return a tensor in float64, without gradients, on its own device if that supports float64, else on the CPU."""
     # Apple's GPUs have no float64.
     return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
 
 
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What Accelerate's names of mixed precision stand for."""
-
-_leave = ContextVar("leave", default=False)
-
-
 @contextmanager
 def float32_products(device: torch.device) -> Iterator[None]:
-    """Multiply float32 tensors in float32, whatever autocast and PyTorch's settings of TF32 say; see `tf32_statistics`.
-
-    Args:
-        device: Of the tensors.
-    """
+    """Multiply float32 tensors in float32 whatever autocast and, outside `tf32_statistics`, TF32 settings say."""
     with torch.autocast(device.type, enabled=False):
-        if _leave.get():
+        if _tf32_allowed.get():
             yield
             return
         try:
             before = torch.get_float32_matmul_precision()
         except RuntimeError:
-            # Set by the newer of two interfaces, which the older one then refuses to describe.
+            # TF32 was enabled through PyTorch's newer interface, whose settings this older one refuses to describe.
             with _ieee_products():
                 yield
             return
@@ -52,12 +48,12 @@ def float32_products(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def tf32_statistics(allowed: bool = True) -> Iterator[None]:
-    """Let `float32_products` follow PyTorch's settings, so that statistics may be multiplied in TF32."""
-    token = _leave.set(allowed)
+    """Let `float32_products` follow PyTorch's settings, so that statistics may be computed in TF32."""
+    token = _tf32_allowed.set(allowed)
     try:
         yield
     finally:
-        _leave.reset(token)
+        _tf32_allowed.reset(token)
 
 
 @contextmanager
@@ -70,7 +66,7 @@ def _ieee_products() -> Iterator[None]:
         yield
     finally:
         for backend, value in zip(backends, before, strict=True):
-            # What was inherited from a wider setting is to be inherited again.
+            # A value inherited from a wider setting has to be inherited again rather than set here.
             backend.fp32_precision = "none"
             if backend.fp32_precision != value:
                 backend.fp32_precision = value

@@ -1,7 +1,7 @@
-"""Registries: the classes among which a field of the configuration chooses by name.
+"""Registries of the classes among which a field of the configuration chooses by name.
 
-They stand on the ground floor, so that a configuration can check names without importing the classes behind them. The
-library's own classes are imported when they are first asked for; others register themselves.
+They are here so that a configuration can check names without importing the classes. The package's own classes are
+imported when they are first requested; others register themselves.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ Entry = TypeVar("Entry")
 
 
 class Registry(Mapping[str, type[Entry]], Generic[Entry]):
-    """Classes by their `name`: the library's own first, then the others in the order of their registration.
+    """Classes by their `name`: the package's own first, then the others in the order of their registration.
 
     Args:
-        field: The field of `MixRankConfig` whose values the names are.
-        built_in: By name, the module below this package that registers the class.
+        field: The field of `MixRankConfig` that takes these names.
+        built_in: For each built-in name, the module of this package that registers the class.
     """
 
     def __init__(self, field: str, built_in: Mapping[str, str] | None = None) -> None:
@@ -28,12 +28,12 @@ class Registry(Mapping[str, type[Entry]], Generic[Entry]):
         self._classes: dict[str, type[Entry]] = {}
 
     def register(self, cls: type[Entry]) -> type[Entry]:
-        """Class decorator: make a class known under its `name`.
+        """Register a class under its `name`; a class decorator.
 
         Raises:
             ValueError: if the name is taken.
         """
-        name: str = getattr(cls, "name")  # noqa: B009 - an arbitrary class has none
+        name: str = getattr(cls, "name")  # noqa: B009 - mypy knows no `name` of an arbitrary class
         is_own = cls.__module__ == self._module(name)
         if name in self._classes or (name in self._built_in and not is_own):
             raise ValueError(f"{self._field}={name!r} is registered already; choose another name.")
@@ -41,10 +41,10 @@ class Registry(Mapping[str, type[Entry]], Generic[Entry]):
         return cls
 
     def create(self, name: str) -> Entry:
-        """An instance of the class with this name.
+        """Return an instance of the class with this name.
 
         Raises:
-            ValueError: if there is none; the message lists those there are.
+            ValueError: if there is none; the message lists the known names.
         """
         if name not in self:
             known = ", ".join(map(repr, self))

@@ -10,20 +10,20 @@ from optimum_mixrank.allocation import AllocationProblem, LayerProfile
 
 
 def tail_losses(rng: np.random.Generator, rank: int, scale: float = 1.0) -> np.ndarray:
-    """Loss at rank 0, …, `rank` of a truncated SVD with random singular values, `[rank + 1]`."""
+    """Return the losses at rank 0, …, `rank` of a truncated SVD with random singular values, `[rank + 1]`."""
     energies = np.sort(rng.random(rank))[::-1] ** rng.uniform(0.5, 5)
     tail = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
     return scale * tail / tail[0]
 
 
 def layer(name: str, m: int, n: int, losses: np.ndarray | None = None, **bounds) -> LayerProfile:
-    """A profile; losses fall linearly to zero unless given."""
+    """Return a profile whose losses, unless given, fall linearly to zero."""
     rank = min(m, n)
     return LayerProfile(name, m, n, np.linspace(1.0, 0.0, rank + 1) if losses is None else losses, **bounds)
 
 
 def random_problem(seed: int, layers: int = 4, sizes: tuple[int, ...] = (3, 5, 8, 12, 16)) -> AllocationProblem:
-    """Layers of awkward shapes with multiples, floors, ceilings and fixed ranks, and a random budget."""
+    """Return layers of awkward shapes with multiples, floors, ceilings and fixed ranks, and a random budget."""
     rng = np.random.default_rng(seed)
     profiles = []
     for index in range(layers):
@@ -41,7 +41,7 @@ def random_problem(seed: int, layers: int = 4, sizes: tuple[int, ...] = (3, 5, 8
 
 
 def allowed_ranks(profile: LayerProfile) -> list[int | None]:
-    """Every rank tried against the rules one by one, by ascending cost; None for dense."""
+    """Return the ranks, and None for dense, by ascending cost, found by trying every rank against every rule."""
     m, n = profile.out_features, profile.in_features
     saving = [r for r in range(1, min(m, n) + 1) if r * (m + n) < m * n]
     if profile.fixed_rank is not None:
@@ -51,7 +51,7 @@ def allowed_ranks(profile: LayerProfile) -> list[int | None]:
 
 
 def brute_force(problem: AllocationProblem) -> float:
-    """Least total loss over all combinations within the budget."""
+    """Return the least total loss over all combinations within the budget."""
     best = np.inf
     for ranks in itertools.product(*(allowed_ranks(profile) for profile in problem.layers)):
         pairs = list(zip(problem.layers, ranks, strict=True))
@@ -61,7 +61,7 @@ def brute_force(problem: AllocationProblem) -> float:
 
 
 def dual_bound(problem: AllocationProblem) -> float:
-    """Largest lower bound Σ min (loss + λ cost) - λ budget over the λ at which a layer changes its option."""
+    """Return the largest lower bound Σ min (loss + λ cost) - λ budget over every λ at which a layer changes its option."""
     options = [
         (np.array([p.loss(r) for r in allowed_ranks(p)]), np.array([p.cost(r) for r in allowed_ranks(p)], dtype=float))
         for p in problem.layers
@@ -74,7 +74,7 @@ def dual_bound(problem: AllocationProblem) -> float:
 
 
 def largest_jump(problem: AllocationProblem) -> float:
-    """Largest loss decrease of one step along the lower convex hull of a layer's loss over cost."""
+    """Return the largest loss decrease of one step along the lower convex hull of a layer's loss over cost."""
     jump = 0.0
     for profile in problem.layers:
         points = [(profile.cost(rank), profile.loss(rank)) for rank in allowed_ranks(profile)]
@@ -88,7 +88,7 @@ def largest_jump(problem: AllocationProblem) -> float:
 
 
 def unspent_steps(problem: AllocationProblem, ranks: dict[str, int | None]) -> list[str]:
-    """Names of layers whose next option would still fit."""
+    """Return the names of the layers whose next option would still fit."""
     left = problem.budget - problem.total_cost(ranks)
     names = []
     for profile in problem.layers:

@@ -1,4 +1,4 @@
-"""What every allocator promises: the budget, the bounds, determinism, the registry."""
+"""What every allocator guarantees: the budget, the bounds and determinism; and their registry."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_no_layers(allocator):
     assert allocator.allocate(AllocationProblem((), 0)) == {}
 
 
-def test_the_budget_is_spent_even_where_nothing_can_be_lost(allocator):
+def test_the_budget_is_spent_even_if_no_rank_loses_anything(allocator):
     layers = tuple(layer(name, 24, 24, np.zeros(25)) for name in "abc")
     problem = AllocationProblem(layers, 3 * 6 * 48)
 
@@ -105,7 +105,7 @@ def test_spending_prefers_the_best_return_and_falls_back_on_the_smallest_share()
 
 
 def test_registry(monkeypatch):
-    assert list(ALLOCATORS) == ["global", "greedy", "uniform"]
+    assert list(ALLOCATORS) == ["uniform", "greedy", "global"]
     monkeypatch.setattr(ALLOCATORS, "_classes", dict(ALLOCATORS))
 
     @ALLOCATORS.register
@@ -119,6 +119,6 @@ def test_registry(monkeypatch):
     with pytest.raises(ValueError, match="allocation='smallest' is registered already"):
         ALLOCATORS.register(Smallest)
     with pytest.raises(
-        ValueError, match="allocation='best' is unknown; choose one of 'global', 'greedy', 'uniform', "
+        ValueError, match="allocation='best' is unknown; choose one of 'uniform', 'greedy', 'global', "
     ):
         ALLOCATORS.create("best")

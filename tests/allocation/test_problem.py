@@ -1,4 +1,4 @@
-"""What a layer may become, what it costs, and which problems are refused."""
+"""The options of a layer, their costs, and the problems that are refused."""
 
 import numpy as np
 import pytest
@@ -29,9 +29,9 @@ def test_options(shape, bounds, expected):
     profile = layer("a", *shape, **bounds)
 
     assert profile.options == expected
-    assert profile.candidate_ranks == expected[:-1] if expected[-1] is None else expected
+    assert profile.candidate_ranks == tuple(option for option in expected if option is not None)
     assert (np.diff(profile.option_costs) > 0).all()
-    assert profile.option_losses[-1] == 0 or expected[-1] is not None
+    assert (profile.option_losses[-1] == 0) == (expected[-1] is None)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -55,7 +55,7 @@ def test_costs_and_losses():
     assert problem.total_loss({"a": 3, "b": 2}) == pytest.approx(0.5 + 0.75)
 
 
-def test_another_way_to_count_cost_is_one_method():
+def test_overriding_the_cost_changes_what_follows_from_it():
     class Pivoted(LayerProfile):
         def cost(self, rank):
             return self.dense_cost if rank is None else rank * (self.out_features + self.in_features) - rank**2
@@ -86,7 +86,7 @@ def test_impossible_layers_are_refused(bounds, message):
         layer("a", 8, 12, **bounds)
 
 
-def test_rounding_in_the_last_digits_is_no_increase():
+def test_losses_may_increase_by_rounding_errors():
     layer("a", 8, 8, np.array([1, 0.5, 0.2, 0.1, 0, 0, 1e-17, 0, 1e-17]))
 
 

@@ -1,4 +1,4 @@
-"""Uniform allocation keeps one share everywhere and looks at no loss."""
+"""Uniform allocation keeps the same share of every layer and ignores losses."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_bounds_hold_and_the_others_keep_one_share():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_losses_play_no_part(seed):
+def test_losses_are_ignored(seed):
     problem = random_problem(seed)
     blind = []
     for profile in problem.layers:

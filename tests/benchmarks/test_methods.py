@@ -1,4 +1,4 @@
-"""The harness that compares methods, as its user calls it."""
+"""The script that compares methods, as a user calls it."""
 
 import json
 import subprocess
@@ -36,11 +36,11 @@ def test_a_table_a_picture_and_every_row(tmp_path):
     table = output.with_suffix(".md").read_text()
     assert table.count("| svd | 50.0 % |") == table.count("| second moment | 50.0 % |") == 1
     assert table.index("| svd |") < table.index("| second moment |"), (
-        "methods stand in their order, not in that of work"
+        "methods are listed in their own order, not in that of the work"
     )
     assert output.with_suffix(".png").stat().st_size > 10_000
 
-    # What is there is not measured again; other settings need another file.
+    # Existing rows are not measured again; other settings need another file.
     before = [json.dumps(row) for row in record["rows"]]
     compare(output, "--methods", "svd", "second moment", "fast", "--seeds", 0, 1)
     after = [json.dumps(row) for row in json.loads(output.with_suffix(".json").read_text())["rows"]]

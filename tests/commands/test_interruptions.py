@@ -1,4 +1,4 @@
-"""`optimum-cli mixrank compress` that is interrupted, or killed, and started again."""
+"""`optimum-cli mixrank compress`, interrupted or killed and started again."""
 
 import signal
 import subprocess
@@ -31,7 +31,7 @@ def command(tmp_path):
 
 
 def interrupt(command, folder, number):
-    """Send a signal as soon as something is there to go on from; exit code and messages."""
+    """Send a signal as soon as the first entry is saved; return exit code and stderr."""
     entry = folder / "calibration.0.safetensors"
     before = entry.stat().st_mtime_ns if entry.exists() else None
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -41,18 +41,18 @@ def interrupt(command, folder, number):
         return process.wait(), process.stderr.read()
 
 
-def test_the_same_command_goes_on(command, tmp_path):
+def test_the_same_command_continues(command, tmp_path):
     folder = tmp_path / "out.unfinished"
     for number in (signal.SIGINT, signal.SIGTERM):
         code, stderr = interrupt(command, folder, number)
         assert code == 130 and "Traceback" not in stderr
-        assert f"Interrupted. What was finished is kept in {str(folder)!r}: the same command goes on" in stderr
+        assert f"Interrupted. What was finished is kept in {str(folder)!r}: the same command continues" in stderr
         assert [each.name for each in tmp_path.iterdir()] == ["out.unfinished"]
     other = subprocess.run([*command, "--ratio", "0.4"], capture_output=True, text=True)
     assert other.returncode == 1 and "Traceback" not in other.stderr
     assert "compression_ratio was 0.5 and is 0.4" in other.stderr and "--no-resume" in other.stderr
     finished = subprocess.run(command, capture_output=True, text=True)
-    assert finished.returncode == 0 and "Going on with the unfinished run" in finished.stderr
+    assert finished.returncode == 0 and "Resuming the unfinished run" in finished.stderr
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 

@@ -1,13 +1,10 @@
-"""Replay segment by segment is the model itself."""
+"""Replaying a model segment by segment gives what the model itself computes."""
 
 import pytest
 import torch
-from compensation.cases import FAMILIES, images
+from compensation.cases import FAMILIES, images, layers_inside, segments_of
 
-from optimum_mixrank.calibration.targets import encoder_linears
-from optimum_mixrank.compensation.layerwise.compensator import group_by_input
-from optimum_mixrank.compensation.layerwise.residual_writes import find_residual_writes
-from optimum_mixrank.compensation.segments import Call, SegmentReplay, find_segments, first_tensor, run_segment
+from optimum_mixrank.compensation.segments import SegmentReplay, find_segments, first_tensor, record_calls, run_segment
 
 
 @pytest.fixture(params=FAMILIES)
@@ -15,18 +12,10 @@ def model(request):
     return FAMILIES[request.param]().eval()
 
 
-def names(model):
-    return [target.name for target in encoder_linears(model)]
-
-
-def kind(name):
-    return name.rpartition(".")[2]
-
-
 @pytest.mark.parametrize("given", [[], [0]], ids=["run", "given"])
 @torch.no_grad()
 def test_inputs_of_every_segment_are_those_of_the_whole_model(model, given):
-    segments = find_segments(model, names(model))
+    segments = segments_of(model)
     assert len(segments) == 2
     batches = list(images(6).split(4))
     expected = {}
@@ -55,73 +44,57 @@ def test_inputs_of_every_segment_are_those_of_the_whole_model(model, given):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_layer_outside_of_every_stack(model):
+def test_a_layer_outside_of_every_stack_of_blocks_is_refused(model):
     with pytest.raises(ValueError, match="'classifier' lies in no stack of blocks"):
         find_segments(model, ["classifier"])
 
 
 @torch.no_grad()
-def test_run_segment_takes_what_was_asked_for(model):
-    segments = find_segments(model, names(model))
+def test_run_segment_records_what_was_asked_for(model):
+    segments = segments_of(model)
     replay = SegmentReplay(model, segments, [images(3)])
     call, segment = replay.calls[0], replay.segment
-    inside = [name.removeprefix(f"{segments[0]}.") for name in names(model) if name.startswith(segments[0])]
-    run = run_segment(segment, call, inside, [*inside, ""])
-    inputs, outputs = run.inputs, run.outputs
-    assert torch.equal(outputs[""], first_tensor(call(segment)))
-    assert type(run.result) is type(call(segment)) and first_tensor(run.result) is outputs[""]
+    inside = layers_inside(model, segments[0])
+    record = run_segment(segment, call, inside, [*inside, ""])
+    expected = call(segment)
+    assert type(record.outputs[""]) is type(expected)
+    assert torch.equal(first_tensor(record.outputs[""]), first_tensor(expected))
     for name in inside:
-        assert torch.equal(segment.get_submodule(name)(inputs[name]), outputs[name])
+        assert torch.equal(segment.get_submodule(name)(record.inputs[name]), record.outputs[name])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in segment.modules())
 
 
 @torch.no_grad()
-def test_query_key_and_value_form_a_group(model):
-    segments = find_segments(model, names(model))
+def test_run_segment_stops_as_soon_as_everything_is_recorded(model):
+    segments = segments_of(model)
     replay = SegmentReplay(model, segments, [images(3)])
-    inside = [name.removeprefix(f"{segments[0]}.") for name in names(model) if name.startswith(segments[0])]
-    groups = group_by_input(replay.segment, replay.calls[0], inside)
-    assert sorted(name for group in groups for name in group) == sorted(inside)
-    assert [len(group) for group in groups][:4] == [3, 1, 1, 1]
+    first, *_, last = layers_inside(model, segments[0])
+    called = []
+    handle = replay.segment.get_submodule(last).register_forward_pre_hook(lambda *_: called.append(1))
+    run_segment(replay.segment, replay.calls[0], [first])
+    handle.remove()
+    assert not called
 
 
 @torch.no_grad()
-def test_layers_that_write_to_the_residual_stream_are_found(model):
-    segments = find_segments(model, names(model))
+def test_calls_are_recorded_in_their_order(model):
+    segments = segments_of(model)
     replay = SegmentReplay(model, segments, [images(3)])
-    inside = [name.removeprefix(f"{segments[0]}.") for name in names(model) if name.startswith(segments[0])]
-    anchors = find_residual_writes(replay.segment, replay.calls[0], inside)
-    found = set(anchors)
-    # The second layer of every MLP is; query, key, value and the first layer never are.
-    mlp_outputs = [name for name in inside if kind(name) == "fc2" or name.endswith("output.dense")]
-    mlp_outputs = [name for name in mlp_outputs if "attention" not in name]
-    assert set(mlp_outputs) <= found and mlp_outputs
-    assert not any(kind(name) in ("query", "key", "value", "q_proj", "k_proj", "v_proj", "fc1") for name in found)
-    if model.config.model_type != "swin":
-        assert len(found) == 2
-
-
-def test_a_layer_that_runs_twice_is_refused():
-    class Twice(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = torch.nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.linear(self.linear(x))
-
-    with pytest.raises(ValueError, match="'linear' is called 2 times"):
-        group_by_input(Twice(), Call((torch.zeros(1, 4),), {}), ["linear"])
+    inside = layers_inside(model, segments[0])
+    calls, output = record_calls(replay.segment, replay.calls[0])
+    assert [name for name, _ in calls if name in inside] == inside
+    assert torch.equal(output, first_tensor(replay.calls[0](replay.segment)))
+    assert not any(module._forward_pre_hooks for module in replay.segment.modules())
 
 
 @torch.no_grad()
-def test_a_forward_that_somebody_has_put_on_a_block_comes_back():
+def test_an_overridden_forward_of_a_block_is_restored():
     model = FAMILIES["vit"]().eval()
-    segments = find_segments(model, names(model))
+    segments = segments_of(model)
     block = model.get_submodule(segments[0])
-    patched = block.forward
-    block.forward = patched
+    overridden = block.forward
+    block.forward = overridden
     replay = SegmentReplay(model, segments, [images(2)])
     replay.advance()
-    assert vars(block)["forward"] is patched
+    assert vars(block)["forward"] is overridden
     assert "forward" not in vars(model.get_submodule(segments[1]))

@@ -58,8 +58,8 @@ def test_truncation_is_the_truncated_svd_seen_through_the_inputs(problem, decomp
     weight, root = problem
     U, S, Vh = torch.linalg.svd(weight @ root, full_matrices=False)
     for rank in range(1, len(S) + 1):
-        ours = decomposed.left[:, :rank] @ decomposed.right[:rank] @ root
-        torch.testing.assert_close(ours, U[:, :rank] * S[:rank] @ Vh[:rank], rtol=1e-5, atol=1e-5 * S[0].item())
+        found = decomposed.left[:, :rank] @ decomposed.right[:rank] @ root
+        torch.testing.assert_close(found, U[:, :rank] * S[:rank] @ Vh[:rank], rtol=1e-5, atol=1e-5 * S[0].item())
 
 
 def test_full_rank_reproduces_the_weight(problem, decomposed):
@@ -124,8 +124,8 @@ def test_singular_covariance_gives_all_components(generator, columns):
 
 def test_root_of_covariance_is_a_root(generator):
     root = random(generator, 9, 4)
-    ours = root_of_covariance(root @ root.T)
-    torch.testing.assert_close(ours @ ours.T, root @ root.T)
+    found = root_of_covariance(root @ root.T)
+    torch.testing.assert_close(found @ found.T, root @ root.T)
 
 
 def test_root_of_a_slightly_negative_covariance_is_finite():

@@ -108,8 +108,8 @@ def test_mean_input_is_the_svd_of_the_output_on_the_representative_input(generat
     energies[: min(size, len(S))] = S[:size].square() / tokens
     torch.testing.assert_close(decomposition.energies, energies, rtol=1e-6, atol=1e-10 * energies[0].item())
     for rank in range(1, size + 1):
-        ours = truncation(decomposition, rank) @ centred.T
-        torch.testing.assert_close(ours, U[:, :rank] * S[:rank] @ Vh[:rank], rtol=1e-6, atol=1e-6 * S[0].item())
+        found = truncation(decomposition, rank) @ centred.T
+        torch.testing.assert_close(found, U[:, :rank] * S[:rank] @ Vh[:rank], rtol=1e-6, atol=1e-6 * S[0].item())
     torch.testing.assert_close(truncation(decomposition, size), weight, rtol=0, atol=1e-7)
 
 
@@ -145,13 +145,13 @@ def test_centring_is_never_worse(layer):
         output_covariance=weight @ flat.T @ flat @ weight.T / len(flat),
     )
     metric = METRICS.create("second_moment")
-    ours, theirs = metric.decompose(weight, statistics), metric.decompose(weight, uncentred)
+    found, without_centring = metric.decompose(weight, statistics), metric.decompose(weight, uncentred)
     for rank in range(1, min(weight.shape)):
         bias = corrected_bias(
-            weight, weight.new_zeros(len(weight)), ours.left[:, :rank] @ ours.right[:rank], flat.mean(0)
+            weight, weight.new_zeros(len(weight)), found.left[:, :rank] @ found.right[:rank], flat.mean(0)
         )
-        without = output_error(weight, inputs, truncation(theirs, rank))
-        assert output_error(weight, inputs, truncation(ours, rank), bias) < without
+        without = output_error(weight, inputs, truncation(without_centring, rank))
+        assert output_error(weight, inputs, truncation(found, rank), bias) < without
 
 
 @pytest.mark.parametrize("shape", [(9, 9), (14, 9), (9, 14)], ids=["square", "tall", "wide"])
@@ -316,7 +316,10 @@ def test_missing_statistic_is_named(metric, statistics):
 
 
 def test_unknown_metric_lists_those_there_are():
-    with pytest.raises(ValueError, match="metric='svdd' is unknown; choose one of 'diagonal', 'kfac', 'mean_input'"):
+    with pytest.raises(
+        ValueError,
+        match=r"metric='svdd' is unknown; choose one of 'svd', 'diagonal', 'mean_input', 'second_moment', 'kfac'\.",
+    ):
         METRICS.create("svdd")
 
 

@@ -1,5 +1,6 @@
-"""Statistics of the same images, whatever the number of processes."""
+"""Statistics of the same images in any number of processes."""
 
+import copy
 import hashlib
 
 import datasets
@@ -19,11 +20,11 @@ def calibrate(name, processes, folder, source, model=VIT, image_processor=None, 
     decoded = []
     decode = collating.decode_image
 
-    def watched(item, name="image"):
+    def spy(item, name="image"):
         decoded.append(str(item).rpartition("/")[2])
         return decode(item, name)
 
-    collating.decode_image = watched
+    collating.decode_image = spy
     try:
         compressor = MixRankCompressor(model, image_processor)
         calibration = compressor.calibrate(source, METRICS, **{"batch_size": 4, **changes})
@@ -51,6 +52,11 @@ def tensor_bytes(calibration):
 
 def case_uneven_batches(processes, folder):
     return calibrate("uneven_batches", processes, folder, list(pixels(17).split([5, 5, 5, 2])))
+
+
+def case_uneven_batches_in_float64(processes, folder):
+    batches = list(pixels(17).double().split([5, 5, 5, 2]))
+    return calibrate("uneven_batches_in_float64", processes, folder, batches, model=copy.deepcopy(VIT).double())
 
 
 def case_more_processes_than_batches(processes, folder):

@@ -1,4 +1,4 @@
-"""The same compressed model, whatever the number of processes."""
+"""Compressions that give the same model in any number of processes."""
 
 import copy
 import hashlib
@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from optimum_mixrank import FactoredLinear, MixRankCompressor
 from optimum_mixrank.compensation import COMPENSATORS, Compensator
-from optimum_mixrank.pipeline import memory_limits
+from optimum_mixrank.compensation.compensator import ActivationStorage
+from optimum_mixrank.pipeline import compress as pipeline
 
 
 MODELS = {"vit": tiny_vit(), "swin": tiny_swin(), "no_head": tiny_swin().swin}
@@ -22,7 +23,7 @@ def compress(name, processes, folder, family="vit", source=None, **changes):
     source = list(images(72).split([16, 16, 16, 16, 8])) if source is None else source
     out = folder / name
     model = compressor.compress(settings, source, save_directory=out)
-    # What is on disk is there when the call returns, in every process.
+    # In every process, the files are there when the call returns.
     saved = sorted(file.name for file in out.iterdir())
     state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     if processes.is_main:
@@ -71,7 +72,7 @@ def case_training(processes, folder):
 
 
 def case_training_of_features(processes, folder):
-    """Of more processes than images in a batch, and an uneven last batch."""
+    """With more processes than images in a batch, and a smaller last batch."""
     changes = {"metric": "second_moment", "layout": "factors", "train_batch_size": 2, "epochs": 1}
     source = list(images(23).split(5))
     return compress(
@@ -86,7 +87,7 @@ def case_training_of_features(processes, folder):
 
 
 class Nudge(Compensator):
-    """Knows nothing of processes: it needs all images, and does the same with them everywhere."""
+    """Knows nothing about processes: it needs all images, and does the same work in every process."""
 
     name = "nudge"
 
@@ -108,20 +109,18 @@ def case_without_images(processes, folder):
     return compress("without_images", processes, folder, metric="svd", compensation=[], layout="factors")
 
 
-def case_outputs_that_do_not_fit_into_memory(processes, folder):
-    layerwise = COMPENSATORS["sequential"]
-    layerwise.max_bytes = 0
+def compress_with_storage(name, processes, folder, **storage):
+    in_memory = pipeline.IN_MEMORY
+    pipeline.IN_MEMORY = ActivationStorage(**storage)
     try:
-        name = "outputs_that_do_not_fit_into_memory"
         return compress(name, processes, folder, compensation=["sequential"])
     finally:
-        del layerwise.max_bytes
+        pipeline.IN_MEMORY = in_memory
 
 
-def case_activations_on_the_disk(processes, folder):
-    plan_memory = memory_limits.plan_memory
-    memory_limits.plan_memory = lambda size, task: plan_memory(size, task, spills=True)
-    try:
-        return compress("activations_on_the_disk", processes, folder, compensation=["sequential"])
-    finally:
-        memory_limits.plan_memory = plan_memory
+def case_outputs_that_are_not_cached(processes, folder):
+    return compress_with_storage("outputs_that_are_not_cached", processes, folder, max_output_bytes=0)
+
+
+def case_activations_on_disk(processes, folder):
+    return compress_with_storage("activations_on_disk", processes, folder, on_disk=True)

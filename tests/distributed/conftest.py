@@ -1,4 +1,4 @@
-"""Several processes on the CPU, whatever the machine has."""
+"""Several processes on the CPU, even on a machine with GPUs."""
 
 import os
 
@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture(scope="session")
 def environment():
-    # One thread each, so that the same batch gives the same floating point numbers in any process.
+    # With one thread each, the same batch gives the same floating-point numbers in any process.
     return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

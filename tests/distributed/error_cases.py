@@ -1,4 +1,4 @@
-"""What goes wrong in one process ends all of them in the same way."""
+"""An error in one process is raised in all of them."""
 
 import copy
 
@@ -9,7 +9,7 @@ from models import pixels, tiny_swin, tiny_vit
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.compensation.training import distillation
-from optimum_mixrank.pipeline import compressor as compressor_module
+from optimum_mixrank.pipeline import decompose, saving
 
 
 VIT, SWIN = tiny_vit(), tiny_swin()
@@ -42,7 +42,7 @@ def case_nan_in_an_image(processes, folder):
 
 
 def case_images_of_two_sizes(processes, folder):
-    # Swin takes them all.
+    # Swin accepts images of any size.
     MixRankCompressor(SWIN).calibrate([pixels(2), torch.zeros(2, 3, 64, 64)], "mean_input")
 
 
@@ -52,7 +52,7 @@ def case_no_images(processes, folder):
 
 def case_a_source_that_fails(processes, folder):
     class OddError(Exception):
-        """Nothing that another process could build."""
+        """An error that another process cannot construct."""
 
         def __init__(self, one, two):
             super().__init__(f"the disk {one} {two}")
@@ -82,7 +82,7 @@ def case_different_orders(processes, folder):
 
 
 def case_different_lists(processes, folder):
-    # As many images, some of which one process does not have.
+    # One process has one image less.
     return calibrate(images() if processes.index == 0 else [*images(), *pixels(1)])
 
 
@@ -108,37 +108,36 @@ def case_a_full_disk(processes, folder):
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    save = compressor_module.save_checkpoint
-    compressor_module.save_checkpoint = fail
+    save = saving.save_checkpoint
+    saving.save_checkpoint = fail
     try:
         return compress(images(), save_directory=folder / "new")
     finally:
-        compressor_module.save_checkpoint = save
+        saving.save_checkpoint = save
 
 
 def case_in_place(processes, folder):
-    """A failure in one process leaves the model in all as it was."""
+    """A failure in one process leaves the model in all processes as it was."""
     model = copy.deepcopy(VIT)
-    compressor, factored_linear = MixRankCompressor(model), compressor_module.factorize_layers.__globals__
-    before, make = copy.deepcopy(model.state_dict()), factored_linear["factored_linear"]
+    before, factored_linear = copy.deepcopy(model.state_dict()), decompose.factored_linear
 
     def fail(*args, **kwargs):
         if processes.index == processes.count - 1:
             raise ValueError("no luck")
-        return make(*args, **kwargs)
+        return factored_linear(*args, **kwargs)
 
-    factored_linear["factored_linear"] = fail
+    decompose.factored_linear = fail
     try:
-        compressor.compress(MixRankConfig(**FAST), images(), inplace=True)
+        MixRankCompressor(model).compress(MixRankConfig(**FAST), images(), inplace=True)
     except ValueError as error:
         same = all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
         return {"error": str(error), "same": same and before.keys() == model.state_dict().keys()}
     finally:
-        factored_linear["factored_linear"] = make
+        decompose.factored_linear = factored_linear
 
 
 def case_training_that_diverges(processes, folder):
-    """In one process alone; the others would wait for its gradients."""
+    """Only in one process; the others would wait for its gradients forever."""
     relative_loss = distillation.relative_loss
 
     def diverging(reference, feature, *args):
@@ -153,7 +152,7 @@ def case_training_that_diverges(processes, folder):
 
 
 def case_training_that_fails(processes, folder):
-    """On the way back of one process."""
+    """In the backward pass of one process."""
     run = distillation._run
 
     class Broken(torch.autograd.Function):
@@ -186,12 +185,12 @@ def train():
 
 
 def case_work_after_all_that(processes, folder):
-    """After all of that the processes are still in step."""
+    """After all these errors, the processes are still in step."""
     return {"num_images": MixRankCompressor(VIT).calibrate(images(), "kfac").num_images}
 
 
 def case_work_then_an_accelerator(processes, folder):
-    """Work without an Accelerator decides nothing for the one that a program makes later."""
+    """Work without an Accelerator does not affect one that a program makes later."""
     accelerate.state.AcceleratorState._reset_state()  # forget those of other cases
     calibrate(images())
     accelerator = accelerate.Accelerator(mixed_precision="bf16")

@@ -11,7 +11,7 @@ COUNTS = (1, 2, 3)
 
 
 def launcher(count):
-    """The command that starts a Python program `count` times; on a machine without GPU they talk by gloo."""
+    """Return the command that starts a Python program in `count` processes; without a GPU they use gloo."""
     if count == 1:
         return [sys.executable]
     settings = {"num_processes": count, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
@@ -20,13 +20,13 @@ def launcher(count):
 
 
 def launch(count, *arguments, environment):
-    """Run a program in `count` processes until all have ended."""
+    """Run a program in `count` processes, and wait until all have ended."""
     command = [*launcher(count), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
 def run_cases(cases, count, folder, environment):
-    """What every process found in every case, in the order of processes."""
+    """Return the results of all cases in every process, in the order of the processes."""
     folder.mkdir()
     result = launch(count, WORKER, cases, folder, environment=environment)
     assert result.returncode == 0, result.stdout + result.stderr

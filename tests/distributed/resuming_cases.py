@@ -1,4 +1,4 @@
-"""A run that all processes break off at the same time, and start again."""
+"""Compressions that are interrupted in all processes at the same time, and resumed."""
 
 import hashlib
 
@@ -7,16 +7,16 @@ from compensation.cases import config, images
 from models import tiny_vit
 
 from optimum_mixrank import MixRankCompressor
-from optimum_mixrank.calibration.fisher import GradientCollector
 from optimum_mixrank.calibration.images import collating
-from optimum_mixrank.compensation.training import loop as training
+from optimum_mixrank.compensation.training.whitening import WhitenedAdam
+from optimum_mixrank.pipeline import compress as pipeline
 
 
 VIT = tiny_vit()
 
 
-class BrokenOffError(Exception):
-    """The end."""
+class Interruption(Exception):  # noqa: N818 - not an error of the compression
+    pass
 
 
 def compress(processes, folder, name, source, run=None, **changes):
@@ -27,27 +27,27 @@ def compress(processes, folder, name, source, run=None, **changes):
     return hashlib.sha256((folder / name / "model.safetensors").read_bytes()).hexdigest()
 
 
-def broken_off(processes, folder, name, owner, method, calls, source, **changes):
-    """Hashes of an undisturbed run and of one in which a method failed at a call with this number."""
+def interrupted(processes, folder, name, owner, function, calls, source, **changes):
+    """Return hashes of an undisturbed compression, and of one that was interrupted at a call with the given number."""
     undisturbed = compress(processes, folder, f"{name}-undisturbed", source, **changes)
-    original, count = getattr(owner, method), 0
+    original, count = getattr(owner, function), 0
 
-    def failing(*arguments, **options):
+    def interrupting(*arguments, **options):
         nonlocal count
         count += 1
         if count == calls:
-            raise BrokenOffError
+            raise Interruption
         return original(*arguments, **options)
 
     run = folder / f"{name}-run"
-    setattr(owner, method, failing)
+    setattr(owner, function, interrupting)
     try:
         compress(processes, folder, name, source, run, **changes)
-        raise AssertionError("it was to fail")
     except Exception as error:
-        assert "AssertionError" not in repr(error), error
+        assert count == calls, error
     finally:
-        setattr(owner, method, original)
+        setattr(owner, function, original)
+    assert count == calls
     entries = sorted(file.name for file in run.iterdir())
     return {
         "undisturbed": undisturbed,
@@ -57,24 +57,23 @@ def broken_off(processes, folder, name, owner, method, calls, source, **changes)
     }
 
 
-def case_calibration(processes, folder):
+def case_after_calibration(processes, folder):
     paths = sorted(map(str, write(folder / f"files-{processes.index}", 36, broken=[2, 17]).iterdir()))
     decoded = []
     decode = collating.decode_image
     collating.decode_image = lambda item, name: decoded.append(item) or decode(item, name)
     try:
-        found = broken_off(
-            processes, folder, "calibration", GradientCollector, "update", 4, paths, compensation=[], metric="kfac"
+        result = interrupted(
+            processes, folder, "calibration", pipeline, "factorize_layers", 1, paths, compensation=[], metric="kfac"
         )
     finally:
         collating.decode_image = decode
-    # Undisturbed, until it broke off in the fourth batch, and from there.
-    return {**found, "decoded": len(decoded), "own": len([i for i in range(9) if processes.owns(i)])}
+    return {**result, "decoded": len(decoded), "own": sum(processes.owns(batch) for batch in range(9))}
 
 
 def case_training(processes, folder):
     source = list(images(40).split(8))
     steps = ["sequential", "distillation"]
-    return broken_off(
-        processes, folder, "training", training.WhitenedAdam, "step", 5, source, compensation=steps, metric="svd"
+    return interrupted(
+        processes, folder, "training", WhitenedAdam, "step", 5, source, compensation=steps, metric="svd"
     )

@@ -1,4 +1,4 @@
-"""`optimum-cli mixrank` in several processes, as the documentation has it."""
+"""`optimum-cli mixrank` in several processes, as documented."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def compressed(tmp_path_factory, environment):
             *("--output", folder / str(count)),
             environment=environment,
         )
-        # One document: beside the main process none has printed.
+        # A single document: only the main process prints.
         values[count] = json.loads(stdout)
     return folder, values
 
@@ -78,6 +78,6 @@ def test_an_error_is_one_sentence(environment, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_command_that_nothing_is_shared_of_runs_once(compressed, environment):
+def test_a_command_without_shared_work_runs_once(compressed, environment):
     stdout, _ = cli(2, "inspect", compressed[0] / "2", "--json", environment=environment)
     assert json.loads(stdout)["stored_values"] > 0

@@ -1,4 +1,8 @@
-"""Two and three real processes compress as one does."""
+"""Two and three real processes give the compressed model of one process, up to rounding.
+
+Statistics are rounded in the float32 of the model, and each process subtracts its own mean before that. The tolerances
+are for what comes of these rounding errors.
+"""
 
 import pytest
 import torch
@@ -45,32 +49,32 @@ def test_the_model_is_that_of_one_process(found, case, count):
     for what in ("settings", "calibration", "model_parameters_after"):
         assert together["report"][what] == alone["report"][what]
     assert together["requires_grad"] == alone["requires_grad"]
-    assert energies(together) == pytest.approx(energies(alone), rel=1e-10)
-    for ours, theirs in zip(together["report"]["compensation"], alone["report"]["compensation"], strict=True):
-        assert ours["kept"] == theirs["kept"]
+    assert energies(together) == pytest.approx(energies(alone), rel=1e-5)
+    for step, expected in zip(together["report"]["compensation"], alone["report"]["compensation"], strict=True):
+        assert step["kept"] == expected["kept"]
         for error in ("error_before", "error_after"):
-            assert ours[error] == pytest.approx(theirs[error], rel=1e-5)
-        for name, value in theirs["details"].items():
-            assert ours["details"][name] == pytest.approx(value, rel=1e-4)
+            assert step[error] == pytest.approx(expected[error], rel=1e-4)
+        for name, value in expected["details"].items():
+            assert step["details"][name] == pytest.approx(value, rel=1e-4)
     expected = load_file(alone["file"])
     values = load_file(together["file"])
     assert {name: tensor.shape for name, tensor in values.items()} == {
         name: tensor.shape for name, tensor in expected.items()
     }
-    torch.testing.assert_close(values["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(values["logits"], expected["logits"], rtol=1e-5, atol=5e-5)
     for name, value in alone["evaluation"].items():
         assert together["evaluation"][name] == (value if value is None else pytest.approx(value, rel=1e-4, abs=1e-9))
 
 
 @SEVERAL
-def test_the_checkpoint_is_one_for_plain_transformers(found, count):
+def test_the_checkpoint_opens_with_plain_transformers(found, count):
     file = found[count][0]["closed_form"]["file"]
     model = AutoModelForImageClassification.from_pretrained(file.removesuffix(".safetensors"))
     assert torch.equal(compression_cases.outputs(model), load_file(file)["logits"])
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_only_the_main_process_speaks(found, count):
+def test_only_the_main_process_prints(found, count):
     for phase in ("Decoding", "Calibrating", "Decomposing", "Factorizing", "Solving", "Distilling", "Evaluating"):
-        spoken = [phase in each["training"]["stderr"] for each in found[count]]
-        assert spoken == [True] + [False] * (count - 1), phase
+        printed = [phase in each["training"]["stderr"] for each in found[count]]
+        assert printed == [True] + [False] * (count - 1), phase

@@ -1,4 +1,4 @@
-"""An error in one process is the same error in all; none is left waiting."""
+"""An error in one process is raised in all, and none is left waiting."""
 
 import pytest
 from distributed.launching import COUNTS, run_cases
@@ -12,7 +12,7 @@ def found(tmp_path_factory, environment):
 
 ANYWHERE = {
     "broken_images": "ValueError: At least 2 of 12 images (16.7%) cannot be decoded, more than max_broken_share=0.05",
-    "nan_in_an_image": "ValueError: `pixel_values` of item 1 hold NaN or Inf",
+    "nan_in_an_image": "ValueError: `pixel_values` of item 1 contain NaN or Inf",
     "images_of_two_sizes": "ValueError: Images of different sizes: [3, 32, 32] and [3, 64, 64]",
     "no_images": "ValueError: There is no image to use",
     "a_source_that_fails": "the disk is gone",
@@ -40,7 +40,7 @@ def test_errors_are_those_of_one_process(found, case, count):
 
 @pytest.mark.parametrize("count", COUNTS[1:])
 @pytest.mark.parametrize("case", AMONG_SEVERAL)
-def test_errors_that_one_process_cannot_make(found, case, count):
+def test_errors_that_occur_only_among_several_processes(found, case, count):
     for each in found[count]:
         assert AMONG_SEVERAL[case] in each[case]["error"]
     assert "error" not in found[1][0][case]

@@ -1,4 +1,4 @@
-"""The ImageNet example under `accelerate launch`, on a few pictures, with the configuration files beside it."""
+"""The ImageNet example under `accelerate launch`, on a few images, with its configuration files."""
 
 import json
 import socket
@@ -19,7 +19,7 @@ EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "imagenet"
 
 @pytest.fixture(scope="module")
 def laid_out(tmp_path_factory):
-    """Folders of classes, named otherwise than by a model with two classes of one name, as in ImageNet."""
+    """Folders named differently from the classes of the model, two of which have the same name, as in ImageNet."""
     folder = tmp_path_factory.mktemp("imagenet")
     for split, count in (("train", 4), ("val", 2)):
         for index in range(5):
@@ -35,7 +35,7 @@ def start(configuration, *options, folder, out, environment):
     arguments = ["--model", folder / "model", "--dataset", folder / "images", "--output", out, "--num-samples", 12]
     arguments += ["--recipe", "fast", "--ratio", 0.3, "--batch-size", 4, "--num-workers", 1]
     words = [*command, *map(str, options), str(EXAMPLE / "compress.py"), *map(str, arguments)]
-    # Every run has a cache of its own, as every machine has.
+    # Every run has its own cache, like every machine.
     caches = {"HF_DATASETS_CACHE": str(out.with_suffix(".cache"))}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(words, env={**environment, **caches}, **pipes)
@@ -85,5 +85,5 @@ def test_several_nodes(laid_out, tmp_path, environment):
     for rank, process in enumerate(processes):
         check(process, 1 - rank)
     check_result(outs[0])
-    # What one machine writes is not on the disks of the others.
+    # Machines do not share their disks.
     assert not outs[1].exists()

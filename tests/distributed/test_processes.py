@@ -1,4 +1,4 @@
-"""How work is shared out, without any process."""
+"""How work is divided between processes."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def test_parts_cover_all_items_once(count, items):
     parts = [Processes(index, count).part(items) for index in range(count)]
     assert sum(share for _, share in parts) == pytest.approx(1)
     assert [item for part, share in parts if share for item in range(items)[part]] == list(range(items))
-    # No process stands idle in an exchange, and none has two items more than another.
+    # Every process has something to exchange, and the parts are of equal size up to one item.
     sizes = [len(range(items)[part]) for part, _ in parts]
     assert min(sizes) == max(1, items // count) and max(sizes) - min(sizes) <= 1
     assert all(share in (0, size / items) for (_, share), size in zip(parts, sizes, strict=True))

@@ -1,9 +1,9 @@
-"""Run in one or several processes, as `accelerate launch` starts them: all cases, with what each process found as JSON.
+"""Run all cases in one or several processes started by `accelerate launch`, and write the results of each as JSON.
 
     accelerate launch … worker.py CASES FOLDER
 
-CASES is the name of a module here; its functions `case_…` take this process and a folder for files, and return JSON
-values. A case that raises reports its error.
+CASES is the name of a module in this folder; its functions `case_…` take the `Processes` and a folder for files, and
+return JSON values. For a case that raises, the error is reported.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 def main() -> None:
     cases, folder = importlib.import_module(f"distributed.{sys.argv[1]}"), Path(sys.argv[2])
-    # Models of the cases are made before processes know each other: Transformers then writes files in one alone.
+    # The models of the cases are made before the processes are connected, after which Transformers writes files in one
+    # process only.
     from optimum_mixrank.runtime.distributed import find_processes
 
     processes = find_processes()

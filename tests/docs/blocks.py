@@ -17,7 +17,7 @@ _PYTHON, _SHELL = ("python", "py"), ("bash", "sh", "shell", "console")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its page, the line where its text begins, whether it is Python, and the text."""
+    """A fenced block: its page, the line where its text begins, whether it is Python, and its text."""
 
     page: str
     line: int
@@ -32,7 +32,7 @@ class Block:
 
 
 def blocks_of(page: str) -> list[Block]:
-    """Its Python and shell blocks, in order."""
+    """Return the Python and shell blocks of a page, in order."""
     text = PAGES[page].read_text(encoding="utf-8")
     found = []
     for match in _FENCE.finditer(text):

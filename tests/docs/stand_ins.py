@@ -1,4 +1,4 @@
-"""A folder in which the names that the documentation uses are small local things."""
+"""A folder with small local stand-ins for the models, images and checkpoints that the documentation names."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ CHECKPOINTS = {
     "deployment.md": ("deit-base-mixrank",),
     "training.md": ("deit-base-mixrank",),
 }
-"""Compressed checkpoints that a page takes for granted; the others make what they use."""
+"""Compressed checkpoints that a page presupposes; the other pages make what they use."""
 STARTS = {
     "checkpoints.md": (
         f"from optimum_mixrank import MixRankCompressor, MixRankConfig\n"
@@ -28,7 +28,7 @@ STARTS = {
         "folder = 'deit-base-mixrank'\n"
     ),
 }
-"""What a page goes on from: variables that it names and does not make."""
+"""Code that defines the variables that a page presupposes."""
 
 
 def lay_out(folder: Path, page: str) -> None:

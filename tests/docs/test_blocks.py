@@ -17,8 +17,11 @@ from optimum_mixrank.decomposition import METRICS
 
 
 NOT_EXECUTED = {
-    ("README.md", "examples/quickstart.py"): "makes an environment; tests/test_compressor.py runs the script",
-    ("README.md", "-m pytest -n 2"): "makes an environment and runs the tests; .ci/run executes it",
+    (
+        "README.md",
+        "examples/quickstart.py",
+    ): "creates an environment; tests/pipeline/test_compressor.py runs the script",
+    ("README.md", "-m pytest -n 2"): "creates an environment and runs the tests; .ci/run executes it",
     ("CONTRIBUTING.md", "-m pytest -m real_model"): "needs a pretrained checkpoint and its images; .ci/full",
     ("CONTRIBUTING.md", "mkdocs build"): "installs into the environment; .ci/run executes it",
     ("install.md", "pip install ."): "installs into the environment; .ci/run installs the same",
@@ -38,7 +41,7 @@ NOT_EXECUTED = {
         "optimum-cli export onnx",
     ): "needs optimum-onnx and Transformers 4.57; .ci/full runs the same",
 }
-"""Blocks, by page and a text that only they hold, with the reason."""
+"""Blocks by page and a text that occurs in no other block of it, with the reason."""
 
 NEEDED_MODULES = {
     ("deployment.md", "torch.onnx.export"): ("onnx", "onnxscript"),
@@ -49,12 +52,12 @@ NEEDED_MODULES = {
     ("training.md", "get_peft_model(model"): ("peft",),
     ("training.md", "merge_and_unload()"): ("peft",),
 }
-"""Blocks that run where these are installed, as in .ci/run, which sets MIXRANK_TEST_ALL_BLOCKS."""
+"""Blocks that run if these are installed, as in .ci/run, which sets MIXRANK_TEST_ALL_BLOCKS."""
 
 
 @pytest.fixture
 def workplace(request, tmp_path, monkeypatch):
-    """The page, in a folder with its stand-ins; extensions that its blocks register are forgotten afterwards."""
+    """Change to a folder with the page's stand-ins; extensions that its blocks register are forgotten afterwards."""
     lay_out(tmp_path, request.param)
     monkeypatch.chdir(tmp_path)
     for registry in (METRICS, ALLOCATORS, COMPENSATORS):
@@ -74,7 +77,7 @@ def test_blocks_run(workplace, monkeypatch):
         if _listed(NOT_EXECUTED, block) or not _installed(block):
             continue
         if block.is_python:
-            # Empty lines in front make line numbers of tracebacks those of the page.
+            # Empty lines in front give tracebacks the line numbers of the page.
             source = "\n" * (block.line - 1) + block.text
             exec(compile(source, str(PAGES[page]), "exec"), namespace)
         else:
@@ -90,7 +93,7 @@ def test_listed_blocks_exist(page, text):
 
 
 def _run(words, block, monkeypatch):
-    """A command of a shell block, through the function that its entry point calls."""
+    """Run a command of a shell block through the function that its entry point calls."""
     where = f"{block.page}, line {block.line}"
     assert words[0] == "optimum-cli", f"{where}: {words[0]} is not executed; list the block in NOT_EXECUTED"
     assert not set("|><&;$`") & set("".join(words)), f"{where}: only plain commands are executed"

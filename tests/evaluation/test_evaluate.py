@@ -50,9 +50,9 @@ def test_classifier_against_the_definitions(tiny, batches):
     p, q = original.softmax(1), compressed.softmax(1)
     assert result == EvaluationResult(
         num_images=11,
-        top1=pytest.approx((compressed.argmax(1) == labels).double().mean().item()),
+        top1=(compressed.argmax(1) == labels).sum().item() / 11,
         top5=1.0,
-        reference_top1=pytest.approx((original.argmax(1) == labels).double().mean().item()),
+        reference_top1=(original.argmax(1) == labels).sum().item() / 11,
         reference_top5=1.0,
         agreement=pytest.approx((compressed.argmax(1) == original.argmax(1)).double().mean().item()),
         kl=pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-4),

@@ -1,4 +1,4 @@
-"""The examples run, in a small form, as a reader would call them."""
+"""The examples run at a small size, as a reader would call them."""
 
 import re
 import subprocess
@@ -23,7 +23,7 @@ def run(example, *arguments, code=0):
 
 
 def figures(text, row):
-    """The numbers of a row of the table that an example prints."""
+    """Return the numbers of a row in the table that an example prints."""
     line = next(line for line in text.splitlines() if line.startswith(row))
     return [float(number) for number in re.findall(r"\d+\.\d+", line)]
 
@@ -38,7 +38,7 @@ def test_recover_accuracy_without_labels(tmp_path):
     assert kl < kl_before
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert any(isinstance(module, FactoredLinear) for module in model.modules())
-    # The result is a checkpoint that can be trained further, now with labels and all that saves memory.
+    # The result is a checkpoint that can be trained further, now with labels and all options that save memory.
     again = run(
         *("recover_accuracy.py", "--model", tmp_path / "out", "--output", tmp_path / "again", "--epochs", 0.5, *SMALL),
         *("--label-weight", 0.5, "--bf16", "--gradient-checkpointing"),

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom without a network, and is committed as it came out."""
+"""The notebook runs from top to bottom without a network, and is committed with its outputs."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def test_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     command = [sys.executable, str(ROOT / ".ci" / "notebook.py"), str(tmp_path / "out.ipynb")]
     subprocess.run(command, check=True)
-    # The same cells have something to show as in the committed notebook.
+    # The same cells have outputs as in the committed notebook.
     shown = [[bool(cell["outputs"]) for cell in code_cells(path)] for path in (tmp_path / "out.ipynb", NOTEBOOK)]
     assert shown[0] == shown[1]
 

@@ -349,14 +349,14 @@ def test_a_page_that_cannot_be_made_costs_no_checkpoint(tmp_path, monkeypatch, c
     def fail(*arguments):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("optimum_mixrank.reporting.html.render_html", fail)
+    monkeypatch.setattr("optimum_mixrank.reporting.report.render_html", fail)
     compressor = MixRankCompressor(tiny_vit())
     logging.enable_propagation()
     try:
         compressor.compress(MixRankConfig(**CONFIG), [pixels(16)], save_directory=tmp_path / "out")
     finally:
         logging.disable_propagation()
-    assert "without 'report.html', which could not be made: no font" in caplog.text
+    assert "without 'report.html', which could not be created: no font" in caplog.text
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["rank_map"]
     assert not (tmp_path / "out" / HTML_NAME).exists()
 

@@ -148,12 +148,12 @@ def test_missing_field_of_a_layer():
 
 def test_file_that_is_no_report(tmp_path):
     (tmp_path / REPORT_NAME).write_text("[1]")
-    with pytest.raises(ValueError, match="holds a list, not the report"):
+    with pytest.raises(ValueError, match="holds a list, not a compression report"):
         CompressionReport.load(tmp_path)
 
 
 def test_values_that_json_does_not_know():
-    with pytest.raises(TypeError, match="settings of a report is to hold JSON values only"):
+    with pytest.raises(TypeError, match="settings of a report must hold JSON values only"):
         make_report(settings={"dtype": object()})
-    with pytest.raises(ValueError, match="evaluation of a report may hold neither NaN nor Inf"):
+    with pytest.raises(ValueError, match="evaluation of a report must not hold NaN or Inf"):
         make_report(evaluation={"kl": float("nan")})

@@ -2,7 +2,6 @@ import pytest
 from reporting.reports import layer, report, swin_report, vit_report
 
 from optimum_mixrank.reporting import format_table
-from optimum_mixrank.runtime.formatting import format_count
 
 
 def table_lines(text):
@@ -109,18 +108,3 @@ def test_what_is_not_known_is_left_out():
 
 def test_one_layer_keeps_its_name():
     assert "encoder.layer.0.query" in format_table(report([layer("encoder.layer.0.query", (4, 4), 1)]))
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (1000, "1.00 k"),
-        (999_999, "1.00 M"),
-        (85_800_000, "85.8 M"),
-        (35_100_000_000, "35.1 G"),
-    ],
-)
-def test_counts(count, text):
-    assert format_count(count) == text

@@ -1,1 +1,1 @@
-"""From whatever a user holds to batches of images that a model takes."""
+"""From whatever holds images to batches that a model takes."""

@@ -5,27 +5,27 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...runtime.distributed import SINGLE_PROCESS, Processes
 from ...runtime.logging import get_logger
 from ..fingerprint import ImageFingerprint
-from .collating import Batch, Collator, ErrorsReturned
+from .collating import Batch, Collator, different_sizes
 from .decoding import BrokenImageError
 from .high_resolution import enlarged_processor
 from .rows import (
-    ImageRows,
     Row,
-    delivers_images,
+    check_source,
     fingerprint_content,
     fingerprint_rows,
+    image_rows,
     num_images,
     single_rows,
     stream_rows,
@@ -35,49 +35,48 @@ from .sources import load_image_dataset
 
 logger = get_logger(__name__)
 
-Loaded = tuple[int, Batch | None, list[BrokenImageError]]
+NumberedBatch = tuple[int, Batch | None, list[BrokenImageError]]
 
 __all__ = ["Batch", "ImageBatches"]
 
 
 class ImageBatches:
-    """Iterates over images in batches, in the source's order; broken files are named, left out and counted.
+    """Iterates over images in batches, in the order of the source; broken files are logged, left out and counted.
 
-    Several processes share the batches out: number b goes to process b modulo their number, and a process decodes no
+    Batches are distributed over processes: number b goes to process b modulo their number, and a process decodes no
     other. Batches are the same for any number of processes. After a pass all of them call `merge_across_processes`.
 
     Args:
         source: A `datasets.Dataset` with an image column, a folder, a Hub id, a list of PIL images or paths, or any
-            iterable (such as a `DataLoader`) of `pixel_values`: tensors `[batch, channels, height, width]` or
-            `[channels, height, width]`, pairs of tensors and labels, or mappings with `pixel_values`. An iterable of
-            images serves too.
-        image_processor: The model's; needed unless `pixel_values` are given.
+            iterable (such as a `DataLoader`) of images or of `pixel_values`: tensors `[batch, channels, height, width]`
+            or `[channels, height, width]`, pairs of tensors and labels, or mappings with `pixel_values`.
+        image_processor: The model's; not needed if the source gives `pixel_values`.
         batch_size: Images per batch; batches of `pixel_values` stay as they are.
-        image_column: Default: the one image column there is.
-        label_column: Column to deliver as `labels`; None delivers only those that come with `pixel_values`.
+        image_column: Column with images; default: the only one.
+        label_column: Column to deliver as `labels`; default: only labels that come with `pixel_values` are delivered.
         label_map: Model label by dataset label, if they differ.
         max_broken_share: Tolerated share of images that cannot be decoded, in [0, 1].
-        num_channels: Channels that the model takes; 1 makes grey images.
+        num_channels: Channels that the model takes; 1 converts to grey.
         num_workers: Processes that read and decode ahead, for datasets and lists of images.
-        pin_memory: Whether to put the pixels where a GPU copies them from while it computes.
-        dtype: Of the pixels.
-        processes: Those that share the batches out.
-        fingerprint: Whether to take the images' fingerprint.
+        pin_memory: Whether to put the pixels in pinned memory, from which a GPU copies them while it computes.
+        dtype: The dtype of the pixels.
+        processes: The processes among which the batches are distributed.
+        fingerprint: Whether to compute the fingerprint of the images.
 
     Attributes:
-        num_images: Number of images in the source, broken ones included; None if it cannot be known beforehand.
-        broken: Names of the images that could not be decoded in the last pass; after `merge_across_processes`, those of
-            all processes.
+        num_images: Number of images in the source, including broken ones; None if it cannot be known in advance.
 
     Raises:
         TypeError: for a source of another kind.
         ValueError: for a missing image processor, image column or label column, a negative number of workers, and for a
-            DataLoader that shares its batches out already. While iterating: for more broken images than tolerated, no
+            DataLoader that distributes its batches already. While iterating: for more broken images than tolerated, no
             usable image, images of different sizes or unusable `pixel_values`, and for the second pass through an
             iterator.
-        RuntimeError: while iterating, PyTorch's own if a worker dies.
+        RuntimeError: while iterating, from PyTorch, if a worker dies.
     """
 
+    # These are the independent properties of a source, its decoding and its distribution; any grouping of them would
+    # only move the arguments into objects that every caller has to build.
     def __init__(
         self,
         source: Any,
@@ -103,9 +102,7 @@ class ImageBatches:
             raise ValueError(f"max_broken_share={max_broken_share} is not in [0, 1].")
         if isinstance(source, str | Path | datasets.DatasetDict):
             source = load_image_dataset(source, image_column=image_column)
-        _check_kind(source)
-        if not processes.is_single:
-            _check_whole(source)
+        check_source(source, processes)
         self._source = source
         self._processes = processes
         self._collate = Collator(image_processor, num_channels, label_map, dtype)
@@ -114,51 +111,45 @@ class ImageBatches:
         self._max_broken_share = max_broken_share
         self._num_workers = num_workers
         self._pin_memory = pin_memory
-        self._rows = ImageRows(source, *self._columns) if delivers_images(source) else None
+        self._rows = image_rows(source, *self._columns)
         self._used_up = False
-        self._named: set[str] = set()
+        self._logged: set[str] = set()
         self._with_fingerprint = fingerprint
         self._pass = _Pass()
-        self.broken: list[str] = []
         self.num_images = num_images(source) if self._rows is None else len(self._rows)
         if self._rows is not None:
             self._collate.check_image_processor()
 
     def enlarged(self, scale: float) -> ImageBatches | None:
-        """The same batches of the same images, `scale` times as large on each side.
+        """Return the same batches of the same images, `scale` times as large on each side.
 
-        Returns:
-            None where the source gives tensors or can be read but once, or the image processor has no sizes.
+        Returns None if the source gives tensors or can be read only once, or the image processor has no sizes.
         """
         processor = None if self._rows is None else enlarged_processor(self._collate.image_processor, scale)
         if processor is None:
             return None
         enlarged = copy.copy(self)
-        # The eight bits that images have fit into float16.
+        # The eight bits of an image fit into float16.
         enlarged._collate = dataclasses.replace(self._collate, image_processor=processor, dtype=torch.float16)
         enlarged._with_fingerprint = enlarged._pin_memory = False
-        enlarged._pass, enlarged.broken = _Pass(), []
+        enlarged._pass = _Pass()
         return enlarged
 
     @property
     def num_own_images(self) -> int | None:
-        """Images of this process, broken ones included; None if it cannot be known beforehand."""
+        """Number of images of this process, including broken ones; None if it cannot be known in advance."""
         if self.num_images is None or self._processes.is_single:
             return self.num_images
-        # Only a source of single images is cut into batches of one size here.
+        # Only a source of single images is divided into batches of equal size here.
         return None if self._rows is None else min(self.num_images, len(self) * self._batch_size)
 
     @property
-    def num_broken(self) -> int:
-        """Images that could not be decoded in the last pass."""
-        return len(self.broken)
+    def broken(self) -> list[str]:
+        """Names of the images that could not be decoded in the last pass; once merged, in all processes."""
+        return [error.name for _, error in sorted(self._pass.broken, key=itemgetter(0))]
 
     def __len__(self) -> int:
-        """Number of batches of this process if no image is broken.
-
-        Raises:
-            TypeError: if it cannot be known beforehand, as for a generator.
-        """
+        """Return the number of batches of this process if no image is broken; a TypeError if it is not known yet."""
         if self._rows is not None:
             batches = math.ceil(len(self._rows) / self._batch_size)
         elif isinstance(self._source, DataLoader) and self._source.batch_size is not None:
@@ -168,31 +159,33 @@ class ImageBatches:
         return len(range(self._processes.index, batches, self._processes.count))
 
     def __iter__(self) -> Iterator[Batch]:
-        self._pass, self.broken = _Pass(), []
+        self._pass = _Pass()
         for index, batch, broken in self._batches():
-            self._leave_out(broken, index)
+            self._pass.broken += [(index, error) for error in broken]
+            self._log(broken)
             if self._rows is not None:
                 self._check_broken_share(len(self._rows))
             if batch is None or batch.num_images == 0:
                 continue
-            self._pass.take_in(batch.pixel_values)
+            self._pass.check_shape(batch.pixel_values.shape[1:])
+            self._pass.usable += batch.num_images
             if self._with_fingerprint:
                 self._pass.fingerprint.update(batch.pixel_values, index)
             yield dataclasses.replace(batch, index=index)
         if self._processes.is_single:
-            self._check()
+            self._check_pass()
 
     @property
     def fingerprint(self) -> str:
-        """Of the usable images of the last pass; see `ImageFingerprint`."""
+        """Fingerprint of the usable images of the last pass; see `ImageFingerprint`."""
         return self._pass.fingerprint.hexdigest()
 
     def source_fingerprint(self) -> str | None:
-        """Of the images as they lie on the disk, in their order; None where that cannot be known before a pass."""
+        """Return the fingerprint of the encoded images in their order; None if it cannot be known before a pass."""
         return None if self._rows is None else fingerprint_content(self._rows)
 
     def merge_across_processes(self) -> None:
-        """Bring together what all processes found in a pass; every one calls this after its own.
+        """Merge what all processes found in a pass; each of them calls this after its own.
 
         Raises:
             ValueError: what iterating in one process raises, and if the processes did not get the same images in the
@@ -203,44 +196,42 @@ class ImageBatches:
         found = self._processes.gather(self._pass)
         if len({each.source for each in found}) > 1:
             raise ValueError(
-                "The processes were given different images, or the same in different orders, so that they cannot be "
-                "shared out. Give every process the same dataset, list or DataLoader in the same order: sort names of "
-                "files, and shuffle or transform at random with the same seed everywhere, or not at all."
+                "The processes were given different images, or the same in different orders. Give every process the "
+                "same dataset, list or DataLoader in the same order: sort names of files, and shuffle or transform at "
+                "random with the same seed everywhere, or not at all."
             )
         self._pass = found[0]
         for each in found[1:]:
             self._pass.merge(each)
-        self.broken = [error.name for _, error in sorted(self._pass.broken, key=lambda pair: pair[0])]
-        for _, error in self._pass.broken:
-            self._name(error)
-        self._check()
+        self._log([error for _, error in self._pass.broken])
+        self._check_pass()
 
-    def _batches(self) -> Iterator[Loaded]:
-        """Batches of this process with their numbers, and the broken images among them."""
+    def _batches(self) -> Iterator[NumberedBatch]:
+        """Yield the batches of this process with their numbers, and the broken images among them."""
         if self._rows is not None:
             return self._load(self._rows)
         rows = None if self._processes.is_single else single_rows(self._source, *self._columns)
         return self._stream() if rows is None else self._load(rows)
 
-    def _load(self, rows: Sequence[Row]) -> Iterator[Loaded]:
+    def _load(self, rows: Sequence[Row]) -> Iterator[NumberedBatch]:
         starts = range(0, len(rows), self._batch_size)
         own = [index for index in range(len(starts)) if self._processes.owns(index)]
-        # What a dataset of the user's own delivers may be random, as its transforms may be: its length has to do.
-        look = rows is self._rows and not self._processes.is_single
-        self._pass.source = (len(rows), fingerprint_rows([rows[0], rows[len(rows) - 1]] if look else []))
+        # Rows of a user's own dataset may be random, as its transforms may be; only their number is compared.
+        compare = rows is self._rows and not self._processes.is_single
+        self._pass.source = (len(rows), fingerprint_rows([rows[0], rows[len(rows) - 1]] if compare else []))
         loader = DataLoader(
             rows,  # a sequence serves as a map-style dataset
             batch_sampler=[range(starts[i], min(starts[i] + self._batch_size, len(rows))) for i in own],
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
-            collate_fn=ErrorsReturned(self._collate),
+            collate_fn=self._collate.or_error,
         )
         for index, loaded in zip(own, loader, strict=True):
             if isinstance(loaded, Exception):
                 raise loaded
             yield index, *loaded
 
-    def _stream(self) -> Iterator[Loaded]:
+    def _stream(self) -> Iterator[NumberedBatch]:
         if isinstance(self._source, Iterator):
             if self._used_up:
                 raise ValueError(
@@ -270,92 +261,53 @@ class ImageBatches:
         if single:
             yield single
 
-    def _leave_out(self, broken: Iterable[BrokenImageError], index: int) -> None:
+    def _log(self, broken: Sequence[BrokenImageError]) -> None:
+        """Log broken images, each of them once, however many passes there are."""
         for error in broken:
-            self.broken.append(error.name)
-            self._pass.broken.append((index, error))
-            self._name(error)
+            if error.name not in self._logged:
+                self._logged.add(error.name)
+                logger.warning(f"Broken image left out: {error}")
 
-    def _name(self, error: BrokenImageError) -> None:
-        if error.name not in self._named:  # once, however many passes there are
-            self._named.add(error.name)
-            logger.warning(f"Broken image left out: {error}")
-
-    def _check(self) -> None:
-        self._check_broken_share(self._pass.usable + self.num_broken)
+    def _check_pass(self) -> None:
+        self._check_broken_share(self._pass.usable + len(self._pass.broken))
         if not self._pass.usable:
             raise ValueError(
-                f"There is no image to use ({self.num_broken} broken ones were left out); check the source of images."
+                f"There is no image to use ({len(self._pass.broken)} broken ones were left out); check the source of "
+                "images."
             )
 
     def _check_broken_share(self, total: int) -> None:
-        # A quotient, not a product with the share: 0.29 * 100 < 29.
-        if self.num_broken and self.num_broken / total > self._max_broken_share:
+        broken = len(self._pass.broken)
+        # A quotient, since 0.29 * 100 < 29.
+        if broken and broken / total > self._max_broken_share:
             raise ValueError(
-                f"At least {self.num_broken} of {total} images ({self.num_broken / total:.1%}) cannot be decoded, more "
-                f"than max_broken_share={self._max_broken_share} tolerates. The first are {', '.join(self.broken[:3])}. "
-                "Mend or remove them, or raise max_broken_share."
+                f"At least {broken} of {total} images ({broken / total:.1%}) cannot be decoded, more than "
+                f"max_broken_share={self._max_broken_share} tolerates. The first are {', '.join(self.broken[:3])}. "
+                "Repair or remove them, or raise max_broken_share."
             )
 
 
 @dataclasses.dataclass
 class _Pass:
-    """What a pass has found in the batches of one process, or of several.
+    """What a pass has found in the batches of one process or, once merged, of all.
 
-    Attributes:
-        usable: Images.
-        broken: With the numbers of their batches.
-        shape: Of an image, `(channels, height, width)`.
-        source: Size of the source and fingerprint of its first rows, which are the same for all processes.
-        fingerprint: Of the usable images.
+    `broken` has the numbers of batches; `source` is the size of the source and the fingerprint of some of its rows.
     """
 
     usable: int = 0
     broken: list[tuple[int, BrokenImageError]] = dataclasses.field(default_factory=list)
-    shape: torch.Size | None = None
+    shape: torch.Size | None = None  # (channels, height, width)
     source: tuple[int, str] = (0, "")
     fingerprint: ImageFingerprint = dataclasses.field(default_factory=ImageFingerprint)
 
-    def take_in(self, pixel_values: Tensor) -> None:
-        self._check_shape(pixel_values.shape[1:])
-        self.usable += len(pixel_values)
-
     def merge(self, other: _Pass) -> None:
         if other.shape is not None:
-            self._check_shape(other.shape)
+            self.check_shape(other.shape)
         self.usable += other.usable
         self.broken += other.broken
         self.fingerprint.merge(other.fingerprint)
 
-    def _check_shape(self, shape: torch.Size) -> None:
+    def check_shape(self, shape: torch.Size) -> None:
         if self.shape is not None and self.shape != shape:
-            raise ValueError(
-                f"Images of different sizes: {list(self.shape)} and {list(shape)}; let the image processor resize and "
-                "crop them to one size."
-            )
+            raise different_sizes([self.shape, shape])
         self.shape = shape
-
-
-def _check_whole(source: Any) -> None:
-    from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
-
-    if isinstance(source, DataLoaderShard | DataLoaderDispatcher):
-        raise ValueError(
-            f"The {type(source).__name__} shares its batches out over the processes already, and may repeat images to "
-            "fill the last batch; give the DataLoader as it was before `accelerator.prepare`."
-        )
-
-
-def _check_kind(source: Any) -> None:
-    if isinstance(source, Tensor):
-        kind = f"tensor of shape {list(source.shape)}"
-        usable = source.ndim == 4
-    else:
-        kind = type(source).__name__
-        is_one_item = isinstance(source, bytes | Mapping)
-        usable = not is_one_item and isinstance(source, Iterable | torch.utils.data.Dataset)
-    if not usable:
-        raise TypeError(
-            f"A {kind} is no source of images; give a dataset, a folder, a Hub id, a list of images, or an iterable of "
-            "batches of `pixel_values` (a single batch goes into a list)."
-        )

@@ -1,8 +1,8 @@
-"""Make one batch of rows: decode, apply the image processor, check what the model will see."""
+"""Turn rows into one batch: decode, apply the image processor, check what the model will see."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,24 +31,21 @@ class Batch:
 
     @property
     def num_images(self) -> int:
-        """Images in this batch."""
+        """Number of images in this batch."""
         return len(self.pixel_values)
 
     def pin_memory(self) -> Batch:
-        """The same with pixels in pinned memory, as `DataLoader` asks for it."""
+        """Return a copy with pixels in pinned memory; called by `DataLoader`."""
         return replace(self, pixel_values=self.pixel_values.pin_memory())
+
+
+Collated = tuple[Batch | None, list[BrokenImageError]]
+"""A batch, or None if no image is usable, and the broken images."""
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns rows into a batch, as `DataLoader` wants it; it may run in another process.
-
-    Attributes:
-        image_processor: Of the model; None if the rows hold `pixel_values`.
-        num_channels: Channels that the model takes; 1 makes grey images.
-        label_map: Model label by dataset label, if they differ.
-        dtype: Of the pixels.
-    """
+    """Turns rows into a batch, possibly in a worker of a `DataLoader`; see `ImageBatches` for the attributes."""
 
     image_processor: Any
     num_channels: int
@@ -56,19 +53,15 @@ class Collator:
     dtype: torch.dtype
 
     def check_image_processor(self) -> None:
-        """Check that images can be prepared.
-
-        Raises:
-            ValueError: if there is no image processor.
-        """
+        """Raise a ValueError if there is no image processor."""
         if self.image_processor is None:
             raise ValueError(
                 "Images need the model's image processor: pass `image_processor=AutoImageProcessor.from_pretrained(…)`, "
                 "or give batches of `pixel_values`."
             )
 
-    def __call__(self, rows: Sequence[Row]) -> tuple[Batch | None, list[BrokenImageError]]:
-        """Return the batch, or None if no image is usable, and the broken images."""
+    def __call__(self, rows: Sequence[Row]) -> Collated:
+        """Return the batch and the broken images among the rows."""
         if len({row.pixel_values is None for row in rows}) > 1:
             raise ValueError("Images and `pixel_values` are mixed; give one or the other.")
         if rows[0].pixel_values is not None:
@@ -79,9 +72,19 @@ class Collator:
                 images.append(decode_image(row.image, row.name))
                 usable.append(row)
             except BrokenImageError as error:
-                # Only names travel between processes; the cause may hold open files.
+                # Only names and reasons travel between processes; the cause may hold open files.
                 broken.append(BrokenImageError(error.name, str(error.reason)))
         return (self._batch(usable, self._process(images)) if images else None), broken
+
+    def or_error(self, rows: Sequence[Row]) -> Collated | Exception:
+        """Return what `__call__` returns, or the error that it raises.
+
+        `DataLoader` would raise the error of a worker with the worker's traceback in its message.
+        """
+        try:
+            return self(rows)
+        except Exception as error:
+            return error
 
     def _batch(self, rows: Sequence[Row], pixel_values: Tensor) -> Batch:
         shape, dtype = tuple(pixel_values.shape), pixel_values.dtype
@@ -100,7 +103,7 @@ class Collator:
         if not finite.all():
             row = rows[int(finite.logical_not().nonzero()[0])] if len(rows) == len(finite) else rows[0]
             raise ValueError(
-                f"`pixel_values` of {row.name} hold NaN or Inf; check the image processor and its image_std."
+                f"`pixel_values` of {row.name} contain NaN or Inf; check the image processor and its image_std."
             )
         return Batch(pixel_values, self._labels(rows, len(pixel_values)))
 
@@ -109,14 +112,14 @@ class Collator:
         if rows[0].is_batch:
             return tensors[0]
         if len({tensor.shape for tensor in tensors}) != 1:
-            raise _different_sizes({tuple(tensor.shape) for tensor in tensors})
+            raise different_sizes(sorted({tuple(tensor.shape) for tensor in tensors}))
         return torch.stack(tensors)
 
     def _process(self, images: list[Image.Image]) -> Tensor:
         self.check_image_processor()
         inputs: list[Any] = list(images)
         if self.num_channels == 1:
-            # With their channel, since not every image processor takes [height, width].
+            # With an axis of channels, since not every image processor takes [height, width].
             inputs = [np.asarray(image.convert("L"))[..., None] for image in images]
         try:
             return self.image_processor(images=inputs, return_tensors="pt")["pixel_values"]
@@ -124,7 +127,7 @@ class Collator:
             each = [self.image_processor(images=[image], return_tensors="pt")["pixel_values"] for image in inputs]
             shapes = {tuple(pixel_values.shape[1:]) for pixel_values in each}
             if len(shapes) > 1:
-                raise _different_sizes(shapes) from None
+                raise different_sizes(sorted(shapes)) from None
             raise
 
     def _labels(self, rows: Sequence[Row], count: int) -> Tensor | None:
@@ -140,34 +143,17 @@ class Collator:
 
     def _label(self, label: Any, name: str) -> int:
         label = label.item() if isinstance(label, Tensor | np.generic) else label
-        if self.label_map is None:
-            if isinstance(label, int) and label >= 0:
-                return label
-        elif isinstance(self.label_map, Mapping):
+        if isinstance(self.label_map, Mapping):
             if label in self.label_map:
                 return self.label_map[label]
-        elif isinstance(label, int) and 0 <= label < len(self.label_map):
-            return self.label_map[label]
-        raise ValueError(f"The label {label!r} of {name} is no class of the model; leave out images without a class.")
+        elif isinstance(label, int) and label >= 0 and (self.label_map is None or label < len(self.label_map)):
+            return label if self.label_map is None else self.label_map[label]
+        raise ValueError(
+            f"The label {label!r} of {name} is not a class of the model; leave out images without a class."
+        )
 
 
-@dataclass(frozen=True)
-class ErrorsReturned:
-    """A `Collator` that returns an error in place of a batch.
-
-    `DataLoader` would raise the error of a worker with the worker's traceback in its message.
-    """
-
-    collate: Collator
-
-    def __call__(self, rows: Sequence[Row]) -> tuple[Batch | None, list[BrokenImageError]] | Exception:
-        """See `Collator`."""
-        try:
-            return self.collate(rows)
-        except Exception as error:
-            return error
-
-
-def _different_sizes(shapes: set[tuple[int, ...]]) -> ValueError:
-    found = " and ".join(str(list(shape)) for shape in sorted(shapes)[:3])
+def different_sizes(shapes: Iterable[Sequence[int]]) -> ValueError:
+    """Return the error for images of different shapes, `(channels, height, width)`."""
+    found = " and ".join(str(list(shape)) for shape in list(shapes)[:3])
     return ValueError(f"Images of different sizes: {found}; let the image processor resize and crop them to one size.")

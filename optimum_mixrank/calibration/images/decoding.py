@@ -1,4 +1,4 @@
-"""Turn whatever holds an image into an RGB picture, or say that it is broken."""
+"""Decode whatever holds an image into an RGB image, or report that it is broken."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ from PIL import Image, ImageOps
 
 
 class BrokenImageError(ValueError):
-    """An image cannot be decoded.
-
-    Attributes:
-        name: The image's file, or its row.
-        reason: What is wrong with it.
-    """
+    """An image cannot be decoded; `name` is its file or row, `reason` what is wrong with it."""
 
     def __init__(self, name: str, reason: object) -> None:
         super().__init__(name, reason)
@@ -36,19 +31,19 @@ def decode_image(item: Any, name: str = "image") -> Image.Image:
         item: A PIL image, a path, encoded bytes, a mapping with `bytes` or `path` (as `datasets` stores images), or an
             array of bytes, `[height, width]` or `[height, width, 1, 3 or 4]`. None, as a dataset holds for a missing
             image, is a broken image.
-        name: What to call the image in errors, if it does not know its file.
+        name: Name of the image in errors, if its file is unknown.
 
     Returns:
-        An RGB image, turned as its EXIF data say. Grey, palette, CMYK and 16-bit images are converted; transparency is
-        dropped, as image pipelines do.
+        An RGB image, rotated according to its EXIF data. Grey, palette, CMYK and 16-bit images are converted;
+        transparency is dropped, as in image pipelines.
 
     Raises:
         BrokenImageError: if the image is missing, damaged, truncated, empty, not an image or implausibly large.
-        TypeError: if the item is nothing that could hold an image.
+        TypeError: if the item cannot hold an image.
     """
     if item is not None and not holds_image(item):
         raise TypeError(
-            f"{name} is a {type(item).__name__}, which holds no image; give PIL images, paths, encoded bytes, uint8 "
+            f"{name} is a {type(item).__name__}, which cannot hold an image; give PIL images, paths, encoded bytes, uint8 "
             "arrays [height, width, channels], or batches of `pixel_values`."
         )
     try:
@@ -61,7 +56,7 @@ def decode_image(item: Any, name: str = "image") -> Image.Image:
 
 
 def holds_image(item: Any) -> bool:
-    """Whether an item is a single image in a form that `decode_image` knows."""
+    """Return whether an item is a single image in a form that `decode_image` accepts."""
     if isinstance(item, Mapping):
         return bool(item) and set(item) <= {"bytes", "path"}
     if isinstance(item, np.ndarray):
@@ -71,7 +66,7 @@ def holds_image(item: Any) -> bool:
 
 
 def image_name(item: Any) -> str | None:
-    """The file that an item comes from, if it says so."""
+    """Return the file that an item comes from, if it is known."""
     if isinstance(item, Mapping):
         return item.get("path") or None
     if isinstance(item, str | os.PathLike):
@@ -81,7 +76,7 @@ def image_name(item: Any) -> str | None:
 
 def _open(item: Any) -> Image.Image:
     if isinstance(item, Mapping):
-        # Bytes go first: beside them, `path` is but the name that the file once had.
+        # If there are bytes, `path` is only the name that the file once had.
         item = item["bytes"] if item.get("bytes") is not None else item.get("path")
     if item is None:
         raise ValueError("the dataset holds no image here")
@@ -89,7 +84,7 @@ def _open(item: Any) -> Image.Image:
         return item
     if isinstance(item, np.ndarray):
         return Image.fromarray(item.squeeze(2) if item.ndim == 3 and item.shape[2] == 1 else item)
-    # Read as a whole, so that no file stays open.
+    # Read completely, so that no file stays open.
     encoded = item if isinstance(item, bytes | bytearray) else Path(item).expanduser().read_bytes()
     if not encoded:
         raise ValueError("the file is empty")
@@ -100,7 +95,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range; convert the file to 8 or 16 bits")
     if image.mode.startswith("I"):
-        # Pillow clips to 255 where it should scale. Mode "I" is 16 bits too: older releases open such PNG files so.
+        # Pillow would clip to 255 instead of scaling. Older releases open 16-bit PNG files in mode "I".
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("the pixels need more than 16 bits; convert the file to 8 or 16 bits")

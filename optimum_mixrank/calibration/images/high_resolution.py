@@ -1,4 +1,4 @@
-"""The same images at a higher resolution than the model sees: an image processor whose sizes are multiplied."""
+"""The same images at a higher resolution than the model sees: an image processor with larger sizes."""
 
 from __future__ import annotations
 
@@ -9,26 +9,24 @@ from typing import Any
 
 
 STEPS = {"size": "do_resize", "crop_size": "do_center_crop"}
-"""Sizes of an image processor, and whether it uses them."""
+"""Sizes of an image processor, and the attribute that says whether it uses them."""
 
 EDGES = frozenset({"height", "width", "shortest_edge", "longest_edge", "max_height", "max_width"})
 
 
 def enlarged_processor(image_processor: Any, scale: float) -> Any | None:
-    """A copy of an image processor whose images are `scale` times as large on each side, with the same view.
+    """Return a copy of an image processor whose images show the same, `scale` (at least 1) times as large on each side.
 
-    Args:
-        image_processor: The model's.
-        scale: At least 1.
-
-    Returns:
-        The copy, or None where the processor has no sizes that could be multiplied.
+    Returns None if the processor has no sizes that can be multiplied.
     """
-    # Where an image is cropped only, or resized by a rule of its own, a larger one would show something else.
+    # If images are only cropped, or resized by a rule of the processor's own, a larger one would show something else.
     if not getattr(image_processor, "do_resize", True) or getattr(image_processor, "crop_pct", None) is not None:
         return None
-    used = [name for name, step in STEPS.items() if _is_used(image_processor, name, step)]
-    sizes = {name: _scaled(getattr(image_processor, name), scale) for name in used}
+    sizes = {
+        name: _scaled(size, scale)
+        for name, step in STEPS.items()
+        if (size := getattr(image_processor, name, None)) is not None and getattr(image_processor, step, True)
+    }
     if "size" not in sizes or any(size is None for size in sizes.values()):
         return None
     copied = copy.deepcopy(image_processor)
@@ -37,14 +35,10 @@ def enlarged_processor(image_processor: Any, scale: float) -> Any | None:
     return copied
 
 
-def _is_used(image_processor: Any, name: str, step: str) -> bool:
-    return getattr(image_processor, name, None) is not None and bool(getattr(image_processor, step, True))
-
-
 def _scaled(size: Any, scale: float) -> Any:
     if isinstance(size, int | float):
         return math.ceil(size * scale)
-    # A dict, or an object of Transformers that behaves like one; what is not given is None.
+    # A dict, or an object of Transformers that behaves like one, in which missing values are None.
     items = size if isinstance(size, Mapping) else getattr(size, "__dict__", {})
     given = {key: value for key, value in items.items() if value is not None}
     if not given or not given.keys() <= EDGES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path, PurePath
@@ -14,21 +14,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
+from ...runtime.distributed import Processes
 from .decoding import holds_image, image_name
 from .sources import find_image_column, load_image_dataset
 
 
 @dataclass(frozen=True)
 class Row:
-    """An image, or a batch of `pixel_values`.
+    """An undecoded image, or `pixel_values` of one image or a batch, `[batch, channels, height, width]`.
 
-    Attributes:
-        name: For messages.
-        image: Undecoded image; unused if there are `pixel_values`.
-        pixel_values: `[channels, height, width]` or `[batch, channels, height, width]`, or None.
-        label: Label, or labels `[batch]`, or None.
+    The label is that of the image, or labels `[batch]`; the name is for messages.
     """
 
     name: str
@@ -38,58 +35,13 @@ class Row:
 
     @property
     def is_batch(self) -> bool:
-        """Whether this is a batch already."""
+        """Whether the row is a batch of images."""
         return self.pixel_values is not None and self.pixel_values.ndim != 3
 
 
-class ImageRows(Sequence[Row]):
-    """Rows of a dataset, or of a list of images; reading one decodes nothing."""
-
-    def __init__(self, source: Any, image_column: str | None = None, label_column: str | None = None) -> None:
-        if isinstance(source, datasets.Dataset):
-            source = load_image_dataset(source, image_column=image_column).with_format(None)
-            image_column = find_image_column(source.features, image_column)
-            if label_column is not None and label_column not in source.column_names:
-                raise ValueError(
-                    f"label_column={label_column!r} does not exist; the columns are {', '.join(source.column_names)}."
-                )
-        self._source = source
-        self._image_column = image_column
-        self._label_column = label_column
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: Any) -> Any:
-        return read_row(self._source[index], index, self._image_column, self._label_column)
-
-
-def delivers_images(source: Any) -> bool:
-    """Whether a source of known length and random access holds undecoded images."""
-    if isinstance(source, datasets.Dataset):
-        # A transform may deliver anything.
-        return source.format["type"] != "custom" and "pixel_values" not in source.column_names
-    return isinstance(source, Sequence) and len(source) > 0 and holds_image(source[0])
-
-
-def single_rows(source: Any, image_column: str | None = None, label_column: str | None = None) -> Sequence[Row] | None:
-    """Rows of a source with random access, if its first item is one image; None otherwise.
-
-    One process reads such a source from the beginning to the end; several each read their own rows alone.
-    """
-    if isinstance(source, datasets.Dataset) and source.format["type"] != "custom":
-        source = source.with_format("torch")
-    is_map_style = isinstance(source, torch.utils.data.Dataset) and hasattr(source, "__len__")
-    if isinstance(source, torch.utils.data.IterableDataset) or not (
-        isinstance(source, datasets.Dataset | Sequence | Tensor) or is_map_style
-    ):
-        return None
-    if len(source) == 0 or read_row(source[0], 0, image_column, label_column).is_batch:
-        return None
-    return _IndexedRows(source, image_column, label_column)
-
-
 class _IndexedRows(Sequence[Row]):
+    """Rows of a source with random access; reading one decodes nothing."""
+
     def __init__(self, source: Any, *columns: str | None) -> None:
         self._source = source
         self._columns = columns
@@ -101,67 +53,122 @@ class _IndexedRows(Sequence[Row]):
         return read_row(self._source[index], index, *self._columns)
 
 
+def check_source(source: Any, processes: Processes) -> None:
+    """Raise a TypeError if a source cannot deliver images, a ValueError if it distributes its batches already."""
+    kind = type(source).__name__
+    is_one_item = isinstance(source, bytes | Mapping)
+    if isinstance(source, Tensor):
+        kind = f"tensor of shape {list(source.shape)}"
+        is_one_item = source.ndim != 4
+    if is_one_item or not isinstance(source, Iterable | torch.utils.data.Dataset):
+        raise TypeError(
+            f"A {kind} is not a source of images; give a dataset, a folder, a Hub id, a list of images, or an iterable "
+            "of batches of `pixel_values` (a single batch goes into a list)."
+        )
+    if not processes.is_single:
+        from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+
+        if isinstance(source, DataLoaderShard | DataLoaderDispatcher):
+            raise ValueError(
+                f"The {kind} shares its batches out over the processes already, and may repeat images to fill the last "
+                "batch; give the DataLoader as it was before `accelerator.prepare`."
+            )
+
+
+def image_rows(source: Any, image_column: str | None, label_column: str | None) -> Sequence[Row] | None:
+    """Return the rows of a dataset or a list of undecoded images; None for any other source."""
+    if isinstance(source, datasets.Dataset):
+        # A transform may deliver anything.
+        if source.format["type"] == "custom" or "pixel_values" in source.column_names:
+            return None
+        source = load_image_dataset(source, image_column=image_column).with_format(None)
+        image_column = find_image_column(source.features, image_column)
+        if label_column is not None and label_column not in source.column_names:
+            raise ValueError(
+                f"label_column={label_column!r} does not exist; the columns are {', '.join(source.column_names)}."
+            )
+    elif not isinstance(source, Sequence) or len(source) == 0 or not holds_image(source[0]):
+        return None
+    return _IndexedRows(source, image_column, label_column)
+
+
+def single_rows(source: Any, image_column: str | None, label_column: str | None) -> Sequence[Row] | None:
+    """Return the rows of a source with random access if its first item is a single image; None otherwise.
+
+    Several processes each read only their own rows of such a source; one process reads it from beginning to end.
+    """
+    source = _as_tensors(source)
+    is_map_style = isinstance(source, torch.utils.data.Dataset) and hasattr(source, "__len__")
+    if isinstance(source, IterableDataset) or not (
+        isinstance(source, datasets.Dataset | Sequence | Tensor) or is_map_style
+    ):
+        return None
+    if len(source) == 0 or read_row(source[0], 0, image_column, label_column).is_batch:
+        return None
+    return _IndexedRows(source, image_column, label_column)
+
+
+def _as_tensors(source: Any) -> Any:
+    is_plain = isinstance(source, datasets.Dataset) and source.format["type"] != "custom"
+    return source.with_format("torch") if is_plain else source
+
+
 def fingerprint_rows(rows: Sequence[Row]) -> str:
-    """A fingerprint that tells sources and their orders apart, from a few rows; nothing is decoded."""
+    """Return a fingerprint of a few rows that tells apart sources and their orders; nothing is decoded."""
     digest = hashlib.sha256()
     for row in rows:
-        # Folders may lie elsewhere on another machine.
+        # Only the name, since the folder may be elsewhere on another machine.
         digest.update(PurePath(row.name).name.encode())
-        item = row.image.get("bytes") if isinstance(row.image, Mapping) else row.image
-        if row.pixel_values is not None:
-            item = row.pixel_values.detach().cpu().double().numpy()
-        if isinstance(item, bytes | bytearray | np.ndarray):
-            digest.update(bytes(item))
+        digest.update(_content(row) or b"")
     return digest.hexdigest()
 
 
 def fingerprint_content(rows: Sequence[Row]) -> str | None:
-    """A fingerprint of encoded images and their order, from every byte of them; nothing is decoded.
-
-    None where images have no encoded form: they are pictures in memory.
-    """
+    """Return a fingerprint of every byte of encoded images, in their order; None for PIL images, which have none."""
     digest = hashlib.sha256()
     for row in rows:
-        item = row.image
-        if isinstance(item, Mapping):
-            item = item["bytes"] if item.get("bytes") is not None else item.get("path")
-        if isinstance(item, Image.Image):
+        content = _content(row)
+        if content is None:
             return None
-        if isinstance(item, str | PathLike):
-            try:
-                item = Path(item).expanduser().read_bytes()
-            except OSError:
-                item = None  # a broken image, of which decoding will say so
-        digest.update(hashlib.sha256(b"" if item is None else bytes(item)).digest())
+        digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 
-def stream_rows(source: Any, image_column: str | None = None, label_column: str | None = None) -> Iterator[Row]:
-    """Rows of any iterable, or of a PyTorch dataset."""
-    if isinstance(source, datasets.Dataset) and source.format["type"] != "custom":
-        source = source.with_format("torch")
+def _content(row: Row) -> bytes | None:
+    """Return pixels or the encoded image as bytes; None for a PIL image."""
+    item = row.image
+    if row.pixel_values is not None:
+        item = row.pixel_values.detach().cpu().double().numpy()
+    if isinstance(item, Mapping):
+        item = item["bytes"] if item.get("bytes") is not None else item.get("path")
+    if isinstance(item, Image.Image):
+        return None
+    if isinstance(item, str | PathLike):
+        try:
+            return Path(item).expanduser().read_bytes()
+        except OSError:
+            item = None  # a broken image, which is reported when it is decoded
+    return b"" if item is None else bytes(item)
+
+
+def stream_rows(source: Any, image_column: str | None, label_column: str | None) -> Iterator[Row]:
+    """Yield the rows of any iterable, or of a PyTorch dataset."""
+    source = _as_tensors(source)
     if isinstance(source, datasets.IterableDataset) and source.features and "pixel_values" not in source.features:
         image_column = find_image_column(source.features, image_column)
         source = source.cast_column(image_column, datasets.Image(decode=False))
     # A PyTorch dataset need not be iterable, nor end by itself.
-    indexed = isinstance(source, torch.utils.data.Dataset) and not isinstance(source, torch.utils.data.IterableDataset)
+    indexed = isinstance(source, torch.utils.data.Dataset) and not isinstance(source, IterableDataset)
     items = (source[index] for index in range(len(source))) if indexed else source
     for index, item in enumerate(items):
         yield read_row(item, index, image_column, label_column)
 
 
-def read_row(item: Any, index: int, image_column: str | None, label_column: str | None) -> Row:
-    """Find image or `pixel_values`, and label, in an item.
+def read_row(item: Any, index: int, image_column: str | None = None, label_column: str | None = None) -> Row:
+    """Find the image or `pixel_values`, and the label, in an item: one of these, a pair with labels, or a mapping.
 
-    Args:
-        item: An image, `pixel_values`, a pair of either with labels, or a mapping by column.
-        index: Its number, for messages.
-        image_column: Default: the one image column there is.
-        label_column: Default: where class indices stand beside `pixel_values`, as `labels` or second of a pair, they.
-
-    Raises:
-        ValueError: for a missing column or label.
-        TypeError: for anything else.
+    Without `label_column`, labels are class indices beside `pixel_values`: `labels`, or the second item of a pair. The
+    index is the item's number, for messages. A missing column or label is a ValueError, any other item a TypeError.
     """
     name, label = f"item {index}", None
     if isinstance(item, tuple | list):
@@ -182,7 +189,7 @@ def read_row(item: Any, index: int, image_column: str | None, label_column: str 
 
 
 def num_images(source: Any) -> int | None:
-    """How many images a source of `pixel_values` will deliver, where that can be known beforehand."""
+    """Return the number of images in a source of `pixel_values`; None if it cannot be known in advance."""
     if isinstance(source, Tensor | datasets.Dataset):
         return len(source)
     if isinstance(source, DataLoader):
@@ -193,7 +200,7 @@ def num_images(source: Any) -> int | None:
         except TypeError:  # a stream
             return None
     if isinstance(source, list | tuple):
-        rows = [read_row(item, index, None, None) for index, item in enumerate(source)]
+        rows = [read_row(item, index) for index, item in enumerate(source)]
         return sum(len(row.pixel_values) if row.is_batch and row.pixel_values is not None else 1 for row in rows)
     return None
 
@@ -217,7 +224,7 @@ def _required_label(item: Mapping[str, Any], label_column: str, name: str) -> An
 
 
 def _class_indices(labels: Any) -> Any:
-    """Labels, if they are classes; masks and boxes, which other tasks call labels too, are of no use here."""
+    """Return labels if they are class indices; None for masks and boxes, which other tasks call labels too."""
     if isinstance(labels, int):
         return labels
     try:
@@ -234,6 +241,6 @@ def _tensor(values: Any, name: str) -> Tensor:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"The `pixel_values` of {name} are no tensor [batch, channels, height, width] ({error}); let the image "
+            f"The `pixel_values` of {name} are not a tensor [batch, channels, height, width] ({error}); let the image "
             "processor resize all images to one size."
         ) from error

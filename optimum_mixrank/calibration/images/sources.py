@@ -1,4 +1,4 @@
-"""Find images: local folders and files, the Hub, or a dataset that is there already."""
+"""Find images: in local folders and files, on the Hub, or in a dataset that is already loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 Data = TypeVar("Data", datasets.Dataset, datasets.IterableDataset)
 
 _WINDOW = 1024
-"""Images of a stream among which the next one is drawn, at least."""
+"""Minimum number of images of a stream among which the next one is drawn."""
 
 _COLUMN_NAMES = ("image", "img", "images", "picture", "photo")
 
@@ -34,28 +34,28 @@ def load_image_dataset(
     seed: int = 42,
     **hub_kwargs: Any,
 ) -> datasets.Dataset:
-    """Load a dataset of images, undecoded, so that one broken file does not end a run.
+    """Load a dataset of undecoded images, so that one broken file does not end a run.
 
     Args:
         source: A folder of images (with or without a folder per split and class), a folder of parquet files, one
             parquet file, a folder written by `save_to_disk`, a Hub id, or a dataset.
         split: Name of the split.
-        default_splits: Taken, in this order, if no split is named; else the only one there is.
-        image_column: Name of the image column; default: the one there is.
-        num_samples: How many images to draw, without replacement; they stay in the dataset's order. None for all.
+        default_splits: Splits to try in this order if none is named; a dataset's only split serves otherwise.
+        image_column: Name of the image column; default: the only one.
+        num_samples: Number of images to draw, without replacement and in the dataset's order; None for all.
         seed: Seed of the draw.
         **hub_kwargs: `revision`, `token`, `cache_dir`, `name`, … as for `datasets.load_dataset`. With `streaming=True`
-            only a little more than the images that are drawn is downloaded: files are taken in random order, images
+            only a little more than the drawn images is downloaded: files are read in random order, images are drawn
             from a window that moves over them. They are kept in memory, undecoded.
 
     Returns:
-        The dataset, all columns kept, with undecoded images.
+        The dataset with undecoded images and all its columns.
 
     Raises:
         FileNotFoundError: if the source is a path that does not exist, or a folder without data.
         TypeError: if the source is something else.
-        ValueError: if the split or the image column is missing or ambiguous; the message lists what there is. Also if a
-            stream is to be drawn from without a number of images.
+        ValueError: if the split or the image column is missing or ambiguous, in a message that lists those there are;
+            or for a stream without `num_samples`.
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} is not a positive number of images; use None for all.")
@@ -74,14 +74,9 @@ def load_image_dataset(
 
 
 def find_image_column(columns: Mapping[str, Any], image_column: str | None = None) -> str:
-    """Name of the column with the images.
+    """Return the name of the column with images, given a dataset's features or a row; a given name is only checked.
 
-    Args:
-        columns: Features of a dataset, or one row of it.
-        image_column: The name, if it is known; then it is only checked.
-
-    Raises:
-        ValueError: if it is missing or ambiguous.
+    A column that is missing or ambiguous is a ValueError.
     """
     names = ", ".join(map(str, columns))
     if image_column is not None:
@@ -102,12 +97,12 @@ def _load(source: Any, hub_kwargs: Mapping[str, Any]) -> Any:
         return source
     if not isinstance(source, str | Path):
         raise TypeError(
-            f"A {type(source).__name__} is no image dataset; give a folder, a Hub id or a `datasets.Dataset`."
+            f"A {type(source).__name__} is not an image dataset; give a folder, a Hub id or a `datasets.Dataset`."
         )
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix != ".parquet":
-            raise ValueError(f"{str(source)!r} is a file, but no parquet file; name a folder of images.")
+            raise ValueError(f"{str(source)!r} is a file, but not a parquet file; name a folder of images.")
         return datasets.load_dataset("parquet", data_files=str(path), **hub_kwargs)
     if path.is_dir():
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -136,7 +131,7 @@ def _select_split(data: Any, split: str | None, default_splits: tuple[str, ...])
             raise ValueError(f"split={split!r} cannot be chosen: this is one dataset without splits; leave it out.")
         return data
     if not isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
-        raise TypeError(f"A {type(data).__name__} cannot be drawn from; load all splits of the dataset.")
+        raise TypeError(f"Images cannot be drawn from a {type(data).__name__}; load all splits of the dataset.")
     names = list(data)
     if split is not None and split not in names:
         raise ValueError(f"split={split!r} does not exist; the splits are {', '.join(names)}.")
@@ -160,9 +155,9 @@ def _undecoded(data: Data, column: str) -> Data:
     if isinstance(feature, datasets.Image) and not feature.decode:
         return data
     try:
-        # Columns of paths or of encoded bytes become image columns too.
+        # Columns of paths or of encoded bytes can become image columns too.
         return data.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
-            f"Column {column!r} holds no images, but {feature}; name another with image_column."
+            f"Column {column!r} holds {feature} instead of images; name another with image_column."
         ) from error

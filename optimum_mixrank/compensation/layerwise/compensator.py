@@ -1,4 +1,4 @@
-"""Repair layer by layer, in forward order, with the inputs that each layer really gets."""
+"""Repair layer by layer, in forward order, with the inputs that each layer gets in the compressed model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar
@@ -20,10 +20,9 @@ from ...checkpoint.modeling import FactoredLinear, replace_module
 from ...checkpoint.names import Target
 from ...runtime.forward import evaluation_mode
 from ...runtime.precision import to_float64
-from ..compensator import MAX_CACHED_OUTPUT_BYTES, CompensationTask, Compensator
+from ..compensator import CompensationTask, Compensator
 from ..saved_steps import load_layers, save_layers
 from ..segments import SegmentReplay, find_segments
-from .mirrored import WithMirrored
 from .output_loss import output_loss
 from .spilling import spilled
 from .structure import Structure
@@ -31,51 +30,48 @@ from .targets import OriginalOutputs, inputs_and_targets
 
 
 PROBED_IMAGES = 4
-"""Images on which the structure of a segment is looked at."""
+"""Number of images with which the structure of a segment is determined."""
 
 
 class LayerwiseCompensator(Compensator):
-    """Goes through the factored layers in forward order and replaces each by a better one of the same rank.
+    """Replaces the factored layers, in forward order, by better ones of the same rank.
 
-    A layer's new version is made from the covariances of its inputs in the compressed model, `x'`, and of its targets
-    in the original one with them.
+    A new layer is computed from two covariances: that of its inputs `x'` in the compressed model, and that of its
+    targets in the original model with these inputs.
 
-    Memory: the activations at one segment boundary of both models, for all images and their mirror images, on the disk
-    where `task.storage` says so; and the outputs of the linear layers of one segment of the original, about `12 d` values
-    per token in a ViT of width d, for as many batches as fit. Time: one run of the original, two where a segment returns
-    more than one tensor, and of the compressed model one run to every group of layers that share an input (four in a ViT
-    block) and one through the segment. For batches whose outputs are not kept, the original runs to every group of
-    layers too. Several processes share images and layers out.
+    Memory: the activations at one segment boundary of both models, for all images and their mirror images, on disk if
+    `task.storage` says so; and the outputs of the layers of one segment of the original, about `12 d` values per token
+    in a ViT of width d, for as many batches as fit. Time: one pass of the original, two where a segment returns more
+    than one tensor; of the compressed model, one pass up to every group of layers that share an input (four in a ViT
+    block) and one through the segment. For batches whose outputs are not cached, the original also runs up to every
+    group. Several processes share images and layers.
 
-    The progress bar and the report give the error of the layers on the images that they were made from:
-    `E ‖t - Ŵ x' - b‖² / E ‖t - E t‖²` for targets `t`, and `E ‖t - Ŵ x'‖² / E ‖t‖²` of layers without bias.
+    The progress bar and the report show the error of the layers on the images that they were computed from:
+    `E ‖t - Ŵ x' - b‖² / E ‖t - E t‖²` for targets `t`, and `E ‖t - Ŵ x'‖² / E ‖t‖²` for layers without bias.
 
     Attributes:
-        description: Of the progress bar.
-        residual_targets: Whether a layer that writes to the residual stream is to restore the original stream, rather
-            than its own original output: what its predecessors have done wrong is then corrected as far as `x'` tells.
-        max_bytes: Up to which the original's outputs of a segment are kept.
-        outcomes: What `solve` says of the layers that it has made, for the report to count; a subclass may add to it.
+        description: Label of the progress bar.
+        residual_targets: Whether a layer that writes to the residual stream aims to restore the original stream rather
+            than its own original output. It then also corrects errors of its predecessors, as far as `x'` allows.
+        outcomes: One word or two on every layer of a segment, which `solve` may append; the report counts them.
     """
 
     description: ClassVar[str]
     residual_targets: ClassVar[bool]
     shares_images = True
     starts_anew = True
-    max_bytes: ClassVar[int] = MAX_CACHED_OUTPUT_BYTES
-
     outcomes: list[str]
 
     @abstractmethod
     def solve(
         self, task: CompensationTask, target: Target, input_moment: Tensor, target_moment: Tensor
     ) -> FactoredLinear:
-        """The new layer; its bias is fitted afterwards.
+        """Return the new layer; its bias is fitted afterwards.
 
         Args:
-            task: What is worked on.
-            target: The original layer, of shape `[m, n]`.
-            input_moment: Covariance of the inputs, or their second moment for a layer without bias, `[n, n]`, float64.
+            task: The task whose model is compensated.
+            target: The original layer, with a weight of shape `[m, n]`.
+            input_moment: Covariance of the inputs, or second moment for a layer without bias, `[n, n]`, float64.
             target_moment: The same of targets with inputs, `[m, n]`.
         """
 
@@ -86,40 +82,37 @@ class LayerwiseCompensator(Compensator):
         bar = logging.tqdm(total=len(layers), desc=self.description, unit="layer")
         store = spilled(task.storage.on_disk, task.journal.directory, task.processes.index)
         with bar, evaluation_mode(task.original), evaluation_mode(task.model), store as keep:
-            batches = WithMirrored(task.batches) if task.config.mirror else task.batches
+            batches = _WithMirrored(task.batches) if task.config.mirror else task.batches
             with task.processes.raise_on_all_ranks():
                 original = SegmentReplay(task.original, segments, batches, keep["original"])
                 compressed = SegmentReplay(task.model, segments, batches, keep["compressed"])
                 # The structure is the same for all images.
                 probe = SegmentReplay(task.original, segments, [batch[:PROBED_IMAGES] for batch in task.batches[:1]])
-            done = _resume(task)
+            progress = _resume(task)
             for position, segment in enumerate(segments):
-                inside = {
-                    name.removeprefix(f"{segment}."): target
-                    for name, target in layers.items()
-                    if name.startswith(f"{segment}.")
-                }
+                prefix = f"{segment}."
+                inside = {name.removeprefix(prefix): layers[name] for name in layers if name.startswith(prefix)}
                 results: Mapping[int, Any] = {}
-                if position >= done.segments:
+                if position < progress.segments:
+                    bar.update(len(inside))
+                else:
                     structure = self._structure(task, probe, list(inside))
-                    results = self._solve_segment(task, original, compressed, structure, inside, done)
-                    done.segments = position + 1
-                    _save(task, segments, done)
-                bar.update(len(inside))
-                bar.set_postfix(error=f"{max(done.errors[each.canonical_name] for each in inside.values()):.4g}")
+                    results = self._solve_segment(task, original, compressed, structure, inside, progress, bar)
+                    progress.segments = position + 1
+                    _save(task, segments, progress)
                 with task.processes.raise_on_all_ranks():
                     original.advance(results)
                     compressed.advance()
                     probe.advance()
         return {
             "layers": len(layers),
-            "layers_with_residual_target": done.residual_targets,
-            "layer_errors": done.errors,
-            **({"outcomes": done.outcomes} if done.outcomes else {}),
+            "layers_with_residual_target": progress.residual_targets,
+            "layer_errors": progress.errors,
+            **({"outcomes": progress.outcomes} if progress.outcomes else {}),
         }
 
     def _structure(self, task: CompensationTask, probe: SegmentReplay, names: Sequence[str]) -> Structure:
-        """The structure of a segment, as the first process sees it that has images."""
+        """Return the structure of the current segment as seen by the first process that has images."""
         own = None
         with task.processes.raise_on_all_ranks():
             for call in probe.calls:
@@ -133,38 +126,42 @@ class LayerwiseCompensator(Compensator):
         compressed: SegmentReplay,
         structure: Structure,
         inside: Mapping[str, Target],
-        done: _LayerwiseProgress,
+        progress: _LayerwiseProgress,
+        bar: Any,
     ) -> Mapping[int, Any]:
-        """Replace the layers of a segment, given by their names in it.
+        """Replace the layers of a segment, given by their names within it.
 
         Returns:
-            What the original segment gave for the batches that were kept.
+            What the original segment returned, for the batches whose outputs were cached.
         """
         self.outcomes = []
-        room = min(self.max_bytes, task.storage.max_output_bytes)
         with task.processes.raise_on_all_ranks():
-            wanted = OriginalOutputs(original, list(inside), structure.writes, room)
+            outputs = OriginalOutputs(original, list(inside), structure.writes, task.storage.max_output_bytes)
         for group in structure.groups:
-            pairs = _accumulate(task, compressed, group, structure, wanted)
+            pairs = _accumulate(task, compressed, group, outputs)
             for name, pair in pairs.items():
                 if not pair.is_finite:
                     raise ValueError(
                         f"NaN or Inf around layer {inside[name].name!r} while it was solved again; a half-precision model "
                         "may overflow, load it with dtype='float32'."
                     )
-            done.errors.update(self._replace(task, {inside[name].name: pair for name, pair in pairs.items()}))
-        done.residual_targets += len(structure.writes)
-        done.outcomes = dict(Counter(done.outcomes) + Counter(chain(*task.processes.gather(self.outcomes))))
-        return wanted.results
+            errors = self._replace(task, {inside[name].name: pair for name, pair in pairs.items()})
+            progress.errors.update(errors)
+            bar.update(len(group))
+            bar.set_postfix(error=f"{max(errors.values()):.4g}")
+        progress.residual_targets += len(structure.writes)
+        progress.outcomes = dict(Counter(progress.outcomes) + Counter(chain(*task.processes.gather(self.outcomes))))
+        return outputs.results
 
     def _replace(self, task: CompensationTask, pairs: Mapping[str, PairAccumulator]) -> dict[str, float]:
-        """Replace layers, given by their moments; their errors, by canonical name."""
-        targets = [target for target in task.factored if target.name in pairs]
-        canonical = {target.name: target.canonical_name for target in targets}
+        """Replace the layers whose moments are given by module name, and return their errors by canonical name."""
+        targets = {target.name: target for target in task.factored if target.name in pairs}
+
+        def solve(target: Target) -> FactoredLinear:
+            return self._solve(task, target, pairs[target.name])
+
         errors = {}
-        for name, layer in make_layers(
-            targets, lambda target: self._solve(task, target, pairs[target.name]), task.processes
-        ):
+        for name, layer in make_layers(list(targets.values()), solve, task.processes):
             replace_module(task.model, name, layer)
             error = _relative_error(layer, pairs[name])
             if not math.isfinite(error):
@@ -172,7 +169,7 @@ class LayerwiseCompensator(Compensator):
                     f"Layer {name!r} holds NaN or Inf as {layer.factor_a.weight.dtype} after it was solved again; load the "
                     "model with dtype='float32'."
                 )
-            errors[canonical[name]] = max(0.0, error)
+            errors[targets[name].canonical_name] = max(0.0, error)
         return errors
 
     def _solve(self, task: CompensationTask, target: Target, pair: PairAccumulator) -> FactoredLinear:
@@ -182,20 +179,28 @@ class LayerwiseCompensator(Compensator):
         layer = self.solve(task, target, input_moment, target_moment)
         if has_bias:
             input_mean, target_mean = (mean.to(weight) for mean in pair.means())
-            # From the factors as they are stored, so that the bias absorbs the mean of their rounding too.
+            # With the factors as they are stored, so that the bias also absorbs the mean of their rounding errors.
             layer.set_bias(target_mean - layer.product() @ input_mean)
         return layer
 
 
+@dataclass(frozen=True)
+class _WithMirrored:
+    """Batches followed by their mirror images, which take no memory since they are made anew at each iteration."""
+
+    batches: Sequence[Tensor]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.batches
+        for batch in self.batches:
+            yield batch.flip(-1)
+
+
 @dataclass
 class _LayerwiseProgress:
-    """What has come of the layers up to now.
+    """Results so far: the number of finished segments, of layers whose target was the residual stream, and so on.
 
-    Attributes:
-        segments: How many are done.
-        residual_targets: Layers that were to restore the residual stream.
-        errors: Of layers, by canonical name.
-        outcomes: How many layers had each.
+    Errors of layers are given by canonical name, and outcomes with the number of layers that had each.
     """
 
     segments: int = 0
@@ -205,37 +210,32 @@ class _LayerwiseProgress:
 
 
 def _resume(task: CompensationTask) -> _LayerwiseProgress:
-    """Put the layers in that were made before the run was cut off, and say what had come of them."""
+    """Put the layers saved by an interrupted compression into the model, and return its results."""
+    progress = _LayerwiseProgress()
     values = load_layers(task.journal, "layers", task.model, task.targets, task.processes)
-    names = [field.name for field in dataclasses.fields(_LayerwiseProgress)]
-    return _LayerwiseProgress() if values is None else _LayerwiseProgress(**{name: values[name] for name in names})
+    return progress if values is None else _LayerwiseProgress(**{name: values[name] for name in vars(progress)})
 
 
-def _save(task: CompensationTask, segments: Sequence[str], done: _LayerwiseProgress) -> None:
-    """Save the layers that are made, if the last time is long enough ago."""
+def _save(task: CompensationTask, segments: Sequence[str], progress: _LayerwiseProgress) -> None:
+    """Save the finished layers if a new entry of the journal is due."""
     with task.processes.raise_on_all_ranks():
         if task.journal.due():
-            prefixes = tuple(f"{segment}." for segment in segments[: done.segments])
-            made = [target.name for target in task.factored if target.name.startswith(prefixes)]
-            save_layers(task.journal, "layers", task.model, made, dataclasses.asdict(done))
+            prefixes = tuple(f"{segment}." for segment in segments[: progress.segments])
+            finished = [target.name for target in task.factored if target.name.startswith(prefixes)]
+            save_layers(task.journal, "layers", task.model, finished, dataclasses.asdict(progress))
 
 
 def _accumulate(
-    task: CompensationTask,
-    compressed: SegmentReplay,
-    group: Sequence[str],
-    structure: Structure,
-    wanted: OriginalOutputs,
+    task: CompensationTask, compressed: SegmentReplay, group: Sequence[str], outputs: OriginalOutputs
 ) -> dict[str, PairAccumulator]:
-    """Moments of the inputs and targets of layers that share an input, over the images of all processes."""
+    """Return the moments of inputs and targets of layers that share an input, over the images of all processes."""
     pairs: dict[str, PairAccumulator] = {}
     for name in group:
         pairs[name] = PairAccumulator(next(iter(pairs.values()), None))
     with task.processes.raise_on_all_ranks():
         for index, call in enumerate(compressed.calls):
-            inputs, targets = inputs_and_targets(
-                compressed.segment, call, group, structure.writes, wanted.of(index, group)
-            )
+            original = outputs.of(index, group)
+            inputs, targets = inputs_and_targets(compressed.segment, call, group, outputs.writes, original)
             for name, pair in pairs.items():
                 pair.update(inputs[name], targets[name])
     merge_pairs(list(pairs.values()), task.processes)
@@ -243,10 +243,7 @@ def _accumulate(
 
 
 def _relative_error(layer: FactoredLinear, pair: PairAccumulator) -> float:
-    """Of a layer whose bias, if it has one, is fitted.
-
-    Up to rounding it is not below 0, which it is for targets that never change.
-    """
+    """Return the error of a layer whose bias is fitted, 0 if its targets are constant; rounding may make it negative."""
     centred = layer.bias is not None
     product = layer.product()
     power = float(pair.target_power(centred))

@@ -1,4 +1,4 @@
-"""How far the output of a layer is from its target, from moments of inputs and targets alone."""
+"""The distance between the outputs of a layer and their targets, computed from moments alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def output_loss(weight: Tensor, input_moment: Tensor, target_moment: Tensor) -> Tensor:
-    """`E ‖t - Ŵ x‖²` up to `E ‖t‖²`, which does not depend on `Ŵ`: `tr(Ŵ S Ŵᵀ) - 2 tr(Ŵ S_tᵀ)`.
+    """Return `E ‖t - Ŵ x‖²` without the term `E ‖t‖²`, which does not depend on `Ŵ`: `tr(Ŵ S Ŵᵀ) - 2 tr(Ŵ S_tᵀ)`.
 
     Args:
         weight: `Ŵ`, `[m, n]`.
@@ -17,7 +17,7 @@ def output_loss(weight: Tensor, input_moment: Tensor, target_moment: Tensor) -> 
 
 
 def output_loss_of_factors(A: Tensor, B: Tensor, input_moment: Tensor, target_moment: Tensor) -> Tensor:
-    """`output_loss` of `B A` by products of rank r alone: `tr(BᵀB A S Aᵀ) - 2 tr(Bᵀ S_t Aᵀ)`.
+    """Return `output_loss` of `B A`, as `tr(BᵀB A S Aᵀ) - 2 tr(Bᵀ S_t Aᵀ)`, whose products all have rank r at most.
 
     Args:
         A: `[r, n]`.

@@ -1,4 +1,4 @@
-"""Layer-wise error compensation as in the paper: a second low-rank term, found by the gradient of the output loss."""
+"""LWEC, the layer-wise error compensation of arXiv 2402.06004: a second low-rank term, trained on the output loss."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from .output_loss import output_loss, output_loss_of_factors
 
 @COMPENSATORS.register
 class ResidualCompensator(LayerwiseCompensator):
-    """Adds `G Yᵀ` to every factored layer and trains it on the layer's output loss (arXiv 2402.06004).
+    """LWEC, the layer-wise error compensation of arXiv 2402.06004: adds a trained term `G Yᵀ` to every factored layer.
 
-    In forward order, with the inputs `x'` that the layer gets in the compressed model and its original output `y` as
-    target. Of the layer's rank r, `r - q` components are those of its decomposition; `G`, `[m, q]`, starts at zero and
-    `Y`, `[n, q]`, at random, since two zero factors would have no gradient. Adam follows the gradient of
-    `E ‖y - (B A + G Yᵀ) x' - b‖²`, which needs the moments of inputs and outputs only, so that every step sees all
-    images. The sum is stored as factors of rank r. The paper does not give its optimiser; steps, rate and q are choices
-    of ours, made on training images that nothing was learned from; rate and q hardly matter.
+    Works in forward order. The inputs `x'` are those that the layer gets in the compressed model, and the target is its
+    original output `y`. Of the layer's rank r, `r - q` components come from its decomposition; `G`, `[m, q]`, starts at
+    zero and `Y`, `[n, q]`, at random, since two zero factors would have no gradient. Adam follows the gradient of
+    `E ‖y - (B A + G Yᵀ) x' - b‖²`, which needs only the moments of inputs and outputs, so that every step takes all
+    images into account. The sum is stored as factors of rank r. The paper does not specify its optimizer; steps,
+    learning rate and q were chosen here on separate training images, and the last two hardly matter.
 
-    A layer keeps its factors where the loss did not fall, and gets those of its decomposition for `x'` where training did
-    not improve on them; the bias is fitted to `x'` in any case. The report counts these outcomes.
+    A layer keeps its factors if the loss did not fall, and gets those of its decomposition for `x'` if training did not
+    improve on them; the bias is fitted to `x'` in any case. The report counts these outcomes.
 
     Args:
         share: q as a share of the rank.
-        steps: Of Adam.
-        learning_rate: Of Adam, relative to the root mean square of the factors that are kept.
+        steps: Number of Adam's steps.
+        learning_rate: Adam's learning rate, relative to the root mean square of the factors that are kept.
     """
 
     name = "residual"
@@ -56,14 +56,13 @@ class ResidualCompensator(LayerwiseCompensator):
         candidates = [decomposition.factors(entry.rank)]
         q = min(max(1, round(self.share * entry.rank)), entry.rank - 1)
         if q > 0:
-            generator = torch.Generator().manual_seed(task.config.seed)
             start = decomposition.factors(entry.rank - q)
-            candidates.append(self._train(start, q, input_moment, target_moment, generator))
+            candidates.append(self._train(start, q, input_moment, target_moment, task.config.seed))
         losses = [output_loss(B @ A, input_moment, target_moment) for A, B in candidates]
         best = min(range(len(losses)), key=losses.__getitem__)
         layer = factored_linear(target.module, *candidates[best], entry.layout)
         after, before = (output_loss(each.product(), input_moment, target_moment) for each in (layer, current))
-        # NaN is no improvement either.
+        # Written so that NaN does not count as an improvement.
         if not after < before:
             self.outcomes.append("as it was")
             return current
@@ -71,23 +70,19 @@ class ResidualCompensator(LayerwiseCompensator):
         return layer
 
     def _train(
-        self,
-        start: tuple[Tensor, Tensor],
-        q: int,
-        input_moment: Tensor,
-        target_moment: Tensor,
-        generator: torch.Generator,
+        self, start: tuple[Tensor, Tensor], q: int, input_moment: Tensor, target_moment: Tensor, seed: int
     ) -> tuple[Tensor, Tensor]:
-        """Factors of `B A + G Yᵀ`, float64."""
+        """Train `G` and `Y`, and with them `A` and `B`; return the factors of the sum, `[r, n]` and `[m, r]`, float64."""
         A, B = start
         scale = A.square().mean().sqrt()
+        generator = torch.Generator().manual_seed(seed)
         Y = torch.randn(q, A.shape[1], generator=generator, dtype=torch.float64).to(A) * scale
         factors = [
             torch.cat([A, Y]).float().requires_grad_(),
             torch.cat([B, B.new_zeros(len(B), q)], dim=1).float().requires_grad_(),
         ]
         moments = input_moment.float(), target_moment.float()
-        # In units of the target's spread, so that one learning rate suits all layers.
+        # Relative to the spread of the targets, so that one learning rate suits all layers.
         unit = moments[1].square().mean().sqrt().clamp_min(1e-30)
         optimizer = torch.optim.Adam(factors, lr=self.learning_rate * float(scale))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)

@@ -1,4 +1,4 @@
-"""Sequential, anchored closed form: every layer is solved again for the inputs that it really gets."""
+"""Sequential, anchored closed form: every layer is solved again for the inputs that it gets in the compressed model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .compensator import LayerwiseCompensator
 class SequentialCompensator(LayerwiseCompensator):
     """Least squares towards the original model, then the best approximation of the layer's rank, both in closed form.
 
-    See `decomposition.anchored`. The low-rank step weighs output errors by the Fisher information where the statistics
-    hold it. No learning rate, no labels, no random numbers.
+    See `decomposition.anchored`. The approximation weighs output errors by the Fisher information if the statistics
+    contain it. Needs no learning rate, labels or random numbers.
 
     Args:
         ridge: Weight of the anchor, as a share of the mean variance of the inputs.
-        damping: Share of the mean diagonal of the Fisher information that is added to it.
+        damping: Share of the mean diagonal of the Fisher information that is added to its diagonal.
     """
 
     name = "sequential"

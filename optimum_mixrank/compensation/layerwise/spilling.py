@@ -1,4 +1,4 @@
-"""Activations on the disk, for more images than fit into memory."""
+"""Activations on disk, for more images than fit into memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..segments import Call, Keep, in_memory
 
 @dataclass
 class StoredCall(Call):
-    """A call whose tensors lie in a file until it is made.
+    """A call whose tensors stay in a file until it is made.
 
     Attributes:
         path: The file.
-        devices: Where the tensors go, by their names in the file: positions among `args`, or names in `kwargs`.
+        devices: The devices of the tensors, by their names in the file: positions among `args`, or names in `kwargs`.
     """
 
     path: Path
@@ -32,82 +32,64 @@ class StoredCall(Call):
 
     def __call__(self, module: nn.Module) -> Any:
         """Read the tensors, and call a module with them."""
-        # Copies are aligned in memory as what they were saved from; arithmetic may depend on it.
+        # Cloned tensors are aligned in memory like those that were saved; results may depend on the alignment.
         tensors = {name: tensor.clone().to(self.devices[name]) for name, tensor in load_file(self.path).items()}
         args = [tensors.get(str(position), arg) for position, arg in enumerate(self.args)]
         return module(*args, **{name: tensors.get(name, value) for name, value in self.kwargs.items()})
 
 
+@dataclass(frozen=True)
 class Spill:
-    """Keeps the tensors of calls in files, one for each call, in the place of those that the file held before.
+    """Stores the tensors of calls in files of a folder; their names hold that of the called model and the process."""
 
-    Args:
-        name: Of the model that is called, for the names of the files.
-        directory: Of the files; default: one of their own among the system's temporary files (`TMPDIR`), which is made
-            with the first of them.
-        process: Number of the process, each of which has files of its own.
-    """
-
-    def __init__(self, name: str, directory: Path | None = None, process: int = 0) -> None:
-        self._directory = directory
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._prefix, self._suffix = f"{ACTIVATIONS}{name}-", f".{process}.safetensors"
+    directory: Path
+    name: str
+    process: int
 
     def __call__(self, index: int, call: Call) -> Call:
-        """Put the tensors of the call with this number into a file.
+        """Move the tensors of the call with this number to a file, which replaces an earlier one.
 
         Raises:
             OSError: if the disk is full.
         """
         named = {**{str(position): arg for position, arg in enumerate(call.args)}, **call.kwargs}
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-        path = self._folder() / f"{self._prefix}{index}{self._suffix}"
-        # What was read from the file before may still be mapped into memory: it is replaced, not written over.
-        written = path.with_name(f"{self._prefix}new{self._suffix}")
+        path, written = (
+            self.directory / f"{ACTIVATIONS}{self.name}-{which}.{self.process}.safetensors" for which in (index, "new")
+        )
+        # The old file may still be mapped into memory, so it is replaced rather than overwritten.
         with explained_no_space(path):
-            # safetensors stores no tensor that shares its memory with another.
+            # safetensors refuses tensors that share memory.
             save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, written)
             written.replace(path)
         args = tuple(None if isinstance(arg, Tensor) else arg for arg in call.args)
         kwargs = {name: None if isinstance(value, Tensor) else value for name, value in call.kwargs.items()}
         return StoredCall(args, kwargs, path, {name: value.device for name, value in tensors.items()})
 
-    def clear(self) -> None:
-        """Remove the files, as far as the system lets go of them."""
-        if self._temporary is not None:
-            self._temporary.cleanup()
-        elif self._directory is not None:
-            for path in self._directory.glob(f"{self._prefix}*{self._suffix}"):
-                with suppress(OSError):
-                    path.unlink(missing_ok=True)
-
-    def _folder(self) -> Path:
-        if self._directory is not None:
-            return self._directory
-        if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="optimum-mixrank-", ignore_cleanup_errors=True)
-        return Path(self._temporary.name)
-
 
 @contextmanager
-def spilled(wanted: bool, directory: Path | None = None, process: int = 0) -> Iterator[dict[str, Keep]]:
-    """Where the calls of the original and of the compressed model are kept: in memory, or in files that go at the end.
+def spilled(on_disk: bool, directory: Path | None = None, process: int = 0) -> Iterator[dict[str, Keep]]:
+    """Store the calls of the original and of the compressed model in memory, or in files that are removed at the end.
 
     Args:
-        wanted: Whether in files.
-        directory: See `Spill`.
-        process: See `Spill`.
+        on_disk: Whether to store them in files.
+        directory: Folder for the files; by default a temporary one (see `TMPDIR`).
+        process: Number of the process, for the names of the files.
 
     Yields:
-        What a `SegmentReplay` keeps its calls by, for `"original"` and `"compressed"`.
+        The `keep` argument of `SegmentReplay` for `"original"` and `"compressed"`.
     """
     models = ("original", "compressed")
-    if not wanted:
+    if not on_disk:
         yield dict.fromkeys(models, in_memory)
-        return
-    spills = {model: Spill(model, directory, process) for model in models}
-    try:
-        yield {**spills}
-    finally:
-        for spill in spills.values():
-            spill.clear()
+    elif directory is None:
+        with tempfile.TemporaryDirectory(prefix="optimum-mixrank-", ignore_cleanup_errors=True) as temporary:
+            yield {model: Spill(Path(temporary), model, process) for model in models}
+    else:
+        try:
+            yield {model: Spill(directory, model, process) for model in models}
+        finally:
+            for path in directory.glob(f"{ACTIVATIONS}*.{process}.safetensors"):
+                # Some systems do not remove files that are still mapped into memory.
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)

@@ -1,26 +1,21 @@
-"""How the layers of a segment hang together: which share an input, and which write to the residual stream."""
+"""How the layers of a segment are connected: which share an input, and which write to the residual stream."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from ...runtime.hooks import hooks_removed_on_exit
-from ..segments import Call
+from ..segments import Call, record_calls
 from .residual_writes import find_residual_writes
 
 
 @dataclass(frozen=True)
 class Structure:
-    """The layers of a segment.
+    """Groups of layers of a segment that share an input, in the order of their calls, and residual writes.
 
-    Attributes:
-        groups: Names in the order of calls, those that share an input together.
-        writes: By name of a layer that writes to the residual stream, the place where the stream then is; see
-            `find_residual_writes`.
+    `writes` gives the place of the residual stream after each layer that writes to it; see `find_residual_writes`.
     """
 
     groups: Sequence[Sequence[str]]
@@ -28,34 +23,21 @@ class Structure:
 
     @classmethod
     def of(cls, segment: nn.Module, call: Call, names: Sequence[str], residual_targets: bool) -> Structure:
-        """Look at one call of a segment.
+        """Determine the structure of a segment of the original model from one call, with its layers given by name.
 
-        Args:
-            segment: Of the original model.
-            call: Its arguments.
-            names: Of the layers within it.
-            residual_targets: Whether to look for what is written to the residual stream.
+        `writes` stays empty unless `residual_targets` is set.
         """
         writes = find_residual_writes(segment, call, names) if residual_targets else {}
         return cls(group_by_input(segment, call, names), writes)
 
 
 def group_by_input(segment: nn.Module, call: Call, names: Sequence[str]) -> list[list[str]]:
-    """Layers of a segment in the order in which they are called, those that get the very same tensor together.
+    """Return the layers of a segment in the order of their calls; those called with the very same tensor form a group.
 
     Raises:
         ValueError: if a layer is called more than once, or not at all.
     """
-    calls: list[tuple[str, Tensor]] = []
-    handles = []
-    for name in names:
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            calls.append((name, args[0]))
-
-        handles.append(segment.get_submodule(name).register_forward_pre_hook(hook))
-    with hooks_removed_on_exit(handles), torch.no_grad():
-        call(segment)
+    calls = [(name, tensor) for name, tensor in record_calls(segment, call)[0] if name in names]
     called = [name for name, _ in calls]
     for name in names:
         if called.count(name) != 1:

@@ -1,1 +1,1 @@
-"""Repair by gradient steps, in whitened coordinates: block by block, or as distillation of the whole model."""
+"""Repair by gradient descent in whitened coordinates: block by block, or by distillation of the whole model."""

@@ -1,4 +1,4 @@
-"""Random views of images that are tensors already: more inputs for the same teacher."""
+"""Random views of images in the form of tensors: more inputs from few images."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from torch.nn.functional import interpolate
 
 @dataclass(frozen=True)
 class Views:
-    """How strongly views differ from their images. The teacher sees the same views, so that nothing is mislabelled.
+    """How much views differ from their images. The teacher sees the same views, so no view is mislabelled.
 
     Attributes:
-        min_area: Smallest share of the image's area that a crop has, in (0, 1], up to rounding to pixels.
-        max_aspect: Largest ratio of a crop's sides, relative to the image's, at least 1.
-        jitter: Contrast, and brightness of every channel, change by at most this, as a share and in normalized
-            values.
+        min_area: Smallest share of the image's area in a crop, in (0, 1], up to rounding to pixels.
+        max_aspect: Largest ratio of a crop's sides, relative to that of the image, at least 1.
+        jitter: Largest change of the contrast, as a share, and of the brightness of every channel, in normalized values.
         mix: Share of views that are blended with another one (mixup, arXiv 1710.09412).
-        cut: Share of views into which a rectangle of another one is put (CutMix, arXiv 1905.04899).
+        cut: Share of views in which a rectangle is replaced by that of another one (CutMix, arXiv 1905.04899).
     """
 
     min_area: float = 0.5
@@ -37,21 +36,21 @@ def augment(
     views: Views = Views(),
     part: slice = slice(None),
 ) -> Tensor:
-    """Mirror, crop, jitter and mix images, each image on its own draw.
+    """Mirror, crop, jitter and mix images, each in its own random way.
 
     Args:
-        pixel_values: `[batch, channels, height, width]`, of any floating point dtype. Images larger than `size` give
-            crops with all their details.
+        pixel_values: `[batch, channels, height, width]`, of any floating point dtype. Crops of images larger than `size`
+            keep their detail.
         size: Height and width of the views.
-        generator: On the CPU.
-        views: How strongly.
-        part: Which views are wanted; they are those that the whole batch would have there.
+        generator: A generator on the CPU.
+        views: How much views differ from their images.
+        part: Which views to compute; they are the same as if the whole batch were computed.
 
     Returns:
         `[views, channels, *size]`, float32.
     """
     count, channels, *_ = pixel_values.shape
-    # All draws for all images first: they do not depend on the part.
+    # All random numbers are drawn first, and for all images, so that they do not depend on the part.
     mirrored = torch.rand(count, generator=generator) < 0.5
     boxes = _boxes(count, views, generator)
     contrast = 1 + views.jitter * (2 * torch.rand(count, 1, 1, generator=generator) - 1)
@@ -76,15 +75,15 @@ def augment(
         if kinds[index] < views.mix:
             image = image * (1 - share) + other * share
         elif kinds[index] < views.mix + views.cut:
-            image = _with_square(image, other, share, places[index])
+            image = _with_rectangle(image, other, share, places[index])
         mixed.append(image)
     return torch.stack(mixed)
 
 
 def _boxes(count: int, views: Views, generator: torch.Generator) -> Tensor:
-    """Top, left, height and width of crops as shares of the image's sides, `[count, 4]`."""
+    """Return top, left, height and width of crops as shares of the image's sides, `[count, 4]`."""
     areas = views.min_area + (1 - views.min_area) * torch.rand(count, generator=generator)
-    # A longer side than the image's does not fit.
+    # No side may be longer than that of the image.
     limits = (-areas.log()).clamp_max(math.log(views.max_aspect))
     aspects = (limits * (2 * torch.rand(count, generator=generator) - 1)).exp()
     sides = torch.stack([(areas / aspects).sqrt(), (areas * aspects).sqrt()], dim=1).clamp_max(1)
@@ -100,8 +99,8 @@ def _crop(image: Tensor, box: Tensor) -> Tensor:
     return image[:, top : top + rows, left : left + columns]
 
 
-def _with_square(image: Tensor, other: Tensor, share: float, place: Tensor) -> Tensor:
-    """Put the part of another image that lies in a rectangle, which has this share of the area, in its place."""
+def _with_rectangle(image: Tensor, other: Tensor, share: float, place: Tensor) -> Tensor:
+    """Replace a rectangle, which covers a share of the area, by the same rectangle of another image."""
     full = image.shape[-2:]
     rows, columns = (max(1, round(math.sqrt(share) * side)) for side in full)
     top, left = (

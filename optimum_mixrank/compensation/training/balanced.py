@@ -1,4 +1,4 @@
-"""Hold factored layers as balanced factors while they are trained."""
+"""Represent factored layers by balanced factors while they are trained."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ...runtime.precision import to_float64
 
 @contextmanager
 def balanced_factors(model: nn.Module) -> Iterator[list[str]]:
-    """Hold factored layers as balanced factors, in which steps of one size suit both; afterwards in their own layout.
+    """Represent factored layers by balanced factors, for which one step size suits both, and restore their layout.
 
-    A model in half precision is trained in float32, since small steps would be lost. After an exception the layers are
+    A model in half precision is trained in float32, in which small steps are not lost. After an exception all layers are
     as they were.
 
     Yields:
-        Names of the factored layers.
+        Module names of the factored layers.
     """
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
@@ -44,19 +44,17 @@ def balanced_factors(model: nn.Module) -> Iterator[list[str]]:
         layer = factored_linear(trained.to_linear(), A, B, old.layout)
         before = dict(old.named_parameters())
         for key, parameter in layer.named_parameters():
-            # A layer that is stored otherwise than before may have other biases.
+            # A layer that is now stored in another layout may have other biases.
             parameter.requires_grad_(before.get(key, old.factor_a.weight).requires_grad)
         replace_module(model, name, layer.train(old.training))
 
 
 def _balanced(layer: FactoredLinear) -> LowRankLinear:
-    if isinstance(layer, LowRankLinear):
-        A, B = to_float64(layer.factor_a.weight), to_float64(layer.factor_b.weight)
-    else:
-        # The pivot rows times the identity and the coefficients.
-        A = to_float64(layer.factor_a.weight)
+    A, B = to_float64(layer.factor_a.weight), to_float64(layer.factor_b.weight)
+    if not isinstance(layer, LowRankLinear):
+        # Output rows are the pivot rows themselves (identity) or combinations of them (coefficients).
         identity = torch.eye(layer.rank, dtype=A.dtype, device=A.device)
-        B = torch.cat([identity, to_float64(layer.factor_b.weight)]).index_select(0, layer.order.to(A.device))
+        B = torch.cat([identity, B]).index_select(0, layer.order.to(A.device))
     weight = layer.factor_a.weight
     A, B = (factor.to(weight) for factor in balance(A, B))
     bias = None if layer.bias is None else layer.bias.detach().clone()

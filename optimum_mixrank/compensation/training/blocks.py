@@ -1,4 +1,4 @@
-"""Block output reconstruction: train the factors of one block at a time on what the original block gives."""
+"""Block output reconstruction: train the factors of one block at a time to reproduce the output of the original block."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from ..compensator import COMPENSATORS, CompensationTask, Compensator
 from ..segments import Call, SegmentReplay, find_segments, first_tensor
 from .balanced import balanced_factors
 from .groups import factor_groups, vector_group
-from .loop import Trainer, TrainingSettings
+from .loop import Trainer
 from .relative import relative_loss, squared_error, token_variance
 
 
 @COMPENSATORS.register
 class BlockCompensator(Compensator):
-    """Trains the factors of each block (or stage) in forward order to restore the original residual stream after it.
+    """Trains the factors of each block (or stage), in forward order, to restore the original residual stream after it.
 
     A block gets the inputs that it has in the compressed model; its target is the output of the original block for the
     original inputs. The loss is the squared error relative to the variance of the target. Every block keeps the state
     with the lowest held-out error.
 
-    Memory: the activations at one block boundary of both models; of several processes, each holds its share, and takes
-    its part in every batch as in distillation. Time: per epoch a forward and backward pass of the
-    compressed model, and two passes more of both.
+    Memory: the activations at one block boundary of both models. Several processes share every batch, and each stores
+    its share. Time: a forward and backward pass of the compressed model per epoch, and two more passes of both models.
     """
 
     name = "blocks"
@@ -40,16 +39,15 @@ class BlockCompensator(Compensator):
         """See `Compensator.compensate`."""
         config, processes = task.config, task.processes
         segments = find_segments(task.original, [target.name for target in task.factored])
-        # Batches are the units here, since the inputs of a block are kept as they come.
         size = config.train_batch_size
         images, held_out = task.all_images(), task.all_held_out()
         steps, tests = images.split(size), held_out.split(size)
         parts = [processes.part(len(batch)) for batch in (*steps, *tests)]
         batches = [batch[part] for batch, (part, _) in zip((*steps, *tests), parts, strict=True)]
         shares = [share for _, share in parts]
-        learn, settings = len(steps), TrainingSettings(config.epochs, config.learning_rate, 1, config.seed)
+        learn = len(steps)
         weights = [share * len(test) / len(held_out) for share, test in zip(shares[learn:], tests, strict=True)]
-        improved = []
+        improved = 0
         with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
             factors = factor_groups(task.model, names, images, size, config.seed, processes)
             with processes.raise_on_all_ranks():
@@ -58,66 +56,56 @@ class BlockCompensator(Compensator):
             for position, segment in enumerate(segments):
                 inside = [name for name in names if name.startswith(f"{segment}.")]
                 with processes.raise_on_all_ranks():
-                    wanted = [first_tensor(call(original.segment)) for call in original.calls]
-                reconstruction = _Reconstruction(compressed.segment, compressed.calls, wanted, shares, processes)
+                    targets = [first_tensor(call(original.segment)) for call in original.calls]
+                reconstruction = _Reconstruction(compressed.segment, compressed.calls, targets, shares, processes)
                 if inside:
                     groups = [group for name in inside for group in factors[name]]
                     groups.append(vector_group(task.model, inside, compressed.segment))
-                    trainer = Trainer(
-                        compressed.segment,
-                        groups,
-                        settings,
-                        f"Training {segment}",
-                        processes,
-                        task.journal.part(f"block{position}"),
-                    )
-                    history = trainer.train(
+                    journal = task.journal.part(f"block{position}")
+                    # The "images" are whole batches, whose activations are stored as they were computed.
+                    trainer = Trainer(compressed.segment, groups, config, 1, f"Training {segment}", processes, journal)
+                    progress = trainer.train(
                         learn,
                         reconstruction.loss,
                         lambda: reconstruction.error(learn, weights),  # noqa: B023
                     )
-                    improved.append(history.best_epoch > 0)
+                    improved += progress.best_epoch > 0
                 with processes.raise_on_all_ranks():
                     original.advance()
                     compressed.advance()
         # Not all kernels of a GPU give the same bits every time, and pivots are chosen anew.
         share_model(task.model, task.targets, processes)
-        return {"blocks": len(segments), "blocks_improved": sum(improved)}
+        return {"blocks": len(segments), "blocks_improved": improved}
 
 
 @dataclass(frozen=True)
 class _Reconstruction:
-    """What one block is to give for its inputs, batch by batch; of several processes, their part of every batch.
+    """How well a block of the compressed model reproduces targets, batch by batch.
 
-    Attributes:
-        block: The block of the compressed model.
-        calls: Its inputs.
-        wanted: Outputs of the original block.
-        shares: Of each batch, that this process has.
-        processes: Those that share the batches out.
+    Each process holds its part of every batch: `shares` says how much of it.
     """
 
     block: nn.Module
     calls: Sequence[Call]
-    wanted: Sequence[Tensor]
+    targets: Sequence[Tensor]
     shares: Sequence[float]
     processes: Processes
 
     def loss(self, indices: Tensor) -> Tensor:
-        """Of the batch with this index; see `train`."""
+        """Return this process's part of the loss of the batch with the given index; see `Trainer.train`."""
         index = int(indices[0])
-        with self.processes.raise_on_all_ranks(), self.processes.autocast(self.wanted[index].device):
+        with self.processes.raise_on_all_ranks(), self.processes.autocast(self.targets[index].device):
             output = self._output(index)
-        return relative_loss(self.wanted[index], output, self.shares[index], self.processes)
+        return relative_loss(self.targets[index], output, self.shares[index], self.processes)
 
     @torch.no_grad()
     def error(self, first: int, weights: Sequence[float]) -> float:
-        """Of all batches from `first` on, each of which has a weight."""
+        """Return the relative error over all batches from number `first` on, which have these weights."""
         errors = []
         with self.processes.raise_on_all_ranks():
             for index, weight in enumerate(weights, start=first):
-                errors.append(weight * float(squared_error(self.wanted[index], self._output(index))))
-        variance = token_variance(self.wanted[first:], weights, self.processes)
+                errors.append(weight * float(squared_error(self.targets[index], self._output(index))))
+        variance = token_variance(self.targets[first:], weights, self.processes)
         return sum(self.processes.gather(sum(errors))) / float(variance)
 
     def _output(self, index: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whole-model distillation from the original, without labels."""
+"""Distillation of the whole model from the original, without labels."""
 
 from __future__ import annotations
 
@@ -17,85 +17,80 @@ from ..held_out import held_out_error
 from .augmentation import Views, augment
 from .balanced import balanced_factors
 from .groups import factor_groups, vector_group
-from .loop import Trainer, TrainingSettings
+from .loop import Trainer
 from .relative import relative_loss
 
 
 @COMPENSATORS.register
 class DistillationCompensator(Compensator):
-    """Trains factors, biases and normalizations of the encoder to predict what the original predicts.
+    """Trains the factors, biases and normalizations of the encoder to predict what the original predicts.
 
     The loss of an image is `KL(original ‖ compressed)` in nats plus `feature_weight` times the relative squared error
-    of the last hidden state over all tokens; without a class head the features alone. The original sees the same views
-    of the images, see `Views`: few images are the limit, so each is to look different every time, and views are drawn
-    from images `view_scale` times as large as the model sees, where the source has them. The state with the lowest
-    held-out error is kept.
+    of the last hidden state over all tokens; without a class head, the feature terms alone. Few images are the limit, so
+    each looks different every time: both models see the same random views, see `Views`, cropped from images
+    `view_scale` times as large as the model sees where the source has them. The state with the lowest held-out error is
+    kept.
 
-    Memory: all images, in float16 and `view_scale` times as large on each side, twice while they are decoded; gradients,
-    two moments and one copy of the trained parameters, and the activations of a batch.
-    Time: per epoch a forward pass of the original and a forward and backward pass of the compressed model.
+    Memory: all images on the host, in float16 and `view_scale` times as large on each side, twice while they are
+    decoded; gradients, two moments and one copy of the trained parameters, and the activations of a batch.
+    Time: a forward pass of the original and a forward and backward pass of the compressed model per epoch.
 
-    Several processes share every batch out and sum their gradients, so that the result is that of one process up to
-    rounding. Each holds all images on the host, since batches are drawn from all of them.
+    Several processes share every batch and sum their gradients, so the result is that of one process up to rounding.
+    Each holds all images, since batches are drawn from all of them.
 
     Args:
         feature_weight: Weight of the feature term.
-        views: How strongly views differ from their images.
+        views: How much views differ from their images.
     """
 
     name = "distillation"
     shares_images = True
     uses_high_resolution = True
 
-    def __init__(self, feature_weight: float = 1.0, views: Views = Views()) -> None:  # noqa: B008 - it is immutable
+    def __init__(self, feature_weight: float = 1.0, views: Views = Views()) -> None:  # noqa: B008 - immutable
         self.feature_weight = feature_weight
         self.views = views
 
     def compensate(self, task: CompensationTask) -> Mapping[str, Any]:
         """See `Compensator.compensate`."""
-        config = task.config
-        processes = task.processes
+        config, processes = task.config, task.processes
         images, larger = task.all_images(), task.all_high_resolution()
-        high_resolution = images if larger is None else larger
+        source = images if larger is None else larger
         count, size = len(images), (images.shape[-2], images.shape[-1])
-        settings = TrainingSettings(
-            epochs=config.epochs,
-            learning_rate=config.learning_rate,
-            batch_size=min(config.train_batch_size, count),
-            seed=config.seed,
-        )
+        batch_size = min(config.train_batch_size, count)
         generator = torch.Generator().manual_seed(config.seed)
 
         def loss(indices: Tensor) -> Tensor:
             part, share = processes.part(len(indices))
-            return self._loss(task, augment(high_resolution[indices], size, generator, self.views, part), share)
+            return self._loss(task, augment(source[indices], size, generator, self.views, part), share)
 
         with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
-            factors = factor_groups(task.model, names, images, settings.batch_size, config.seed, processes)
+            factors = factor_groups(task.model, names, images, batch_size, config.seed, processes)
             vectors = vector_group(task.model, names, getattr(task.model, "base_model", task.model))
-            # Beside larger ones they are not needed any more.
+            # Memory is freed here if views come from larger images.
             del images
             groups = [vectors, *(group for pair in factors.values() for group in pair)]
             with fast_attention_for_training(task.original, task.model):
-                trainer = Trainer(task.model, groups, settings, "Distilling", processes, task.journal, [generator])
-                history = trainer.train(count, loss, lambda: held_out_error(task))
+                trainer = Trainer(
+                    task.model, groups, config, batch_size, "Distilling", processes, task.journal, [generator]
+                )
+                progress = trainer.train(count, loss, lambda: held_out_error(task))
         # Not all kernels of a GPU give the same bits every time, and pivots are chosen anew.
         share_model(task.model, task.targets, processes)
         return {
-            "epochs": settings.epochs,
-            "best_epoch": history.best_epoch,
-            "losses": list(history.losses),
-            "errors": list(history.errors),
+            "epochs": config.epochs,
+            "best_epoch": progress.best_epoch,
+            "losses": progress.losses,
+            "errors": progress.errors,
         }
 
     def _loss(self, task: CompensationTask, pixel_values: Tensor, share: float) -> Tensor:
-        """The part that a share of a batch has in the loss of the batch."""
-        with task.processes.raise_on_all_ranks():
-            device = next(task.model.parameters()).device
-            with task.processes.autocast(device):
-                with torch.no_grad():
-                    original, original_features = _run(task.original, pixel_values)
-                compressed, compressed_features = _run(task.model, pixel_values)
+        """Return the part of a batch's loss that comes from a share of its images."""
+        device = next(task.model.parameters()).device
+        with task.processes.raise_on_all_ranks(), task.processes.autocast(device):
+            with torch.no_grad():
+                original, original_features = _run(task.original, pixel_values)
+            compressed, compressed_features = _run(task.model, pixel_values)
         total = torch.zeros((), device=device)
         if compressed.logits is not None and original.logits is not None:
             log_q = compressed.logits.float().log_softmax(dim=-1)
@@ -111,7 +106,7 @@ class DistillationCompensator(Compensator):
 
 
 def _run(model: nn.Module, pixel_values: Tensor) -> tuple[ModelOutput, Tensor | None]:
-    """What the model says, and the last hidden state of its encoder, `[batch, ..., width]`."""
+    """Return the output of a model and the last hidden state of its encoder, `[batch, ..., width]`, if there is one."""
     hidden: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[object, ...], output: Any) -> None:
@@ -119,7 +114,7 @@ def _run(model: nn.Module, pixel_values: Tensor) -> tuple[ModelOutput, Tensor | 
         if state is not None:
             hidden.append(state)
 
-    # `output_hidden_states=True` would leave hooks of Transformers' own on the model.
+    # `output_hidden_states=True` would leave Transformers' own hooks on the model.
     handle = getattr(model, "base_model", model).register_forward_hook(hook)
     parameter = next(model.parameters())
     with hooks_removed_on_exit([handle]):

@@ -17,14 +17,13 @@ from .whitening import Roots, whitened_balance
 
 
 INPUT_DAMPING = 0.01
-
 OUTPUT_DAMPING = 0.1
 
 NUM_IMAGES = 256
-"""Images from which the coordinates are taken: they steer steps, no solution hangs on them."""
+"""Number of images from which the coordinates are computed: they only steer the steps."""
 
 VECTOR_SCALE = 0.125
-"""Steps of biases and normalizations, whose values are of the order of 1, beside those of factors."""
+"""Relative step size of biases and normalizations, whose values are of the order of 1."""
 
 Group = dict[str, Any]
 
@@ -37,72 +36,65 @@ def factor_groups(
     seed: int,
     processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, list[Group]]:
-    """Groups of `WhitenedAdam` for the factors of layers, which are balanced anew in the coordinates of their groups.
+    """Balance the factors of layers in whitened coordinates, and return their groups for `WhitenedAdam`.
 
-    Takes one forward and one backward pass over some of the images. Memory: three float64 matrices of the size of its
-    input and its output for every layer while they are collected, one of float32 afterwards. Several processes share
-    images and layers out, and all get the same.
+    Takes a forward and a backward pass over some of the images. Memory per layer: three float64 matrices of the size of
+    its input and its output during the passes, one in float32 afterwards. Several processes get the same groups.
 
     Args:
-        model: The compressed model, its layers as `LowRankLinear`.
+        model: The compressed model, whose factored layers are all `LowRankLinear`.
         names: Module names of these layers.
         images: `[images, channels, height, width]`; the same in all processes.
-        batch_size: Of these passes.
-        seed: Of the draw of images and of the Fisher probes.
-        processes: Those that share the work.
+        batch_size: Batch size of the passes.
+        seed: Seed of the choice of images and of the Fisher probes.
+        processes: The processes that share the work.
 
     Returns:
-        Two groups by layer, with `params`, `left` or `right`, and `scale`: steps are relative to the factors' size.
+        Two groups for each layer, with `params`, `left` or `right`, and `scale`, the size of the factors' entries, by
+        which steps are multiplied.
 
     Raises:
         ValueError: if a layer is not called, or NaN or Inf occur.
     """
-    generator = torch.Generator().manual_seed(seed)
-    chosen = images[torch.randperm(len(images), generator=generator)[:NUM_IMAGES]]
-    wanted = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE, Statistic.GRADIENT_MOMENT})
-    batches = [
-        Batch(part, index=index) for index, part in enumerate(chosen.split(batch_size)) if processes.owns(index)
-    ]
-    statistics, _ = collect_statistics(
-        model, batches, dict.fromkeys(names, wanted), len(chosen), seed=seed, processes=processes
-    )
+    statistics = _statistics(model, names, images, batch_size, seed, processes)
     # Layers with the same input share its statistics and hence its roots.
     sharing: dict[int, list[str]] = {}
     for name in names:
         sharing.setdefault(id(statistics[name].input_covariance), []).append(name)
-    costs = {same[0]: float(sum(_cost(model.get_submodule(name)) for name in same)) for same in sharing.values()}
+    layers = {name: model.get_submodule(name) for name in names}
+    # The cost of the eigendecompositions.
+    cubes = {name: float(layer.in_features**3 + layer.out_features**3) for name, layer in layers.items()}
+    costs = {same[0]: sum(cubes[name] for name in same) for same in sharing.values()}
     owners = processes.balance_tasks(costs)
-    found: dict[str, dict[str, Tensor]] = {}
+    own: dict[str, dict[str, Tensor]] = {}
     with processes.raise_on_all_ranks():
         for same in sharing.values():
             if owners[same[0]] == processes.index:
-                found[same[0]] = _coordinates(model, same, statistics)
+                own[same[0]] = _coordinates(model, same, statistics)
     groups: dict[str, list[Group]] = {}
     for same in sharing.values():
-        device = model.get_submodule(same[0]).factor_a.weight.device
-        tensors = processes.send(found.get(same[0]), owners[same[0]], device)
-        for name in same:
-            layer = model.get_submodule(name)
-            weights, scale = (layer.factor_a.weight, layer.factor_b.weight), float(tensors[f"{name}.scale"])
-            with torch.no_grad():
-                for weight, factor in zip(weights, "AB", strict=True):
-                    weight.copy_(tensors[f"{name}.{factor}"])
-            groups[name] = [
-                {"params": [weights[0]], "right": tensors["right"], "scale": scale},
-                {"params": [weights[1]], "left": tensors[f"{name}.left"], "scale": scale},
-            ]
+        tensors = processes.send(own.get(same[0]), owners[same[0]], layers[same[0]].factor_a.weight.device)
+        groups.update({name: _groups(layers[name], name, tensors) for name in same})
     return {name: groups[name] for name in names}
 
 
-def _cost(layer: nn.Module) -> int:
-    """Of the eigendecompositions."""
-    return int(layer.in_features**3 + layer.out_features**3)
+def _statistics(
+    model: nn.Module, names: Sequence[str], images: Tensor, batch_size: int, seed: int, processes: Processes
+) -> Mapping[str, LayerStatistics]:
+    """Return the input covariances and gradient moments of layers, from images drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = images[torch.randperm(len(images), generator=generator)[:NUM_IMAGES]]
+    kinds = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE, Statistic.GRADIENT_MOMENT})
+    parts = enumerate(chosen.split(batch_size))
+    batches = [Batch(part, index=index) for index, part in parts if processes.owns(index)]
+    required = dict.fromkeys(names, kinds)
+    return collect_statistics(model, batches, required, len(chosen), seed=seed, processes=processes)[0]
 
 
 def _coordinates(
     model: nn.Module, names: Sequence[str], statistics: Mapping[str, LayerStatistics]
 ) -> dict[str, Tensor]:
-    """Coordinates and balanced factors of layers that share an input, in the dtype of their factors."""
+    """Return the coordinates and balanced factors of layers that share an input, in the dtype of their factors."""
     tensors: dict[str, Tensor] = {}
     inputs: Roots | None = None
     for name in names:
@@ -120,8 +112,20 @@ def _coordinates(
     return tensors
 
 
+@torch.no_grad()
+def _groups(layer: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> list[Group]:
+    """Give a layer its balanced factors, and return their groups."""
+    A, B, scale = layer.factor_a.weight, layer.factor_b.weight, float(tensors[f"{name}.scale"])
+    A.copy_(tensors[f"{name}.A"])
+    B.copy_(tensors[f"{name}.B"])
+    return [
+        {"params": [A], "right": tensors["right"], "scale": scale},
+        {"params": [B], "left": tensors[f"{name}.left"], "scale": scale},
+    ]
+
+
 def vector_group(model: nn.Module, names: Sequence[str], scope: nn.Module) -> Group:
-    """The biases of layers, and weights and biases of the normalizations within `scope`."""
+    """Return a group of the biases of layers and of all parameters of the normalizations within `scope`."""
     biases = [model.get_submodule(name).bias for name in names]
     modules = [module for module in scope.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm)]
     parameters = [bias for bias in biases if bias is not None]

@@ -1,4 +1,4 @@
-"""Images to learn from at a higher resolution than the model sees, for views that show their details."""
+"""Images at a higher resolution than the model sees, from which views with more detail are cropped."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ...runtime.phases import phase
 
 @dataclass(frozen=True)
 class HighResolutionImages:
-    """Calibration images that are decoded when a step asks for them, and not held before or after.
+    """Calibration images that are decoded when a step asks for them, and not kept in memory otherwise.
 
     Attributes:
         batches: The batches of all calibration images, enlarged.
-        held_out: Which images of the batches of this process are held out, bool, by number of the batch.
-        processes: Those that share the images out.
+        held_out: Bool masks of the held-out images in the batches of this process, by number of the batch.
+        processes: The processes that share the images.
     """
 
     batches: ImageBatches
@@ -28,30 +28,29 @@ class HighResolutionImages:
     processes: Processes
 
     def decode(self) -> dict[int, Tensor]:
-        """Those to learn from, by the number of their batch, each `[batch, channels, height, width]`, float16.
+        """Return this process's images to learn from, by number of their batch; every process calls this.
 
-        Every process calls this and gets its share.
+        Each batch is `[batch, channels, height, width]`, float16.
 
         Raises:
-            ValueError: if they are not as many as when the model saw them.
+            ValueError: if a batch does not hold as many images as when it was first decoded.
         """
-        with phase("Decoded photographs") as decoding:
+        with phase("Decoded high-resolution images") as decoding:
             with self.processes.raise_on_all_ranks():
-                learn = self._learned_from()
+                learn = self._images_to_learn_from()
             self.batches.merge_across_processes()
             decoding.add_detail(*(" x ".join(map(str, batch.shape[2:])) for batch in list(learn.values())[:1]))
         return learn
 
-    def _learned_from(self) -> dict[int, Tensor]:
-        learn, seen = {}, set()
-        for batch in logging.tqdm(self.batches, desc="Decoding photographs", unit="batch"):
+    def _images_to_learn_from(self) -> dict[int, Tensor]:
+        learn, missing = {}, set(self.held_out)
+        for batch in logging.tqdm(self.batches, desc="Decoding high-resolution images", unit="batch"):
             held_out = self.held_out.get(batch.index)
             if held_out is None or len(held_out) != batch.num_images:
                 raise _changed(batch.index)
-            seen.add(batch.index)
+            missing.discard(batch.index)
             if not held_out.all():
                 learn[batch.index] = batch.pixel_values[~held_out]
-        missing = self.held_out.keys() - seen
         if missing:
             raise _changed(min(missing))
         return learn
@@ -59,6 +58,6 @@ class HighResolutionImages:
 
 def _changed(index: int) -> ValueError:
     return ValueError(
-        f"Batch {index} of the calibration images holds other images than when it was decoded first, so that it is not "
-        "known which are held out. Leave the files as they are while a compression runs, or set view_scale=1."
+        f"Batch {index} of the calibration images holds other images than when it was first decoded, so it is unknown "
+        "which of them are held out. Do not change the files while a compression runs, or set view_scale=1."
     )

@@ -1,4 +1,4 @@
-"""Squared errors of features, relative to how much the features vary."""
+"""Squared errors of features, relative to the variance of the features."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ...runtime.distributed import SINGLE_PROCESS, Processes
 def relative_loss(
     reference: Tensor, feature: Tensor, share: float = 1.0, processes: Processes = SINGLE_PROCESS
 ) -> Tensor:
-    """Squared error over the variance of the reference, each feature centred over all tokens of the batch.
+    """Return the squared error over the variance of the reference, each feature centred over all tokens of the batch.
 
     Args:
         reference: `[batch, ..., width]`.
         feature: The same shape.
-        share: Of the batch, that these are; the rest is with other processes.
-        processes: Those that share the batch out; all call this, and what they get adds up to the loss of the batch.
+        share: Share of the whole batch that these tensors hold; other processes hold the rest.
+        processes: The processes that share the batch. All call this; their results add up to the loss of the batch.
     """
     return share * squared_error(reference, feature) / token_variance([reference], [share], processes)
 
 
 def squared_error(reference: Tensor, feature: Tensor) -> Tensor:
-    """Mean over all entries, in float32."""
+    """Return the mean squared error over all entries, in float32."""
     return (feature.float() - reference.float()).square().mean()
 
 
@@ -33,12 +33,12 @@ def squared_error(reference: Tensor, feature: Tensor) -> Tensor:
 def token_variance(
     references: Sequence[Tensor], shares: Sequence[float], processes: Processes = SINGLE_PROCESS
 ) -> Tensor:
-    """Variance over tokens, a mean over features; at least a tiny positive number.
+    """Return the variance over all tokens, averaged over the features and at least 1e-12.
 
     Args:
-        references: Features, each `[batch, ..., width]`, at least one.
-        shares: Of all tokens, that each of them holds.
-        processes: Those that share the tokens out; all call this and get the same.
+        references: Features, each `[batch, ..., width]`; at least one tensor.
+        shares: Share of all tokens that each of them holds.
+        processes: The processes that share the tokens; all call this and get the same result.
     """
     weighted = list(zip(shares, references, strict=True))
     mean = processes.sum_(torch.stack([share * _tokens(each).mean(dim=0) for share, each in weighted]).sum(dim=0))

@@ -1,11 +1,11 @@
-r"""Coordinates in which a step of one size matters equally in all directions.
+r"""Coordinates in which a step of a given size matters equally in all directions.
 
-Inputs of a Vision Transformer's layers have directions of very unequal variance, and predictions depend on few
-directions of their outputs, so that a step which is small in most entries of a factor is large in some. With the second
-moment `S = E[x xᵀ]` of a layer's inputs and the Fisher information `F = E[g gᵀ]` of its outputs, an error `ΔW` costs
-about `½ tr(F ΔW S ΔWᵀ)` (K-FAC, arXiv 1503.05671): the factors `Ã = A S^{1/2}` and `B̃ = F^{1/2} B` are those in which
-that cost is the plain squared norm. Adam's steps are taken there, `ΔA = ΔÃ S^{-1/2}`, with moments of the gradients
-`∂Ã = ∂A S^{-1/2}`; what runs in the model are still `A` and `B`.
+The inputs of a Vision Transformer's layers have very unequal variance in different directions, and predictions depend
+on few directions of their outputs, so a step that is small in most entries of a factor can be large in some. With the
+second moment `S = E[x xᵀ]` of a layer's inputs and the Fisher information `F = E[g gᵀ]` of its outputs, an error `ΔW`
+costs about `½ tr(F ΔW S ΔWᵀ)` (K-FAC, arXiv 1503.05671). In terms of the factors `Ã = A S^{1/2}` and `B̃ = F^{1/2} B`
+this cost is the plain squared norm. Adam takes its steps there: `ΔA = ΔÃ S^{-1/2}`, with moments of the gradients
+`∂Ã = ∂A S^{-1/2}`; the model itself still runs with `A` and `B`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ...decomposition import balance
 class Roots:
     """Symmetric square root of a damped second moment, and its inverse, each `[size, size]`, float64.
 
-    The moment is first divided by its mean diagonal: scales of layers are the business of the learning rate.
+    The moment is first divided by its mean diagonal, since the learning rate takes care of the scale.
     """
 
     root: Tensor
@@ -32,11 +32,11 @@ class Roots:
 
     @classmethod
     def of(cls, moment: Tensor, damping: float) -> Roots:
-        """Take the roots of a second moment.
+        """Return the roots of a second moment.
 
         Args:
-            moment: `[size, size]`, symmetric positive semidefinite; zero counts as the identity.
-            damping: Share of the mean diagonal that is added.
+            moment: `[size, size]`, symmetric positive semidefinite; zero is treated as the identity.
+            damping: Share of the mean diagonal that is added to the diagonal.
         """
         moment = moment.double()
         scale = moment.diagonal().mean()
@@ -49,16 +49,16 @@ class Roots:
 
 
 def whitened_balance(A: Tensor, B: Tensor, inputs: Roots, outputs: Roots) -> tuple[Tensor, Tensor, float]:
-    """Factors with the same product that are balanced as `Ã` and `B̃`.
+    """Balance factors in whitened coordinates, that is as `Ã` and `B̃`; their product stays the same.
 
     Args:
         A: `[r, n]`, float64.
         B: `[m, r]`, float64.
-        inputs: Of the inputs' second moment, `[n, n]`.
-        outputs: Of the outputs' Fisher information, `[m, m]`.
+        inputs: Roots of the inputs' second moment, `[n, n]`.
+        outputs: Roots of the outputs' Fisher information, `[m, m]`.
 
     Returns:
-        `A`, `B`, and the root mean square of the entries of `Ã` and `B̃`.
+        The new `A` and `B`, and the root mean square of the entries of `Ã` and `B̃`.
     """
     whitened_A, whitened_B = balance(A @ inputs.root, outputs.root @ B)
     energy = whitened_A.square().sum() + whitened_B.square().sum()
@@ -67,16 +67,10 @@ def whitened_balance(A: Tensor, B: Tensor, inputs: Roots, outputs: Roots) -> tup
 
 
 class WhitenedAdam(torch.optim.Optimizer):
-    """Adam (arXiv 1412.6980) whose parameter groups may have linear coordinates of their own.
+    """Adam (arXiv 1412.6980) whose parameter groups may have their own linear coordinates.
 
-    A group is a dict with `params` and, where wanted, `left`, `[m, m]`, and `right`, `[n, n]`, both symmetric: a
-    parameter `P`, `[m, n]`, is `left P̃ right`, and the step is Adam's on `P̃`.
-
-    Args:
-        params: Parameters or groups.
-        lr: Size of a step in the coordinates `P̃`.
-        betas: Decay of the averages of gradients and squared gradients.
-        eps: Added to the root of the latter.
+    A group is a dict with `params` and optionally `left`, `[m, m]`, and `right`, `[n, n]`, both symmetric: a parameter
+    `P`, `[m, n]`, is `left P̃ right`, and Adam's step is taken on `P̃`, with `lr` as its size there.
     """
 
     def __init__(
@@ -90,7 +84,7 @@ class WhitenedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Take a step from the gradients that the parameters hold; those without stay."""
+        """Take a step from the gradients of the parameters; those without a gradient do not change."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -99,7 +93,7 @@ class WhitenedAdam(torch.optim.Optimizer):
                     parameter.sub_(_transformed(step, group), alpha=group["lr"])
 
     def _direction(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """Adam's step of rate one."""
+        """Return Adam's step for a learning rate of one."""
         if not state:
             state.update(step=0, mean=torch.zeros_like(gradient), square=torch.zeros_like(gradient))
         state["step"] += 1
@@ -113,7 +107,7 @@ class WhitenedAdam(torch.optim.Optimizer):
 
 
 def _transformed(tensor: Tensor, group: dict[str, Any]) -> Tensor:
-    """`left tensor right`."""
+    """Return `left tensor right`."""
     if group["left"] is not None:
         tensor = group["left"] @ tensor
     return tensor if group["right"] is None else tensor @ group["right"]

@@ -1,0 +1,160 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from optimum_mixrank.calibration.images.decoding import BrokenImageError, decode_image
+
+
+GREY = np.tile(np.arange(0, 250, 10, dtype=np.uint8), (17, 1))
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_forms(tmp_path):
+    picture = Image.fromarray(np.stack([GREY, GREY // 2, 255 - GREY], axis=-1))
+    path = tmp_path / "a.png"
+    picture.save(path)
+    data = path.read_bytes()
+    items = [
+        picture,
+        path,
+        str(path),
+        data,
+        bytearray(data),
+        {"bytes": data, "path": "elsewhere.png"},
+        {"bytes": None, "path": str(path)},
+        {"path": str(path)},
+        np.asarray(picture),
+    ]
+    for item in items:
+        decoded = decode_image(item)
+        assert decoded.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(decoded), np.asarray(picture))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_modes(mode):
+    image = Image.fromarray(GREY).convert("RGB").convert(mode)
+    decoded = decode_image(image)
+    assert (decoded.mode, decoded.size) == ("RGB", image.size)
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("LA", "PNG"), ("RGBA", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("1", "PNG"), ("L", "WEBP")]
+)
+def test_encoded_modes(mode, kind):
+    decoded = decode_image(encoded(Image.fromarray(GREY).convert("RGB").convert(mode), kind))
+    assert (decoded.mode, decoded.size) == ("RGB", (25, 17))
+
+
+def test_transparency_is_dropped():
+    decoded = decode_image(Image.new("RGBA", (2, 2), (10, 20, 30, 0)))
+    assert decoded.getpixel((0, 0)) == (10, 20, 30)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled(kind):
+    # 257 maps 8 bits to 16 exactly; dark pictures must stay dark.
+    for grey in (GREY, GREY // 100):
+        decoded = decode_image(encoded(Image.fromarray(grey.astype(np.uint16) * 257), kind))
+        np.testing.assert_array_equal(np.asarray(decoded)[..., 1], grey)
+    nearly_black = decode_image(encoded(Image.fromarray(np.full((4, 4), 100, dtype=np.uint16)), kind))
+    assert nearly_black.getextrema() == ((0, 0),) * 3
+
+
+def test_older_pillow_opens_sixteen_bits_as_integers():
+    decoded = decode_image(Image.fromarray(GREY.astype(np.int32) * 257))
+    np.testing.assert_array_equal(np.asarray(decoded)[..., 0], GREY)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        pytest.param(np.full((4, 4), 70000, dtype=np.int32), "more than 16 bits; convert", id="32 bits"),
+        pytest.param(np.zeros((4, 4), dtype=np.float32), "no defined range; convert", id="float"),
+    ],
+)
+def test_pixels_without_a_range(array, message):
+    with pytest.raises(BrokenImageError, match=message):
+        decode_image(Image.fromarray(array))
+
+
+@pytest.mark.parametrize("shape", [(17, 25), (17, 25, 1), (17, 25, 3), (17, 25, 4)], ids=str)
+def test_arrays(shape):
+    array = np.broadcast_to(GREY.reshape(17, 25, *[1] * (len(shape) - 2)), shape).copy()
+    np.testing.assert_array_equal(np.asarray(decode_image(array))[..., 0], GREY)
+
+
+def test_exif_orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    image = Image.new("RGB", (20, 10))
+    image.paste((255, 255, 255), (0, 0, 10, 10))
+    decoded = decode_image(encoded(image, "PNG", exif=exif))
+    assert decoded.size == (10, 20)
+    assert decoded.getpixel((5, 2)) == (255, 255, 255)
+    assert decoded.getpixel((5, 17)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        pytest.param(b"", "the file is empty", id="empty"),
+        pytest.param(b"no image at all", "cannot identify image", id="text"),
+        pytest.param(encoded(Image.effect_noise((64, 64), 50), "JPEG")[:600], "truncated", id="truncated JPEG"),
+        pytest.param(encoded(Image.effect_noise((64, 64), 50), "PNG")[:600], "", id="truncated PNG"),
+        pytest.param(b"\x89PNG\r\n\x1a\n" + bytes(30), "", id="PNG of zeros"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, content, reason):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(content)
+    for item in (path, {"bytes": content, "path": str(path)}):
+        with pytest.raises(BrokenImageError, match=f"{path} cannot be decoded: .*{reason}") as caught:
+            decode_image(item)
+        assert caught.value.name == str(path)
+    with pytest.raises(BrokenImageError, match="row 7 cannot be decoded"):
+        decode_image(content, name="row 7")
+
+
+def test_a_lazily_opened_image_is_decoded(tmp_path):
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(encoded(Image.effect_noise((64, 64), 50), "JPEG")[:600])
+    with Image.open(path) as image, pytest.raises(BrokenImageError, match="cut.jpg cannot be decoded: .*truncated"):
+        decode_image(image)
+
+
+@pytest.mark.parametrize("item", [None, {"bytes": None, "path": None}], ids=str)
+def test_missing_images(item):
+    with pytest.raises(BrokenImageError, match="row 3 cannot be decoded: the dataset holds no image here"):
+        decode_image(item, name="row 3")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(BrokenImageError, match=r"gone\.png cannot be decoded: .*No such file"):
+        decode_image(tmp_path / "gone.png")
+
+
+def test_implausibly_large_images(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BrokenImageError, match="decompression bomb"):
+        decode_image(encoded(Image.fromarray(GREY)))
+
+
+@pytest.mark.parametrize(
+    "item",
+    [3, np.zeros((4, 4)), np.zeros((2, 3, 4, 4), dtype=np.uint8), {"bytes": b"", "label": 1}, {}],
+    ids=["number", "float array", "batch", "row", "empty mapping"],
+)
+def test_what_holds_no_image(item):
+    with pytest.raises(
+        TypeError, match=f"item 2 is a {type(item).__name__}, which cannot hold an image; give PIL images"
+    ):
+        decode_image(item, name="item 2")

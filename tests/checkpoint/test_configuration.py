@@ -1,0 +1,345 @@
+import copy
+import dataclasses
+import inspect
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from optimum_mixrank import MixRankConfig
+from optimum_mixrank.checkpoint.rank_map import LAYOUT_VERSION, FactoredLayer
+
+
+FULL = {
+    "compression_ratio": 0.6,
+    "compression_scope": "targets",
+    "recipe": "paper",
+    "metric": "svd",
+    "allocation": "uniform",
+    "layout": "factors",
+    "compensation": [],
+    "held_out_ratio": 0.2,
+    "fisher_samples": 3,
+    "target_modules": ["query", "attention.output.dense"],
+    "exclude_modules": r".*\.11\..*",
+    "rank_pattern": {"query": 12},
+    "ratio_pattern": {r"layer\.\d\.output\.dense": 0.25, "key": 0},
+    "rank_multiple": 8,
+    "min_rank": 8,
+    "min_rank_ratio": 0.2,
+    "max_rank_ratio": 0.9,
+    "cost": "flops",
+    "mirror": False,
+    "epochs": 4,
+    "learning_rate": 1e-4,
+    "train_batch_size": 8,
+    "view_scale": 1.5,
+    "dataset": "path/to/images",
+    "num_samples": 64,
+    "seed": 7,
+    "rank_map": {"encoder.layer.0.output.dense": {"rank": 16, "bias": True}},
+}
+
+
+@pytest.fixture(params=[{}, FULL], ids=["default", "full"])
+def config(request):
+    return MixRankConfig(**copy.deepcopy(request.param))
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    """Messages of the library's logger, which does not propagate by default."""
+    monkeypatch.setattr(logging.getLogger("optimum_mixrank"), "propagate", True)
+    return caplog
+
+
+def test_full_really_is_full():
+    provided = {"quant_method", "layout_version", "library_version"}
+    assert {field.name for field in dataclasses.fields(MixRankConfig)} == FULL.keys() | provided
+    for name, value in FULL.items():
+        assert value != getattr(MixRankConfig(), name)
+
+
+def test_round_trip_through_a_dict(config):
+    assert MixRankConfig.from_dict(config.to_dict()) == config
+
+
+def test_round_trip_through_json(config):
+    for text in (config.to_json_string(use_diff=False), json.dumps(config.to_dict())):
+        assert MixRankConfig.from_dict(json.loads(text)) == config
+
+
+def test_round_trip_through_a_file(config, tmp_path):
+    config.to_json_file(tmp_path / "config.json")
+    assert MixRankConfig.from_dict(json.loads((tmp_path / "config.json").read_text())) == config
+
+
+def test_round_trip_through_the_config_of_a_model(config, tmp_path):
+    from transformers import AutoConfig, ViTConfig
+
+    model_config = ViTConfig()
+    model_config.quantization_config = config
+    model_config.save_pretrained(tmp_path)
+    stored = AutoConfig.from_pretrained(tmp_path).quantization_config
+    assert stored["quant_method"] == "mixrank"
+    assert MixRankConfig.from_dict(stored) == config
+
+
+def test_repr_shows_all_fields(config):
+    text = repr(config)
+    assert "MixRankConfig" in text
+    assert all(f'"{field.name}"' in text for field in dataclasses.fields(config))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, dataclasses.replace])
+def test_copies(config, copied):
+    assert copied(config) == config
+    assert copied(config) is not config
+
+
+def test_deepcopy_shares_nothing():
+    config = MixRankConfig()
+    copy.deepcopy(config).rank_map["query"] = {"rank": 1, "bias": True}
+    assert config.rank_map == MixRankConfig().rank_map == {}
+
+
+def test_replace_changes_and_validates(config):
+    assert dataclasses.replace(config, compression_ratio=0.25).compression_ratio == 0.25
+    with pytest.raises(ValueError, match="compression_ratio=2"):
+        dataclasses.replace(config, compression_ratio=2)
+    with pytest.raises(TypeError, match="has no argument `ratio`"):
+        dataclasses.replace(config, ratio=0.25)
+
+
+def test_factored_layers():
+    assert MixRankConfig(**FULL).factored_layers == {"encoder.layer.0.output.dense": FactoredLayer(16, True)}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("compresion_ratio", "did you mean `compression_ratio`?"),
+        ("target_module", "did you mean `target_modules`?"),
+        ("rank_patern", "did you mean `rank_pattern`?"),
+        ("banana", "known are: quant_method, compression_ratio"),
+    ],
+)
+def test_unknown_argument_is_refused_with_a_hint(name, hint):
+    with pytest.raises(TypeError) as error:
+        MixRankConfig(**{name: 1})
+    assert f"MixRankConfig has no argument `{name}`" in str(error.value)
+    assert hint in str(error.value)
+
+
+def test_arguments_are_named():
+    with pytest.raises(TypeError):
+        MixRankConfig(0.5)
+
+
+def test_the_signature_shows_every_field_with_its_default():
+    parameters = inspect.signature(MixRankConfig).parameters
+    fields = {field.name: field for field in dataclasses.fields(MixRankConfig)}
+    assert list(parameters) == list(fields)
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters.values())
+    for name, parameter in parameters.items():
+        if fields[name].default_factory is dataclasses.MISSING:
+            assert parameter.default == fields[name].default
+        else:
+            assert fields[name].default_factory() == {}
+
+
+USER_CODE = """\
+from optimum_mixrank import MixRankConfig
+MixRankConfig()
+MixRankConfig(metric="kfac", allocation="global", layout="pivoted", recipe="fast", compensation=["blocks"])
+MixRankConfig(metric="my_own_metric", allocation="my_own_allocator", target_modules="query", max_rank_ratio=0.9)
+MixRankConfig(recipe="bset")  # wrong
+MixRankConfig(compression_scope="encoder")  # wrong
+MixRankConfig(rank_multiple="8")  # wrong
+"""
+
+
+def test_type_checkers_know_fields_and_choices(tmp_path):
+    pytest.importorskip("mypy")
+    # Checking PyTorch and Transformers would take minutes.
+    settings = "[mypy]\nfollow_imports = silent\n[mypy-torch.*,transformers.*]\nfollow_imports = skip\n"
+    (tmp_path / "mypy.ini").write_text(settings)
+    (tmp_path / "user.py").write_text(USER_CODE)
+    command = [sys.executable, "-m", "mypy", "user.py", "--cache-dir", tmp_path / "cache"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    found = [int(line.split(":")[1]) for line in result.stdout.splitlines() if ": error:" in line]
+    expected = [number for number, line in enumerate(USER_CODE.splitlines(), 1) if line.endswith("# wrong")]
+    assert found == expected, result.stdout + result.stderr
+
+
+def test_probes_without_gradients_are_refused_unless_stored():
+    with pytest.raises(
+        ValueError, match=r"fisher_samples=4 has no effect with metric='second_moment', .* metric='kfac'"
+    ):
+        MixRankConfig(recipe="fast", fisher_samples=4)
+    stored = {**MixRankConfig(recipe="fast").to_dict(), "fisher_samples": 4}
+    stored["rank_map"] = {"encoder.0.query": {"rank": 2, "bias": True}}
+    assert MixRankConfig.from_dict(stored).fisher_samples == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        *(
+            ("compression_ratio", value, r"is not in \(0, 1\)\. It is the fraction of parameters to remove")
+            for value in (0, 1, 1.5, -0.1, 60, "0.6", None, True, float("nan"))
+        ),
+        ("compression_scope", "encoder", "is unknown; choose one of 'model', 'targets'"),
+        ("compression_scope", None, "is unknown; choose one of"),
+        ("metric", "svdd", "is unknown; choose one of 'svd', 'diagonal', 'mean_input', 'second_moment', 'kfac'"),
+        ("metric", ["svd"], "is unknown; choose one of"),
+        ("allocation", "best", "is unknown; choose one of"),
+        ("recipe", "worst", "is unknown; choose one of 'paper', 'fast', 'best'"),
+        ("compensation", "sequential", r"is not a list; give the steps in their order, or \[\] for none"),
+        ("compensation", ["blocks", "blocks"], "names 'blocks' twice; raise `epochs` to train longer"),
+        ("compensation", ["sequentially"], "has an unknown step; choose among 'sequential'"),
+        ("held_out_ratio", 1, r"is not in \(0, 1\). It is a share of the calibration images"),
+        ("fisher_samples", 0, "is not an integer of at least 1"),
+        ("compensation", ["distillation", "sequential"], "makes every layer anew from the original"),
+        ("compensation", ["residual", "sequential"], "makes every layer anew from the original"),
+        ("max_rank_ratio", 0.05, r"is not in \(0\.05, 1\]\. It is a share .* above min_rank_ratio=0\.05"),
+        ("max_rank_ratio", "0.5", r"is not in \(0\.05, 1\]"),
+        ("cost", "latency", "is unknown; choose one of 'parameters', 'flops'"),
+        ("mirror", 1, "is neither True nor False"),
+        ("epochs", 0, "is not an integer of at least 1"),
+        ("learning_rate", 0, r"is not in \(0, 1\)\. The default is 5e-4"),
+        ("train_batch_size", 0, "is not an integer of at least 1"),
+        ("view_scale", 0.5, r"is not in \[1, 8\]"),
+        ("view_scale", True, r"is not in \[1, 8\]"),
+        ("layout", "dense", "is unknown; choose one of 'factors', 'pivoted'"),
+        ("rank_multiple", 0, "is not an integer of at least 1"),
+        ("rank_multiple", 8.0, "is not an integer of at least 1"),
+        ("min_rank", 0, "is not an integer of at least 1"),
+        ("min_rank", "4", "is not an integer of at least 1"),
+        ("min_rank", True, "is not an integer of at least 1"),
+        ("min_rank_ratio", -0.1, r"is not in \[0, 1\]\. It is a share of the break-even rank; 0\.05 is usual"),
+        ("min_rank_ratio", 1.1, r"is not in \[0, 1\]"),
+        ("min_rank_ratio", float("nan"), r"is not in \[0, 1\]"),
+        ("num_samples", 0, "is not an integer of at least 1"),
+        ("num_samples", None, "is not an integer of at least 1"),
+        ("seed", -1, "is not an integer of at least 0"),
+        ("seed", 0.5, "is not an integer of at least 0"),
+        ("quant_method", "gptq", "is not 'mixrank'; leave the field out"),
+        *(
+            (field, value, "is neither None, a regular expression nor a non-empty list of layer names")
+            for field in ("target_modules", "exclude_modules")
+            for value in ([], 3, ["query", 3], {"query"})
+        ),
+        ("rank_pattern", ["query"], "is not a dict with layer names or regular expressions as keys"),
+        ("rank_pattern", {3: 4}, "is not a dict with layer names"),
+        ("ratio_pattern", None, "is not a dict with layer names"),
+        ("rank_map", ["query"], None),
+        ("layout_version", LAYOUT_VERSION + 1, "is unknown to optimum-mixrank .* which reads version 1"),
+        ("layout_version", None, "is unknown to optimum-mixrank"),
+    ],
+    ids=lambda value: None if isinstance(value, str) and " " in value else repr(value),
+)
+def test_wrong_value_names_field_value_and_remedy(name, value, message):
+    with pytest.raises(ValueError) as error:
+        MixRankConfig(**{name: value})
+    if message is None:
+        assert error.match(f"{name} is a list, not a mapping")
+    else:
+        assert str(error.value).startswith((f"{name}={value!r} ", f"{name}={value!r}: "))
+        assert error.match(message)
+
+
+@pytest.mark.parametrize("value", [0, -3, 2.5, "8", None, True], ids=repr)
+def test_wrong_rank_in_rank_pattern(value):
+    with pytest.raises(ValueError) as error:
+        MixRankConfig(rank_pattern={"key": 4, "query": value})
+    assert str(error.value) == f"rank_pattern['query']={value!r} is not an integer of at least 1."
+
+
+@pytest.mark.parametrize("value", [1, 1.0, -0.5, "0.5", None, True, float("nan")], ids=repr)
+def test_wrong_ratio_in_ratio_pattern(value):
+    with pytest.raises(ValueError) as error:
+        MixRankConfig(ratio_pattern={"key": 0, "query": value})
+    assert f"ratio_pattern['query']={value!r} is not in [0, 1)" in str(error.value)
+    assert "0 leaves the layer dense" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("target_modules", "query("),
+        ("exclude_modules", "*query"),
+        ("rank_pattern", {"query(": 3}),
+        ("ratio_pattern", {"[query": 0.5}),
+    ],
+)
+def test_invalid_regular_expression(name, value):
+    with pytest.raises(ValueError, match=f"{name} has .* which is not a valid regular expression: "):
+        MixRankConfig(**{name: value})
+
+
+def test_malformed_rank_map_is_refused():
+    with pytest.raises(ValueError, match="rank_map entry 'query': rank=True is not a positive integer"):
+        MixRankConfig(rank_map={"query": {"rank": True, "bias": True}})
+
+
+def test_validate_notices_later_assignments():
+    config = MixRankConfig()
+    config.compression_ratio = 7
+    with pytest.raises(ValueError, match="compression_ratio=7"):
+        config.validate()
+
+
+def test_unknown_stored_keys_are_named_in_one_warning_and_dropped(config, warnings):
+    stored = {**config.to_dict(), "later_field": 1, "another_field": {}, "library_version": "9.0"}
+    loaded = MixRankConfig.from_dict(stored)
+    assert loaded == dataclasses.replace(config, library_version="9.0")
+    [record] = [record for record in warnings.records if record.levelno == logging.WARNING]
+    message = record.getMessage()
+    assert "another_field, later_field" in message
+    assert "written by optimum-mixrank 9.0" in message
+    assert "pip install --upgrade optimum-mixrank" in message
+
+
+def test_known_stored_keys_warn_of_nothing(config, warnings):
+    MixRankConfig.from_dict(config.to_dict())
+    assert not warnings.records
+
+
+@pytest.mark.parametrize("version", [LAYOUT_VERSION + 1, 0, "1", None], ids=repr)
+def test_unknown_layout_version_is_refused(config, version):
+    stored = {**config.to_dict(), "layout_version": version, "library_version": "9.0", "later_field": 1}
+    with pytest.raises(ValueError) as error:
+        MixRankConfig.from_dict(stored)
+    assert f"layout_version={version!r} is unknown" in str(error.value)
+    assert "written by optimum-mixrank '9.0'; upgrade with" in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["metric", "allocation"])
+def test_an_unknown_method_of_a_stored_checkpoint_is_kept_with_a_warning(config, warnings, field):
+    loaded = MixRankConfig.from_dict({**config.to_dict(), field: "better", "library_version": "9.0"})
+    assert loaded.to_dict()[field] == "better"
+    [record] = [record for record in warnings.records if record.levelno == logging.WARNING]
+    assert f"made with {field}='better'" in record.getMessage()
+    assert MixRankConfig.from_dict({**config.to_dict(), field: "better"}, seed=3).to_dict()[field] == "better"
+    with pytest.raises(ValueError, match=f"{field}='better' is unknown"):
+        loaded.validate()
+
+
+def test_from_dict_leaves_the_dict_alone(config):
+    stored = {**config.to_dict(), "later_field": 1}
+    before = copy.deepcopy(stored)
+    MixRankConfig.from_dict(stored)
+    assert stored == before
+
+
+def test_from_dict_with_overrides():
+    stored = MixRankConfig().to_dict()
+    assert MixRankConfig.from_dict(stored, seed=3).seed == 3
+    config, unused = MixRankConfig.from_dict(stored, return_unused_kwargs=True, seed=3, other=4)
+    assert config.seed == 3
+    assert unused == {"other": 4}
+    with pytest.raises(ValueError, match="seed=-3"):
+        MixRankConfig.from_dict(stored, seed=-3)

@@ -1,0 +1,49 @@
+"""Canonical names are those of checkpoints, whatever class opens them."""
+
+import pytest
+import transformers
+from models import tiny_deit, tiny_swin, tiny_vit
+from safetensors import safe_open
+
+from optimum_mixrank import LowRankLinear
+from optimum_mixrank.calibration.targets import encoder_linears
+from optimum_mixrank.checkpoint.modeling import replace_module
+from optimum_mixrank.checkpoint.names import canonical_names
+
+
+MASKED = {"encoder_stride": 8}
+MODELS = {
+    "ViTForImageClassification": (tiny_vit, {}),
+    "ViTModel": (tiny_vit, {}),
+    "ViTForMaskedImageModeling": (tiny_vit, MASKED),
+    "DeiTForImageClassification": (tiny_deit, {}),
+    "DeiTForImageClassificationWithTeacher": (tiny_deit, {}),
+    "DeiTModel": (tiny_deit, {}),
+    "DeiTForMaskedImageModeling": (tiny_deit, MASKED),
+    "SwinForImageClassification": (tiny_swin, {}),
+    "SwinModel": (tiny_swin, {}),
+    "SwinForMaskedImageModeling": (tiny_swin, MASKED),
+    "SwinBackbone": (tiny_swin, {"out_features": ["stage1", "stage2"]}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_canonical_names_are_those_on_disk(name, tmp_path):
+    make, changes = MODELS[name]
+    model = make(getattr(transformers, name), **changes)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        on_disk = {key.removeprefix(f"{model.base_model_prefix}.") for key in file.keys()}  # noqa: SIM118
+    names = canonical_names(model)
+    assert {f"{each}.weight" for each in names.values()} <= on_disk
+    assert len(set(names.values())) == len(names)
+
+
+@pytest.mark.parametrize("make", [tiny_vit, tiny_deit, tiny_swin])
+def test_factored_layers_keep_their_canonical_names(make):
+    model = make()
+    before = canonical_names(model)
+    for target in encoder_linears(model):
+        replace_module(model, target.name, LowRankLinear(*reversed(target.shape), 3))
+    after = {name: each for name, each in canonical_names(model).items() if "factor" not in name}
+    assert after == before

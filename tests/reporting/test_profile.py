@@ -1,0 +1,26 @@
+"""How a profile of budgets is shown."""
+
+from optimum_mixrank.allocation.profile import BudgetPoint
+from optimum_mixrank.reporting.profile import RankProfile
+
+
+PROFILE = RankProfile(
+    [
+        BudgetPoint(0.2, 0.79, 0.0125, {"layer.0.fc1": None, "layer.0.fc2": 12}),
+        BudgetPoint(0.4, 0.58, 0.25, {"layer.0.fc1": 9, "layer.0.fc2": 6}),
+    ],
+    "nats per image",
+)
+
+
+def test_a_line_per_budget():
+    assert str(PROFILE).splitlines() == [
+        "  ratio     kept  predicted loss (nats per image)",
+        "  20.0%    79.0%  0.0125",
+        "  40.0%    58.0%  0.25",
+    ]
+
+
+def test_the_suffix_gives_the_format_of_the_plot(tmp_path):
+    assert PROFILE.plot(tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
+    assert PROFILE.plot(str(tmp_path / "profile.svg")).read_text().lstrip().startswith("<?xml")

@@ -1,0 +1,50 @@
+import pytest
+
+from optimum_mixrank.runtime.formatting import (
+    format_bytes,
+    format_change,
+    format_count,
+    format_duration,
+    format_percent,
+)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.00 k"),
+        (25_600, "25.6 k"),
+        (999_999, "1.00 M"),
+        (85_800_000, "85.8 M"),
+        (35_100_000_000, "35.1 G"),
+        (2_500_000_000_000, "2.50 T"),
+    ],
+)
+def test_counts(count, text):
+    assert format_count(count) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(3 * 2**29, "1.50 GiB"), (5 * 2**20, "5 MiB")])
+def test_bytes(count, text):
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.123, "0.12 s"), (12.34, "12.3 s"), (125.4, "2 min 5 s"), (3599.6, "1 h 0 min"), (3723, "1 h 2 min")],
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_shares_have_a_space_at_which_no_line_breaks():
+    assert [format_percent(0.6), format_percent(0.87654, 2)] == ["60.0\u00a0%", "87.65\u00a0%"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"), [(50, 20, "−60.0\u00a0%"), (20, 50, "+150.0\u00a0%"), (0, 1, "")]
+)
+def test_changes(before, after, text):
+    assert format_change(before, after) == text
