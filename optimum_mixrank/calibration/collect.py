@@ -33,7 +33,7 @@ def collect_statistics(
     """Run a model once over images, in evaluation mode, and collect statistics of its layers.
 
     The model is left as it was. Several processes each run over their own batches; all get the same statistics, which
-    equal those of a single process over all batches up to rounding in float64.
+    equal those of a single process over all batches up to rounding.
 
     Args:
         model: A model that takes `pixel_values`.

@@ -110,8 +110,5 @@ class CalibrationTask:
             calibration.check(self.fingerprint)
             return
         if self.decoded is None:
-            with self.processes.raise_on_all_ranks():
-                for _ in self.batches:
-                    pass
-            self.batches.merge_across_processes()
+            self.batches.read_through()
         calibration.check(self.fingerprint, self.batches.fingerprint)

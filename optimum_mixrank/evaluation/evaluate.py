@@ -50,7 +50,7 @@ class EvaluationResult:
     kl: float | None = None
     feature_error: float | None = None
 
-    def details(self) -> list[str]:
+    def facts(self) -> list[str]:
         """Return the result in words: `2,000 images`, `top-1 90.45 % (original 90.30 %)`, …."""
         found = [f"{self.num_images:,} images"]
         if self.top1 is not None:

@@ -29,7 +29,6 @@ from ..compensation.run import CompensationImages, compensate, prepare_images
 from ..decomposition import Decomposition
 from ..reporting.build import Outcome, build_report, measure
 from ..reporting.profile import RankProfile
-from ..runtime.distributed import Processes
 from ..runtime.malloc import bounded_heap
 from ..runtime.phases import phase
 from .decompose import allocation_losses, decompose_by_groups, decompose_layers, factorize_layers
@@ -150,7 +149,7 @@ def _decompose(
     config, metric = run.config, run.metric
     calibration = run.calibration if metric.uses_data else None
     if run.calibration is not None:
-        check_statistics(run.calibration, run.fingerprint, run.batches, run.processes, to_read=not config.compensation)
+        check_statistics(run.calibration, run.fingerprint, run.batches, to_read=not config.compensation)
     start = time.perf_counter()
     if metric.uses_data and calibration is None:
         assert run.batches is not None  # checked when the run was set up
@@ -184,11 +183,7 @@ def _groups(targets: Sequence[Target], memory: MemoryPlan) -> list[list[Target]]
 
 
 def check_statistics(
-    calibration: Calibration,
-    fingerprint: str,
-    batches: ImageBatches | None,
-    processes: Processes,
-    to_read: bool = True,
+    calibration: Calibration, fingerprint: str, batches: ImageBatches | None, to_read: bool = True
 ) -> None:
     """Check that statistics were collected from this model and, if there are images, from these.
 
@@ -196,7 +191,6 @@ def check_statistics(
         calibration: The statistics.
         fingerprint: The fingerprint of the model.
         batches: The images, or None.
-        processes: The processes that share the images.
         to_read: Whether the images have not been read yet.
 
     Raises:
@@ -206,10 +200,8 @@ def check_statistics(
     if batches is None:
         return
     if to_read:
-        with phase("Compared"), processes.raise_on_all_ranks():
-            for _ in logging.tqdm(batches, desc="Comparing images", unit="batch"):
-                pass
-        batches.merge_across_processes()
+        with phase("Compared"):
+            batches.read_through()
     calibration.check(fingerprint, batches.fingerprint)
 
 

@@ -239,7 +239,7 @@ class MixRankCompressor(OptimumQuantizer):
         """
         with self.processes.raise_on_all_ranks():
             batches = self._reader(batch_size, num_workers, max_broken_share).read(calibration_dataset)
-        check_statistics(calibration, shared_fingerprint(self.model, self.processes), batches, self.processes)
+        check_statistics(calibration, shared_fingerprint(self.model, self.processes), batches)
 
     @_in_every_process
     def compress(
@@ -400,7 +400,7 @@ class MixRankCompressor(OptimumQuantizer):
             batches = self._reader(batch_size, num_workers).read_labelled(dataset, image_column, label_column, **draw)
         with phase("Evaluated") as evaluating:
             result = evaluate_model(model, batches, reference=self.model, processes=self.processes)
-            evaluating.add_detail(*result.details())
+            evaluating.add_detail(*result.facts())
         if self.report is not None:
             self.report = dataclasses.replace(self.report, evaluation=dataclasses.asdict(result))
         return result

@@ -144,7 +144,7 @@ def plan_memory(
     store = HOST if passes > 1 else compute
     groups = split_layers(size.layers, passes)
     steps, batch = task.config.compensation, min(task.batch_size, task.num_images)
-    images = (HOST, size.pixels * (task.num_images if steps else batch))
+    images = (HOST, size.pixels * (task.num_images if steps else 0))
     gradients = {name: required & GRADIENT_STATISTICS for name, required in task.required.items()}
     kept = statistics_bytes(size.layers, gradients if steps else {})
     collected = max((statistics_bytes(group, task.required) for group in groups), default=0)
@@ -156,7 +156,12 @@ def plan_memory(
     copies = int(not task.inplace or bool(steps)) * size.weights
     phases: dict[str, Parts] = {}
     if task.required:
-        phases["calibrate"] = [images, (compute, collected), left, (compute, _pass_bytes(size, task, groups, batch))]
+        phases["calibrate"] = [
+            images if steps else (HOST, size.pixels * batch),
+            (compute, collected),
+            left,
+            (compute, _pass_bytes(size, task, groups, batch)),
+        ]
     phases["decompose"] = [images, (compute, collected), left, (store, own), decomposing]
     phases["factorize"] = [images, (store, kept + found), (compute, copies), decomposing]
     if LAYERWISE & set(steps):

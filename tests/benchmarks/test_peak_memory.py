@@ -26,10 +26,11 @@ def test_a_peak_is_remembered_until_the_next_measurement(peak_memory):
     if peak.host is None:
         pytest.skip("the kernel does not tell the memory of this process")
     torch.ones(SIZE, dtype=torch.uint8)
-    assert SIZE <= peak.host < 2 * SIZE
+    # The kernel counts pages in batches, and other tests may have left memory that is used again.
+    assert SIZE / 2 < peak.host < 2 * SIZE
     assert peak.resident > peak.host
     assert peak.device is None
-    assert peak_memory.PeakMemory().host < SIZE / 2
+    assert peak_memory.PeakMemory().host < SIZE / 4
 
 
 def test_elsewhere_it_is_unknown(peak_memory, monkeypatch):

@@ -171,7 +171,7 @@ def test_dtypes(tmp_path):
     assert MixRankCompressor.from_pretrained(tmp_path).model.dtype == torch.float32
     compressor = MixRankCompressor.from_pretrained(tmp_path, dtype="auto")
     assert compressor.compress(config(), [PIXELS]).dtype == torch.float16
-    with pytest.raises(ValueError, match="dtype='int8' is no floating point dtype"):
+    with pytest.raises(ValueError, match="dtype='int8' is not a floating-point dtype"):
         MixRankCompressor.from_pretrained(tmp_path, dtype="int8")
 
 
@@ -186,7 +186,7 @@ def test_dtypes(tmp_path):
         ({}, [{"pixels": PIXELS}], "A batch has no `pixel_values`"),
         ({}, [PIXELS[:, :1]], "the model needs"),
         ({}, [(PIXELS * 255).byte()], "give floating point values"),
-        ({}, [PIXELS / 0], "hold NaN or Inf"),
+        ({}, [PIXELS / 0], "contain NaN or Inf"),
         ({}, ["no-such-file.png"], "need the model's image processor"),
     ],
     ids=lambda value: str(value)[:40],

@@ -128,7 +128,7 @@ def test_activations_on_the_disk_are_not_gone_on_from(cut_off, monkeypatch, tmp_
     assert not run.exists()
 
 
-def test_training_on_photographs_goes_on(cut_off, tmp_path):
+def test_training_on_high_resolution_images_goes_on(cut_off, tmp_path):
     folder = write(tmp_path / "images", 24, broken=[2, 17])
     changes = {
         "compensation": ["distillation"],

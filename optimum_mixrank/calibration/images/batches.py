@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import torch
 from torch.utils.data import DataLoader
+from transformers.utils import logging
 
 from ...runtime.distributed import SINGLE_PROCESS, Processes
 from ...runtime.logging import get_logger
@@ -183,6 +184,13 @@ class ImageBatches:
     def source_fingerprint(self) -> str | None:
         """Return the fingerprint of the encoded images in their order; None if it cannot be known before a pass."""
         return None if self._rows is None else fingerprint_content(self._rows)
+
+    def read_through(self) -> None:
+        """Read all images once in all processes, without keeping them, for their fingerprint."""
+        with self._processes.raise_on_all_ranks():
+            for _ in logging.tqdm(self, desc="Comparing images", unit="batch"):
+                pass
+        self.merge_across_processes()
 
     def merge_across_processes(self) -> None:
         """Merge what all processes found in a pass; each of them calls this after its own.
