@@ -82,7 +82,7 @@ class Command:
         self._processes = processes
         self._fork = fork
         if fork:
-            import optimum_mixrank.compressor  # noqa: F401 - so that no copy has to
+            import optimum_mixrank.pipeline.compressor  # noqa: F401 - so that no copy has to
 
     def start(self, *more: str) -> Started:
         """Start it."""

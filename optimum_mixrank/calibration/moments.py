@@ -71,7 +71,7 @@ class MomentAccumulator:
     @property
     def is_finite(self) -> bool:
         """Whether all vectors so far were finite."""
-        tensors = (self._sum, self._product)
+        tensors = (self._shift, self._sum, self._product)
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
 
     def mean(self) -> Tensor:

@@ -38,6 +38,7 @@ class CalibrationTask:
         decoded: The same batches, if they have been decoded already.
         fisher_samples: Probes per image for the Fisher information; `seed` is their seed.
         journal: Where complete statistics are kept for a run that is resumed.
+        images_known: Whether the journal is known to belong to the bytes of these images.
     """
 
     model: PreTrainedModel
@@ -49,6 +50,7 @@ class CalibrationTask:
     seed: int
     processes: Processes = SINGLE_PROCESS
     journal: Journal = NO_JOURNAL
+    images_known: bool = False
 
     def collect(self, targets: Sequence[Target]) -> Calibration:
         """Collect the statistics of some layers in one pass over the images.
@@ -105,8 +107,7 @@ class CalibrationTask:
 
     def _check(self, calibration: Calibration) -> None:
         """Check that statistics belong to this model and to these images, which are read if need be."""
-        if self.decoded is None and self.batches.source_fingerprint() is not None:
-            # The journal belongs to the bytes of these images; that is checked when the run starts.
+        if self.decoded is None and self.images_known:
             calibration.check(self.fingerprint)
             return
         if self.decoded is None:

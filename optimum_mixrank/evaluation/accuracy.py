@@ -50,7 +50,7 @@ class TopKAccuracy(evaluate.Metric):
     """
 
     def __init__(
-        self, config_name: str | None = None, num_process: int = 1, cache_dir: str | None = None, **kwargs: Any
+        self, config_name: str | None = None, *, num_process: int = 1, cache_dir: str | None = None, **kwargs: Any
     ) -> None:
         config_name = "logits" if config_name in (None, "default") else config_name
         if config_name not in ("logits", "rankings"):
@@ -61,7 +61,8 @@ class TopKAccuracy(evaluate.Metric):
             # `evaluate.Metric` creates a folder even if it keeps everything in memory, by default below the home.
             self._temporary = tempfile.TemporaryDirectory(prefix="mixrank-metric-")
             cache_dir = self._temporary.name
-        kwargs.setdefault("keep_in_memory", num_process == 1)
+        if kwargs.get("keep_in_memory") is None:
+            kwargs["keep_in_memory"] = num_process == 1
         super().__init__(config_name=config_name, num_process=num_process, cache_dir=cache_dir, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:

@@ -53,7 +53,7 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
         ValueError: for unusable images, NaN or Inf in activations, or a limit of memory that cannot be met. The original
             is left as it was.
     """
-    with bounded_heap(run.max_memory is not None):
+    with bounded_heap(run.max_memory is not None and run.model.device.type == "cpu"):
         original = measure(run.model)
         images, memory = _images_within_memory(run)
         learning = _prepare_compensation(run, images)
@@ -66,7 +66,8 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
             # Compensation may have chosen new pivots.
             rank_map = rank_map_of(model, run.targets)
             warn_of_other_layouts(rank_map, run.config.layout)
-        config = _attach(run, model, rank_map)
+            config = _configuration(run, rank_map)
+        attach(model, MixRankHfQuantizer(config, pre_quantized=True))
         report = build_report(
             Outcome(
                 config=config,
@@ -150,7 +151,6 @@ def _decompose(
     calibration = run.calibration if metric.uses_data else None
     if run.calibration is not None:
         check_statistics(run.calibration, run.fingerprint, run.batches, to_read=not config.compensation)
-    start = time.perf_counter()
     if metric.uses_data and calibration is None:
         assert run.batches is not None  # checked when the run was set up
         task = CalibrationTask(
@@ -163,14 +163,17 @@ def _decompose(
             seed=config.seed,
             processes=run.processes,
             journal=run.journal,
+            images_known=run.images_known,
         )
         groups = [run.targets] if memory is None else _groups(run.targets, memory)
-        found, calibration = decompose_by_groups(metric, groups, config.layout, task, bool(config.compensation))
-        start += calibration.seconds
+        keep_gradients = bool(config.compensation)
+        found, calibration, seconds = decompose_by_groups(metric, groups, config.layout, task, keep_gradients)
     else:
+        start = time.perf_counter()
         found = decompose_layers(metric, run.targets, calibration, config.layout, run.processes)
+        seconds = time.perf_counter() - start
     run.seconds["calibrate"] = 0.0 if calibration is None else calibration.seconds
-    run.seconds["decompose"] = time.perf_counter() - start
+    run.seconds["decompose"] = seconds
     return {target.canonical_name: found[target.canonical_name] for target in run.targets}, calibration
 
 
@@ -200,7 +203,7 @@ def check_statistics(
     if batches is None:
         return
     if to_read:
-        with phase("Compared"):
+        with phase("Compared images"):
             batches.read_through()
     calibration.check(fingerprint, batches.fingerprint)
 
@@ -298,10 +301,9 @@ def _compensate(
     return results
 
 
-def _attach(run: CompressionRun, model: PreTrainedModel, rank_map: Mapping[str, FactoredLayer]) -> MixRankConfig:
-    """Attach the configuration and the quantizer, as loading does; return the configuration."""
+def _configuration(run: CompressionRun, rank_map: Mapping[str, FactoredLayer]) -> MixRankConfig:
+    """Return the configuration that is stored with the compressed model."""
     config = dataclasses.replace(run.config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
     if run.calibration is not None and run.calibration.fisher_samples is not None:
         config.fisher_samples = run.calibration.fisher_samples
-    attach(model, MixRankHfQuantizer(config, pre_quantized=True))
     return config

@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 
 
 def _in_every_process(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """A method of the compressor that all processes call; only the main one prints."""
+    """Wrap a method that all processes call; only the main one prints."""
 
     @functools.wraps(method)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -55,19 +55,24 @@ def _in_every_process(method: Callable[Parameters, Result]) -> Callable[Paramete
     return wrapped
 
 
-# Its methods have more than eight arguments where users set as much per call: keywords, as Transformers has them.
+def _checked(config: MixRankConfig, save_interval: float) -> MixRankConfig:
+    config.validate()
+    if save_interval <= 0:
+        raise ValueError(f"save_interval={save_interval!r} is not a positive number of seconds.")
+    return config
+
+
 class MixRankCompressor(OptimumQuantizer):
     """Compresses the encoder of a Vision Transformer into mixed-rank factors, guided by its activations.
 
     Args:
         model: A Transformers model with a ViT-like encoder and any head.
         image_processor: Its image processor; needed wherever images rather than `pixel_values` are given.
-        accelerator: Stands for the processes that share the work; an `accelerate.PartialState` serves too. Default:
+        accelerator: Connects the processes that share the work; an `accelerate.PartialState` also works. Default:
             those that were launched together, as by `accelerate launch`. All of them call the same methods with the same
             arguments; each works on its share of images and layers, all get the same result, and the main one prints and
             saves. Its `mixed_precision` holds for forward passes and training; statistics are summed in float32 or better.
-        allow_tf32: Whether statistics may be multiplied in TF32 where PyTorch is set to it, on GPUs that can: faster,
-            and less exact.
+        allow_tf32: Whether statistics may be multiplied in TF32, where PyTorch and the GPU allow it.
 
     Attributes:
         report: `CompressionReport` of the last compression, or None.
@@ -121,14 +126,12 @@ class MixRankCompressor(OptimumQuantizer):
             model_or_path: A local folder, a Hub id, or a model in memory (taken as it is).
             image_processor: For a model in memory, or to replace the one that belongs to the checkpoint.
             accelerator: See `MixRankCompressor`.
-            dtype: Precision of the loaded weights and of the compressed checkpoint, float32 whatever the file holds;
-                `"auto"` keeps the file's.
+            dtype: Precision of the loaded and saved weights, whatever the file holds; `"auto"` keeps the file's.
             device: Where to put the model. Default: a model in memory stays where it is; a checkpoint goes to the device
                 of the process if there are several, or an `accelerator` is given, else to the CPU.
             allow_tf32: See `MixRankCompressor`.
             auto_class: Class to load with; default: the architecture that the checkpoint names.
-            **hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, `trust_remote_code`,
-                `device_map`, `max_memory`, … as for Transformers' `from_pretrained`.
+            **hub_kwargs: As for Transformers' `from_pretrained`: `revision`, `token`, `device_map`, `max_memory`, …
 
         Raises:
             OSError: if there is no such checkpoint; TypeError: if Hub arguments are given for a model in memory.
@@ -174,6 +177,7 @@ class MixRankCompressor(OptimumQuantizer):
                 dataset, split=split, image_column=image_column, num_samples=num_samples, seed=seed, **hub_kwargs
             )
 
+    # More than eight arguments: what users of Transformers set per call, as keywords.
     @_in_every_process
     def calibrate(
         self,
@@ -241,6 +245,7 @@ class MixRankCompressor(OptimumQuantizer):
             batches = self._reader(batch_size, num_workers, max_broken_share).read(calibration_dataset)
         check_statistics(calibration, shared_fingerprint(self.model, self.processes), batches)
 
+    # More than eight arguments: what users of Transformers set per call, as keywords.
     @_in_every_process
     def compress(
         self,
@@ -262,22 +267,21 @@ class MixRankCompressor(OptimumQuantizer):
 
         Args:
             config: What to do; default `MixRankConfig()`.
-            calibration_dataset: Images, without need of labels: what `get_calibration_dataset` returns, a folder, a Hub
+            calibration_dataset: Unlabelled images: what `get_calibration_dataset` returns, a folder, a Hub
                 id, a list of PIL images or paths, or any iterable or `DataLoader` of `pixel_values`. Of a folder or Hub
                 id, `config.num_samples` images are drawn with `config.seed`. Not needed for `metric="svd"`.
             save_directory: Where to save the compressed model, its image processor and the report.
-            calibration: Statistics from `calibrate` of this very model. With compensation, the images that they were
-                taken from are needed too; images that are given in any case are compared with those.
+            calibration: Statistics from `calibrate` of this exact model. With compensation, the images that they were
+                taken from are needed too; any images that are passed are compared with those.
             inplace: False compresses a copy, so that the original stays for comparison; True compresses the model itself.
                 Compensation then learns from a copy of the original, which is dropped at the end.
             overwrite: Whether `save_directory` may hold files already.
-            max_memory: Most memory to use beside the model, such as `"8GiB"`; or by device, as for Accelerate,
-                `{"cpu": "16GiB", 0: "8GiB"}`. What is needed is estimated and logged before the work starts. Where it is
-                more, statistics are collected in several passes over the images, and layer-wise compensation puts
-                activations on the disk, into `resume_directory` or among the system's temporary files.
-            resume_directory: Where the run keeps what it has finished. After it was cut off, the same call goes on from
+            max_memory: Most memory to use in addition to the model, such as `"8GiB"`; or by device, as for Accelerate,
+                `{"cpu": "16GiB", 0: "8GiB"}`. The need is estimated and logged first. If it is more, statistics take
+                several passes and compensation puts activations into `resume_directory` or a temporary folder.
+            resume_directory: Where the run records finished work. After an interruption, the same call continues from
                 there and ends with the same result, bit by bit. The folder is removed when the result is saved.
-            save_interval: Seconds between two savings of work that goes on; at most so much is lost.
+            save_interval: Seconds between saves of work in progress; a calibration pass is saved when it is complete.
             batch_size: Images per forward pass.
             max_broken_share: Tolerated share of images that cannot be decoded.
             num_workers: Processes that decode images ahead while the model runs; the result is the same for any number.
@@ -288,12 +292,13 @@ class MixRankCompressor(OptimumQuantizer):
             FileExistsError: if `save_directory` holds files and `overwrite` is False.
             OSError: if a disk is full; what was saved before stays as it is.
         """
+        config = _checked(config or MixRankConfig(), save_interval)
         processes, self._unfinished = self.processes, None
         output = (save_directory, overwrite, resume_directory, processes)
         check_output(*output)
         reader = self._reader(batch_size, num_workers, max_broken_share)
         options: dict[str, Any] = {"calibration": calibration, "inplace": inplace, "max_memory": max_memory}
-        run = CompressionRun.start(config or MixRankConfig(), reader, calibration_dataset, **options)
+        run = CompressionRun.start(config, reader, calibration_dataset, **options)
         if resume_directory is not None:
             self._unfinished = open_run(run, resume_directory, save_interval, self.allow_tf32)
             # A run that has ended while this one waited for the folder may have saved its result.
@@ -312,7 +317,7 @@ class MixRankCompressor(OptimumQuantizer):
         inplace: bool = False,
         max_memory: MaxMemory = None,
     ) -> MemoryPlan:
-        """How much memory `compress` will need beside the model, by phase; `print` it.
+        """Estimate the memory that `compress` needs in addition to the model; `ValueError` if `max_memory` is too small.
 
         Args:
             config: What to do; default `MixRankConfig()`.
@@ -320,9 +325,6 @@ class MixRankCompressor(OptimumQuantizer):
             batch_size: See `compress`.
             inplace: See `compress`.
             max_memory: See `compress`.
-
-        Raises:
-            ValueError: if `max_memory` does not allow it; the message says what is needed.
         """
         config = config or MixRankConfig()
         targets = find_targets(self.model, config.target_modules, config.exclude_modules)
@@ -368,6 +370,7 @@ class MixRankCompressor(OptimumQuantizer):
             )
         return self.compress(quantization_config, calibration_dataset, save_dir, **kwargs)
 
+    # More than eight arguments: what users of Transformers set per call, as keywords.
     @_in_every_process
     def evaluate(
         self,
@@ -390,7 +393,7 @@ class MixRankCompressor(OptimumQuantizer):
             split: Split of a named dataset; default: `validation`, `test` or the only one there is.
             image_column: Default: the one image column there is.
             label_column: Default: `label` or `labels`, where there is one.
-            num_samples: Draw so many images; None for all.
+            num_samples: Number of images to draw; None for all.
             seed: Seed of that draw.
             batch_size: Images per forward pass.
             num_workers: See `compress`.
@@ -417,7 +420,7 @@ class MixRankCompressor(OptimumQuantizer):
     ) -> None:
         """Save a compressed model with its image processor and the report.
 
-        What stands at the destination is the old content or the whole new one, whenever the process ends.
+        At any moment the destination holds the old content or all of the new, where two names can be exchanged.
 
         Args:
             model: The compressed model; saved in the dtype that it has.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Mapping, MutableMapping, Sequence
 
 import numpy as np
@@ -161,7 +162,7 @@ def _to(statistics: LayerStatistics, tensor: torch.Tensor) -> LayerStatistics:
 
 def decompose_by_groups(
     metric: Metric, groups: Sequence[Sequence[Target]], layout: str, task: CalibrationTask, keep_gradients: bool
-) -> tuple[dict[str, Decomposition], Calibration]:
+) -> tuple[dict[str, Decomposition], Calibration, float]:
     """Calibrate and decompose group by group, so that only the statistics of one group are held at a time.
 
     Every group takes one pass over the images. With several groups, results are kept on the host.
@@ -174,17 +175,20 @@ def decompose_by_groups(
         keep_gradients: Whether later steps need the Fisher information; means are always kept.
 
     Returns:
-        The decompositions by canonical name, and the statistics that later steps need.
+        The decompositions by canonical name, the statistics that later steps need, and the seconds spent decomposing.
 
     Raises:
         ValueError: as `CalibrationTask.collect_once` and `decompose_layers`.
     """
     decompositions: dict[str, Decomposition] = {}
     parts: list[Calibration] = []
+    seconds = 0.0
     device = None if len(groups) == 1 else "cpu"
     for group in groups:
         part = task.collect_once(group)
+        start = time.perf_counter()
         found = decompose_layers(metric, group, part, layout, task.processes)
+        seconds += time.perf_counter() - start
         decompositions |= {name: each if device is None else each.to(device) for name, each in found.items()}
         kept = GRADIENT_STATISTICS if keep_gradients else frozenset()
         layers = {name: statistics.only(kept, device) for name, statistics in part.layers.items()}
@@ -196,4 +200,4 @@ def decompose_by_groups(
         layers={name: statistics for part in parts for name, statistics in part.layers.items()},
         seconds=sum(part.seconds for part in parts),
     )
-    return decompositions, together
+    return decompositions, together, seconds

@@ -43,6 +43,7 @@ class CompressionRun:
         inplace: Whether to compress the model itself rather than a copy.
         max_memory: Limit of the memory to use beside the model.
         journal: Records finished work, so that a run that was cut off can be resumed.
+        images_known: Whether the journal is known to belong to the bytes of these images.
         fingerprint: Of the model's weights; see `fingerprint_model`.
         seconds: Wall time by step.
     """
@@ -59,6 +60,7 @@ class CompressionRun:
     inplace: bool = False
     max_memory: MaxMemory = None
     journal: Journal = NO_JOURNAL
+    images_known: bool = False
     fingerprint: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 

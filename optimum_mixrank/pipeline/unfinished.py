@@ -214,14 +214,12 @@ def open_run(run: CompressionRun, directory: str | Path, interval: float, allow_
         ValueError: if the folder belongs to another run.
     """
     processes, images = run.processes, None
-    if interval <= 0:
-        raise ValueError(f"save_interval={interval!r} is not a positive number of seconds.")
     with processes.raise_on_all_ranks():
         if run.batches is not None and processes.is_main:
             images = run.batches.source_fingerprint()
     images = processes.broadcast(images)
     unfinished = UnfinishedRun(directory, _identity_of(run, images, allow_tf32), interval, processes)
-    run.journal = unfinished.journal
+    run.journal, run.images_known = unfinished.journal, images is not None
     return unfinished
 
 

@@ -98,27 +98,42 @@ def put_in_place(source: Path, destination: Path, last: str) -> None:
     """Replace a folder by another, complete one.
 
     Linux and macOS exchange two names in one step, so that the old or the new content is there whenever a run is cut
-    off. Where the system or the file system cannot, files are moved one by one, and those who look at the folder
-    meanwhile find new files beside the old version of the one that is moved last.
+    off. Where the system or the file system cannot, files are moved one by one; meanwhile the folder lacks one file, and
+    cannot be mistaken for a complete one.
 
     Args:
         source: The new folder, on the same file system; it may hold the old content afterwards.
         destination: The folder to replace.
-        last: Name of the file that is moved last.
+        last: Name of the file without which the folder is not complete; it is removed first and moved last.
+
+    Raises:
+        OSError: if a file cannot be moved; the message names the folder that holds the rest of the new files.
     """
     if not destination.exists() or not any(destination.iterdir()):
         if destination.exists():
             destination.rmdir()
         source.rename(destination)
     elif not _exchange(source, destination):
-        new = sorted(source.iterdir(), key=lambda file: file.name == last)
-        for file in new:
-            _remove(destination / file.name, only_folder=True)
-            file.replace(destination / file.name)
-        for name in {file.name for file in destination.iterdir()} - {file.name for file in new}:
-            _remove(destination / name)
-        flush(destination)
+        try:
+            _move_files(source, destination, last)
+        except OSError as error:
+            rest = source.rename(source.with_name(f"{destination.name}.rest"))
+            raise OSError(
+                f"{str(destination)!r} could not be replaced completely ({error}). The missing new files are in "
+                f"{str(rest)!r}."
+            ) from error
     flush(destination.parent)
+
+
+def _move_files(source: Path, destination: Path, last: str) -> None:
+    new = sorted(source.iterdir(), key=lambda file: file.name == last)
+    _remove(destination / last)
+    for file in new:
+        _remove(destination / file.name, only_folder=True)
+        file.replace(destination / file.name)
+    for name in {file.name for file in destination.iterdir()} - {file.name for file in new}:
+        _remove(destination / name)
+    flush(destination)
 
 
 def remove_leftovers(destination: Path) -> None:

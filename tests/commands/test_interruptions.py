@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ def command(tmp_path):
         "--dataset": SHIPPED / "data",
         "--split": "calibration",
         "--num-samples": 1000,
-        "--batch-size": 8,
         "--recipe": "fast",
+        "--compensation": "sequential",
         "--save-interval": 0.01,
         "--output": tmp_path / "out",
     }
@@ -30,12 +31,20 @@ def command(tmp_path):
     return [sys.executable, "-c", program, "mixrank", "compress", *arguments]
 
 
+def saved_steps(folder):
+    """Inode by name of every entry that layer-wise compensation has saved; a new version is a new file."""
+    found = {}
+    for path in folder.glob("step*.safetensors"):
+        with suppress(FileNotFoundError):  # just replaced or removed
+            found[path.name] = path.stat().st_ino
+    return found
+
+
 def interrupt(command, folder, number):
-    """Send a signal as soon as the first entry is saved; return exit code and stderr."""
-    entry = folder / "calibration.0.safetensors"
-    before = entry.stat().st_mtime_ns if entry.exists() else None
+    """Send a signal as soon as the next part of compensation is saved; return exit code and stderr."""
+    before = saved_steps(folder)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and (not entry.exists() or entry.stat().st_mtime_ns == before):
+        while process.poll() is None and not saved_steps(folder).items() - before.items():
             time.sleep(0.01)
         process.send_signal(number)
         return process.wait(), process.stderr.read()

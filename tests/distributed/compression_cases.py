@@ -14,7 +14,7 @@ from optimum_mixrank.compensation.compensator import ActivationStorage
 from optimum_mixrank.pipeline import compress as pipeline
 
 
-MODELS = {"vit": tiny_vit(), "swin": tiny_swin(), "no_head": tiny_swin().swin}
+MODELS = {"vit": tiny_vit(), "swin": tiny_swin(), "no_head": tiny_swin().swin, "float64": tiny_vit().double()}
 
 
 def compress(name, processes, folder, family="vit", source=None, **changes):
@@ -28,7 +28,7 @@ def compress(name, processes, folder, family="vit", source=None, **changes):
     state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     if processes.is_main:
         save_file({**state, "logits": outputs(model)}, folder / f"{name}.safetensors")
-    test = [(image, index % 5) if family == "vit" else image for index, image in enumerate(images(23, 5))]
+    test = [(image, index % 5) if family in ("vit", "float64") else image for index, image in enumerate(images(23, 5))]
     result = compressor.evaluate(model, test, batch_size=4)
     return {
         "report": compressor.report.to_dict(),
@@ -42,12 +42,16 @@ def compress(name, processes, folder, family="vit", source=None, **changes):
 
 def outputs(model):
     with torch.no_grad():
-        output = model.eval()(pixel_values=images(6, 3))
+        output = model.eval()(pixel_values=images(6, 3).to(model.dtype))
     return output.logits if "logits" in output else output.last_hidden_state
 
 
 def case_closed_form(processes, folder):
     return compress("closed_form", processes, folder, compensation=["sequential"])
+
+
+def case_closed_form_in_float64(processes, folder):
+    return compress("closed_form_in_float64", processes, folder, "float64", compensation=["sequential"])
 
 
 def case_closed_form_of_swin(processes, folder):

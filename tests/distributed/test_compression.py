@@ -71,6 +71,18 @@ def test_the_model_is_that_of_one_process(found, case, count):
 
 
 @SEVERAL
+def test_in_float64_nothing_but_the_order_of_sums_differs(found, count):
+    """In float32, products about the shift of each process's first batch round differently."""
+    [alone], together = (
+        (each["closed_form_in_float64"] for each in found[1]),
+        found[count][0]["closed_form_in_float64"],
+    )
+    assert energies(together) == pytest.approx(energies(alone), rel=1e-9)
+    expected, values = load_file(alone["file"]), load_file(together["file"])
+    torch.testing.assert_close(values["logits"], expected["logits"], rtol=1e-8, atol=1e-8)
+
+
+@SEVERAL
 def test_the_checkpoint_opens_with_plain_transformers(found, count):
     file = found[count][0]["closed_form"]["file"]
     model = AutoModelForImageClassification.from_pretrained(file.removesuffix(".safetensors"))

@@ -16,6 +16,7 @@ from optimum_mixrank.compensation.compensator import ActivationStorage
 from optimum_mixrank.compensation.layerwise.spilling import Spill
 from optimum_mixrank.pipeline.memory import plan_memory
 from optimum_mixrank.pipeline.unfinished import discard
+from optimum_mixrank.reporting import CompressionReport
 from optimum_mixrank.runtime.journal import Journal
 
 
@@ -187,6 +188,15 @@ def test_a_changed_image_file_is_noticed_before_work(cut_off, tmp_path):
         compress(out, run, **arguments)
     paths[3].write_bytes(content)
     assert compress(out, run, **arguments) == compress(tmp_path / "undisturbed", **arguments)
+
+
+def test_a_resumed_run_reports_the_time_of_every_step(cut_off, tmp_path):
+    out, run = tmp_path / "out", tmp_path / "run"
+    interrupted(cut_off, out, run, **FAST)
+    compress(out, run, **FAST)
+    seconds = CompressionReport.load(out).seconds
+    assert set(seconds) == {"calibrate", "decompose", "allocate", "profile", "factorize", "compensate"}
+    assert min(seconds.values()) >= 0
 
 
 def test_after_saving_but_before_the_folder_is_removed(tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_linux_exchanges_in_one_step(tmp_path):
     assert (first / "file").read_text() == "2" and (second / "file").read_text() == "1"
 
 
-def test_file_by_file_the_last_is_old_until_the_end(tmp_path, monkeypatch):
+def test_file_by_file_the_folder_is_incomplete_until_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_exchange", lambda first, second: False)
     destination, source = folder(tmp_path / "out", "old"), folder(tmp_path / "new", "new")
     for name in ("a", "z"):
@@ -51,13 +51,34 @@ def test_file_by_file_the_last_is_old_until_the_end(tmp_path, monkeypatch):
     replace = type(source).replace
 
     def watched(self, target):
-        moved.append((self.name, (destination / "file").read_text()))
+        moved.append((self.name, (destination / "file").exists()))
         return replace(self, target)
 
     monkeypatch.setattr(type(source), "replace", watched)
     files.put_in_place(source, destination, last="file")
-    assert sorted(moved[:2]) == [("a", "old"), ("z", "old")] and moved[2] == ("file", "old")
+    assert sorted(moved[:2]) == [("a", False), ("z", False)] and moved[2] == ("file", False)
     assert (destination / "file").read_text() == "new"
+
+
+def test_file_by_file_nothing_new_is_lost_where_a_file_cannot_be_moved(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    destination, source = folder(tmp_path / "out", "old"), folder(tmp_path / ".out.saving-abcdefgh", "new")
+    (source / "weights").write_text("new")
+    replace = type(source).replace
+
+    def locked(self, target):
+        if self.name == "weights":
+            raise PermissionError("the file is in use")
+        return replace(self, target)
+
+    monkeypatch.setattr(type(source), "replace", locked)
+    with pytest.raises(OSError, match=r"could not be replaced completely \(the file is in use\).* in '.*out\.rest'"):
+        files.put_in_place(source, destination, last="file")
+    assert not (destination / "file").exists()
+    assert {each.name: each.read_text() for each in (tmp_path / "out.rest").iterdir()} == {
+        "file": "new",
+        "weights": "new",
+    }
 
 
 def test_leftovers_of_other_outputs_stay(tmp_path):
