@@ -124,7 +124,7 @@ class Command:
             return "tidying"
         if any(self._folder.glob(".out.saving-*")):
             return "saving"
-        if (self.unfinished / "statistics.safetensors").exists():
+        if any(self.unfinished.glob("statistics-*.safetensors")):
             return "compensation"
         return "calibration" if (self.unfinished / "run.safetensors").exists() else "start"
 

@@ -40,7 +40,7 @@ def stored_config(folder):
 
 
 def weights(tensors):
-    """Without what Swin computes anew, which Transformers 4.57 stores all the same."""
+    """Without what Swin recomputes, which Transformers 4.57 stores all the same."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("relative_position_index")}
 
 

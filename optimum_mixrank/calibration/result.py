@@ -94,7 +94,7 @@ class Calibration:
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(
                         f"{str(path)!r} has the format {metadata.get('format')!r}, not {_FORMAT!r}; collect the "
-                        "statistics anew with this version."
+                        "statistics again with this version."
                     )
                 # Copies are aligned in memory like the tensors that were saved; arithmetic may depend on it.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -105,7 +105,7 @@ class Calibration:
             fields = {field.name: content[field.name] for field in dataclasses.fields(cls) if field.name in content}
             return cls(**{**fields, "layers": layers, "broken": tuple(content["broken"])})
         except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{str(path)!r} is damaged ({error!r}); collect the statistics anew.") from error
+            raise ValueError(f"{str(path)!r} is damaged ({error!r}); collect the statistics again.") from error
 
     def check(self, model_fingerprint: str, data_fingerprint: str | None = None) -> None:
         """Check that the statistics belong to a model and, if a fingerprint of them is given, to images.

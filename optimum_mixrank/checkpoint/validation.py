@@ -83,7 +83,7 @@ def check_steps(config: Any) -> None:
     steps = config.compensation
     if any(COMPENSATORS[step].starts_anew for step in steps[1:]):
         raise ValueError(
-            f"compensation={steps!r}: a layer-wise step ('sequential' or 'residual') makes every layer anew from the "
+            f"compensation={steps!r}: a layer-wise step ('sequential' or 'residual') recomputes every layer from the "
             "original and discards what comes before it. Put one of them first, or none."
         )
     for step in steps:

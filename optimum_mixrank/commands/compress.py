@@ -57,7 +57,7 @@ on several GPUs:
         add("--max-memory", metavar="SIZE", help=limit)
         add_statistics_argument(parser)
         add = parser.add_argument_group("interrupted runs").add_argument
-        resume = "continue where the same command was interrupted (default), or start anew"
+        resume = "continue where the same command was interrupted (default), or start over"
         add("--resume", action=BooleanOptionalAction, default=True, help=resume)
         save = "how often to save progress, in OUTPUT.unfinished beside the output; default: 60, 0 for never"
         add("--save-interval", type=float, default=60.0, metavar="SECONDS", help=save)

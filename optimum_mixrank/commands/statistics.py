@@ -30,7 +30,7 @@ def has_statistics(args: Any, config: MixRankConfig) -> bool:
     if args.statistics is None:
         return False
     if not METRICS[config.metric].uses_data:
-        raise ValueError(f"--statistics has no use with metric={config.metric!r}, which needs none; leave it out.")
+        raise ValueError(f"--statistics has no effect with metric={config.metric!r}, which needs none; leave it out.")
     if not args.statistics.expanduser().absolute().parent.is_dir():
         raise ValueError(f"--statistics {str(args.statistics)!r} is in a folder that does not exist; make it first.")
     found: bool = args.statistics.expanduser().is_file()

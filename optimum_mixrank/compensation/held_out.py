@@ -34,7 +34,7 @@ def split_batches(
         processes: The processes that share the batches.
 
     Returns:
-        What remains of the batches, by number, and the held-out images of this process, batched anew.
+        What remains of the batches, by number, and the held-out images of this process, batched again.
 
     Raises:
         ValueError: if there are fewer than two images.

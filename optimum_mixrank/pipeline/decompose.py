@@ -146,7 +146,7 @@ def _statistics(calibration: Calibration, target: Target) -> LayerStatistics:
         if tensor is not None and tensor.shape != (shape := statistic.shape(*target.shape, *tensor.shape[:1])):
             raise ValueError(
                 f"The calibration's {statistic.value} of layer {target.name!r} has the shape {list(tensor.shape)}; "
-                f"{list(shape)} is needed. The file is damaged or belongs to another model; calibrate anew."
+                f"{list(shape)} is needed. The file is damaged or belongs to another model; calibrate again."
             )
     return statistics
 

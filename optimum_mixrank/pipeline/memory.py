@@ -68,7 +68,7 @@ class MemoryTask:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The memory that a compression needs beside the model, and how it keeps to it.
+    """The memory that a compression needs besides the model, and how it keeps to it.
 
     Attributes:
         phases: Estimated bytes by phase and place (`"host"`, `"device"`, `"disk"`).
@@ -100,7 +100,9 @@ class MemoryPlan:
     def __str__(self) -> str:
         """Return a line with the peaks and one line for every phase."""
         peaks = {place: self.peak(place) for place in (HOST, DEVICE, DISK)}
-        lines = [f"Memory beside the model: {_listed(peaks)}" + (f", {self.passes} passes" if self.passes > 1 else "")]
+        lines = [
+            f"Memory besides the model: {_listed(peaks)}" + (f", {self.passes} passes" if self.passes > 1 else "")
+        ]
         lines += [f"  {phase}: {_listed(places)}" for phase, places in self.phases.items()]
         if self.not_counted:
             lines.append(f"  not counted: {', '.join(self.not_counted)}")
@@ -209,7 +211,7 @@ def fit_memory(size: ModelSize, task: MemoryTask, limits: Mapping[str, int]) -> 
     fewer = "fewer images, mirror=False, " if task.config.mirror and LAYERWISE & set(task.config.compensation) else ""
     raise ValueError(
         f"max_memory allows {_listed(limits, ' and ')}, but at least "
-        f"{_listed({place: best.peak(place) for place in limits}, ' and ')} is needed beside the model, in {best.passes} "
+        f"{_listed({place: best.peak(place) for place in limits}, ' and ')} is needed besides the model, in {best.passes} "
         f"passes with a batch size of {task.batch_size} and {task.num_images} images. Raise it, or use a smaller "
         f"batch_size, {fewer or 'fewer images, '}or compensation=[]."
     )

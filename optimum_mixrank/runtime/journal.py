@@ -85,7 +85,7 @@ class Journal:
                 values = json.loads((file.metadata() or {})["values"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(
-                f"{str(path)!r} is damaged ({error!r}); remove {str(self.directory)!r} and start anew."
+                f"{str(path)!r} is damaged ({error!r}); remove {str(self.directory)!r} and start over."
             ) from error
         return Entry(tensors, values)
 

@@ -129,7 +129,7 @@ def test_wrong_content_is_refused(compressor, tmp_path, damage):
     layers = {**calibration.layers, name: statistics}
     changes = {"model_fingerprint": None} if damage == "fingerprint" else {}
     path = dataclasses.replace(calibration, layers=layers, **changes).save(tmp_path / "statistics.safetensors")
-    with pytest.raises(ValueError, match="is damaged .* collect the statistics anew"):
+    with pytest.raises(ValueError, match="is damaged .* collect the statistics again"):
         Calibration.load(path)
 
 

@@ -217,7 +217,7 @@ def test_compress_reuses_the_statistics_of_plan(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--metric", "svd"), "--statistics has no use with metric='svd'"),
+        (("--metric", "svd"), "--statistics has no effect with metric='svd'"),
         (("--statistics", "no-such-folder/file"), "is in a folder that does not exist"),
         (("--fisher-samples", 2, "--metric", "kfac"), "was made with --fisher-samples 1, not 2"),
         (("--statistics", "new-file", "--max-memory", "1GiB"), "--max-memory may need several passes over the images"),

@@ -114,7 +114,7 @@ def test_images_of_a_single_process_need_no_numbers():
 
 def test_the_registry_holds_what_the_configuration_names():
     assert sorted(COMPENSATORS) == sorted(STEPS)
-    with pytest.raises(ValueError, match="a layer-wise step .* makes every layer anew"):
+    with pytest.raises(ValueError, match="a layer-wise step .* recomputes every layer"):
         config(compensation=["distillation", "sequential"])
     with pytest.raises(ValueError, match="a layer-wise step"):
         config(compensation=["sequential", "residual"])

@@ -1,6 +1,6 @@
 """How the files of this folder were made: with version 0.1 of the package, under Transformers 5.23.
 
-They stand for the checkpoints and statistics that users have. They are never to be made anew, only added to: if
+They stand for the checkpoints and statistics that users have. They are never to be made again, only added to: if
 `tests/test_golden.py` fails, the package has broken a promise. This script leaves alone what is there.
 """
 

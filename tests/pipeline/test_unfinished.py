@@ -1,4 +1,4 @@
-"""A run that is cut off goes on from where it was and ends with the same result, bit by bit."""
+"""A run that is cut off continues from where it was and ends with the same result, bit by bit."""
 
 import copy
 import gc

@@ -186,7 +186,7 @@ class LayerwiseCompensator(Compensator):
 
 @dataclass(frozen=True)
 class _WithMirrored:
-    """Batches followed by their mirror images, which take no memory since they are made anew at each iteration."""
+    """Batches followed by their mirror images, which take no memory since they are made again at each iteration."""
 
     batches: Sequence[Tensor]
 

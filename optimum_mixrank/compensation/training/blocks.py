@@ -73,7 +73,7 @@ class BlockCompensator(Compensator):
                 with processes.raise_on_all_ranks():
                     original.advance()
                     compressed.advance()
-        # Not all kernels of a GPU give the same bits every time, and pivots are chosen anew.
+        # Not all kernels of a GPU give the same bits every time, and pivots are chosen again.
         share_model(task.model, task.targets, processes)
         return {"blocks": len(segments), "blocks_improved": improved}
 

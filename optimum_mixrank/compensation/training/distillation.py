@@ -75,7 +75,7 @@ class DistillationCompensator(Compensator):
                     task.model, groups, config, batch_size, "Distilling", processes, task.journal, [generator]
                 )
                 progress = trainer.train(count, loss, lambda: held_out_error(task))
-        # Not all kernels of a GPU give the same bits every time, and pivots are chosen anew.
+        # Not all kernels of a GPU give the same bits every time, and pivots are chosen again.
         share_model(task.model, task.targets, processes)
         return {
             "epochs": config.epochs,
