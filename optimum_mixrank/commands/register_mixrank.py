@@ -1,8 +1,7 @@
 """Installed as `optimum/commands/register/register_mixrank.py`, where `optimum-cli` looks for commands."""
 
-from __future__ import annotations
-
-from .mixrank import MixRankCommand
+# Its copy is not in this package, so that the import has to be absolute.
+from optimum_mixrank.commands.mixrank import MixRankCommand
 
 
 REGISTER_COMMANDS = [MixRankCommand]
