@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import safe_open
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..runtime.formatting import quote
 
 
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -68,7 +71,7 @@ def _shard_names(index: Path) -> list[str]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name:
-            raise ValueError(f"{str(index)!r} lists {name!r}, which is not a file beside it.")
+            raise ValueError(f"{str(index)!r} lists {quote(name)}, which is not a file beside it.")
     return names
 
 
@@ -81,14 +84,23 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """Return the tensors of a checkpoint by name, as the headers of its file or shards describe them.
 
     Raises:
-        ValueError: if two shards hold a tensor of the same name.
+        ValueError: as `tensors_in`.
+    """
+    return tensors_in(safetensors_files(folder))
+
+
+def tensors_in(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Return the tensors of safetensors files by name, as their headers describe them.
+
+    Raises:
+        ValueError: if two files hold a tensor of the same name.
     """
     tensors: dict[str, StoredTensor] = {}
-    for path in safetensors_files(folder):
+    for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - the file is not a mapping
                 if name in tensors:
-                    raise ValueError(f"Tensor {name!r} is in {path.name} and in another shard; save the model again.")
+                    raise ValueError(f"Tensor {quote(name)} is in {path.name} and in another shard; save the model again.")
                 header = file.get_slice(name)
                 tensors[name] = StoredTensor(tuple(header.get_shape()), header.get_dtype())
     return tensors

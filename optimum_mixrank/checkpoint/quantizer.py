@@ -31,6 +31,8 @@ class MixRankHfQuantizer(HfQuantizer):
     is_trainable = is_qat_trainable = is_compileable = True
     quantization_config: MixRankConfig
 
+    _end_checks: Callable[[], None] | None = None
+
     compress: ClassVar[Compress]
     """Compresses, in place, a dense model that has just been loaded; set on registration, since it belongs elsewhere."""
 
@@ -49,12 +51,36 @@ class MixRankHfQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from . import completeness
         from .loading import insert_factored_layers
 
-        insert_factored_layers(model, self.quantization_config.factored_layers)
+        layers = self.quantization_config.factored_layers
+        if not layers:
+            return
+        insert_factored_layers(model, layers)
+        completeness.refuse_missing_factors(model)
+        if "checkpoint_files" in kwargs:
+            completeness.check_stored_tensors(model, kwargs["checkpoint_files"] or [])
+        else:
+            # Transformers 4.57 tells the files to no one.
+            self._end_checks = completeness.check_each_tensor(model)
+
+    def update_unexpected_keys(self, model: PreTrainedModel, unexpected_keys: list[str]) -> list[str]:
+        """Check what Transformers 4.57 has not found a place for."""
+        from .completeness import check_unexpected_names
+
+        if self.quantization_config.rank_map:
+            check_unexpected_names(model, unexpected_keys)
+        return unexpected_keys
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from .completeness import check_filled
+
+        if self._end_checks is not None:
+            self._end_checks()
+            self._end_checks = None
         if self.pre_quantized:
+            check_filled(model)
             attach(model, self)
         else:
             type(self).compress(model, self.quantization_config)

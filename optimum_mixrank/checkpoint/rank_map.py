@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
+from ..runtime.formatting import quote
+
 
 QUANT_METHOD = "mixrank"
 """The quantization method by which Transformers knows a compressed checkpoint."""
@@ -14,6 +16,9 @@ LAYOUT_VERSION = 1
 """Raised whenever the meaning of stored tensors or of the rank map changes."""
 
 LAYOUT_NAMES = ("factors", "pivoted")
+
+MAX_ROWS = 2**24
+"""More outputs than any linear layer has."""
 
 
 @dataclass(frozen=True)
@@ -83,21 +88,22 @@ def parse_rank_map(rank_map: object) -> dict[str, FactoredLayer]:
 def _parse_entry(name: object, stored: object) -> FactoredLayer:
     entry = dict(stored) if isinstance(stored, Mapping) else {}
     if not isinstance(name, str) or not {"rank", "bias"} <= entry.keys() <= {"rank", "bias", "layout", "pivots"}:
-        raise ValueError(f"rank_map entry {name!r}: {stored!r} must have the keys `rank`, `bias` and `layout`.")
+        raise ValueError(f"rank_map entry {quote(name)}: {quote(stored)} must have the keys `rank`, `bias` and `layout`.")
     rank, bias, layout = entry["rank"], entry["bias"], entry.get("layout", "factors")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank_map entry {name!r}: rank={rank!r} is not a positive integer.")
+        raise ValueError(f"rank_map entry {quote(name)}: rank={quote(rank)} is not a positive integer.")
     if not isinstance(bias, bool):
-        raise ValueError(f"rank_map entry {name!r}: bias={bias!r} is neither true nor false.")
+        raise ValueError(f"rank_map entry {quote(name)}: bias={quote(bias)} is neither true nor false.")
     if layout not in LAYOUT_NAMES:
         raise ValueError(
-            f"rank_map entry {name!r}: layout={layout!r} is unknown; this version knows "
+            f"rank_map entry {quote(name)}: layout={quote(layout)} is unknown; this version knows "
             f"{', '.join(map(repr, LAYOUT_NAMES))}. Upgrade with `pip install --upgrade optimum-mixrank`."
         )
     pivots = entry.get("pivots")
-    is_mask = isinstance(pivots, str) and re.fullmatch("[0-9a-f]+", pivots)
+    # No mask needs more digits; a longer one would take seconds and gigabytes to be decoded.
+    is_mask = isinstance(pivots, str) and len(pivots) <= MAX_ROWS // 4 and re.fullmatch("[0-9a-f]+", pivots)
     if pivots is not None and not (layout == "pivoted" and is_mask):
         raise ValueError(
-            f"rank_map entry {name!r}: pivots={pivots!r} is not a hexadecimal mask of the rows of a pivoted layer."
+            f"rank_map entry {quote(name)}: pivots={quote(pivots)} is not a hexadecimal mask of the rows of a pivoted layer."
         )
     return FactoredLayer(rank, bias, layout, pivots)

@@ -1,4 +1,4 @@
-"""Numbers as people read them: counts, bytes, shares, changes and durations."""
+"""Numbers as people read them, and values of untrusted files as messages may quote them."""
 
 from __future__ import annotations
 
@@ -39,3 +39,18 @@ def format_duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    """Return a text for a message: at most `limit` characters and an ellipsis, and no character that a terminal obeys."""
+    kept = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text[:limit])
+    return kept if len(text) <= limit and len(kept) <= limit else f"{kept[:limit]}…"
+
+
+def quote(value: object, limit: int = 200) -> str:
+    """Return `repr` of a value for a message, as `shorten` does; the value may come from an untrusted file."""
+    try:
+        return shorten(repr(value[: limit + 1] if isinstance(value, str) else value), limit)
+    except (ValueError, RecursionError):
+        # Python refuses to print integers of more than 4300 digits, and what is nested very deeply.
+        return f"<{type(value).__name__} too large to print>"
