@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..decomposition.statistics import LayerStatistics, Statistic
 from ..runtime.files import replaced_file
+from ..runtime.formatting import quote
 from ..runtime.version import __version__
 
 
@@ -93,7 +94,7 @@ class Calibration:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(
-                        f"{str(path)!r} has the format {metadata.get('format')!r}, not {_FORMAT!r}; collect the "
+                        f"{str(path)!r} has the format {quote(metadata.get('format'))}, not {_FORMAT!r}; collect the "
                         "statistics again with this version."
                     )
                 # Copies are aligned in memory like the tensors that were saved; arithmetic may depend on it.
@@ -105,7 +106,7 @@ class Calibration:
             fields = {field.name: content[field.name] for field in dataclasses.fields(cls) if field.name in content}
             return cls(**{**fields, "layers": layers, "broken": tuple(content["broken"])})
         except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{str(path)!r} is damaged ({error!r}); collect the statistics again.") from error
+            raise ValueError(f"{str(path)!r} is damaged ({quote(error)}); collect the statistics again.") from error
 
     def check(self, model_fingerprint: str, data_fingerprint: str | None = None) -> None:
         """Check that the statistics belong to a model and, if a fingerprint of them is given, to images.
@@ -139,5 +140,5 @@ def _read_layer(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> LayerSt
     counts = {name: entry[name] for name in ("num_tokens", "num_images")}
     for name, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise TypeError(f"{name}={count!r}")
+            raise TypeError(f"{name}={quote(count)}")
     return LayerStatistics(**counts, **values)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from ..checkpoint.modeling import FactoredLinear
 from ..checkpoint.names import Target, canonical_names
+from ..checkpoint.patterns import is_end, matching
+from ..runtime.formatting import quote
 from ..runtime.forward import activation_gradients, black_image, evaluation_mode
 from ..runtime.hooks import hooks_removed_on_exit
 from ..runtime.logging import get_logger
@@ -111,8 +113,8 @@ def select_targets(
     remaining = [target for target in included if target.name not in names]
     if not remaining:
         raise ValueError(
-            f"exclude_modules={exclude_modules!r} excludes all {len(included)} layers that "
-            f"target_modules={target_modules!r} includes. Narrow it."
+            f"exclude_modules={quote(exclude_modules)} excludes all {len(included)} layers that "
+            f"target_modules={quote(target_modules)} includes. Narrow it."
         )
     return remaining
 
@@ -127,9 +129,11 @@ def match_values(targets: Sequence[Target], pattern: Mapping[str, Value], field:
     """
     values: dict[str, Value] = {}
     for key, value in pattern.items():
-        matched = _matching(targets, rf"(?:.*\.)?(?:{key})")
+        matched = _matching(targets, matching(field, key, _names(targets), ends=True))
         if not matched:
-            raise ValueError(f"{field} has the key {key!r}, which matches no targeted layer. {_examples(targets)}")
+            raise ValueError(
+                f"{field} has the key {quote(key)}, which matches no targeted layer. {_examples(targets)}"
+            )
         for target in matched:
             values.setdefault(target.canonical_name, value)
     return values
@@ -141,18 +145,23 @@ def _select(linears: Sequence[Target], patterns: str | Sequence[str], field: str
     selected: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         # A single string is a regular expression for the whole name; in a list there are ends of names.
-        expression = pattern if isinstance(patterns, str) else rf"(?:.*\.)?{re.escape(pattern)}"
-        matched = _matching(linears, expression)
+        if isinstance(patterns, str):
+            names = matching(field, pattern, _names(linears))
+        else:
+            names = {name for name in _names(linears) if is_end(name, pattern)}
+        matched = _matching(linears, names)
         if not matched:
-            raise ValueError(f"{field} has {pattern!r}, which matches no linear layer. {_examples(linears)}")
+            raise ValueError(f"{field} has {quote(pattern)}, which matches no linear layer. {_examples(linears)}")
         selected.update(target.name for target in matched)
     return [target for target in linears if target.name in selected]
 
 
-def _matching(targets: Sequence[Target], expression: str) -> list[Target]:
-    return [
-        target for target in targets if any(re.fullmatch(expression, n) for n in (target.name, target.canonical_name))
-    ]
+def _names(targets: Sequence[Target]) -> list[str]:
+    return list(dict.fromkeys(name for target in targets for name in (target.name, target.canonical_name)))
+
+
+def _matching(targets: Sequence[Target], names: set[str]) -> list[Target]:
+    return [target for target in targets if target.name in names or target.canonical_name in names]
 
 
 def _examples(linears: Sequence[Target]) -> str:

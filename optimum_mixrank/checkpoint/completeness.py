@@ -64,7 +64,9 @@ def check_each_tensor(model: nn.Module) -> Callable[[], None]:
     for canonical, module in _linear_layers(model).values():
         parts = module.named_modules() if isinstance(module, FactoredLinear) else [("", module)]
         for part, child in parts:
-            handles.append(child.register_load_state_dict_pre_hook(_hook(canonical, module, f"{part}." if part else "")))
+            handles.append(
+                child.register_load_state_dict_pre_hook(_hook(canonical, module, f"{part}." if part else ""))
+            )
 
     def remove() -> None:
         for handle in handles:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..runtime.formatting import quote, shorten
 from ..runtime.logging import get_logger
 from ..runtime.registry import ALLOCATORS, COMPENSATORS, METRICS
 from ..runtime.version import __version__
@@ -165,7 +166,7 @@ class MixRankConfig(QuantizationConfigMixin):
             ValueError: for an unknown `layout_version` or an invalid value.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(config_dict) - known)
+        unknown = sorted(map(str, set(config_dict) - known))
         stored = {key: value for key, value in config_dict.items() if key in known}
         # Loading does not depend on how a checkpoint was made; the names are kept for the record.
         choices = {"recipe": RECIPES, "metric": METRICS, "allocation": ALLOCATORS, "compensation": COMPENSATORS}
@@ -175,15 +176,16 @@ class MixRankConfig(QuantizationConfigMixin):
             if stored.get(key) is not None and not validation.is_known(stored[key], tuple(names))
         }
         config = cls(**stored)
+        written_by = shorten(str(config.library_version))
         for key, value in foreign.items():
             logger.warning(
-                f"The checkpoint was made with {key}={value!r}, which optimum-mixrank {__version__} does not know "
-                f"(it was written by {config.library_version}). It can be used, but this version cannot make it again."
+                f"The checkpoint was made with {key}={quote(value)}, which optimum-mixrank {__version__} does not know "
+                f"(it was written by {written_by}). It can be used, but this version cannot make it again."
             )
         if unknown:
             logger.warning(
                 f"Dropped keys of the stored MixRankConfig that optimum-mixrank {__version__} does not know: "
-                f"{', '.join(unknown)}. The checkpoint was written by optimum-mixrank {config.library_version}; "
+                f"{shorten(', '.join(unknown))}. The checkpoint was written by optimum-mixrank {written_by}; "
                 "upgrade with `pip install --upgrade optimum-mixrank` if you need them."
             )
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in known}

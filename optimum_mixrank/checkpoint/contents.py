@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi, errors
 
+from ..runtime.formatting import shorten
 from .files import StoredTensor, safetensors_bytes, stored_tensors
 
 
@@ -64,7 +65,7 @@ def contents_of(
 
 
 def _explain(error: Exception, revision: str | None) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = shorten(" ".join(str(error).split()) or type(error).__name__, 400)
     if isinstance(error, errors.GatedRepoError):
         return "is restricted; ask for access on its page on the Hub, and give --token."
     if isinstance(error, errors.NotASafetensorsRepoError):

@@ -10,13 +10,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..runtime.formatting import quote
+from ..runtime.formatting import quote, shorten
 
 
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -64,15 +64,26 @@ def safetensors_files(folder: str | Path) -> list[Path]:
 
 
 def _shard_names(index: Path) -> list[str]:
-    content = json.loads(index.read_text(encoding="utf-8"))
+    content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{str(index)!r} has no `weight_map`, which names the file of every tensor.")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name:
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{str(index)!r} lists {quote(name)}, which is not a file beside it.")
-    return names
+    return sorted(set(weight_map.values()))
+
+
+def read_json(file: Path) -> Any:
+    """Return the content of a JSON file, which may be untrusted.
+
+    Raises:
+        ValueError: if it is no JSON that Python can hold.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(file)!r} is damaged: {shorten(str(error))}") from error
 
 
 def safetensors_bytes(folder: str | Path) -> int:
@@ -100,7 +111,9 @@ def tensors_in(files: Iterable[Path]) -> dict[str, StoredTensor]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - the file is not a mapping
                 if name in tensors:
-                    raise ValueError(f"Tensor {quote(name)} is in {path.name} and in another shard; save the model again.")
+                    raise ValueError(
+                        f"Tensor {quote(name)} is in {path.name} and in another shard; save the model again."
+                    )
                 header = file.get_slice(name)
                 tensors[name] = StoredTensor(tuple(header.get_shape()), header.get_dtype())
     return tensors

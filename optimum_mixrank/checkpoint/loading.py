@@ -70,11 +70,11 @@ def _check_entry(canonical: str, layer: FactoredLayer, linear: nn.Linear) -> Non
             f"rank_map entry {canonical!r} names no pivots, without which the outputs of a pivoted layer would be in the "
             "wrong order. The checkpoint is damaged; copy or download its config.json again."
         )
-    # Leading zeros are no rows, but no mask is written with them.
-    if layer.pivots is not None and len(layer.pivots) > -(-linear.out_features // 4):
+    # A digit stands for four rows; a mask much longer than the layer is not worth decoding.
+    if layer.pivots is not None and len(layer.pivots) > linear.out_features:
         raise ValueError(
-            f"rank_map entry {canonical!r} has pivots of {len(layer.pivots):,} digits, but the layer of shape {shape} has "
-            f"{-(-linear.out_features // 4):,} at most. The checkpoint is damaged."
+            f"rank_map entry {canonical!r} has pivots of {len(layer.pivots):,} digits, more than the layer of shape "
+            f"{shape} can have. The checkpoint is damaged."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import transformers
 from torch import nn
 
 from .modeling import FactoredLinear
@@ -43,20 +44,31 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 
 def _renaming_to_disk(model: nn.Module) -> Callable[[str], str]:
-    """Return how this release of Transformers renames parameters when it saves them; 4.x does not."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, apply_renamings
-    except ImportError:
+    """Return how this release of Transformers renames parameters when it saves them; 4.x does not.
+
+    Raises:
+        RuntimeError: if this release keeps its tables elsewhere, since names would be wrong without them.
+    """
+    if int(transformers.__version__.split(".")[0]) < 5:
         return lambda name: name
     try:
-        from transformers.core_model_loading import PrefixChange
-    except ImportError:
-        PrefixChange = ()
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings
+    except ImportError as error:
+        raise RuntimeError(
+            f"Transformers {transformers.__version__} renames parameters in a way that this version of optimum-mixrank "
+            "does not know. Upgrade with `pip install --upgrade optimum-mixrank`."
+        ) from error
     # The same steps in the same order as in `revert_weight_conversion`, which `save_pretrained` calls.
     transforms = get_model_conversion_mapping(model, add_legacy=False)
-    reverse = [
-        transform.reverse_transform() for transform in reversed(transforms) if not isinstance(transform, PrefixChange)
-    ]
+    # Changes of the prefix hold for loading alone; early releases of 5.x have none.
+    transforms = [each for each in transforms if type(each).__name__ != "PrefixChange"]
+    unknown = {type(each).__name__ for each in transforms if not isinstance(each, WeightRenaming | WeightConverter)}
+    if unknown:
+        raise RuntimeError(
+            f"Transformers {transformers.__version__} renames parameters by {', '.join(sorted(unknown))}, which this "
+            "version of optimum-mixrank does not know. Upgrade with `pip install --upgrade optimum-mixrank`."
+        )
+    reverse = [transform.reverse_transform() for transform in reversed(transforms)]
     renamings = [transform for transform in reverse if isinstance(transform, WeightRenaming)]
     return lambda name: apply_renamings(name, renamings)

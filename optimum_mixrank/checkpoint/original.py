@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..runtime.distributed import Processes
+from ..runtime.formatting import quote
 from ..runtime.logging import get_logger
+from .architecture import load_named, read_config
 
 
 logger = get_logger(__name__)
@@ -36,10 +39,13 @@ def open_original(
 
     Raises:
         OSError: if there is no such checkpoint.
-        TypeError: if `hub_kwargs` or `auto_class` are given for a model in memory.
+        TypeError: if `hub_kwargs` or `auto_class` are given for a model in memory, or `torch_dtype` for `dtype`.
         ValueError: if the dtype is unknown, the checkpoint is compressed already, or the model has both `device` and
             `device_map`.
     """
+    if "torch_dtype" in hub_kwargs:
+        # Transformers prefers `dtype`, which is always given below, and would ignore it.
+        raise TypeError(f"torch_dtype={quote(hub_kwargs['torch_dtype'])} is an old name; pass `dtype=…`.")
     if isinstance(model_or_path, PreTrainedModel):
         surplus = [*hub_kwargs, *([] if auto_class is None else ["auto_class"])]
         if surplus:
@@ -65,17 +71,16 @@ def _load_original(
     path: str | Path, dtype: str | torch.dtype, auto_class: Any, hub_kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     """Load a dense checkpoint with the class that it names, so that its head is kept."""
-    config = AutoConfig.from_pretrained(path, **hub_kwargs)
-    if getattr(config, "quantization_config", None) is not None:
-        method = dict(config.quantization_config).get("quant_method")
+    dtype = parse_dtype(dtype)
+    config = read_config(path, hub_kwargs)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise ValueError(
-            f"{str(path)!r} is compressed or quantized already (quant_method={method!r}); start from the original "
+            f"{str(path)!r} is compressed or quantized already (quant_method={quote(method)}); start from the original "
             "checkpoint. Quantization comes after compression, not before."
         )
-    if auto_class is None:
-        architectures = getattr(config, "architectures", None) or [""]
-        auto_class = getattr(transformers, architectures[0], AutoModel)
-    return auto_class.from_pretrained(path, dtype=parse_dtype(dtype), **hub_kwargs)
+    return load_named(path, config, auto_class, dtype=dtype, **hub_kwargs)
 
 
 def check_placement(model: PreTrainedModel, processes: Processes) -> None:

@@ -17,6 +17,9 @@ LAYOUT_VERSION = 1
 
 LAYOUT_NAMES = ("factors", "pivoted")
 
+MAX_LAYERS = 10_000
+"""More factored layers than any model has."""
+
 MAX_ROWS = 2**24
 """More outputs than any linear layer has."""
 
@@ -82,13 +85,20 @@ def parse_rank_map(rank_map: object) -> dict[str, FactoredLayer]:
     if not isinstance(rank_map, Mapping):
         kind = type(rank_map).__name__
         raise ValueError(f"rank_map is a {kind}, not a mapping from layer names; do not set it by hand.")
+    if len(rank_map) > MAX_LAYERS:
+        raise ValueError(
+            f"rank_map has {len(rank_map):,} layers, more than any model ({MAX_LAYERS:,} are allowed). The checkpoint is "
+            "damaged."
+        )
     return {name: _parse_entry(name, entry) for name, entry in rank_map.items()}
 
 
 def _parse_entry(name: object, stored: object) -> FactoredLayer:
     entry = dict(stored) if isinstance(stored, Mapping) else {}
     if not isinstance(name, str) or not {"rank", "bias"} <= entry.keys() <= {"rank", "bias", "layout", "pivots"}:
-        raise ValueError(f"rank_map entry {quote(name)}: {quote(stored)} must have the keys `rank`, `bias` and `layout`.")
+        raise ValueError(
+            f"rank_map entry {quote(name)}: {quote(stored)} must have the keys `rank`, `bias` and `layout`."
+        )
     rank, bias, layout = entry["rank"], entry["bias"], entry.get("layout", "factors")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank_map entry {quote(name)}: rank={quote(rank)} is not a positive integer.")
@@ -104,6 +114,7 @@ def _parse_entry(name: object, stored: object) -> FactoredLayer:
     is_mask = isinstance(pivots, str) and len(pivots) <= MAX_ROWS // 4 and re.fullmatch("[0-9a-f]+", pivots)
     if pivots is not None and not (layout == "pivoted" and is_mask):
         raise ValueError(
-            f"rank_map entry {quote(name)}: pivots={quote(pivots)} is not a hexadecimal mask of the rows of a pivoted layer."
+            f"rank_map entry {quote(name)}: pivots={quote(pivots)} is not a hexadecimal mask of the rows of a "
+            "pivoted layer."
         )
     return FactoredLayer(rank, bias, layout, pivots)

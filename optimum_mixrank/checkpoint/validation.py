@@ -6,12 +6,13 @@ because its module imports this one.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from ..runtime.formatting import quote
 from ..runtime.registry import ALLOCATORS, COMPENSATORS, METRICS
 from ..runtime.version import __version__
-from .rank_map import LAYOUT_NAMES, LAYOUT_VERSION, QUANT_METHOD, parse_rank_map
+from .patterns import check_regex
+from .rank_map import LAYOUT_NAMES, LAYOUT_VERSION, MAX_LAYERS, QUANT_METHOD, parse_rank_map
 from .recipes import RECIPES
 
 
@@ -27,10 +28,10 @@ def check_method(config: Any) -> None:
     check_choice("cost", config.cost, ("parameters", "flops"))
     steps, known = config.compensation, tuple(COMPENSATORS)
     if not isinstance(steps, list):
-        raise ValueError(f"compensation={steps!r} is not a list; give the steps in their order, or [] for none.")
+        raise ValueError(f"compensation={quote(steps)} is not a list; give the steps in their order, or [] for none.")
     if not is_known(steps, known):
         names = ", ".join(map(repr, known))
-        raise ValueError(f"compensation={steps!r} has an unknown step; choose among {names}.")
+        raise ValueError(f"compensation={quote(steps)} has an unknown step; choose among {names}.")
 
 
 def check_ranks(config: Any) -> None:
@@ -39,18 +40,18 @@ def check_ranks(config: Any) -> None:
     _check_patterns("exclude_modules", config.exclude_modules)
     _check_mapping("rank_pattern", config.rank_pattern)
     for key, rank in config.rank_pattern.items():
-        _check_integer(f"rank_pattern[{key!r}]", rank, 1)
+        _check_integer(f"rank_pattern[{quote(key)}]", rank, 1)
     _check_mapping("ratio_pattern", config.ratio_pattern)
     for key, ratio in config.ratio_pattern.items():
         remedy = "It is the fraction of the layer's parameters to remove; 0 leaves the layer dense."
-        _check_number(f"ratio_pattern[{key!r}]", ratio, "[0, 1)", remedy)
+        _check_number(f"ratio_pattern[{quote(key)}]", ratio, "[0, 1)", remedy)
     _check_integer("rank_multiple", config.rank_multiple, 1)
     _check_integer("min_rank", config.min_rank, 1)
     remedy = "It is a share of the break-even rank; 0.05 is usual."
     _check_number("min_rank_ratio", config.min_rank_ratio, "[0, 1]", remedy)
     if config.max_rank_ratio is not None:
         interval = f"({config.min_rank_ratio}, 1]"
-        remedy = f"It is a share of the break-even rank, above min_rank_ratio={config.min_rank_ratio!r}."
+        remedy = f"It is a share of the break-even rank, above min_rank_ratio={quote(config.min_rank_ratio)}."
         _check_number("max_rank_ratio", config.max_rank_ratio, interval, remedy)
 
 
@@ -58,7 +59,7 @@ def check_training(config: Any) -> None:
     """Check the settings of compensation."""
     _check_number("held_out_ratio", config.held_out_ratio, "(0, 1)", "It is a share of the calibration images.")
     if not isinstance(config.mirror, bool):
-        raise ValueError(f"mirror={config.mirror!r} is neither True nor False.")
+        raise ValueError(f"mirror={quote(config.mirror)} is neither True nor False.")
     _check_integer("epochs", config.epochs, 1)
     _check_number("learning_rate", config.learning_rate, "(0, 1)", "The default is 5e-4.")
     _check_integer("train_batch_size", config.train_batch_size, 1)
@@ -83,15 +84,15 @@ def check_steps(config: Any) -> None:
     steps = config.compensation
     if any(COMPENSATORS[step].starts_anew for step in steps[1:]):
         raise ValueError(
-            f"compensation={steps!r}: a layer-wise step ('sequential' or 'residual') recomputes every layer from the "
+            f"compensation={quote(steps)}: a layer-wise step ('sequential' or 'residual') recomputes every layer from the "
             "original and discards what comes before it. Put one of them first, or none."
         )
     for step in steps:
         if steps.count(step) > 1:
-            raise ValueError(f"compensation={steps!r} names {step!r} twice; raise `epochs` to train longer.")
+            raise ValueError(f"compensation={quote(steps)} names {quote(step)} twice; raise `epochs` to train longer.")
     if config.fisher_samples > 1 and not METRICS.create(config.metric).uses_gradients:
         raise ValueError(
-            f"fisher_samples={config.fisher_samples} has no effect with metric={config.metric!r}, which uses no "
+            f"fisher_samples={config.fisher_samples} has no effect with metric={quote(config.metric)}, which uses no "
             "gradients; leave it out, or use metric='kfac'."
         )
 
@@ -99,11 +100,11 @@ def check_steps(config: Any) -> None:
 def check_checkpoint(config: Any) -> None:
     """Check the fields that describe a checkpoint."""
     if config.quant_method != QUANT_METHOD:
-        raise ValueError(f"quant_method={config.quant_method!r} is not {QUANT_METHOD!r}; leave the field out.")
+        raise ValueError(f"quant_method={quote(config.quant_method)} is not {QUANT_METHOD!r}; leave the field out.")
     if config.layout_version != LAYOUT_VERSION:
         raise ValueError(
-            f"layout_version={config.layout_version!r} is unknown to optimum-mixrank {__version__}, which reads "
-            f"version {LAYOUT_VERSION}. The checkpoint was written by optimum-mixrank {config.library_version!r}; "
+            f"layout_version={quote(config.layout_version)} is unknown to optimum-mixrank {__version__}, which reads "
+            f"version {LAYOUT_VERSION}. The checkpoint was written by optimum-mixrank {quote(config.library_version)}; "
             "upgrade with `pip install --upgrade optimum-mixrank`."
         )
     parse_rank_map(config.rank_map)
@@ -112,7 +113,7 @@ def check_checkpoint(config: Any) -> None:
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Check that a value is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+        raise ValueError(f"{name}={quote(value)} is unknown; choose one of {', '.join(map(repr, choices))}.")
 
 
 def is_known(value: object, names: tuple[str, ...]) -> bool:
@@ -125,34 +126,36 @@ def _check_number(name: str, value: object, interval: str, remedy: str) -> None:
     low, high = map(float, interval[1:-1].split(", "))
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
     if not is_number or (value == low and interval[0] == "(") or (value == high and interval[-1] == ")"):
-        raise ValueError(f"{name}={value!r} is not in {interval}. {remedy}")
+        raise ValueError(f"{name}={quote(value)} is not in {interval}. {remedy}")
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name}={value!r} is not an integer of at least {minimum}.")
+        raise ValueError(f"{name}={quote(value)} is not an integer of at least {minimum}.")
 
 
 def _check_mapping(name: str, value: object) -> None:
+    _check_length(name, value)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name}={value!r} is not a dict with layer names or regular expressions as keys.")
+        raise ValueError(f"{name}={quote(value)} is not a dict with layer names or regular expressions as keys.")
     for key in value:
-        _check_regex(name, key)
+        check_regex(name, key)
 
 
 def _check_patterns(name: str, value: object) -> None:
+    _check_length(name, value)
     if isinstance(value, str):
-        _check_regex(name, value)
+        check_regex(name, value)
     elif value is not None and not (
         isinstance(value, list) and value and all(isinstance(each, str) for each in value)
     ):
         raise ValueError(
-            f"{name}={value!r} is neither None, a regular expression nor a non-empty list of layer names."
+            f"{name}={quote(value)} is neither None, a regular expression nor a non-empty list of layer names."
         )
 
 
-def _check_regex(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name} has {pattern!r}, which is not a valid regular expression: {error}.") from error
+def _check_length(name: str, value: object) -> None:
+    if isinstance(value, list | dict) and len(value) > MAX_LAYERS:
+        raise ValueError(
+            f"{name} has {len(value):,} entries, more than any model has layers; {MAX_LAYERS:,} are allowed."
+        )

@@ -136,17 +136,27 @@ def open_compressor(args: Any, model: str) -> MixRankCompressor:
     # Each of several processes has its own GPU, which "cuda" then refers to.
     processes = find_processes()
     device = args.device or (default_device() if processes.is_single else processes.device)
-    return MixRankCompressor.from_pretrained(model, dtype=args.dtype, device=device, **hub_arguments(args))
+    return MixRankCompressor.from_pretrained(
+        model, dtype=args.dtype, device=device, auto_class=named_auto_class(args), **hub_arguments(args)
+    )
 
 
-def load_checkpoint(args: Any, model: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    """Return a checkpoint, dense or compressed, loaded with the class that it names."""
-    import transformers
+def load_checkpoint(
+    args: Any, model: str, dtype: str | torch.dtype = "auto", complete: bool = False
+) -> PreTrainedModel:
+    """Return a checkpoint, dense or compressed, loaded with the class that the options or the checkpoint name."""
+    from ..checkpoint.architecture import load_named, read_config
 
-    config = transformers.AutoConfig.from_pretrained(model, **hub_arguments(args))
-    architectures = getattr(config, "architectures", None) or ["AutoModel"]
-    model_class = getattr(transformers, architectures[0], transformers.AutoModel)
-    return model_class.from_pretrained(model, dtype=dtype, **hub_arguments(args))
+    hub_kwargs = hub_arguments(args)
+    config = read_config(model, hub_kwargs)
+    return load_named(model, config, named_auto_class(args), complete=complete, dtype=dtype, **hub_kwargs)
+
+
+def named_auto_class(args: Any) -> Any:
+    """Return the class that `--auto-class` names, or None."""
+    from ..checkpoint.architecture import import_class
+
+    return None if args.auto_class is None else import_class(args.auto_class)
 
 
 def add_output_arguments(parser: ArgumentParser, what: str) -> None:
@@ -171,6 +181,8 @@ def add_hub_arguments(parser: ArgumentParser, runs_code: bool = True) -> None:
     add("--token", help="access token; not needed after `hf auth login`")
     add("--cache-dir", help="folder for downloads")
     if runs_code:
+        named = "class to open the checkpoint with: one of Transformers, or package.module.Class; default: the one it names"
+        add("--auto-class", metavar="CLASS", help=named)
         add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 

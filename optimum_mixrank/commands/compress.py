@@ -144,8 +144,8 @@ def check_images(config: MixRankConfig, reuse: bool) -> None:
 def dtype_to_save(args: Any) -> torch.dtype | None:
     """Return the dtype of `--save-dtype`, or the original's for `auto`; None if neither its files nor its config tell."""
     import torch
-    from transformers import AutoConfig
 
+    from ..checkpoint.architecture import read_config
     from ..checkpoint.files import stored_dtype
     from ..checkpoint.original import parse_dtype
 
@@ -160,7 +160,7 @@ def dtype_to_save(args: Any) -> torch.dtype | None:
     if any(folder.glob("*.safetensors")):
         named = stored_dtype(folder)
     else:
-        named = getattr(AutoConfig.from_pretrained(args.model, **hub_arguments(args)), "dtype", None)
+        named = getattr(read_config(args.model, hub_arguments(args)), "dtype", None)
     found = getattr(torch, named, None) if isinstance(named, str) else named
     return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser
 from typing import Any
 
@@ -29,11 +28,13 @@ examples:
         """See `MixRankSubcommand`."""
         from ..checkpoint.configuration import MixRankConfig
         from ..checkpoint.contents import contents_of
+        from ..checkpoint.files import read_json
         from ..reporting import REPORT_NAME, CompressionReport, format_table
+        from ..runtime.formatting import shorten
 
         name = self.args.checkpoint
         contents = contents_of(name, [REPORT_NAME], **hub_arguments(self.args))
-        stored = json.loads((contents.folder / "config.json").read_text(encoding="utf-8"))
+        stored = read_json(contents.folder / "config.json")
         content = stored.get("quantization_config") if isinstance(stored, dict) else None
         if not isinstance(content, dict) or content.get("quant_method") != "mixrank":
             raise ValueError(f"{name!r} is not a checkpoint that optimum-mixrank has compressed.")
@@ -46,7 +47,9 @@ examples:
         try:
             report = CompressionReport.load(contents.folder)
         except FileNotFoundError:
-            lines = [f"{name}: rank {layer.rank}, {layer.layout}" for name, layer in config.factored_layers.items()]
+            lines = [
+                f"{shorten(name)}: rank {layer.rank}, {layer.layout}" for name, layer in config.factored_layers.items()
+            ]
             text = "\n".join([*lines, "", "There is no report of the compression."])
         else:
             values["report"] = report.to_dict()

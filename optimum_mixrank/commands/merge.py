@@ -32,7 +32,7 @@ example:
         from ..checkpoint.saving import save_checkpoint, writable_directory
 
         writable_directory(args.output, args.overwrite)
-        model = to_dense(load_checkpoint(args, args.model))
+        model = to_dense(load_checkpoint(args, args.model, complete=True))
         image_processor = load_image_processor(args.model, hub_arguments(args))
         save_checkpoint(model, args.output, image_processor, dense=True, overwrite=args.overwrite)
         values = {"output": str(args.output), "parameters": sum(each.numel() for each in model.parameters())}

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import replaced_file
+from .formatting import quote
 
 
 ACTIVATIONS = "activations-"
@@ -85,7 +86,7 @@ class Journal:
                 values = json.loads((file.metadata() or {})["values"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(
-                f"{str(path)!r} is damaged ({error!r}); remove {str(self.directory)!r} and start over."
+                f"{str(path)!r} is damaged ({quote(error)}); remove {str(self.directory)!r} and start over."
             ) from error
         return Entry(tensors, values)
 

@@ -1,0 +1,158 @@
+"""Which class a checkpoint is opened with: the one that it names, if Transformers or the user knows it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from ..runtime.formatting import quote, shorten
+
+
+_REMEDY = (
+    "Pass the class as `auto_class=…` (on the command line, `--auto-class package.module.Class`), or register it with "
+    "`AutoModel….register`."
+)
+
+
+def read_config(path: str | Path, hub_kwargs: dict[str, Any]) -> Any:
+    """Return the configuration of a checkpoint, which may be an untrusted file.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+        ValueError: if its `config.json` cannot be understood.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, **hub_kwargs)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__, 600)
+        raise ValueError(
+            f"The config.json of {str(path)!r} cannot be read: {_odd_field(path, hub_kwargs) or reason}"
+        ) from error
+
+
+def _odd_field(path: str | Path, hub_kwargs: dict[str, Any]) -> str | None:
+    """Return what is wrong with a field of a configuration over which Transformers stumbles, if it is known."""
+    try:
+        stored, _ = PretrainedConfig.get_config_dict(path, **hub_kwargs)
+    except Exception:
+        # The first error says more than this one.
+        return None
+    quantization = stored.get("quantization_config") if isinstance(stored, dict) else None
+    if quantization is None or isinstance(quantization, dict):
+        return None
+    return f"quantization_config={quote(quantization)} is not an object; remove the field from a dense checkpoint."
+
+
+def load_named(
+    path: str | Path, config: Any, auto_class: Any, *, complete: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a checkpoint with a given class, or with the one that its configuration names.
+
+    Args:
+        path: Local folder or Hub id.
+        config: The checkpoint's configuration.
+        auto_class: A class with `from_pretrained`; None is the class that the configuration names. If it names none, the
+            bare encoder is opened, provided that this is all that the checkpoint holds.
+        complete: Whether every parameter has to be in the checkpoint.
+        **kwargs: Arguments of Transformers' `from_pretrained`.
+
+    Raises:
+        ValueError: if the class is unknown, or the checkpoint does not hold what the model needs.
+    """
+    if auto_class is not None and not complete:
+        return auto_class.from_pretrained(path, **kwargs)
+    is_guess = auto_class is None and not getattr(config, "architectures", None)
+    if auto_class is None:
+        auto_class = AutoModel if is_guess else named_class(config, path, bool(kwargs.get("trust_remote_code")))
+    model, found = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    parameters = dict(model.named_parameters())
+    missing = sorted(name for name in found["missing_keys"] if name in parameters)
+    unexpected = sorted(found["unexpected_keys"])
+    if is_guess and (missing or unexpected):
+        raise ValueError(
+            f"The config.json of {str(path)!r} names no class in `architectures`, and the checkpoint is not a bare "
+            f"{type(model).__name__}: {_listed(unexpected or missing)} would be {'lost' if unexpected else 'random'}. "
+            f"{_REMEDY}"
+        )
+    if complete and missing:
+        raise ValueError(
+            f"{str(path)!r} lacks {_listed(missing)}, which {type(model).__name__} has and which would be random. The "
+            "checkpoint is damaged, or belongs to another class; name that by `auto_class` or `--auto-class`."
+        )
+    return model
+
+
+def named_class(config: Any, path: str | Path, trust_remote_code: bool = False) -> Any:
+    """Return the class that a configuration names in `architectures`.
+
+    Classes that were registered for the configuration (`AutoModelForImageClassification.register`) come before those of
+    Transformers. Code that comes with the checkpoint is used only if it is trusted.
+
+    Raises:
+        ValueError: if there is no such model class, or it belongs to another configuration.
+    """
+    architectures = config.architectures
+    where = f"The config.json of {str(path)!r} has architectures={quote(architectures)}"
+    if not isinstance(architectures, list | tuple) or not all(isinstance(each, str) for each in architectures):
+        raise ValueError(f"{where}, which is not a list of class names. {_REMEDY}")
+    name = architectures[0]
+    if trust_remote_code:
+        for auto_name, reference in (getattr(config, "auto_map", None) or {}).items():
+            if (
+                isinstance(reference, str)
+                and reference.rpartition(".")[2] == name
+                and auto_name.startswith("AutoModel")
+            ):
+                return getattr(transformers, auto_name)
+    for registered in _registered_classes(type(config)):
+        if registered.__name__ == name:
+            return registered
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    if not is_model or name.endswith("PreTrainedModel"):
+        raise ValueError(
+            f"{where}, but {quote(name)} is not a model class of Transformers {transformers.__version__}. {_REMEDY}"
+        )
+    if not isinstance(config, getattr(found, "config_class", None) or ()):
+        raise ValueError(f"{where}, but {name} is no class for a {type(config).__name__}. {_REMEDY}")
+    return found
+
+
+def import_class(name: str) -> Any:
+    """Return a class by name: one of Transformers (`AutoModelForImageClassification`) or `package.module.Class`.
+
+    Raises:
+        ValueError: if there is no such class, or it cannot load checkpoints.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module) if module else transformers, attribute, None)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"--auto-class {name!r}: {module!r} cannot be imported ({error}). Install it, or add its folder to PYTHONPATH."
+        ) from error
+    if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+        raise ValueError(
+            f"--auto-class {name!r} is not a class with `from_pretrained`; name one of Transformers, such as "
+            "AutoModelForImageClassification, or package.module.Class."
+        )
+    return found
+
+
+def _registered_classes(config_class: type) -> Iterator[type]:
+    for auto_class in vars(modeling_auto).values():
+        mapping = getattr(auto_class, "_model_mapping", None) if isinstance(auto_class, type) else None
+        found = None if mapping is None else mapping.get(config_class, None)
+        yield from found if isinstance(found, tuple) else () if found is None else (found,)
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(map(shorten, names[:5]))}{', …' if len(names) > 5 else ''}"
