@@ -148,17 +148,23 @@ def _check_tensor(
 ) -> None:
     _check_place(canonical, module, name)
     expected = tuple(module.get_parameter(name).shape) if _has_parameter(module, name) else None
-    is_marker = isinstance(module, nn.Linear) and name == "weight" and shape == (0,)
-    if isinstance(module, FactoredLinear) and not is_float:
+    is_factored = isinstance(module, FactoredLinear)
+    if is_factored and not is_float:
         raise ValueError(
             f"{name} of the factored layer {canonical!r} is stored as {tensor.dtype}, which is no floating-point dtype. "
             f"{_REMEDY}"
         )
-    if is_marker or (isinstance(module, FactoredLinear) and expected is not None and shape != expected):
-        described = "a dense layer" if is_marker else "a factored layer"
+    if is_factored and name == "weight" and shape != expected:
         raise ValueError(
-            f"{name} of {canonical!r} is stored with shape {quote(list(shape))}; by the rank map the layer is {described}, "
-            f"whose {name} has shape {list(expected or ())}. {_REMEDY}"
+            f"{canonical!r} is stored as a dense layer, but is in the rank map. A dense model that was made from this "
+            "configuration, as by `from_config`, has to be saved without its `quantization_config`."
+        )
+    if not is_factored and name == "weight" and shape == (0,):
+        raise ValueError(f"{canonical!r} is stored as a factored layer, but is not in the rank map. {_REMEDY}")
+    if is_factored and expected is not None and shape != expected:
+        raise ValueError(
+            f"{name} of the factored layer {canonical!r} is stored with shape {quote(list(shape))}; by the rank map it has "
+            f"shape {list(expected)}. {_REMEDY}"
         )
 
 

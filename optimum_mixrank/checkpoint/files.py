@@ -47,13 +47,22 @@ def count_parameters(model: nn.Module) -> int:
 def safetensors_files(folder: str | Path) -> list[Path]:
     """Return the weight files of a Transformers checkpoint: `model.safetensors`, or the shards in its index.
 
+    Where there are none, files that were saved with a `variant` count, as `model.fp16.safetensors`, if it is the only one.
+
     Raises:
         FileNotFoundError: if there is no such file, or a shard is missing.
         ValueError: if the index is malformed or lists a file outside the folder.
     """
     folder = Path(folder)
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    files = [folder / name for name in (_shard_names(index) if index.is_file() else [SAFE_WEIGHTS_NAME])]
+    index, single = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if not index.is_file() and not single.is_file():
+        # Names of shards hold a hyphen.
+        whole = [each for each in folder.glob("model.*.safetensors") if "-" not in each.name]
+        variants = [*folder.glob("model.safetensors.index.*.json"), *whole]
+        if len(variants) == 1:
+            index, single = variants[0], variants[0]
+    is_sharded = index.is_file() and index.suffix == ".json"
+    files = [folder / name for name in _shard_names(index)] if is_sharded else [single]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(

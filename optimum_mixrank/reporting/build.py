@@ -60,7 +60,10 @@ def measure(model: PreTrainedModel) -> Measurement:
         flops = None
     folder = Path(model.name_or_path)
     if model.name_or_path and any(folder.glob("*.safetensors")):
-        return Measurement(count_parameters(model), flops, safetensors_bytes(folder), stored_dtype(folder))
+        try:
+            return Measurement(count_parameters(model), flops, safetensors_bytes(folder), stored_dtype(folder))
+        except (OSError, ValueError) as error:
+            logger.warning(f"The size of the original on disk is unknown: {error}")
     return Measurement(count_parameters(model), flops)
 
 

@@ -1,0 +1,249 @@
+"""A damaged checkpoint gives an error that names the layer, or the model that was saved, and never another one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import tiny_vit
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageClassification, ViTForImageClassification
+
+from optimum_mixrank.checkpoint import completeness
+from optimum_mixrank.checkpoint.loading import insert_factored_layers
+from optimum_mixrank.checkpoint.rank_map import FactoredLayer
+
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+EXPECTED = load_file(GOLDEN / "expected.safetensors")
+LAYER = "encoder.layer.0.attention.attention.key"
+FACTOR = f"vit.{LAYER}.factor_a.weight"
+CHECKPOINTS = ["vit/factors", "vit/pivoted", "swin/pivoted"]
+
+
+def damaged(folder, name, change=lambda tensors, rank_map, config: None):
+    """Copy a golden checkpoint, changed."""
+    config = json.loads((GOLDEN / name / "config.json").read_text())
+    tensors = load_file(GOLDEN / name / "model.safetensors")
+    change(tensors, config["quantization_config"]["rank_map"], config)
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def load(folder, **kwargs):
+    return AutoModelForImageClassification.from_pretrained(folder, **kwargs).eval()
+
+
+def assert_same(model, name):
+    with torch.no_grad():
+        logits = model(pixel_values=EXPECTED["pixel_values"]).logits
+    torch.testing.assert_close(logits, EXPECTED[name], rtol=0, atol=1e-5 * EXPECTED[name].abs().max().item())
+
+
+def drop_factor(tensors, rank_map, config):
+    del tensors[FACTOR]
+
+
+def drop_layer(tensors, rank_map, config):
+    for key in [key for key in tensors if f".{LAYER}." in key]:
+        del tensors[key]
+
+
+def misspell_factor(tensors, rank_map, config):
+    tensors[FACTOR.replace("factor_a", "factor_c")] = tensors.pop(FACTOR)
+
+
+def misspell_layer(tensors, rank_map, config):
+    for key in [key for key in tensors if f".{LAYER}." in key]:
+        tensors[key.replace(".key.", ".kye.")] = tensors.pop(key)
+
+
+def misspell_entry(tensors, rank_map, config):
+    rank_map[f"{LAYER}s"] = rank_map.pop(LAYER)
+
+
+def drop_entry(tensors, rank_map, config):
+    del rank_map[LAYER]
+
+
+def integers(tensors, rank_map, config):
+    tensors[FACTOR] = tensors[FACTOR].to(torch.int32)
+
+
+def booleans(tensors, rank_map, config):
+    tensors[FACTOR] = tensors[FACTOR] > 0
+
+
+def cut(tensors, rank_map, config):
+    tensors[FACTOR] = tensors[FACTOR][:, :-1].contiguous()
+
+
+def higher_rank(tensors, rank_map, config):
+    rank_map[LAYER]["rank"] += 1
+    rank_map[LAYER].pop("pivots", None)
+    rank_map[LAYER]["layout"] = "factors"
+
+
+def other_bias(tensors, rank_map, config):
+    rank_map[LAYER]["bias"] = False
+
+
+def no_bias_at_all(tensors, rank_map, config):
+    config["qkv_bias"] = rank_map[LAYER]["bias"] = False
+    for name in ("query", "value"):
+        for block in (0, 1):
+            rank_map.get(LAYER.replace("0", str(block)).replace("key", name), {})["bias"] = False
+
+
+def dense_weight(tensors, rank_map, config):
+    tensors[f"vit.{LAYER}.weight"] = torch.ones(16, 16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(drop_factor, drop_layer, misspell_factor, misspell_layer, misspell_entry, drop_entry, integers, booleans),
+        *(cut, higher_rank, other_bias, no_bias_at_all, dense_weight),
+    ],
+    ids=lambda change: change.__name__,
+)
+@pytest.mark.parametrize("name", ["vit/factors", "vit/pivoted"])
+@pytest.mark.parametrize("ignore", [False, True], ids=["", "ignore_mismatched_sizes"])
+def test_a_damaged_checkpoint_is_refused(name, change, ignore, tmp_path):
+    folder = damaged(tmp_path, name, change)
+    with pytest.raises(ValueError, match=LAYER if change is not no_bias_at_all else "bias"):
+        load(folder, ignore_mismatched_sizes=ignore)
+
+
+def test_missing_pivots_are_refused(tmp_path):
+    folder = damaged(tmp_path, "vit/pivoted", lambda tensors, rank_map, config: rank_map[LAYER].pop("pivots"))
+    with pytest.raises(ValueError, match=f"'{LAYER}' names no pivots"):
+        load(folder)
+
+
+def test_shards_are_read_together(tmp_path):
+    load(GOLDEN / "vit/factors").save_pretrained(tmp_path, max_shard_size="4KB")
+    assert_same(load(tmp_path), "vit/factors")
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shard = tmp_path / content["weight_map"][FACTOR]
+    tensors = load_file(shard)
+    del tensors[FACTOR], content["weight_map"][FACTOR]
+    save_file(tensors or {"other": torch.ones(1)}, shard, metadata={"format": "pt"})
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"lacks tensors .* factor_a.weight of '{LAYER}'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_empty_weight_may_be_missing(name, tmp_path):
+    def drop(tensors, rank_map, config):
+        for key in [key for key, tensor in tensors.items() if not tensor.numel()]:
+            del tensors[key]
+
+    assert_same(load(damaged(tmp_path, name, drop)), name)
+
+
+def test_a_state_dict_in_memory():
+    config = AutoConfig.from_pretrained(GOLDEN / "vit/pivoted")
+    state = load_file(GOLDEN / "vit/pivoted" / "model.safetensors")
+    assert_same(ViTForImageClassification.from_pretrained(None, config=config, state_dict=dict(state)).eval(), "vit/pivoted")
+    del state[FACTOR]
+    with pytest.raises(ValueError, match=f"lacks tensors .*'{LAYER}'"):
+        ViTForImageClassification.from_pretrained(None, config=config, state_dict=state)
+
+
+def test_a_dense_model_made_from_the_configuration(tmp_path):
+    model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(GOLDEN / "vit/pivoted"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="encoder.layer.0"):
+        load(tmp_path)
+
+
+def test_a_release_that_does_not_ask_is_noticed(tmp_path):
+    model = tiny_vit()
+    insert_factored_layers(model, {LAYER: FactoredLayer(3, True)})
+    completeness.refuse_missing_factors(model)
+    with pytest.raises(RuntimeError, match="loads weights in a way that this version of optimum-mixrank does not know"):
+        completeness.check_filled(model)
+
+
+def entry_keys(name):
+    return sorted(json.loads((GOLDEN / name / "config.json").read_text())["quantization_config"]["rank_map"])
+
+
+DAMAGES = {
+    "drop": lambda tensors, key: tensors.pop(key),
+    "misspell": lambda tensors, key: tensors.update({f"{key}x": tensors.pop(key)}),
+    "swap case": lambda tensors, key: tensors.update({key.swapcase(): tensors.pop(key)}),
+    "int8": lambda tensors, key: tensors.update({key: tensors[key].to(torch.int8)}),
+    "flat": lambda tensors, key: tensors.update({key: tensors[key].flatten()}),
+    "longer": lambda tensors, key: tensors.update({key: torch.cat([tensors[key]] * 2)}),
+    "empty": lambda tensors, key: tensors.update({key: tensors[key][:0].clone()}),
+    "float64": lambda tensors, key: tensors.update({key: tensors[key].double()}),
+    "nothing": lambda tensors, key: None,
+}
+
+
+@given(name=st.sampled_from(CHECKPOINTS), kind=st.sampled_from(sorted(DAMAGES)), choice=st.integers(0, 10_000))
+def test_stored_tensors(tmp_path_factory, name, kind, choice):
+    folder = tmp_path_factory.mktemp("damaged")
+    layers = entry_keys(name)
+    hit = None
+
+    def change(tensors, rank_map, config):
+        nonlocal hit
+        keys = sorted(key for key in tensors if ".factor_" in key)
+        hit = keys[choice % len(keys)]
+        DAMAGES[kind](tensors, hit)
+
+    damaged(folder, name, change)
+    try:
+        model = load(folder)
+    except ValueError as error:
+        assert kind not in ("nothing", "float64")
+        assert any(layer in str(error) for layer in layers if f".{layer}." in hit), str(error)
+    else:
+        assert_same(model, name)
+    finally:
+        shutil.rmtree(folder)
+
+
+@given(
+    name=st.sampled_from(CHECKPOINTS),
+    choice=st.integers(0, 100),
+    field=st.sampled_from(["rank", "bias", "layout", "pivots", "other"]),
+    value=st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-2, 40),
+        st.sampled_from([10**30, "factors", "pivoted", "ff", "0", "f" * 5000, "\x1b[31m" * 1000, [1], {"a": 1}, 0.5]),
+        st.text(max_size=5),
+    ),
+)
+def test_rank_maps(tmp_path_factory, name, choice, field, value):
+    folder = tmp_path_factory.mktemp("damaged")
+
+    def change(tensors, rank_map, config):
+        entry = rank_map[sorted(rank_map)[choice % len(rank_map)]]
+        stored.update(entry)
+        entry[field] = value
+
+    stored = {}
+    damaged(folder, name, change)
+    try:
+        model = load(folder)
+    except ValueError as error:
+        assert len(str(error)) < 1000 and "\x1b" not in str(error)
+        assert "rank_map entry" in str(error) or "rank map" in str(error) or "pivots" in str(error)
+    else:
+        # Other rows of the same number are another checkpoint, which is as good as this one.
+        if field != "pivots":
+            assert_same(model, name)
+    finally:
+        shutil.rmtree(folder)
