@@ -135,7 +135,7 @@ def import_class(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module) if module else transformers, attribute, None)
-    except (ImportError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise ValueError(
             f"--auto-class {name!r}: {module!r} cannot be imported ({error}). Install it, or add its folder to PYTHONPATH."
         ) from error

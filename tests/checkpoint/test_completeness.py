@@ -108,7 +108,7 @@ def dense_weight(tensors, rank_map, config):
     "change",
     [
         *(drop_factor, drop_layer, misspell_factor, misspell_layer, misspell_entry, drop_entry, integers, booleans),
-        *(cut, higher_rank, other_bias, no_bias_at_all, dense_weight),
+        *(cut, higher_rank, other_bias, no_bias_at_all),
     ],
     ids=lambda change: change.__name__,
 )
@@ -118,6 +118,12 @@ def test_a_damaged_checkpoint_is_refused(name, change, ignore, tmp_path):
     folder = damaged(tmp_path, name, change)
     with pytest.raises(ValueError, match=LAYER if change is not no_bias_at_all else "bias"):
         load(folder, ignore_mismatched_sizes=ignore)
+
+
+@pytest.mark.parametrize("name", ["vit/factors", "vit/pivoted"])
+def test_a_dense_weight_beside_the_factors_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=f"'{LAYER}' is stored as a dense layer, but is in the rank map"):
+        load(damaged(tmp_path, name, dense_weight))
 
 
 def test_missing_pivots_are_refused(tmp_path):
@@ -152,7 +158,8 @@ def test_the_empty_weight_may_be_missing(name, tmp_path):
 def test_a_state_dict_in_memory():
     config = AutoConfig.from_pretrained(GOLDEN / "vit/pivoted")
     state = load_file(GOLDEN / "vit/pivoted" / "model.safetensors")
-    assert_same(ViTForImageClassification.from_pretrained(None, config=config, state_dict=dict(state)).eval(), "vit/pivoted")
+    model = ViTForImageClassification.from_pretrained(None, config=config, state_dict=dict(state)).eval()
+    assert_same(model, "vit/pivoted")
     del state[FACTOR]
     with pytest.raises(ValueError, match=f"lacks tensors .*'{LAYER}'"):
         ViTForImageClassification.from_pretrained(None, config=config, state_dict=state)
@@ -169,7 +176,9 @@ def test_a_release_that_does_not_ask_is_noticed(tmp_path):
     model = tiny_vit()
     insert_factored_layers(model, {LAYER: FactoredLayer(3, True)})
     completeness.refuse_missing_factors(model)
-    with pytest.raises(RuntimeError, match="loads weights in a way that this version of optimum-mixrank does not know"):
+    with pytest.raises(
+        RuntimeError, match="loads weights in a way that this version of optimum-mixrank does not know"
+    ):
         completeness.check_filled(model)
 
 

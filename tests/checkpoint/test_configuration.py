@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from optimum_mixrank import MixRankConfig
 from optimum_mixrank.checkpoint.rank_map import LAYOUT_VERSION, FactoredLayer
@@ -343,3 +345,30 @@ def test_from_dict_with_overrides():
     assert unused == {"other": 4}
     with pytest.raises(ValueError, match="seed=-3"):
         MixRankConfig.from_dict(stored, seed=-3)
+
+
+values = st.one_of(
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.text()),
+    st.sampled_from([10**400, "\x1b[31m" * 10_000, "(" * 5000, [["a"]], {"\x1b": {}}, "(a", ["x"] * 20_000]),
+    st.lists(st.one_of(st.text(), st.integers()), max_size=3),
+    st.dictionaries(st.text(), st.one_of(st.integers(), st.floats(), st.text()), max_size=3),
+)
+
+
+@given(st.dictionaries(st.sampled_from([*(f.name for f in dataclasses.fields(MixRankConfig)), "\x1bother"]), values))
+def test_any_stored_configuration(content):
+    try:
+        config = MixRankConfig.from_dict(content)
+    except ValueError as error:
+        assert len(str(error)) < 1500 and "\x1b" not in str(error)
+    else:
+        json.dumps(config.to_dict())
+        config.validate()
+
+
+def test_warnings_about_a_stored_configuration_are_short_and_harmless(warnings):
+    long = "\x1b[31m" * 10_000
+    MixRankConfig.from_dict({"metric": long, "library_version": long, f"{long}key": 1})
+    assert len(warnings.messages) == 2
+    for message in warnings.messages:
+        assert "\x1b" not in message and len(message) < 1500

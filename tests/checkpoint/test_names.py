@@ -1,5 +1,7 @@
 """Canonical names are those of checkpoints, whatever class opens them."""
 
+import sys
+
 import pytest
 import transformers
 from models import tiny_deit, tiny_swin, tiny_vit
@@ -47,3 +49,11 @@ def test_factored_layers_keep_their_canonical_names(make):
         replace_module(model, target.name, LowRankLinear(*reversed(target.shape), 3))
     after = {name: each for name, each in canonical_names(model).items() if "factor" not in name}
     assert after == before
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="Transformers 4.x renames nothing")
+@pytest.mark.parametrize("module", ["conversion_mapping", "core_model_loading"])
+def test_tables_that_have_moved_are_an_error(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, f"transformers.{module}", None)
+    with pytest.raises(RuntimeError, match="renames parameters in a way that this version of .* does not know"):
+        canonical_names(tiny_vit())

@@ -121,3 +121,20 @@ def test_a_model_on_several_devices_needs_a_single_process():
     check_placement(Spread(), Processes())
     with pytest.raises(ValueError, match="spread over cuda:0, cuda:1 in each of 2 processes"):
         check_placement(Spread(), Processes(0, 2))
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16], ids=str)
+def test_the_old_name_of_dtype_is_refused(dtype, checkpoint):
+    with pytest.raises(TypeError, match="torch_dtype=.* is an old name; pass `dtype=…`"):
+        MixRankCompressor.from_pretrained(checkpoint, torch_dtype=dtype)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
+def test_a_variant_is_read_and_written(sizes, tmp_path):
+    tiny_vit().save_pretrained(tmp_path / "original", variant="fp16", **sizes)
+    compressor = MixRankCompressor.from_pretrained(tmp_path / "original", variant="fp16")
+    model = compressor.compress(config(compensation=[]), batches())
+    compressor.save_pretrained(model, tmp_path / "out", variant="fp16", **sizes)
+    assert compressor.report.bytes_on_disk_before > compressor.report.bytes_on_disk_after
+    reloaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out", variant="fp16")
+    assert torch.equal(reloaded(images(3)).logits, model.eval()(images(3)).logits)

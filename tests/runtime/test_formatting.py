@@ -6,6 +6,8 @@ from optimum_mixrank.runtime.formatting import (
     format_count,
     format_duration,
     format_percent,
+    quote,
+    shorten,
 )
 
 
@@ -48,3 +50,22 @@ def test_shares_have_a_space_at_which_no_line_breaks():
 )
 def test_changes(before, after, text):
     assert format_change(before, after) == text
+
+
+@pytest.mark.parametrize("value", ["layer.0", 5, None, ["a", 1], {"a": "b"}, True, 0.5, "it's"], ids=repr)
+def test_short_values_are_quoted_as_they_are(value):
+    assert quote(value) == repr(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**6, ["x" * 10**6], {"x" * 10**6: 1}, 10**5000, "\x1b[31m" * 10**5, b"\x1b" * 10**5, "\u202e" * 500],
+    ids=lambda value: type(value).__name__,
+)
+def test_long_values_are_cut(value):
+    assert len(quote(value)) <= 201 and quote(value).isprintable()
+
+
+def test_control_characters_are_escaped():
+    assert shorten("a\x1b[31mb\nc\u202e") == r"a\x1b[31mb\nc\u202e"
+    assert shorten("abc", 2) == "ab…"
