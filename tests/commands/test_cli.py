@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
@@ -16,6 +17,7 @@ from optimum_mixrank.commands.fields import FIELDS
 
 
 SHIPPED = Path(__file__).parent.parent.parent / "examples" / "fashion_mnist"
+GOLDEN = Path(__file__).parent.parent / "golden"
 MODEL, DATA = str(SHIPPED / "model"), str(SHIPPED / "data")
 
 
@@ -132,6 +134,31 @@ def test_merge(compressed, tmp_path):
     assert "quantization_config" not in config
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "dense")
     assert sum(parameter.numel() for parameter in model.parameters()) == values["model_parameters_before"]
+
+
+@pytest.mark.parametrize("lost", ["layernorm.weight", "encoder.layer.0.output.dense.factor_a.weight"])
+def test_merge_refuses_a_checkpoint_with_holes(tmp_path, lost):
+    shutil.copytree(GOLDEN / "vit" / "pivoted", tmp_path / "damaged")
+    tensors = load_file(tmp_path / "damaged" / "model.safetensors")
+    del tensors[f"vit.{lost}"]
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+    _, stderr = cli("merge", "--quiet", "--model", tmp_path / "damaged", "--output", tmp_path / "dense", code=1)
+    assert lost.removesuffix(".factor_a.weight") in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "dense").exists()
+
+
+def test_merge_with_a_class_of_the_users_own(tmp_path):
+    shutil.copytree(GOLDEN / "vit" / "factors", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(path.read_text().replace("ViTForImageClassification", "Mine"))
+    arguments = ("merge", "--quiet", "--model", tmp_path / "model", "--output", tmp_path / "dense")
+    assert "'Mine' is not a model class of Transformers" in cli(*arguments, code=1)[1]
+    cli(*arguments, "--auto-class", "transformers.ViTForImageClassification")
+    expected = load_file(GOLDEN / "expected.safetensors")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "dense").eval()
+    with torch.no_grad():
+        logits = model(expected["pixel_values"]).logits
+    torch.testing.assert_close(logits, expected["vit/factors"], atol=1e-4, rtol=1e-4)
 
 
 def test_benchmark_against_the_dense_merge(compressed):
