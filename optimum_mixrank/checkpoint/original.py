@@ -45,7 +45,7 @@ def open_original(
     """
     if "torch_dtype" in hub_kwargs:
         # Transformers prefers `dtype`, which is always given below, and would ignore it.
-        raise TypeError(f"torch_dtype={quote(hub_kwargs['torch_dtype'])} is an old name; pass `dtype=…`.")
+        raise TypeError(f"torch_dtype={quote(hub_kwargs['torch_dtype'])} is an old name; pass `dtype` instead.")
     if isinstance(model_or_path, PreTrainedModel):
         surplus = [*hub_kwargs, *([] if auto_class is None else ["auto_class"])]
         if surplus:
