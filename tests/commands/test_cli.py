@@ -136,14 +136,13 @@ def test_merge(compressed, tmp_path):
     assert sum(parameter.numel() for parameter in model.parameters()) == values["model_parameters_before"]
 
 
-@pytest.mark.parametrize("lost", ["layernorm.weight", "encoder.layer.0.output.dense.factor_a.weight"])
-def test_merge_refuses_a_checkpoint_with_holes(tmp_path, lost):
+def test_merge_refuses_a_checkpoint_with_holes(tmp_path):
     shutil.copytree(GOLDEN / "vit" / "pivoted", tmp_path / "damaged")
     tensors = load_file(tmp_path / "damaged" / "model.safetensors")
-    del tensors[f"vit.{lost}"]
+    del tensors["vit.layernorm.weight"]
     save_file(tensors, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
     _, stderr = cli("merge", "--quiet", "--model", tmp_path / "damaged", "--output", tmp_path / "dense", code=1)
-    assert lost.removesuffix(".factor_a.weight") in stderr and "Traceback" not in stderr
+    assert "lacks vit.layernorm.weight, which ViTForImageClassification has" in stderr and "Traceback" not in stderr
     assert not (tmp_path / "dense").exists()
 
 
