@@ -125,7 +125,7 @@ def test_a_model_on_several_devices_needs_a_single_process():
 
 @pytest.mark.parametrize("dtype", ["float16", torch.float16], ids=str)
 def test_the_old_name_of_dtype_is_refused(dtype, checkpoint):
-    with pytest.raises(TypeError, match="torch_dtype=.* is an old name; pass `dtype=…`"):
+    with pytest.raises(TypeError, match="torch_dtype=.* is an old name; pass `dtype` instead"):
         MixRankCompressor.from_pretrained(checkpoint, torch_dtype=dtype)
 
 
