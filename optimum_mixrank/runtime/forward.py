@@ -74,15 +74,21 @@ def configured_shape(model: nn.Module) -> tuple[int, ...]:
         ValueError: if the configuration does not give it.
     """
     config = getattr(model, "config", None)
-    size = getattr(config, "image_size", None)
-    if isinstance(size, int):
-        size = (size, size)
-    if not isinstance(size, list | tuple) or len(size) != 2:
-        raise ValueError(
-            f"The configuration of {type(model).__name__} has image_size={size!r}, which is not an image size; pass "
-            "`pixel_values_shape=(channels, height, width)`."
-        )
-    return getattr(config, "num_channels", 3), *size
+    sizes = [(each, getattr(each, "image_size", None)) for each in _vision_configurations(config)]
+    for each, size in sizes:
+        pair = (size, size) if isinstance(size, int) else size
+        if isinstance(pair, list | tuple) and len(pair) == 2:
+            return getattr(each, "num_channels", 3), *pair
+    raise ValueError(
+        f"The configuration of {type(model).__name__} has image_size={sizes[0][1]!r}, which is not an "
+        "image size; pass `pixel_values_shape=(channels, height, width)`."
+    )
+
+
+def _vision_configurations(config: object) -> list[object]:
+    """Return a configuration, followed by those of its parts that images go into."""
+    names = ("backbone_config", "vision_config", "encoder")
+    return [config, *(part for name in names if (part := getattr(config, name, None)) is not None)]
 
 
 _MAX_TOKENS = 256
