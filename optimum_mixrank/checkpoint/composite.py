@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .configuration import MixRankConfig
@@ -19,18 +19,20 @@ from .rank_map import QUANT_METHOD
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Attach = Callable[["PreTrainedModel", MixRankConfig], None]
+"""Gives a model the attributes of a compressed one, with this configuration."""
+
 _WRAPPED = "_describes_factored_layers"
 
 
-def describe_factored_layers(model: PreTrainedModel) -> None:
+def describe_factored_layers(model: PreTrainedModel, attach: Attach) -> None:
     """Make the configuration of a model name all factored layers that it holds, and no others.
 
     The maps of several compressed parts are merged; the other settings are those of the model itself, or else of its
-    first compressed part. A model whose configuration is complete is left as it is.
+    first compressed part, and `attach` gives the model the new configuration. A complete one is left as it is.
     """
     from .modeling import FactoredLinear
     from .names import canonical_names
-    from .quantizer import MixRankHfQuantizer, attach
 
     _drop_dtypes(model)
     factored = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
@@ -47,7 +49,7 @@ def describe_factored_layers(model: PreTrainedModel) -> None:
     settings = own or next((each for each in parts if each is not None), MixRankConfig())
     known = {} if own is None else own.rank_map
     rank_map = {name: known.get(name) or module.entry.to_dict() for name, module in entries.items()}
-    attach(model, MixRankHfQuantizer(dataclasses.replace(settings, rank_map=rank_map), pre_quantized=True))
+    attach(model, dataclasses.replace(settings, rank_map=rank_map))
 
 
 def forget_compression(model: PreTrainedModel) -> None:
@@ -89,7 +91,7 @@ def _configuration_class() -> type:
     return getattr(configuration_utils, "PreTrainedConfig", None) or configuration_utils.PretrainedConfig
 
 
-def describe_on_saving(model_class: type[PreTrainedModel]) -> None:
+def describe_on_saving(model_class: type[PreTrainedModel], attach: Attach) -> None:
     """Make `save_pretrained` of all models describe their factored layers first; does nothing the second time.
 
     Transformers calls nothing of a part when the whole is saved.
@@ -102,7 +104,7 @@ def describe_on_saving(model_class: type[PreTrainedModel]) -> None:
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         # With an adapter on the factors, Transformers saves the adapter alone.
         if not getattr(self, "_hf_peft_config_loaded", False):
-            describe_factored_layers(self)
+            describe_factored_layers(self, attach)
         return save(self, *args, **kwargs)
 
     setattr(save_pretrained, _WRAPPED, True)

@@ -93,7 +93,7 @@ def attach(model: PreTrainedModel, quantizer: MixRankHfQuantizer) -> None:
 
     from .composite import describe_on_saving
 
-    describe_on_saving(PreTrainedModel)
+    describe_on_saving(PreTrainedModel, _attach_configuration)
     model.hf_quantizer = quantizer
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = quantizer.quantization_config
@@ -102,3 +102,7 @@ def attach(model: PreTrainedModel, quantizer: MixRankHfQuantizer) -> None:
         config = getattr(module, "config", None)
         if config is not None and getattr(config, "_is_quantized", False):
             config._is_quantized = False
+
+
+def _attach_configuration(model: PreTrainedModel, config: MixRankConfig) -> None:
+    attach(model, MixRankHfQuantizer(config, pre_quantized=True))
