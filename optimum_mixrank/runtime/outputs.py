@@ -108,7 +108,7 @@ def select_output(output: Any, config: Any, names: Sequence[str] = (), num_image
         features = [feature for name in names for feature in _named(output, name, num_images)]
     else:
         preferred = (list(_tensors(_field(output, name))) for name in _PREFERRED)
-        features = next((found for found in preferred if found), None) or _per_image(_tensors(output), num_images)
+        features = next((found for found in preferred if found), []) or _per_image(_tensors(output), num_images)
     if not features:
         raise ValueError(
             f"A {type(output).__name__} holds neither logits nor features of images, but {_listed(output)}; use a model "
@@ -132,8 +132,8 @@ def _named(output: Any, name: str, num_images: int | None) -> list[Tensor]:
     if len(fitting) < len(found):
         shapes = ", ".join(str(list(tensor.shape)) for tensor in found)
         raise ValueError(
-            f"output_names={name!r} has the shape {shapes} for {num_images} images; only outputs with one row per image can "
-            f"be compared. A {type(output).__name__} holds {_listed(output)}."
+            f"output_names={name!r} has the shape {shapes} for {num_images} images; only outputs with one row per image "
+            f"can be compared. A {type(output).__name__} holds {_listed(output)}."
         )
     return fitting
 
