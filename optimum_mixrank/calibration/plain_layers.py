@@ -128,8 +128,8 @@ def check_uses(model: nn.Module, targets: Sequence[Target]) -> None:
         first, second = next(iter(seconds.items()))
         raise ValueError(
             f"One layer is used in two places, {first!r} and {second!r}, which a checkpoint of factors cannot express: "
-            "each place would get weights of its own. Give each place a copy (`copy.deepcopy`), or leave such layers out with "
-            f"exclude_modules={list(seconds)!r}."
+            "each place would get weights of its own. Give each place a copy (`copy.deepcopy`), or leave such layers out "
+            f"with exclude_modules={list(seconds)!r}."
         )
 
 
