@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .forward import black_image, evaluation_mode
+
 
 _PREFERRED = ("feature_maps", "last_hidden_state", "logits", "reconstruction", "pooler_output")
 """Outputs to compare, the first that a model gives; one that gives none of them is compared by all its tensors."""
@@ -50,16 +52,25 @@ class ModelCall:
     interpolate_pos_encoding: bool = False
 
     def check(self, model: nn.Module) -> None:
-        """Check that a model can be called in this way.
+        """Check that a model can be called in this way; if outputs are named, it runs on a black image.
 
         Raises:
-            ValueError: if its position embeddings cannot be interpolated.
+            ValueError: if its position embeddings cannot be interpolated, or it lacks a named output.
         """
         if self.interpolate_pos_encoding and "interpolate_pos_encoding" not in _parameters(model):
             raise ValueError(
                 f"interpolate_pos_encoding=True, but {type(model).__name__} has no such argument: either it takes images "
                 "of any size as it is, or only those of its configuration. Leave it out."
             )
+        if not self.outputs:
+            return
+        try:
+            with evaluation_mode(model):
+                output = model(pixel_values=black_image(model))
+        except Exception:
+            # Images of another size may pass; the names are then looked up when the first of them has.
+            return
+        self.select(model, output, 1)
 
     def run(self, model: nn.Module, pixel_values: Tensor) -> Any:
         """Call a model and return all that it returns."""
