@@ -339,8 +339,7 @@ POSE = VitPoseConfig(
 @pytest.mark.parametrize("names", [None, "heatmaps"])
 def test_a_head_of_its_own_kind(names, tmp_path):
     compressor = MixRankCompressor(VitPoseForPoseEstimation(POSE).eval())
-    steps = ["sequential", "distillation"]
-    settings = config(output_names=names, compensation=steps, epochs=1)
+    settings = config(output_names=names, layout="factors")
     model = compressor.compress(settings, [PIXELS], save_directory=tmp_path / "out")
     assert 0 < compressor.evaluate(model, [PIXELS], output_names=names).feature_error < 1
     opened = VitPoseForPoseEstimation.from_pretrained(tmp_path / "out")
