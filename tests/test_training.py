@@ -37,6 +37,28 @@ def gradients(model, autocast=False):
     return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
 
 
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_steps_of_distributed_data_parallel(one_process, reloaded, tmp_path):
+    model = compressed(tiny_vit(), "pivoted")
+    if reloaded:
+        model.save_pretrained(tmp_path / "model")
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    parallel = torch.nn.parallel.DistributedDataParallel(model.train().requires_grad_(True))
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(parallel(pixel_values=pixels()).logits, torch.arange(4)).backward()
+        optimizer.step()
+    assert all(each.grad is not None for each in model.parameters() if each.numel())
+
+
 def factor_names(model):
     layers = [(name, each) for name, each in model.named_modules() if isinstance(each, FactoredLinear)]
     assert layers

@@ -14,7 +14,7 @@ from ..decomposition.statistics import GRADIENT_STATISTICS, LayerStatistics, Sta
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.forward import activation_gradients, evaluation_mode
 from ..runtime.malloc import trim_heap
-from ..runtime.outputs import select_output
+from ..runtime.outputs import PLAIN_CALL, ModelCall
 from .collector import StatisticsCollector
 from .fisher import GradientCollector
 from .images.batches import Batch, ImageBatches
@@ -29,6 +29,7 @@ def collect_statistics(
     fisher_samples: int = 1,
     seed: int = 42,
     processes: Processes = SINGLE_PROCESS,
+    call: ModelCall = PLAIN_CALL,
 ) -> tuple[dict[str, LayerStatistics], int]:
     """Run a model once over images, in evaluation mode, and collect statistics of its layers.
 
@@ -43,6 +44,7 @@ def collect_statistics(
         fisher_samples: Random probes per image for statistics of gradients; each costs a backward pass.
         seed: Seed of these probes.
         processes: The processes among which the batches are distributed.
+        call: How the model is called, and for which of its outputs gradients are computed.
 
     Returns:
         The statistics by module name, and the number of images seen.
@@ -64,7 +66,7 @@ def collect_statistics(
             stack.enter_context(activation_gradients(model))
         with processes.raise_on_all_ranks():
             for batch in batches:
-                _run(model, batch, gradients, processes)
+                _run(model, batch, gradients, processes, call)
                 if seen == 0:
                     collector.check_finite()
                 seen += len(batch.pixel_values)
@@ -74,7 +76,9 @@ def collect_statistics(
         return _merged(collector, gradients, required, seen, processes)
 
 
-def _run(model: nn.Module, batch: Batch, gradients: GradientCollector | None, processes: Processes) -> None:
+def _run(
+    model: nn.Module, batch: Batch, gradients: GradientCollector | None, processes: Processes, call: ModelCall
+) -> None:
     """Run a model forward over a batch, and backward if gradients are collected."""
     parameter = next(model.parameters())
     device = getattr(model, "device", parameter.device)
@@ -82,9 +86,9 @@ def _run(model: nn.Module, batch: Batch, gradients: GradientCollector | None, pr
     pixel_values = pixel_values.to(device, parameter.dtype, non_blocking=pixel_values.is_pinned())
     # Activations have gradients only if some input requires them; parameters do not.
     with processes.autocast(device):
-        output = model(pixel_values=pixel_values.detach().requires_grad_(gradients is not None))
+        output = call.run(model, pixel_values.detach().requires_grad_(gradients is not None))
     if gradients is not None:
-        gradients.update(select_output(output, getattr(model, "config", None)), batch.index)
+        gradients.update(call.select(model, output, len(pixel_values)), batch.index)
     # The freed graph of activations leaves holes in the heap that the next graph does not fit into.
     del output, pixel_values
     trim_heap(device)

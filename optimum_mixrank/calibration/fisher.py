@@ -53,12 +53,20 @@ class GradientCollector(OutputListener):
         """Add the gradients of the batch that has just run; its probes depend on its number among those of all processes.
 
         Of all that the output depends on, only the images may require gradients; see `activation_gradients`.
+
+        Raises:
+            ValueError: if the output has no gradients.
         """
         generator = _generator(self._seed, batch)
         # The precision that is set here is unknown to the threads of other devices.
         self._context = contextvars.copy_context()
         for sample in range(self._samples):
             scalar = probe_likelihood(output, generator) * self._scale
+            if not scalar.requires_grad:
+                raise ValueError(
+                    "The model's output has no gradients, perhaps because its `forward` runs under `torch.no_grad()`. Use "
+                    "metric='second_moment' and leave out the steps of compensation that train."
+                )
             self._awaited = {name: dict(calls) for name, calls in self._called.items()}
             # Unlike `grad`, this does not hold the gradients of all layers at the same time.
             scalar.backward(retain_graph=sample + 1 < self._samples)

@@ -26,6 +26,7 @@ from ..runtime.formatting import quote
 from ..runtime.forward import activation_gradients, black_image, evaluation_mode
 from ..runtime.hooks import hooks_removed_on_exit
 from ..runtime.logging import get_logger
+from .plain_layers import check_model, check_targets, check_uses
 
 
 if TYPE_CHECKING:
@@ -42,13 +43,14 @@ def encoder_linears(model: PreTrainedModel) -> list[Target]:
     The model runs once, on a black image.
 
     Raises:
-        ValueError: if the model has none, or contains factored layers already.
+        ValueError: if the model has none, or contains factored layers, adapters or quantized layers already.
     """
     if any(isinstance(module, FactoredLinear) for module in model.modules()):
         raise ValueError(
             f"This {type(model).__name__} is compressed already. Start from the original model, or return to a dense "
             "one first with `optimum_mixrank.to_dense(model)`."
         )
+    check_model(model)
     names = canonical_names(model)
     stacks = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
     inside = {id(linear) for stack in stacks for linear in stack.modules() if isinstance(linear, nn.Linear)}
@@ -81,11 +83,21 @@ def _constant_layers(model: PreTrainedModel, linears: Sequence[Target]) -> set[s
     try:
         with hooks_removed_on_exit(handles), evaluation_mode(model), activation_gradients(model):
             model(pixel_values=black_image(model).requires_grad_())
-    except Exception:
-        # A model that does not run on a black image, for example on the meta device, is judged by its structure alone.
+    except Exception as error:
+        # Images of another size may pass, so this is no reason to refuse the model.
+        _warn_unknown(model, f"it does not run on a black image ({type(error).__name__}: {error})")
         return set()
-    # If no layer has gradients, the model blocks them, and nothing is known.
-    return {name for name, depends in reached.items() if not depends} if any(reached.values()) else set()
+    if not any(reached.values()):
+        _warn_unknown(model, "it blocks gradients")
+        return set()
+    return {name for name, depends in reached.items() if not depends}
+
+
+def _warn_unknown(model: PreTrainedModel, reason: str) -> None:
+    logger.warning(
+        f"Which layers of this {type(model).__name__} see the image is unknown, because {reason}. All linear layers in its "
+        "blocks are taken; leave out those whose inputs are the same for every image with exclude_modules."
+    )
 
 
 def find_targets(
@@ -94,7 +106,9 @@ def find_targets(
     exclude_modules: str | Sequence[str] | None = None,
 ) -> list[Target]:
     """Return the layers of a model that would be compressed: `select_targets` of its `encoder_linears`."""
-    return select_targets(encoder_linears(model), target_modules, exclude_modules)
+    targets = select_targets(encoder_linears(model), target_modules, exclude_modules)
+    check_uses(model, targets)
+    return targets
 
 
 def select_targets(
@@ -105,7 +119,8 @@ def select_targets(
     """Select the layers to compress: those that the patterns include and do not exclude; see `MixRankConfig`.
 
     Raises:
-        ValueError: if a pattern matches nothing, or nothing is left; the message lists the existing names.
+        ValueError: if a pattern matches nothing, or nothing is left; the message lists the existing names. Also if a
+            layer is not an ordinary one; see `check_targets`.
     """
     included = _select(linears, target_modules, "target_modules") if target_modules is not None else linears
     excluded = _select(linears, exclude_modules, "exclude_modules") if exclude_modules is not None else []
@@ -116,6 +131,7 @@ def select_targets(
             f"exclude_modules={quote(exclude_modules)} excludes all {len(included)} layers that "
             f"target_modules={quote(target_modules)} includes. Narrow it."
         )
+    check_targets(remaining)
     return remaining
 
 

@@ -13,6 +13,7 @@ from ..decomposition import Metric, Statistic
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.formatting import format_count
 from ..runtime.journal import NO_JOURNAL, Journal
+from ..runtime.outputs import PLAIN_CALL, ModelCall
 from ..runtime.phases import phase
 from .collect import collect_statistics
 from .images.batches import Batch, ImageBatches
@@ -39,6 +40,7 @@ class CalibrationTask:
         fisher_samples: Probes per image for the Fisher information; `seed` is their seed.
         journal: Where complete statistics are kept for a run that is resumed.
         images_known: Whether the journal is known to belong to the bytes of these images.
+        call: How the model is called, and for which of its outputs gradients are computed.
     """
 
     model: PreTrainedModel
@@ -51,6 +53,7 @@ class CalibrationTask:
     processes: Processes = SINGLE_PROCESS
     journal: Journal = NO_JOURNAL
     images_known: bool = False
+    call: ModelCall = PLAIN_CALL
 
     def collect(self, targets: Sequence[Target]) -> Calibration:
         """Collect the statistics of some layers in one pass over the images.
@@ -68,6 +71,7 @@ class CalibrationTask:
                 fisher_samples=self.fisher_samples,
                 seed=self.seed,
                 processes=self.processes,
+                call=self.call,
             )
             tokens = {statistics.num_tokens for statistics in layers.values()}
             calibrating.add_detail(

@@ -8,7 +8,7 @@ import difflib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -19,6 +19,10 @@ from ..runtime.version import __version__
 from . import validation
 from .rank_map import LAYOUT_VERSION, QUANT_METHOD, FactoredLayer, parse_rank_map
 from .recipes import RECIPES
+
+
+if TYPE_CHECKING:
+    from ..runtime.outputs import ModelCall
 
 
 logger = get_logger(__name__)
@@ -62,6 +66,11 @@ class MixRankConfig(QuantizationConfigMixin):
         train_batch_size (`int`): Batch size in steps that train.
         view_scale (`float`): Side of the images from which `"distillation"` crops random views, as a multiple of that of
             the model's inputs; 1, and a source that gives tensors, leaves the inputs themselves.
+        output_names (`str`, `list[str]`, *optional*): Which outputs of the model are compared with the original's, such as
+            `"predicted_depth"`. Default: logits of one softmax, else feature maps, the last hidden state or whatever the
+            head gives.
+        interpolate_pos_encoding (`bool`): Whether position embeddings are interpolated, for images of another size than
+            the model's configuration names.
         fisher_samples (`int`): Random probes per image, a backward pass each, for the Fisher information of `"kfac"`.
         target_modules (`str`, `list[str]`, *optional*): Layers to compress, as in PEFT: a regular expression that must
             match the whole name, or a list of names or their last parts, as in Transformers 4.x
@@ -107,6 +116,8 @@ class MixRankConfig(QuantizationConfigMixin):
     learning_rate: float = 5e-4
     train_batch_size: int = 64
     view_scale: float = 2.0
+    output_names: str | list[str] | None = None
+    interpolate_pos_encoding: bool = False
     fisher_samples: int = 1
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
@@ -149,6 +160,15 @@ class MixRankConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         """Return all fields, as `to_dict` does; `repr` of the base class calls this, which Transformers 4.57 lacks."""
         return self.to_dict()
+
+    @property
+    def model_call(self) -> ModelCall:
+        """How models are called, and which of their outputs are compared."""
+        from ..runtime.outputs import ModelCall
+
+        names = self.output_names or []
+        names = [names] if isinstance(names, str) else names
+        return ModelCall(tuple(names), self.interpolate_pos_encoding)
 
     @property
     def factored_layers(self) -> dict[str, FactoredLayer]:

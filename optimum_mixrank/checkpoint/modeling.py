@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,34 @@ from ..runtime.precision import to_float64
 from .rank_map import FactoredLayer, stored_values
 
 
+class Guard(nn.Parameter):
+    """A parameter that is never trained, whatever the user calls.
+
+    `model.requires_grad_(True)` reaches every parameter, and DistributedDataParallel waits for the gradient of each that is
+    trainable; one that takes no part in the forward pass never gets one.
+    """
+
+    @property
+    def requires_grad(self) -> bool:
+        """False; setting it has no effect."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        pass
+
+    def requires_grad_(self, requires_grad: bool = True) -> Guard:
+        """Do nothing."""
+        return self
+
+
 class FactoredLinear(nn.Module, ABC):
     """A linear layer `y = W x + b` whose weight has low rank and is stored as two factors.
 
     The factors are ordinary `nn.Linear` modules, `factor_a` and `factor_b`, which quantizers and PEFT recognize.
 
     `weight` is an empty parameter where a dense layer keeps its weight: a program that does not know this class and
-    expects a dense layer stops with a size mismatch instead of continuing with random weights.
+    expects a dense layer stops with a size mismatch instead of continuing with random weights. It is never trainable.
 
     Attributes:
         layout: Name of the layout in the rank map.
@@ -47,6 +69,21 @@ class FactoredLinear(nn.Module, ABC):
         self.rank = rank
         # A parameter rather than a buffer: buffers of size zero break disk offload in Transformers 4.57.
         self.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; `weight` as one that is never trainable. Assigning an attribute calls this as well."""
+        super().register_parameter(name, _guarding(param) if name == "weight" else param)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredLinear:
+        super()._apply(fn, recurse)
+        # Moved to another kind of device, a parameter is replaced by an ordinary one.
+        self._parameters["weight"] = _guarding(self._parameters["weight"])
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Pickled, a parameter becomes an ordinary one.
+        self._parameters["weight"] = _guarding(self._parameters["weight"])
 
     @property
     @abstractmethod
@@ -114,6 +151,12 @@ class FactoredLinear(nn.Module, ABC):
                     f"{name} of a {type(self).__name__} is a {kinds}, so the product of the factors is unknown. "
                     "Merge adapters first (`merge_and_unload()`); make a model dense before it is quantized."
                 )
+
+
+def _guarding(parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is None or isinstance(parameter, Guard) or parameter.numel():
+        return parameter
+    return Guard(parameter.data, requires_grad=False)
 
 
 class LowRankLinear(FactoredLinear):

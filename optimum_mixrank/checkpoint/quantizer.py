@@ -93,6 +93,7 @@ class MixRankHfQuantizer(HfQuantizer):
             model: The compressed model.
             dtype: Dtype of the result; default: that of the model.
         """
+        from .composite import forget_compression
         from .modeling import FactoredLinear, replace_module
 
         factored = {name: each for name, each in model.named_modules() if isinstance(each, FactoredLinear)}
@@ -100,7 +101,7 @@ class MixRankHfQuantizer(HfQuantizer):
         dense = {name: module.to_linear() for name, module in factored.items()}
         for name, module in dense.items():
             replace_module(model, name, module)
-        self.remove_quantization_config(model)
+        forget_compression(model)
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -114,6 +115,11 @@ def attach(model: PreTrainedModel, quantizer: MixRankHfQuantizer) -> None:
     `is_quantized` stays False, because Transformers forbids `.half()`, `.float()` and training of quantized models, whose
     weights are integers. Factors are ordinary floating-point numbers.
     """
+    from transformers.modeling_utils import PreTrainedModel
+
+    from .composite import describe_on_saving
+
+    describe_on_saving(PreTrainedModel, _attach_configuration)
     model.hf_quantizer = quantizer
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = quantizer.quantization_config
@@ -122,3 +128,7 @@ def attach(model: PreTrainedModel, quantizer: MixRankHfQuantizer) -> None:
         config = getattr(module, "config", None)
         if config is not None and getattr(config, "_is_quantized", False):
             config._is_quantized = False
+
+
+def _attach_configuration(model: PreTrainedModel, config: MixRankConfig) -> None:
+    attach(model, MixRankHfQuantizer(config, pre_quantized=True))

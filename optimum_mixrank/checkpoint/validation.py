@@ -70,6 +70,7 @@ def check_training(config: Any) -> None:
 def check_data(config: Any) -> None:
     """Check which images are drawn, and the random numbers."""
     _check_integer("fisher_samples", config.fisher_samples, 1)
+    _check_call(config)
     if config.dataset is not None and not isinstance(config.dataset, str):
         raise ValueError(
             f"dataset={type(config.dataset).__name__} is not a str; name a folder or a Hub id here, and pass images in "
@@ -77,6 +78,19 @@ def check_data(config: Any) -> None:
         )
     _check_integer("num_samples", config.num_samples, 1)
     _check_integer("seed", config.seed, 0)
+
+
+def _check_call(config: Any) -> None:
+    """Check how the model is called, and what is compared of its output."""
+    names = [config.output_names] if isinstance(config.output_names, str) else config.output_names
+    if names is not None and not (
+        isinstance(names, list) and names and all(isinstance(each, str) and each for each in names)
+    ):
+        raise ValueError(
+            f"output_names={config.output_names!r} is neither None, the name of an output nor a non-empty list of names."
+        )
+    if not isinstance(config.interpolate_pos_encoding, bool):
+        raise ValueError(f"interpolate_pos_encoding={config.interpolate_pos_encoding!r} is neither True nor False.")
 
 
 def check_steps(config: Any) -> None:

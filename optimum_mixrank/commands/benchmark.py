@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from argparse import ArgumentParser
+from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,8 @@ examples:
         )
         add("--batch-size", type=int, nargs="+", default=[1, 32], help="images per forward pass; default: 1 32")
         add("--image-size", type=int, help="height and width of the images in pixels; default: that of the model")
+        interpolate = "interpolate position embeddings; default: where --image-size is given and the model can"
+        add("--interpolate-pos-encoding", action=BooleanOptionalAction, default=None, help=interpolate)
         add("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
         add("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
         add("--threads", type=int, help="number of CPU threads; default: PyTorch's choice")
@@ -142,14 +144,14 @@ examples:
         import torch
 
         from ..runtime.forward import configured_shape
+        from ..runtime.outputs import ModelCall
 
-        if self.args.image_size is None:
-            shape, options = configured_shape(model), {}
-        else:
-            size = self.args.image_size
-            shape = (getattr(model.config, "num_channels", 3), size, size)
-            takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-            options = {"interpolate_pos_encoding": True} if takes else {}
+        size, interpolate = self.args.image_size, self.args.interpolate_pos_encoding
+        shape = configured_shape(model) if size is None else (getattr(model.config, "num_channels", 3), size, size)
+        if interpolate:
+            ModelCall(interpolate_pos_encoding=True).check(model)
+        takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        options = {"interpolate_pos_encoding": True} if interpolate or (interpolate is None and size and takes) else {}
         image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
         return shape, {"pixel_values": image.to(model.device, model.dtype), **options}
 

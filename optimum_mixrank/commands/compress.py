@@ -99,7 +99,7 @@ on several GPUs:
             save_interval=args.save_interval or 60.0,
             **reading_arguments(args),
         )
-        self._round_and_evaluate(compressor, model, saved_dtype)
+        self._round_and_evaluate(compressor, model, saved_dtype, config)
         compressor.save_pretrained(model, args.output, overwrite=args.overwrite, picture=True)
         report = compressor.report
         assert report is not None  # `compress` has made one
@@ -113,7 +113,7 @@ on several GPUs:
         return text, {"output": str(args.output), **report.to_dict()}
 
     def _round_and_evaluate(
-        self, compressor: MixRankCompressor, model: PreTrainedModel, dtype: torch.dtype | None
+        self, compressor: MixRankCompressor, model: PreTrainedModel, dtype: torch.dtype | None, config: MixRankConfig
     ) -> None:
         """Round the model to the dtype that it is saved in, and evaluate the rounded values if asked to."""
         args, computed = self.args, model.dtype
@@ -121,7 +121,8 @@ on several GPUs:
             dtype = computed
         model.to(dtype).to(computed)
         if args.evaluate_on is not None:
-            compressor.evaluate(model, args.evaluate_on, split=args.evaluate_split, **reading_arguments(args))
+            call = {name: getattr(config, name) for name in ("output_names", "interpolate_pos_encoding")}
+            compressor.evaluate(model, args.evaluate_on, split=args.evaluate_split, **call, **reading_arguments(args))
         model.to(dtype)
 
     def advice(self) -> str:

@@ -31,6 +31,8 @@ example:
         add("--label-column", help="default: label or labels, if there is one")
         add("--num-samples", type=int, help="number of images to draw; default: all")
         add("--seed", type=int, default=42, help="seed of that draw; default: 42")
+        add("--output-names", nargs="+", help="outputs to compare, such as predicted_depth; default: by structure")
+        add("--interpolate-pos-encoding", action="store_true", help="for images of another size than the models'")
         add_model_arguments(parser)
 
     def execute(self) -> tuple[str, dict[str, Any]]:
@@ -39,9 +41,10 @@ example:
         compressor = open_compressor(args, args.reference)
         original = compressor.model
         model = type(original).from_pretrained(args.model, dtype=original.dtype, **hub_arguments(args))
-        draw = {name: getattr(args, name) for name in ("split", "image_column", "label_column", "num_samples", "seed")}
+        names = ("split", "image_column", "label_column", "num_samples", "seed")
+        settings = {name: getattr(args, name) for name in (*names, "output_names", "interpolate_pos_encoding")}
         model = model.to(original.device)
-        result = compressor.evaluate(model, args.dataset, **draw, **reading_arguments(args))
+        result = compressor.evaluate(model, args.dataset, **settings, **reading_arguments(args))
         values = {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
         text = "\n".join(
             f"{name:<16}{value:.4g}" if isinstance(value, float) else f"{name:<16}{value:,}"

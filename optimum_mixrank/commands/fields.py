@@ -49,6 +49,10 @@ FIELDS: dict[str, Field] = {
     "min_rank": Field("min-rank", int, "smallest rank; default: 1"),
     "min_rank_ratio": Field("min-rank-ratio", float, "smallest rank as a share of the break-even rank"),
     "max_rank_ratio": Field("max-rank-ratio", float, "largest rank as a share of the break-even rank"),
+    "output_names": Field(
+        "output-names", list, "outputs of the model to compare, such as predicted_depth; default: by structure"
+    ),
+    "interpolate_pos_encoding": Field("interpolate-pos-encoding", bool, "for images of another size than the model's"),
     "cost": Field("cost", str, "what the budget counts: parameters (default) or flops"),
     "dataset": Field("dataset", str, "images: local folder, parquet file or folder, or Hub id"),
     "num_samples": Field("num-samples", int, "number of calibration images to draw; default: 512"),

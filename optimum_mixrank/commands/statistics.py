@@ -46,8 +46,9 @@ def take_statistics(
     args: Any, compressor: MixRankCompressor, config: MixRankConfig, images: datasets.Dataset
 ) -> Calibration:
     """Compute statistics of all layers of the encoder, and write them to the file if one is named."""
-    probes: dict[str, Any] = {"fisher_samples": config.fisher_samples, "seed": config.seed}
-    calibration = compressor.calibrate(images, config.metric, **probes, **reading_arguments(args))
+    names = ("fisher_samples", "seed", "output_names", "interpolate_pos_encoding")
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
+    calibration = compressor.calibrate(images, config.metric, **settings, **reading_arguments(args))
     with compressor.processes.raise_on_all_ranks():
         if args.statistics is not None and compressor.processes.is_main:
             calibration.save(args.statistics)

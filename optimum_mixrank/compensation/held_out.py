@@ -16,7 +16,7 @@ from ..checkpoint.modeling import FactoredLinear, replace_module
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.fidelity import kl_divergence, relative_error
 from ..runtime.forward import evaluation_mode
-from ..runtime.outputs import ModelOutput, select_output
+from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
 from .compensator import CompensationResult, CompensationTask, Compensator
 
 
@@ -74,15 +74,12 @@ def held_out_masks(
 
 
 @torch.no_grad()
-def model_outputs(model: nn.Module, batches: Sequence[Tensor]) -> list[ModelOutput]:
+def model_outputs(model: nn.Module, batches: Sequence[Tensor], call: ModelCall = PLAIN_CALL) -> list[ModelOutput]:
     """Return the outputs of a model in evaluation mode, on the CPU."""
     parameter = next(model.parameters())
     device = getattr(model, "device", parameter.device)
-    config = getattr(model, "config", None)
     with evaluation_mode(model):
-        return [
-            select_output(model(pixel_values=batch.to(device, parameter.dtype)), config).cpu() for batch in batches
-        ]
+        return [call(model, batch.to(device, parameter.dtype)).cpu() for batch in batches]
 
 
 def output_error(
@@ -107,7 +104,7 @@ def output_error(
 def held_out_error(task: CompensationTask) -> float:
     """Return the current error of the compressed model on the held-out images; see `output_error`."""
     with task.processes.raise_on_all_ranks():
-        outputs = model_outputs(task.model, task.held_out)
+        outputs = model_outputs(task.model, task.held_out, task.config.model_call)
     return output_error(outputs, task.references, task.processes)
 
 
@@ -139,7 +136,7 @@ def _run_on_all_images(compensator: Compensator, task: CompensationTask) -> Mapp
             batches=batches,
             numbers=(),
             held_out=held_out,
-            references=model_outputs(task.original, held_out),
+            references=model_outputs(task.original, held_out, task.config.model_call),
             processes=task.processes.apart(),
             # Decoding them would exchange messages between processes.
             high_resolution=None,

@@ -49,8 +49,8 @@ def prepare_images(
     numbered = {batch.index: batch.pixel_values for batch in images}
     batches, held_out = split_batches(numbered, config.held_out_ratio, config.seed, processes)
     with processes.raise_on_all_ranks():
-        references = model_outputs(original, held_out)
-        again = model_outputs(original, held_out[:1])
+        references = model_outputs(original, held_out, config.model_call)
+        again = model_outputs(original, held_out[:1], config.model_call)
         if again and output_error(again, references[:1]) > 1e-6:
             raise ValueError(
                 f"{type(original).__name__} gives another output each time for the same images, perhaps because it draws "

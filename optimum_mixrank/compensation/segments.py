@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.hooks import hooks_removed_on_exit
+from ..runtime.outputs import PLAIN_CALL, ModelCall
 
 
 @dataclass
@@ -75,12 +76,19 @@ class SegmentReplay:
         segments: Module names of the segments, in forward order.
         batches: `pixel_values`, each `[batch, channels, height, width]`; iterated over once per segment.
         keep: How calls are stored.
+        call: How the model is called.
     """
 
     def __init__(
-        self, model: nn.Module, segments: Sequence[str], batches: Iterable[Tensor], keep: Keep = in_memory
+        self,
+        model: nn.Module,
+        segments: Sequence[str],
+        batches: Iterable[Tensor],
+        keep: Keep = in_memory,
+        call: ModelCall = PLAIN_CALL,
     ) -> None:
         self._model = model
+        self._call = call
         self._segments = list(segments)
         self._batches = batches
         self._device = getattr(model, "device", next(model.parameters()).device)
@@ -124,7 +132,7 @@ class SegmentReplay:
 
         handle = target.register_forward_pre_hook(hook, with_kwargs=True)
         with suppress(StopForward), hooks_removed_on_exit([handle]), _returning(skipped, output):
-            self._model(pixel_values=batch.to(self._device, self._dtype))
+            self._call.run(self._model, batch.to(self._device, self._dtype))
         if not captured:
             raise RuntimeError(f"Segment {self._segments[position]!r} was not reached; the model skips its blocks.")
         return captured[0]

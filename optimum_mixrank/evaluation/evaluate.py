@@ -16,7 +16,7 @@ from ..calibration.images.batches import Batch, ImageBatches
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.fidelity import agreement, kl_divergence, relative_error
 from ..runtime.forward import evaluation_mode
-from ..runtime.outputs import ModelOutput, select_output
+from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
 
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def evaluate_model(
     reference: nn.Module | None = None,
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
+    call: ModelCall = PLAIN_CALL,
 ) -> EvaluationResult:
     """Measure a model on images and, if its original is given, how far the two differ.
 
@@ -85,6 +86,7 @@ def evaluate_model(
         reference: The original model.
         progress: Whether to show a progress bar.
         processes: The processes among which the batches are distributed.
+        call: How the models are called, and which of their outputs are compared.
 
     Returns:
         Means over all images of all processes.
@@ -104,7 +106,7 @@ def evaluate_model(
         for each in models.values():
             stack.enter_context(evaluation_mode(each))
         for batch in batches:
-            outputs = {name: _run(each, batch.pixel_values, name) for name, each in models.items()}
+            outputs = {name: _run(each, batch.pixel_values, name, call) for name, each in models.items()}
             sums = _count_correct(outputs, batch.labels, metrics) | _compare(outputs)
             if not sums:
                 raise ValueError(
@@ -183,14 +185,14 @@ def _compare(outputs: Mapping[str, ModelOutput]) -> dict[str, float]:
     return {name: value.double().sum().item() for name, value in values.items()}
 
 
-def _run(model: nn.Module, pixel_values: Tensor, name: str) -> ModelOutput:
+def _run(model: nn.Module, pixel_values: Tensor, name: str, call: ModelCall) -> ModelOutput:
     """Return the output on the CPU, where those of two models can be compared."""
     parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     # Parameters that are offloaded to disk are on the meta device; Accelerate then moves the input itself.
     device = next((parameter.device for parameter in parameters if not parameter.is_meta), pixel_values.device)
     dtype = parameters[0].dtype if parameters else pixel_values.dtype
     pixel_values = pixel_values.to(device, dtype, non_blocking=pixel_values.is_pinned())
-    output = select_output(model(pixel_values=pixel_values), getattr(model, "config", None)).cpu()
+    output = call(model, pixel_values).cpu()
     for tensor in (*output.features, *(() if output.logits is None else (output.logits,))):
         if not torch.isfinite(tensor).all():
             raise ValueError(

@@ -164,6 +164,7 @@ def _decompose(
             processes=run.processes,
             journal=run.journal,
             images_known=run.images_known,
+            call=config.model_call,
         )
         groups = [run.targets] if memory is None else _groups(run.targets, memory)
         keep_gradients = bool(config.compensation)

@@ -13,6 +13,7 @@ from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
 from ..calibration.images.sources import load_image_dataset
+from ..calibration.plain_layers import MERGE
 from ..calibration.result import Calibration
 from ..calibration.targets import find_targets
 from ..calibration.task import CalibrationTask, required_statistics
@@ -23,6 +24,8 @@ from ..evaluation.evaluate import EvaluationResult, evaluate_model
 from ..reporting import CompressionReport
 from ..reporting.profile import RankProfile
 from ..runtime.distributed import Processes, find_processes, quiet_unless_main
+from ..runtime.forward import ordinary_modes
+from ..runtime.outputs import ModelCall
 from ..runtime.phases import phase
 from ..runtime.precision import tf32_statistics
 from .compress import check_statistics, compress
@@ -49,7 +52,7 @@ def _in_every_process(method: Callable[Parameters, Result]) -> Callable[Paramete
     @functools.wraps(method)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         compressor = cast("MixRankCompressor", args[0])
-        with quiet_unless_main(compressor.processes), tf32_statistics(compressor.allow_tf32):
+        with ordinary_modes(), quiet_unless_main(compressor.processes), tf32_statistics(compressor.allow_tf32):
             return method(*args, **kwargs)
 
     return wrapped
@@ -60,6 +63,11 @@ def _checked(config: MixRankConfig, save_interval: float) -> MixRankConfig:
     if save_interval <= 0:
         raise ValueError(f"save_interval={save_interval!r} is not a positive number of seconds.")
     return config
+
+
+def _model_call(output_names: str | Sequence[str] | None, interpolate_pos_encoding: bool) -> ModelCall:
+    names = [output_names] if isinstance(output_names, str) else output_names
+    return ModelCall(tuple(names or ()), interpolate_pos_encoding)
 
 
 class MixRankCompressor(OptimumQuantizer):
@@ -95,6 +103,8 @@ class MixRankCompressor(OptimumQuantizer):
     ) -> None:
         super().__init__()
         if not isinstance(model, PreTrainedModel):
+            if type(model).__module__.startswith("peft."):
+                raise TypeError(f"model is a {type(model).__name__} with an adapter that is not merged. {MERGE}")
             raise TypeError(
                 f"model is a {type(model).__name__}, not a Transformers model; use "
                 "`MixRankCompressor.from_pretrained(path_or_hub_id)` for a path or Hub id."
@@ -140,7 +150,7 @@ class MixRankCompressor(OptimumQuantizer):
         processes = find_processes(accelerator)
         # A process alone, without an accelerator, leaves the model on the CPU.
         default_device = None if processes.is_single and accelerator is None else processes.device
-        with quiet_unless_main(processes):
+        with ordinary_modes(), quiet_unless_main(processes):
             model, found = open_original(model_or_path, dtype, device, default_device, auto_class, hub_kwargs)
         return cls(model, found if image_processor is None else image_processor, accelerator, allow_tf32=allow_tf32)
 
@@ -191,6 +201,8 @@ class MixRankCompressor(OptimumQuantizer):
         batch_size: int = 32,
         max_broken_share: float = 0.05,
         num_workers: int = 0,
+        output_names: str | Sequence[str] | None = None,
+        interpolate_pos_encoding: bool = False,
     ) -> Calibration:
         """Collect, in one pass, the statistics that metrics need, to try several ratios or metrics on the same ones.
 
@@ -204,19 +216,24 @@ class MixRankCompressor(OptimumQuantizer):
             batch_size: See `compress`.
             max_broken_share: See `compress`.
             num_workers: See `compress`.
+            output_names: As in `MixRankConfig`.
+            interpolate_pos_encoding: As in `MixRankConfig`.
 
         Raises:
             ValueError: for unusable images, NaN or Inf, or layers that never run.
         """
         metrics = [METRICS.create(name) for name in ([metric] if isinstance(metric, str) else metric)]
-        processes = self.processes
+        processes, call = self.processes, _model_call(output_names, interpolate_pos_encoding)
         with processes.raise_on_all_ranks():
+            call.check(self.model)
             targets = find_targets(self.model, target_modules, exclude_modules)
             if not required_statistics(metrics, targets):
                 return Calibration({}, 0)
             batches = self._reader(batch_size, num_workers, max_broken_share).read(calibration_dataset)
         fingerprint = shared_fingerprint(self.model, processes)
-        task = CalibrationTask(self.model, fingerprint, batches, None, metrics, fisher_samples, seed, processes)
+        task = CalibrationTask(
+            self.model, fingerprint, batches, None, metrics, fisher_samples, seed, processes, call=call
+        )
         return task.collect(targets)
 
     @_in_every_process
@@ -384,6 +401,8 @@ class MixRankCompressor(OptimumQuantizer):
         seed: int = 42,
         batch_size: int = 32,
         num_workers: int = 0,
+        output_names: str | Sequence[str] | None = None,
+        interpolate_pos_encoding: bool = False,
     ) -> EvaluationResult:
         """Measure what a compressed model has lost against the original; kept in `self.report` too.
 
@@ -397,12 +416,19 @@ class MixRankCompressor(OptimumQuantizer):
             seed: Seed of that draw.
             batch_size: Images per forward pass.
             num_workers: See `compress`.
+            output_names: As in `MixRankConfig`.
+            interpolate_pos_encoding: As in `MixRankConfig`.
+
+        Raises:
+            ValueError: for unusable images, names that the output lacks, NaN or Inf, or models that cannot be compared.
         """
+        call = _model_call(output_names, interpolate_pos_encoding)
         draw = {"split": split, "num_samples": num_samples, "seed": seed}
         with self.processes.raise_on_all_ranks():
+            call.check(model)
             batches = self._reader(batch_size, num_workers).read_labelled(dataset, image_column, label_column, **draw)
         with phase("Evaluated") as evaluating:
-            result = evaluate_model(model, batches, reference=self.model, processes=self.processes)
+            result = evaluate_model(model, batches, reference=self.model, processes=self.processes, call=call)
             evaluating.add_detail(*result.facts())
         if self.report is not None:
             self.report = dataclasses.replace(self.report, evaluation=dataclasses.asdict(result))

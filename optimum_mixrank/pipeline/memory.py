@@ -123,7 +123,8 @@ def estimate_memory(
     Raises:
         ValueError: if the limit cannot be met, or the model's configuration has no image size.
     """
-    size = probe_model(model, targets, any(each & GRADIENT_STATISTICS for each in task.required.values()))
+    with_gradients = any(each & GRADIENT_STATISTICS for each in task.required.values())
+    size = probe_model(model, targets, with_gradients, task.config.model_call)
     if max_memory is None:
         return plan_memory(size, task)
     device = model.device

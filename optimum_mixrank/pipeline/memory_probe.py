@@ -14,7 +14,7 @@ from ..compensation.segments import Call, find_segments
 from ..evaluation.memory import live_bytes, weight_bytes
 from ..runtime.forward import activation_gradients, black_image, evaluation_mode
 from ..runtime.hooks import hooks_removed_on_exit
-from ..runtime.outputs import select_output
+from ..runtime.outputs import PLAIN_CALL, ModelCall
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,12 @@ class ModelSize:
     on_host: bool = True
 
 
-def probe_model(model: nn.Module, targets: Sequence[Target], with_gradients: bool) -> ModelSize:
+def probe_model(
+    model: nn.Module, targets: Sequence[Target], with_gradients: bool, call: ModelCall = PLAIN_CALL
+) -> ModelSize:
     """Measure a model on one black image, with a backward pass if gradients will be needed.
+
+    The image has the size that the model's configuration names; `call` says which outputs gradients are taken of.
 
     Raises:
         ValueError: if the model's configuration has no image size, or a layer is not called.
@@ -95,7 +99,7 @@ def probe_model(model: nn.Module, targets: Sequence[Target], with_gradients: boo
     backward = forward
     if with_gradients:
         with evaluation_mode(model), activation_gradients(model):
-            backward = live_bytes(model, lambda: _gradients(model, image))
+            backward = live_bytes(model, lambda: _gradients(model, image, call))
     return ModelSize(
         layers=layers,
         weights=weight_bytes(model),
@@ -136,8 +140,8 @@ def _segments(
     return max(boundaries), max(outputs)
 
 
-def _gradients(model: nn.Module, image: Tensor) -> None:
+def _gradients(model: nn.Module, image: Tensor, call: ModelCall) -> None:
     """Run a forward and backward pass."""
-    found = select_output(model(pixel_values=image.clone().requires_grad_()), getattr(model, "config", None))
+    found = call(model, image.clone().requires_grad_())
     tensors = [found.logits] if found.logits is not None else list(found.features)
     torch.stack([tensor.sum() for tensor in tensors]).sum().backward()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..allocation.budget import LayerSpec, RankBudget
 from ..calibration.fingerprint import fingerprint_model
 from ..calibration.images.batches import ImageBatches
+from ..calibration.plain_layers import check_uses
 from ..calibration.result import Calibration
 from ..calibration.targets import encoder_linears, match_values, select_targets
 from ..checkpoint.configuration import MixRankConfig
@@ -80,8 +81,10 @@ class CompressionRun:
         """
         with reader.processes.raise_on_all_ranks():
             config.validate()
+            config.model_call.check(reader.model)
             linears = encoder_linears(reader.model)
             targets = select_targets(linears, config.target_modules, config.exclude_modules)
+            check_uses(reader.model, targets)
             check_weights(targets)
             budget = rank_budget(reader.model, config, targets)
             budget.check()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -36,6 +36,20 @@ def activation_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def ordinary_modes() -> Iterator[None]:
+    """Compute as outside of `torch.inference_mode()` and with the CPU as default device, whatever the caller has set.
+
+    Gradients are needed where the caller needs none, and tensors are made beside those of the model, on the CPU.
+    """
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
 def black_image(model: nn.Module, pixel_values_shape: Sequence[int] | None = None) -> torch.Tensor:
     """Return an image of zeros, `[1, channels, height, width]`, on the model's device and in its dtype.
 
@@ -60,15 +74,21 @@ def configured_shape(model: nn.Module) -> tuple[int, ...]:
         ValueError: if the configuration does not give it.
     """
     config = getattr(model, "config", None)
-    size = getattr(config, "image_size", None)
-    if isinstance(size, int):
-        size = (size, size)
-    if not isinstance(size, list | tuple) or len(size) != 2:
-        raise ValueError(
-            f"The configuration of {type(model).__name__} has image_size={size!r}, which is not an image size; pass "
-            "`pixel_values_shape=(channels, height, width)`."
-        )
-    return getattr(config, "num_channels", 3), *size
+    sizes = [(each, getattr(each, "image_size", None)) for each in _vision_configurations(config)]
+    for each, size in sizes:
+        pair = (size, size) if isinstance(size, int) else size
+        if isinstance(pair, list | tuple) and len(pair) == 2:
+            return getattr(each, "num_channels", 3), *pair
+    raise ValueError(
+        f"The configuration of {type(model).__name__} has image_size={sizes[0][1]!r}, which is not an "
+        "image size; pass `pixel_values_shape=(channels, height, width)`."
+    )
+
+
+def _vision_configurations(config: object) -> list[object]:
+    """Return a configuration, followed by those of its parts that images go into."""
+    names = ("backbone_config", "vision_config", "encoder")
+    return [config, *(part for name in names if (part := getattr(config, name, None)) is not None)]
 
 
 _MAX_TOKENS = 256

@@ -1,5 +1,7 @@
 """Which layers are found, under which canonical names, whatever the class and the head of the model."""
 
+import logging
+
 import pytest
 import torch
 import transformers
@@ -219,3 +221,31 @@ def test_finding_targets_changes_nothing():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     find_targets(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_does_not_run_on_its_configured_size_is_named(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("optimum_mixrank"), "propagate", True)
+    model = tiny_vit()
+    model.config.image_size = 31
+    assert len(find_targets(model)) == len(VIT_NAMES)
+    assert (
+        "Which layers of this ViTForImageClassification see the image is unknown, because it does not" in caplog.text
+    )
+
+
+def test_the_size_of_a_backbone(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("optimum_mixrank"), "propagate", True)
+    sizes = {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 8,
+        "window_size": 4,
+        "depths": [1] * 4,
+        "num_heads": [1] * 4,
+    }
+    backbone = transformers.Swinv2Config(**sizes, out_features=["stage1", "stage2", "stage3", "stage4"])
+    heads = {"hidden_size": 8, "auxiliary_in_channels": 32, "auxiliary_channels": 8, "pool_scales": [1]}
+    config = transformers.UperNetConfig(backbone_config=backbone, num_labels=3, **heads)
+    found = find_targets(transformers.UperNetForSemanticSegmentation(config).eval())
+    assert found and not any("continuous_position_bias" in target.name for target in found)
+    assert "is unknown" not in caplog.text

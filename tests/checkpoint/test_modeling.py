@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -262,3 +263,32 @@ def test_replace_module(name):
     replace_module(model, name, layer)
     assert model.get_submodule(name) is layer
     assert [each for each, _ in model.named_modules()] == names
+
+
+def trained_guards(model):
+    """Ask for all gradients in every way there is; return the empty parameters that would be trained."""
+    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+        parameter.requires_grad_()
+    assert model.factor_a.weight.requires_grad
+    return [name for name, parameter in model.named_parameters() if not parameter.numel() and parameter.requires_grad]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda layer: layer,
+        copy.deepcopy,
+        lambda layer: pickle.loads(pickle.dumps(layer)),
+        lambda layer: layer.half().double(),
+        lambda layer: layer.to("meta").to_empty(device="cpu"),
+        lambda layer: layer.load_state_dict(layer.state_dict(), assign=True) and layer,
+        lambda layer: setattr(layer, "weight", nn.Parameter(torch.empty(0))) or layer,
+    ],
+    ids=["new", "copy", "pickled", "converted", "moved", "assigned state", "assigned"],
+)
+def test_the_empty_weight_is_never_trained(changed):
+    layer = changed(low_rank(50, 36, 7))
+    assert trained_guards(layer) == []
+    assert layer.weight.numel() == 0 and "weight" in layer.state_dict()

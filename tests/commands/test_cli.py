@@ -127,6 +127,12 @@ def test_evaluate_agrees_with_the_report(compressed):
     assert json.loads(stdout)["kl"] == pytest.approx(values["evaluation"]["kl"], rel=1e-4)
 
 
+def test_evaluate_names_an_output_that_is_missing(compressed):
+    common = ("evaluate", "--model", compressed[0], "--reference", MODEL, "--dataset", DATA, "--split", "test")
+    stderr = cli(*common, "--num-samples", 4, "--interpolate-pos-encoding", "--output-names", "heatmaps", code=1)[1]
+    assert "output_names='heatmaps': a ImageClassifierOutput holds no such tensors" in stderr
+
+
 def test_merge(compressed, tmp_path):
     out, values, _ = compressed
     cli("merge", "--model", out, "--output", tmp_path / "dense")

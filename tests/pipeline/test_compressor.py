@@ -13,7 +13,14 @@ from calibration.pictures import processor, write
 from datasets import load_dataset
 from models import tiny_swin, tiny_vit
 from optimum.quantization_base import OptimumQuantizer
-from transformers import AutoModelForImageClassification, ViTForImageClassification, pipeline
+from transformers import (
+    AutoModelForImageClassification,
+    ViTForImageClassification,
+    VitPoseBackboneConfig,
+    VitPoseConfig,
+    VitPoseForPoseEstimation,
+    pipeline,
+)
 
 from optimum_mixrank import LowRankLinear, MixRankCompressor, MixRankConfig
 from optimum_mixrank.reporting import CompressionReport
@@ -285,3 +292,85 @@ def test_recipes_rank_as_promised_on_the_shipped_model(shipped):
         kl[name] = shipped.evaluate(model, load_dataset(str(SHIPPED / "data"), split="test"), batch_size=64).kl
     assert kl["best"] < kl["paper"]
     assert kl["best"] < kl["second moment"] < kl["svd"]
+
+
+def weights(model):
+    return list(model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [torch.inference_mode, torch.no_grad, lambda: torch.device("meta")],
+    ids=["inference", "no grad", "meta"],
+)
+def test_surroundings_do_not_change_the_result(surroundings):
+    model, steps = tiny_vit(), ["sequential", "distillation"]
+    expected = MixRankCompressor(model).compress(config(compensation=steps, epochs=1), [PIXELS])
+    compressor = MixRankCompressor(model)
+    with surroundings():
+        result = compressor.compress(config(compensation=steps, epochs=1), [PIXELS])
+        assert compressor.evaluate(result, [PIXELS]).kl < 1
+    assert all(torch.equal(*pair) for pair in zip(weights(expected), weights(result), strict=True))
+    assert not any(each.is_inference() for each in result.parameters())
+
+
+def test_images_and_weights_of_inference_mode():
+    with torch.inference_mode():
+        images, model = PIXELS.clone(), copy.deepcopy(tiny_vit())
+    assert MixRankCompressor(tiny_vit()).compress(config(), [images])
+    with pytest.raises(ValueError, match=r"were made inside `torch.inference_mode\(\)`, the first is"):
+        MixRankCompressor(model).compress(config(), [PIXELS])
+
+
+POSE = VitPoseConfig(
+    backbone_config=VitPoseBackboneConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=[32, 32],
+        patch_size=[8, 8],
+        out_indices=[2],
+    ),
+    num_labels=3,
+)
+
+
+@pytest.mark.parametrize("names", [None, "heatmaps"])
+def test_a_head_of_its_own_kind(names, tmp_path):
+    compressor = MixRankCompressor(VitPoseForPoseEstimation(POSE).eval())
+    settings = config(output_names=names, layout="factors")
+    model = compressor.compress(settings, [PIXELS], save_directory=tmp_path / "out")
+    assert 0 < compressor.evaluate(model, [PIXELS], output_names=names).feature_error < 1
+    opened = VitPoseForPoseEstimation.from_pretrained(tmp_path / "out")
+    assert opened.config.quantization_config.output_names == names
+
+
+def test_an_output_that_the_model_lacks():
+    compressor = MixRankCompressor(tiny_vit())
+    with pytest.raises(ValueError, match="output_names='heatmaps': a ImageClassifierOutput holds no .*`logits`"):
+        compressor.compress(config(output_names="heatmaps", recipe="fast"), [PIXELS])
+    with pytest.raises(ValueError, match="output_names='heatmaps'"):
+        compressor.evaluate(tiny_vit(), [PIXELS], output_names=["heatmaps"])
+
+
+@pytest.mark.parametrize("steps", [["sequential", "distillation"], ["blocks"]], ids="-".join)
+def test_images_of_another_size(steps):
+    compressor, images = MixRankCompressor(tiny_vit()), [torch.randn(8, 3, 48, 48)]
+    asked = {"interpolate_pos_encoding": True}
+    model = compressor.compress(config(**asked, compensation=steps, epochs=1), images)
+    assert compressor.evaluate(model, images, **asked).kl < 1
+    assert compressor.calibrate(images, "kfac", **asked).layers
+    with pytest.raises(ValueError, match="doesn't match model"):
+        compressor.compress(config(), images)
+
+
+def test_positions_that_cannot_be_interpolated():
+    compressor = MixRankCompressor(VitPoseForPoseEstimation(POSE).eval())
+    for run in (
+        lambda: compressor.compress(config(interpolate_pos_encoding=True), [PIXELS]),
+        lambda: compressor.evaluate(compressor.model, [PIXELS], interpolate_pos_encoding=True),
+        lambda: compressor.calibrate([PIXELS], interpolate_pos_encoding=True),
+    ):
+        with pytest.raises(ValueError, match="VitPoseForPoseEstimation has no such argument"):
+            run()

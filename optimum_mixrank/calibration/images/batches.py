@@ -168,6 +168,9 @@ class ImageBatches:
                 self._check_broken_share(len(self._rows))
             if batch is None or batch.num_images == 0:
                 continue
+            if batch.pixel_values.is_inference():
+                # Made inside `torch.inference_mode()`: no gradients can be computed with respect to it.
+                batch = dataclasses.replace(batch, pixel_values=batch.pixel_values.clone())
             self._pass.check_shape(batch.pixel_values.shape[1:])
             self._pass.usable += batch.num_images
             if self._with_fingerprint:

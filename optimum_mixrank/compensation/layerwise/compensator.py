@@ -78,16 +78,17 @@ class LayerwiseCompensator(Compensator):
     def compensate(self, task: CompensationTask) -> Mapping[str, Any]:
         """See `Compensator.compensate`."""
         layers = {target.name: target for target in task.factored}
-        segments = find_segments(task.original, list(layers))
+        segments, call = find_segments(task.original, list(layers)), task.config.model_call
         bar = logging.tqdm(total=len(layers), desc=self.description, unit="layer")
         store = spilled(task.storage.on_disk, task.journal.directory, task.processes.index)
         with bar, evaluation_mode(task.original), evaluation_mode(task.model), store as keep:
             batches = _WithMirrored(task.batches) if task.config.mirror else task.batches
             with task.processes.raise_on_all_ranks():
-                original = SegmentReplay(task.original, segments, batches, keep["original"])
-                compressed = SegmentReplay(task.model, segments, batches, keep["compressed"])
+                original = SegmentReplay(task.original, segments, batches, keep["original"], call)
+                compressed = SegmentReplay(task.model, segments, batches, keep["compressed"], call)
                 # The structure is the same for all images.
-                probe = SegmentReplay(task.original, segments, [batch[:PROBED_IMAGES] for batch in task.batches[:1]])
+                probed = [batch[:PROBED_IMAGES] for batch in task.batches[:1]]
+                probe = SegmentReplay(task.original, segments, probed, call=call)
             progress = _resume(task)
             for position, segment in enumerate(segments):
                 prefix = f"{segment}."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...checkpoint.factorize import share_model
 from ...runtime.forward import evaluation_mode, fast_attention_for_training
 from ...runtime.hooks import hooks_removed_on_exit
-from ...runtime.outputs import ModelOutput, select_output
+from ...runtime.outputs import ModelCall, ModelOutput
 from ..compensator import COMPENSATORS, CompensationTask, Compensator
 from ..held_out import held_out_error
 from .augmentation import Views, augment
@@ -65,7 +65,7 @@ class DistillationCompensator(Compensator):
             return self._loss(task, augment(source[indices], size, generator, self.views, part), share)
 
         with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
-            factors = factor_groups(task.model, names, images, batch_size, config.seed, processes)
+            factors = factor_groups(task.model, names, images, batch_size, config.seed, processes, config.model_call)
             vectors = vector_group(task.model, names, getattr(task.model, "base_model", task.model))
             # Memory is freed here if views come from larger images.
             del images
@@ -89,8 +89,8 @@ class DistillationCompensator(Compensator):
         device = next(task.model.parameters()).device
         with task.processes.raise_on_all_ranks(), task.processes.autocast(device):
             with torch.no_grad():
-                original, original_features = _run(task.original, pixel_values)
-            compressed, compressed_features = _run(task.model, pixel_values)
+                original, original_features = _run(task.original, pixel_values, task.config.model_call)
+            compressed, compressed_features = _run(task.model, pixel_values, task.config.model_call)
         total = torch.zeros((), device=device)
         if compressed.logits is not None and original.logits is not None:
             log_q = compressed.logits.float().log_softmax(dim=-1)
@@ -105,7 +105,7 @@ class DistillationCompensator(Compensator):
         return total
 
 
-def _run(model: nn.Module, pixel_values: Tensor) -> tuple[ModelOutput, Tensor | None]:
+def _run(model: nn.Module, pixel_values: Tensor, call: ModelCall) -> tuple[ModelOutput, Tensor | None]:
     """Return the output of a model and the last hidden state of its encoder, `[batch, ..., width]`, if there is one."""
     hidden: list[Tensor] = []
 
@@ -118,5 +118,5 @@ def _run(model: nn.Module, pixel_values: Tensor) -> tuple[ModelOutput, Tensor | 
     handle = getattr(model, "base_model", model).register_forward_hook(hook)
     parameter = next(model.parameters())
     with hooks_removed_on_exit([handle]):
-        output = model(pixel_values=pixel_values.to(parameter.device, parameter.dtype))
-    return select_output(output, getattr(model, "config", None)), hidden[0] if hidden else None
+        output = call(model, pixel_values.to(parameter.device, parameter.dtype))
+    return output, hidden[0] if hidden else None

@@ -12,6 +12,7 @@ from ...calibration.collect import collect_statistics
 from ...calibration.images.batches import Batch
 from ...decomposition import LayerStatistics, Statistic
 from ...runtime.distributed import SINGLE_PROCESS, Processes
+from ...runtime.outputs import PLAIN_CALL, ModelCall
 from ...runtime.precision import to_float64
 from .whitening import Roots, whitened_balance
 
@@ -35,6 +36,7 @@ def factor_groups(
     batch_size: int,
     seed: int,
     processes: Processes = SINGLE_PROCESS,
+    call: ModelCall = PLAIN_CALL,
 ) -> dict[str, list[Group]]:
     """Balance the factors of layers in whitened coordinates, and return their groups for `WhitenedAdam`.
 
@@ -48,6 +50,7 @@ def factor_groups(
         batch_size: Batch size of the passes.
         seed: Seed of the choice of images and of the Fisher probes.
         processes: The processes that share the work.
+        call: How the model is called, and for which of its outputs gradients are computed.
 
     Returns:
         Two groups for each layer, with `params`, `left` or `right`, and `scale`, the size of the factors' entries, by
@@ -56,7 +59,7 @@ def factor_groups(
     Raises:
         ValueError: if a layer is not called, or NaN or Inf occur.
     """
-    statistics = _statistics(model, names, images, batch_size, seed, processes)
+    statistics = _statistics(model, names, images, batch_size, seed, processes, call)
     # Layers with the same input share its statistics and hence its roots.
     sharing: dict[int, list[str]] = {}
     for name in names:
@@ -79,7 +82,13 @@ def factor_groups(
 
 
 def _statistics(
-    model: nn.Module, names: Sequence[str], images: Tensor, batch_size: int, seed: int, processes: Processes
+    model: nn.Module,
+    names: Sequence[str],
+    images: Tensor,
+    batch_size: int,
+    seed: int,
+    processes: Processes,
+    call: ModelCall,
 ) -> Mapping[str, LayerStatistics]:
     """Return the input covariances and gradient moments of layers, from images drawn at random."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +97,7 @@ def _statistics(
     parts = enumerate(chosen.split(batch_size))
     batches = [Batch(part, index=index) for index, part in parts if processes.owns(index)]
     required = dict.fromkeys(names, kinds)
-    return collect_statistics(model, batches, required, len(chosen), seed=seed, processes=processes)[0]
+    return collect_statistics(model, batches, required, len(chosen), seed=seed, processes=processes, call=call)[0]
 
 
 def _coordinates(

@@ -1,0 +1,119 @@
+"""A compressed model as a part of another: an encoder under a decoder, a vision tower, a backbone.
+
+Loading looks for the rank map in the configuration of the whole, which knows nothing of how its parts were made. Before a
+model is saved, its own configuration therefore gets the map of all factored layers that it holds, under the names that
+they have in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .configuration import MixRankConfig
+from .rank_map import QUANT_METHOD
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Attach = Callable[["PreTrainedModel", MixRankConfig], None]
+"""Gives a model the attributes of a compressed one, with this configuration."""
+
+_WRAPPED = "_describes_factored_layers"
+
+
+def describe_factored_layers(model: PreTrainedModel, attach: Attach) -> None:
+    """Make the configuration of a model name all factored layers that it holds, and no others.
+
+    The maps of several compressed parts are merged; the other settings are those of the model itself, or else of its
+    first compressed part, and `attach` gives the model the new configuration. A complete one is left as it is.
+    """
+    from .modeling import FactoredLinear
+    from .names import canonical_names
+
+    _drop_dtypes(model)
+    factored = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+    own = _settings(model.config)
+    if not factored:
+        if own is not None and own.rank_map:
+            forget_compression(model)
+        return
+    names = canonical_names(model)
+    entries = {names[name]: module for name, module in factored.items()}
+    if own is not None and own.rank_map.keys() == entries.keys():
+        return
+    parts = (_settings(getattr(module, "config", None)) for module in model.modules())
+    settings = own or next((each for each in parts if each is not None), MixRankConfig())
+    known = {} if own is None else own.rank_map
+    rank_map = {name: known.get(name) or module.entry.to_dict() for name, module in entries.items()}
+    attach(model, dataclasses.replace(settings, rank_map=rank_map))
+
+
+def forget_compression(model: PreTrainedModel) -> None:
+    """Remove every trace of compression from a dense model and the configurations of its parts."""
+    for each in model.modules():
+        for name in ("hf_quantizer", "quantization_method"):
+            # `hf_quantizer` is an attribute of every module that has been compressed or loaded by itself.
+            if name in vars(each):
+                delattr(each, name)
+    for config in _configurations(model):
+        if _settings(config) is not None:
+            del config.quantization_config
+    _drop_dtypes(model)
+    model.is_quantized = False
+
+
+def _drop_dtypes(model: PreTrainedModel) -> None:
+    """Drop the dtype that Transformers 4.57 notes in the configurations of parts, and cannot save."""
+    for config in _configurations(model):
+        vars(config).pop("_pre_quantization_dtype", None)
+
+
+def _configurations(model: PreTrainedModel) -> list[Any]:
+    """Return the configurations of a model and its parts, each once."""
+    found: dict[int, Any] = {}
+    waiting = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found and isinstance(config, _configuration_class()):
+            found[id(config)] = config
+            waiting += vars(config).values()
+    return list(found.values())
+
+
+def _configuration_class() -> type:
+    from transformers import configuration_utils
+
+    # The name has changed in Transformers 5.
+    return getattr(configuration_utils, "PreTrainedConfig", None) or configuration_utils.PretrainedConfig
+
+
+def describe_on_saving(model_class: type[PreTrainedModel], attach: Attach) -> None:
+    """Make `save_pretrained` of all models describe their factored layers first; does nothing the second time.
+
+    Transformers calls nothing of a part when the whole is saved.
+    """
+    save = model_class.save_pretrained
+    if getattr(save, _WRAPPED, False):
+        return
+
+    @functools.wraps(save)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        # With an adapter on the factors, Transformers saves the adapter alone.
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            describe_factored_layers(self, attach)
+        return save(self, *args, **kwargs)
+
+    setattr(save_pretrained, _WRAPPED, True)
+    setattr(model_class, "save_pretrained", save_pretrained)  # noqa: B010 - mypy allows no plain assignment
+
+
+def _settings(config: Any) -> MixRankConfig | None:
+    """Return the settings of a compression that a configuration of Transformers holds, parsed or as read from a file."""
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, Mapping) and stored.get("quant_method") == QUANT_METHOD:
+        return MixRankConfig.from_dict(dict(stored))
+    return stored if isinstance(stored, MixRankConfig) else None

@@ -1,0 +1,133 @@
+"""Which tensors of an output are compared, for all kinds of heads."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import tiny_swin, tiny_vit
+from transformers import ViTModel
+from transformers.modeling_outputs import DepthEstimatorOutput, ImageClassifierOutput
+from transformers.utils import ModelOutput as TransformersOutput
+
+from optimum_mixrank.runtime.outputs import ModelCall, select_output
+
+
+IMAGES = 4
+PLAIN = SimpleNamespace()
+
+
+def rows(*shape):
+    return torch.randn(IMAGES, *shape)
+
+
+@dataclass
+class Masks(TransformersOutput):
+    loss: torch.Tensor | None = None
+    pred_masks: torch.Tensor | None = None
+    iou_scores: torch.Tensor | None = None
+    vision_hidden_states: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+    past_key_values: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class Plain:
+    """An output that is no mapping."""
+
+    scores: torch.Tensor
+    labels: torch.Tensor
+
+
+def test_logits_of_one_softmax():
+    logits = rows(5)
+    for names in ((), ("logits",)):
+        assert select_output(ImageClassifierOutput(logits=logits), PLAIN, names).logits is logits
+
+
+def test_a_head_without_a_known_name():
+    depth = rows(8, 8)
+    output = DepthEstimatorOutput(loss=torch.tensor(1.0), predicted_depth=depth, hidden_states=(rows(3, 2),))
+    found = select_output(output, PLAIN, (), IMAGES)
+    assert found.logits is None and len(found.features) == 1 and found.features[0] is depth
+
+
+def test_all_tensors_of_the_result_and_no_others():
+    more = {name: (rows(2, 2),) for name in ("vision_hidden_states", "cross_attentions", "past_key_values")}
+    masks, scores = rows(1, 8, 8), rows(3)
+    found = select_output(Masks(torch.tensor(1.0), masks, scores, **more), PLAIN, (), IMAGES)
+    assert [id(each) for each in found.features] == [id(masks), id(scores)]
+
+
+def test_numbers_that_are_no_features_are_passed_over():
+    output = {"indices": torch.arange(IMAGES), "scale": torch.tensor(2.0), "text": torch.randn(2, 3), "map": rows(3)}
+    (found,) = select_output(output, PLAIN, (), IMAGES).features
+    assert found is output["map"]
+    (found,) = select_output(Plain(rows(2), torch.arange(IMAGES)), PLAIN, (), IMAGES).features
+    assert found.shape == (IMAGES, 2)
+
+
+def test_one_number_per_image():
+    (found,) = select_output({"age": rows()}, PLAIN, (), IMAGES).features
+    assert found.shape == (IMAGES, 1)
+
+
+def test_named_outputs():
+    output = {"logits": rows(5), "boxes": rows(2, 4), "levels": (rows(3), rows(4)), "inner": {"pooled": rows(6)}}
+    for names, shapes in (
+        (("boxes",), [(2, 4)]),
+        (("levels", "boxes"), [(3,), (4,), (2, 4)]),
+        (("inner.pooled",), [(6,)]),
+    ):
+        found = select_output(output, PLAIN, names, IMAGES)
+        assert found.logits is None and [tuple(each.shape[1:]) for each in found.features] == shapes
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("depth",), "output_names='depth': a dict holds no such tensors.*`logits`, `text`"),
+        (("text",), r"output_names='text' has the shape \[2, 3\] for 4 images"),
+        (("logits.inner",), "output_names='logits.inner'"),
+    ],
+)
+def test_names_that_cannot_be_compared(names, message):
+    with pytest.raises(ValueError, match=message):
+        select_output({"logits": rows(5), "text": torch.randn(2, 3)}, PLAIN, names, IMAGES)
+
+
+def test_nothing_to_compare():
+    with pytest.raises(ValueError, match="neither logits nor features of images, but `loss`, `text`"):
+        select_output({"loss": torch.tensor(1.0), "text": torch.randn(2, 3)}, PLAIN, (), IMAGES)
+
+
+TENSORS = st.lists(st.integers(1, 3), max_size=2).map(lambda shape: torch.zeros(IMAGES, *shape))
+NESTED = st.recursive(TENSORS, lambda inner: st.tuples(inner, inner) | st.fixed_dictionaries({"part": inner}))
+
+
+@given(NESTED)
+def test_every_tensor_is_found_however_it_is_nested(value):
+    def count(each):
+        if isinstance(each, torch.Tensor):
+            return 1
+        return sum(map(count, each.values() if isinstance(each, dict) else each))
+
+    found = select_output({"result": value}, PLAIN, (), IMAGES).features
+    assert len(found) == count(value) and all(each.ndim > 1 and len(each) == IMAGES for each in found)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_vit(ViTModel), tiny_swin], ids=["vit", "swin"])
+def test_images_of_another_size(make):
+    model, images = make(), torch.randn(2, 3, 64, 64)
+    call = ModelCall(interpolate_pos_encoding=True)
+    call.check(model)
+    with torch.no_grad():
+        found = call(model, images)
+    assert len(found.features[0] if found.logits is None else found.logits) == 2
+
+
+def test_a_model_that_cannot_interpolate():
+    with pytest.raises(ValueError, match="interpolate_pos_encoding=True, but Linear has no such argument"):
+        ModelCall(interpolate_pos_encoding=True).check(torch.nn.Linear(1, 1))
