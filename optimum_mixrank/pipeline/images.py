@@ -29,6 +29,7 @@ class ImageReader:
         batch_size: Images per forward pass.
         num_workers: Processes that decode images ahead.
         max_broken_share: Tolerated share of images that cannot be decoded.
+        max_image_pixels: Most pixels of an encoded image; default: `PIL.Image.MAX_IMAGE_PIXELS`.
     """
 
     model: PreTrainedModel
@@ -37,6 +38,7 @@ class ImageReader:
     batch_size: int = 32
     num_workers: int = 0
     max_broken_share: float = 0.05
+    max_image_pixels: int | None = None
 
     def draw(self, dataset: Any, num_samples: int, seed: int) -> Any:
         """Draw images from a folder or Hub id; return anything else unchanged."""
@@ -53,7 +55,6 @@ class ImageReader:
         """
         return self._batches(
             dataset,
-            max_broken_share=self.max_broken_share,
             pin_memory=not keep and self.model.device.type == "cuda",
             fingerprint=True,
         )
@@ -92,6 +93,8 @@ class ImageReader:
             image_processor=self.image_processor,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            max_broken_share=self.max_broken_share,
+            max_image_pixels=self.max_image_pixels,
             num_channels=getattr(self.model.config, "num_channels", 3),
             processes=self.processes,
             **options,

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import datasets
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ...runtime.distributed import Processes
 from .decoding import holds_image, image_name
+from .files import open_file
 from .sources import find_image_column, load_image_dataset
 
 
@@ -145,8 +146,9 @@ def _content(row: Row) -> bytes | None:
         return None
     if isinstance(item, str | PathLike):
         try:
-            return Path(item).expanduser().read_bytes()
-        except OSError:
+            with open_file(item) as file:
+                return file.read()
+        except (OSError, ValueError):
             item = None  # a broken image, which is reported when it is decoded
     return b"" if item is None else bytes(item)
 
