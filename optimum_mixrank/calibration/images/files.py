@@ -20,13 +20,18 @@ _HEADER_BYTES = 1 << 26
 """For what a file holds besides pixels: previews, colour profiles, comments."""
 
 
-def open_file(path: str | os.PathLike[str], max_image_pixels: int | None = Image.MAX_IMAGE_PIXELS) -> BinaryIO:
+def open_file(
+    path: str | os.PathLike[str],
+    max_image_pixels: int | None = Image.MAX_IMAGE_PIXELS,
+    token: str | bool | None = None,
+) -> BinaryIO:
     """Open a file for reading; the caller closes it.
 
     Args:
         path: A local path, or one that `datasets` opens: a URL, or a chain such as `zip://a.png::b.zip`.
         max_image_pixels: Most pixels that the image may have, from which follows how large the file may be; None for
             any size.
+        token: For files of a private repository on the Hub.
 
     Raises:
         OSError: if the file cannot be opened or read.
@@ -34,7 +39,11 @@ def open_file(path: str | os.PathLike[str], max_image_pixels: int | None = Image
     """
     limit = None if max_image_pixels is None else _BYTES_PER_PIXEL * max_image_pixels + _HEADER_BYTES
     if is_remote(path):
-        return io.BytesIO(read_remote(str(path), limit))
+        # Read here, since not every file system can go back in a file.
+        with xopen(str(path), "rb", download_config=DownloadConfig(token=token)) as file:
+            content = file.read() if limit is None else file.read(limit + 1)
+        _check_size(len(content), limit)
+        return io.BytesIO(content)
     local = Path(path).expanduser()
     # Before it is opened, since opening a pipe waits for somebody to write.
     status = local.stat()
@@ -47,14 +56,6 @@ def open_file(path: str | os.PathLike[str], max_image_pixels: int | None = Image
 def is_remote(path: Any) -> bool:
     """Return whether a path is one that only `datasets` can open."""
     return isinstance(path, str) and "://" in path and not os.path.exists(path)
-
-
-def read_remote(path: str, limit: int | None = None, token: str | bool | None = None) -> bytes:
-    """Read a file through `datasets`; more than `limit` bytes are a ValueError, as is an empty file."""
-    with xopen(path, "rb", download_config=DownloadConfig(token=token)) as file:
-        content: bytes = file.read() if limit is None else file.read(limit + 1)
-    _check_size(len(content), limit)
-    return content
 
 
 def _check_size(size: int, limit: int | None) -> None:

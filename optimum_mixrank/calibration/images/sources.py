@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ import numpy as np
 from PIL import Image
 
 from ...runtime.logging import get_logger
+from .files import is_remote, open_file
+from .folders import load_image_folder
 
 
 logger = get_logger(__name__)
@@ -59,12 +62,13 @@ def load_image_dataset(
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} is not a positive number of images; use None for all.")
-    data = _select_split(_load(source, hub_kwargs), split, default_splits)
+    data = _select_split(_load(source, split, hub_kwargs), split, default_splits)
     if data.features is None:
         raise ValueError("The stream does not tell its columns before it is read; load the dataset without streaming.")
-    data = _undecoded(data, find_image_column(data.features, image_column))
+    column = find_image_column(data.features, image_column)
+    data = _undecoded(data, column)
     if isinstance(data, datasets.IterableDataset):
-        return _draw_from_stream(data, num_samples, seed)
+        return _downloaded(_draw_from_stream(data, num_samples, seed), column, hub_kwargs.get("token"))
     if num_samples is None:
         return data
     if num_samples > len(data):
@@ -91,7 +95,7 @@ def find_image_column(columns: Mapping[str, Any], image_column: str | None = Non
     return found[0]
 
 
-def _load(source: Any, hub_kwargs: Mapping[str, Any]) -> Any:
+def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
     if isinstance(source, datasets.Dataset | datasets.DatasetDict):
         _refuse(hub_kwargs, "a dataset in memory")
         return source
@@ -108,6 +112,12 @@ def _load(source: Any, hub_kwargs: Mapping[str, Any]) -> Any:
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             _refuse(hub_kwargs, "a folder written by `save_to_disk`")
             return datasets.load_from_disk(str(path))
+        given = {name: value for name, value in hub_kwargs.items() if value is not None}
+        if given.keys() <= {"streaming", "cache_dir", "token"}:
+            options = {name: value for name, value in given.items() if name != "token"}
+            images = load_image_folder(path.absolute(), split, **options)
+            if images is not None:
+                return images
         return datasets.load_dataset(str(path), **hub_kwargs)
     if isinstance(source, Path) or _looks_local(source):
         raise FileNotFoundError(f"There is no folder or file {str(source)!r}; name a folder of images or a Hub id.")
@@ -148,6 +158,20 @@ def _draw_from_stream(stream: datasets.IterableDataset, num_samples: int | None,
     if len(drawn) < num_samples:
         logger.warning(f"num_samples={num_samples}, but the dataset holds {len(drawn)} images; all of them are used.")
     return datasets.Dataset.from_list(drawn, features=stream.features)
+
+
+def _downloaded(data: datasets.Dataset, column: str, token: str | bool | None) -> datasets.Dataset:
+    """Return undecoded images with the bytes of remote files, so that not every pass downloads them again."""
+    images = data[column][:]
+    if not any(image and image["bytes"] is None and is_remote(image["path"]) for image in images):
+        return data
+    for index, image in enumerate(images):
+        if image and image["bytes"] is None and is_remote(image["path"]):
+            # One that cannot be read is a broken image, which is reported when it is decoded.
+            with suppress(OSError, ValueError), open_file(image["path"], token=token) as file:
+                images[index] = {"path": image["path"], "bytes": file.read()}
+    features = data.features
+    return data.remove_columns(column).add_column(column, images).select_columns(list(features)).cast(features)
 
 
 def _undecoded(data: Data, column: str) -> Data:
