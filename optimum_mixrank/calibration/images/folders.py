@@ -182,12 +182,14 @@ def _members(folder: Path, archive: str) -> Iterator[tuple[str, str]]:
 
 
 def _report_others(files: _Files) -> None:
-    unused = ", ".join(f"{count:,} {kind}" for kind, count in files.unused.items() if count)
+    unused = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(files.unused.items()) if count)
     if unused:
-        logger.warning(f"Left out of {str(files.folder)!r}, beside {len(files.images):,} images: {unused}.")
-    others = ", ".join(f"{count:,} {ending}" for ending, count in sorted(files.others.items()))
+        logger.warning(
+            f"{str(files.folder)!r} holds {len(files.images):,} images; other files in it are left out: {unused}."
+        )
+    others = ", ".join(f"{ending} ({count:,})" for ending, count in sorted(files.others.items()))
     if others:
-        logger.info(f"Left out of {str(files.folder)!r}, since their endings are not those of images: {others}.")
+        logger.info(f"Files in {str(files.folder)!r} without the ending of an image are left out: {others}.")
 
 
 def _split(files: _Files, split: str | None) -> dict[str, list[str]]:
@@ -248,7 +250,9 @@ def _load_images(files: _Files, splits: Mapping[str, list[str]], streaming: bool
     names = sorted({folder.name for folder in folders.values()})
     depths = {len(folder.parts) for folder in folders.values()}
     # A folder that is a split is no class.
-    are_splits = len(splits) > 1 and not any(_named_split(str(folder)) for folder in set(folders.values()))
+    are_splits = len(splits) > 1 and all(
+        _named_split(path) is not None and _named_split(str(folder)) is None for path, folder in folders.items()
+    )
     has_labels = len(names) > 1 and len(depths) == 1 and not are_splits
     features = datasets.Features({"image": datasets.Image(decode=False)})
     if has_labels:
