@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..decomposition.statistics import GRADIENT_STATISTICS, LayerStatistics, Statistic
 from ..runtime.distributed import SINGLE_PROCESS, Processes
-from ..runtime.forward import activation_gradients, evaluation_mode
+from ..runtime.forward import activation_gradients, evaluation_mode, image_size_explained
 from ..runtime.malloc import trim_heap
 from ..runtime.outputs import select_output
 from .collector import StatisticsCollector
@@ -81,7 +81,7 @@ def _run(model: nn.Module, batch: Batch, gradients: GradientCollector | None, pr
     pixel_values = batch.pixel_values
     pixel_values = pixel_values.to(device, parameter.dtype, non_blocking=pixel_values.is_pinned())
     # Activations have gradients only if some input requires them; parameters do not.
-    with processes.autocast(device):
+    with image_size_explained(model, pixel_values), processes.autocast(device):
         output = model(pixel_values=pixel_values.detach().requires_grad_(gradients is not None))
     if gradients is not None:
         gradients.update(select_output(output, getattr(model, "config", None)), batch.index)

@@ -15,7 +15,7 @@ from ..checkpoint.factorize import share_model
 from ..checkpoint.modeling import FactoredLinear, replace_module
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.fidelity import kl_divergence, relative_error
-from ..runtime.forward import evaluation_mode
+from ..runtime.forward import evaluation_mode, image_size_explained
 from ..runtime.outputs import ModelOutput, select_output
 from .compensator import CompensationResult, CompensationTask, Compensator
 
@@ -79,10 +79,13 @@ def model_outputs(model: nn.Module, batches: Sequence[Tensor]) -> list[ModelOutp
     parameter = next(model.parameters())
     device = getattr(model, "device", parameter.device)
     config = getattr(model, "config", None)
+    outputs = []
     with evaluation_mode(model):
-        return [
-            select_output(model(pixel_values=batch.to(device, parameter.dtype)), config).cpu() for batch in batches
-        ]
+        for batch in batches:
+            with image_size_explained(model, batch):
+                output = model(pixel_values=batch.to(device, parameter.dtype))
+            outputs.append(select_output(output, config).cpu())
+    return outputs
 
 
 def output_error(

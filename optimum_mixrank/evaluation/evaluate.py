@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,12 +15,15 @@ from transformers.utils import logging
 from ..calibration.images.batches import Batch, ImageBatches
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.fidelity import agreement, kl_divergence, relative_error
-from ..runtime.forward import evaluation_mode
+from ..runtime.forward import evaluation_mode, image_size_explained
+from ..runtime.logging import get_logger
 from ..runtime.outputs import ModelOutput, select_output
 
 
 if TYPE_CHECKING:
     from .accuracy import TopKAccuracy
+
+logger = get_logger(__name__)
 
 COMPRESSED, ORIGINAL = "", "reference_"
 """The two models, by the prefix of their accuracies in `EvaluationResult`."""
@@ -86,6 +89,9 @@ def evaluate_model(
         progress: Whether to show a progress bar.
         processes: The processes among which the batches are distributed.
 
+    An original that is right much less often than it seems to be, or than chance would be, is warned about: the labels
+    are probably in another order than its classes.
+
     Returns:
         Means over all images of all processes.
 
@@ -117,12 +123,13 @@ def evaluate_model(
         batches.merge_across_processes()
     for part in processes.gather(own):
         total.add(part)
+    total.warn_about_labels(COMPRESSED if reference is None else ORIGINAL)
     return total.means()
 
 
 @dataclass
 class _Sums:
-    """Sums over images, by field of `EvaluationResult`."""
+    """Sums over images, by field of `EvaluationResult`; `_certainty` and `_chance` are of the probabilities of classes."""
 
     num_images: int = 0
     values: dict[str, float] = field(default_factory=dict)
@@ -137,8 +144,37 @@ class _Sums:
     def means(self) -> EvaluationResult:
         if not self.num_images:
             raise ValueError("There is no image to evaluate; the dataset is empty or has been used up.")
-        means = {name: value / self.num_images for name, value in self.values.items()}
+        known = {each.name for each in fields(EvaluationResult)}
+        means = {name: value / self.num_images for name, value in self.values.items() if name in known}
         return EvaluationResult(self.num_images, **means)
+
+    def warn_about_labels(self, model: str) -> None:
+        """Warn if a model is so often wrong that the labels are probably not those of its classes."""
+        if f"{model}top1" not in self.values or not self.num_images:
+            return
+        top1, certainty, chance = (
+            self.values[f"{model}{name}"] / self.num_images for name in ("top1", "_certainty", "_chance")
+        )
+        # A model that was trained is about as often right as it seems to be; on other images, still half as often.
+        if _is_far_below(top1, chance, self.num_images) or (
+            top1 < certainty / 3 and _is_far_below(top1, certainty / 3, self.num_images)
+        ):
+            logger.warning(
+                f"{'The original' if model == ORIGINAL else 'The model'} classifies {top1:.2%} of {self.num_images:,} images "
+                f"correctly, where guessing gives {chance:.2%} and its own probabilities promise {certainty:.2%}. Probably "
+                "the labels of the dataset are in another order than the classes of the model: compare their names with "
+                "`config.id2label`. Or the images are of other classes, or need another image processor."
+            )
+
+
+def _is_far_below(share: float, expected: float, count: int) -> bool:
+    """Return whether a share of successes is not explained by chance: Chernoff's bound on its probability is below 0.5 %."""
+    if share >= expected:
+        return False
+    divergence = (share * math.log(share / expected) if share else 0.0) + (
+        (1 - share) * math.log((1 - share) / (1 - expected)) if expected < 1 else math.inf
+    )
+    return -count * divergence < math.log(0.005)
 
 
 def _count_correct(
@@ -159,6 +195,8 @@ def _count_correct(
         rankings = rank_classes(scores, labels)
         correct = metrics[name].compute(predictions=rankings, references=labels, normalize=False)
         sums |= {f"{name}{top}": float(count) for top, count in correct.items()}
+        sums[f"{name}_certainty"] = scores.double().softmax(dim=1).amax(dim=1).sum().item()
+        sums[f"{name}_chance"] = len(scores) / scores.shape[1]
     return sums
 
 
@@ -190,7 +228,8 @@ def _run(model: nn.Module, pixel_values: Tensor, name: str) -> ModelOutput:
     device = next((parameter.device for parameter in parameters if not parameter.is_meta), pixel_values.device)
     dtype = parameters[0].dtype if parameters else pixel_values.dtype
     pixel_values = pixel_values.to(device, dtype, non_blocking=pixel_values.is_pinned())
-    output = select_output(model(pixel_values=pixel_values), getattr(model, "config", None)).cpu()
+    with image_size_explained(model, pixel_values):
+        output = select_output(model(pixel_values=pixel_values), getattr(model, "config", None)).cpu()
     for tensor in (*output.features, *(() if output.logits is None else (output.logits,))):
         if not torch.isfinite(tensor).all():
             raise ValueError(

@@ -173,11 +173,18 @@ def read_row(item: Any, index: int, image_column: str | None = None, label_colum
     index is the item's number, for messages. A missing column or label is a ValueError, any other item a TypeError.
     """
     name, label = f"item {index}", None
+    named = {"image_column": image_column, "label_column": label_column}
+    if not isinstance(item, Mapping) and any(named.values()):
+        option, value = next((option, value) for option, value in named.items() if value)
+        raise ValueError(
+            f"{option}={value!r} needs items with columns, but {name} is a {type(item).__name__}; leave it out, or give a "
+            "dataset."
+        )
     if isinstance(item, tuple | list):
         if not 1 <= len(item) <= 2:
             raise TypeError(f"{name} is a {type(item).__name__} of {len(item)}; give images, or pairs with labels.")
         item, label = item[0], _class_indices(item[1]) if len(item) == 2 else None
-    elif isinstance(item, Mapping) and not holds_image(item):
+    elif isinstance(item, Mapping) and (image_column in item or not holds_image(item)):
         has_pixels = image_column is None and "pixel_values" in item
         key = "pixel_values" if has_pixels else _image_key(item, image_column, name)
         if label_column is not None:

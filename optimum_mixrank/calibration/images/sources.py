@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
+from torch.utils.data import Subset
 
 from ...runtime.logging import get_logger
 from .files import is_remote, open_file
@@ -69,12 +71,38 @@ def load_image_dataset(
     data = _undecoded(data, column)
     if isinstance(data, datasets.IterableDataset):
         return _downloaded(_draw_from_stream(data, num_samples, seed), column, hub_kwargs.get("token"))
+    return draw_images(data, num_samples, seed)
+
+
+def draw_images(source: Any, num_samples: int | None, seed: int = 42) -> Any:
+    """Draw images without replacement, in the order of the source, from anything with a length and random access.
+
+    Args:
+        source: A `datasets.Dataset`, a list, a tensor or a PyTorch dataset.
+        num_samples: Number of images to draw; None for all.
+        seed: Seed of the draw.
+
+    Raises:
+        ValueError: for a source that can only be read from beginning to end.
+    """
     if num_samples is None:
-        return data
-    if num_samples > len(data):
-        logger.warning(f"num_samples={num_samples}, but the dataset holds {len(data)} images; all of them are used.")
-    drawn = np.random.default_rng(seed).permutation(len(data))[:num_samples]
-    return data.select(np.sort(drawn))
+        return source
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} is not a positive number of images; use None for all.")
+    is_map_style = isinstance(source, torch.utils.data.Dataset) and hasattr(source, "__len__")
+    if not isinstance(source, datasets.Dataset | Sequence | torch.Tensor) and not is_map_style:
+        raise ValueError(
+            f"num_samples={num_samples} cannot be drawn from a {type(source).__name__}, which is read from beginning to "
+            "end; leave it out, or give a dataset or a list."
+        )
+    if num_samples > len(source):
+        logger.warning(f"num_samples={num_samples}, but the dataset holds {len(source)} images; all of them are used.")
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(source))[:num_samples])
+    if isinstance(source, datasets.Dataset):
+        return source.select(drawn)
+    if isinstance(source, torch.Tensor):
+        return source[torch.from_numpy(drawn).to(source.device)]
+    return [source[index] for index in drawn] if isinstance(source, Sequence) else Subset(source, drawn.tolist())
 
 
 def find_image_column(columns: Mapping[str, Any], image_column: str | None = None) -> str:
