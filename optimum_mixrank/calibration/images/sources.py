@@ -70,7 +70,10 @@ def load_image_dataset(
     column = find_image_column(data.features, image_column)
     data = _undecoded(data, column)
     if isinstance(data, datasets.IterableDataset):
-        return _downloaded(_draw_from_stream(data, num_samples, seed), column, hub_kwargs.get("token"))
+        drawn = _draw_from_stream(data, num_samples, seed)
+        for row in drawn:
+            row[column] = _downloaded(row[column], hub_kwargs.get("token"))
+        return datasets.Dataset.from_list(drawn, features=data.features)
     return draw_images(data, num_samples, seed)
 
 
@@ -179,27 +182,22 @@ def _select_split(data: Any, split: str | None, default_splits: tuple[str, ...])
     return data[candidates[0] if candidates else names[0]]
 
 
-def _draw_from_stream(stream: datasets.IterableDataset, num_samples: int | None, seed: int) -> datasets.Dataset:
+def _draw_from_stream(stream: datasets.IterableDataset, num_samples: int | None, seed: int) -> list[dict[str, Any]]:
     if num_samples is None:
         raise ValueError("streaming=True needs num_samples, since the images are kept in memory; or do not stream.")
     drawn = list(stream.shuffle(seed=seed, buffer_size=max(_WINDOW, num_samples)).take(num_samples))
     if len(drawn) < num_samples:
         logger.warning(f"num_samples={num_samples}, but the dataset holds {len(drawn)} images; all of them are used.")
-    return datasets.Dataset.from_list(drawn, features=stream.features)
+    return drawn
 
 
-def _downloaded(data: datasets.Dataset, column: str, token: str | bool | None) -> datasets.Dataset:
-    """Return undecoded images with the bytes of remote files, so that not every pass downloads them again."""
-    images = data[column][:]
-    if not any(image and image["bytes"] is None and is_remote(image["path"]) for image in images):
-        return data
-    for index, image in enumerate(images):
-        if image and image["bytes"] is None and is_remote(image["path"]):
-            # One that cannot be read is a broken image, which is reported when it is decoded.
-            with suppress(OSError, ValueError), open_file(image["path"], token=token) as file:
-                images[index] = {"path": image["path"], "bytes": file.read()}
-    features = data.features
-    return data.remove_columns(column).add_column(column, images).select_columns(list(features)).cast(features)
+def _downloaded(image: dict[str, Any] | None, token: str | bool | None) -> dict[str, Any] | None:
+    """Return an undecoded image with the bytes of a remote file, so that not every pass downloads it again."""
+    if image is not None and image["bytes"] is None and is_remote(image["path"]):
+        # One that cannot be read is a broken image, which is reported when it is decoded.
+        with suppress(OSError, ValueError), open_file(image["path"], token=token) as file:
+            return {**image, "bytes": file.read()}
+    return image
 
 
 def _undecoded(data: Data, column: str) -> Data:
