@@ -59,7 +59,7 @@ def decode_image(item: Any, name: str = "image", max_image_pixels: int | None = 
             "arrays [height, width, channels], or batches of `pixel_values`."
         )
     try:
-        return _to_rgb(ImageOps.exif_transpose(_load(item, max_image_pixels)))
+        return _load(item, max_image_pixels)
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, … for damaged files.
         raise BrokenImageError(image_name(item) or name, error) from error
@@ -85,19 +85,19 @@ def image_name(item: Any) -> str | None:
 
 
 def _load(item: Any, max_image_pixels: int | None) -> Image.Image:
-    """Return the image with all its pixels, so that no file stays open."""
+    """Return the upright RGB image, with all its pixels, so that no file stays open."""
     if isinstance(item, Mapping):
         # If there are bytes, `path` is only the name that the file once had.
         item = item["bytes"] if item.get("bytes") is not None else item.get("path")
     if item is None:
         raise ValueError("the dataset holds no image here")
     if isinstance(item, np.ndarray):
-        return Image.fromarray(item.squeeze(2) if item.ndim == 3 and item.shape[2] == 1 else item)
+        return _to_rgb(Image.fromarray(item.squeeze(2) if item.ndim == 3 and item.shape[2] == 1 else item))
     if isinstance(item, Image.Image):
         if item.format == "EPS" and getattr(item, "tile", None):
             raise ValueError("it is a PostScript file, which Pillow would run to show it; convert it to PNG")
         item.load()
-        return item
+        return _to_rgb(item)
     if isinstance(item, bytes | bytearray):
         if not item:
             raise ValueError("the file is empty")
@@ -115,6 +115,8 @@ def _decode(file: Any, max_image_pixels: int | None) -> Image.Image:
             if limit is not None and image.width * image.height > limit:
                 raise Image.DecompressionBombError(f"{image.width} × {image.height}")
             image.load()
+            # Here, since the orientation may be read from the file once more.
+            return _to_rgb(image)
         except UnidentifiedImageError as error:
             raise ValueError(
                 f"cannot identify image: it is damaged, or in none of the formats that are read ({', '.join(FORMATS)})"
@@ -124,7 +126,6 @@ def _decode(file: Any, max_image_pixels: int | None) -> Image.Image:
                 f"it has more than max_image_pixels={limit} pixels ({error}), as a decompression bomb has; raise "
                 "max_image_pixels if it is meant to be as large"
             ) from error
-    return image
 
 
 @contextmanager
@@ -144,6 +145,7 @@ def _pillow_limit(max_image_pixels: int | None) -> Iterator[int | None]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range; convert the file to 8 or 16 bits")
     if image.mode.startswith("I"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -138,7 +139,7 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"{str(source)!r} is a file, but not a parquet file; name a folder of images.")
-        return datasets.load_dataset("parquet", data_files=str(path), **hub_kwargs)
+        return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), **hub_kwargs)
     if path.is_dir():
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             _refuse(hub_kwargs, "a folder written by `save_to_disk`")
@@ -149,7 +150,15 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
             images = load_image_folder(path.absolute(), split, **options)
             if images is not None:
                 return images
-        return datasets.load_dataset(str(path), **hub_kwargs)
+        try:
+            return datasets.load_dataset(str(path), **hub_kwargs)
+        except FileNotFoundError as error:
+            if glob.has_magic(str(path)) or "::" in str(path):
+                raise ValueError(
+                    f"`datasets` cannot read {str(source)!r}, since its name holds one of * ? [ ::, which mean something else "
+                    "in a path; rename it."
+                ) from error
+            raise
     if isinstance(source, Path) or _looks_local(source):
         raise FileNotFoundError(f"There is no folder or file {str(source)!r}; name a folder of images or a Hub id.")
     return datasets.load_dataset(source, **hub_kwargs)

@@ -164,6 +164,19 @@ def test_formats(kind):
     assert decode_image(encoded(Image.fromarray(GREY), kind)).size == (25, 17)
 
 
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "PNG", "WEBP", "MPO"])
+def test_the_first_of_several_frames(tmp_path, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    first, second = (Image.fromarray(grey).convert("RGB") for grey in (GREY, 255 - GREY))
+    path = tmp_path / "frames.image"
+    first.save(path, kind, save_all=True, append_images=[second], **({} if kind == "GIF" else {"exif": exif}))
+    decoded = decode_image(path)
+    assert decoded.size == ((25, 17) if kind == "GIF" else (17, 25))
+    assert np.asarray(decoded).mean() == pytest.approx(GREY.mean(), abs=5)
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(decode_image(path.read_bytes())))
+
+
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(run) print\nshowpage\n"
 
 
