@@ -128,7 +128,9 @@ def add_model_arguments(parser: ArgumentParser) -> None:
 
 def reading_arguments(args: Any) -> dict[str, Any]:
     """Return the options for reading images, as keyword arguments."""
-    return {name: getattr(args, name) for name in ("batch_size", "num_workers", "max_broken_share", "max_image_pixels")}
+    return {
+        name: getattr(args, name) for name in ("batch_size", "num_workers", "max_broken_share", "max_image_pixels")
+    }
 
 
 def open_compressor(args: Any, model: str) -> MixRankCompressor:

@@ -97,7 +97,9 @@ def configuration(args: Any) -> MixRankConfig:
     config = MixRankConfig(**fields)
     for name in ("split", "image_column", "streaming"):
         if getattr(args, name) and config.dataset is None:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect without --dataset; name a dataset, or leave it out.")
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect without --dataset; name a dataset, or leave it out."
+            )
     return config
 
 

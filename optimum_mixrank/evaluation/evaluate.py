@@ -160,15 +160,15 @@ class _Sums:
             top1 < certainty / 3 and _is_far_below(top1, certainty / 3, self.num_images)
         ):
             logger.warning(
-                f"{'The original' if model == ORIGINAL else 'The model'} classifies {top1:.2%} of {self.num_images:,} images "
-                f"correctly, where guessing gives {chance:.2%} and its own probabilities promise {certainty:.2%}. Probably "
-                "the labels of the dataset are in another order than the classes of the model: compare their names with "
+                f"{'The original' if model == ORIGINAL else 'The model'} classifies {top1:.2%} of {self.num_images:,} "
+                f"images correctly, where guessing gives {chance:.2%} and its own probabilities promise {certainty:.2%}. "
+                "Probably the labels of the dataset are in another order than the classes of the model: compare their names with "
                 "`config.id2label`. Or the images are of other classes, or need another image processor."
             )
 
 
 def _is_far_below(share: float, expected: float, count: int) -> bool:
-    """Return whether a share of successes is not explained by chance: Chernoff's bound on its probability is below 0.5 %."""
+    """Return whether chance does not explain a share of successes: its probability, by Chernoff's bound, is below 0.5 %."""
     if share >= expected:
         return False
     divergence = (share * math.log(share / expected) if share else 0.0) + (

@@ -31,7 +31,9 @@ def explain_missing_labels(data: datasets.Dataset) -> str:
         reason = missing_labels(path for path in paths if path) if paths else None
         if reason is not None:
             return f"{reason}; classes are folders beside each other, one for each"
-    return f"there is no column `label` or `labels`; name one of {', '.join(columns)} with label_column, if it has them"
+    return (
+        f"there is no column `label` or `labels`; name one of {', '.join(columns)} with label_column, if it has them"
+    )
 
 
 def map_labels(
@@ -71,8 +73,10 @@ def map_labels(
         any_case.setdefault(name.lower(), []).append(int(index))
     candidates = [exact.get(name) or any_case.get(name.lower(), []) for name in names]
     unknown = [name for name, indices in zip(names, candidates, strict=True) if not indices]
-    if by_index and len(candidates) == len(id2label) and all(
-        index in indices for index, indices in enumerate(candidates) if indices
+    if (
+        by_index
+        and len(candidates) == len(id2label)
+        and all(index in indices for index, indices in enumerate(candidates) if indices)
     ):
         if unknown:
             logger.warning(

@@ -411,7 +411,7 @@ class MixRankCompressor(OptimumQuantizer):
             max_image_pixels: See `compress`.
             num_workers: See `compress`.
         """
-        draw = {"split": split, "num_samples": num_samples, "seed": seed}
+        draw: dict[str, Any] = {"split": split, "num_samples": num_samples, "seed": seed}
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         with self.processes.raise_on_all_ranks():
             batches = reader.read_labelled(dataset, image_column, label_column, **draw)

@@ -90,8 +90,8 @@ class ImageReader:
             )
         elif split is not None:
             raise ValueError(
-                f"split={split!r} cannot be chosen: a {type(dataset).__name__} has no splits; leave it out, or give a folder, "
-                "a Hub id or a `DatasetDict`."
+                f"split={split!r} cannot be chosen: a {type(dataset).__name__} has no splits; leave it out, or give a "
+                "folder, a Hub id or a `DatasetDict`."
             )
         label_map = None
         if isinstance(dataset, datasets.Dataset):

@@ -278,9 +278,11 @@ def test_missing_images_are_named(tmp_path):
 
 def test_options_of_a_dataset_that_is_not_named():
     for name, value in {"split": "test", "image_column": "image", "streaming": True}.items():
-        args = {name: None for name in (*FIELDS, "config", "split", "image_column", "streaming")} | {name: value}
+        args = dict.fromkeys((*FIELDS, "config", "split", "image_column", "streaming")) | {name: value}
         option = f"--{name.replace('_', '-')}"
-        with pytest.raises(ValueError, match=f"{option} has no effect without --dataset; name a dataset, or leave it out"):
+        with pytest.raises(
+            ValueError, match=f"{option} has no effect without --dataset; name a dataset, or leave it out"
+        ):
             configuration(SimpleNamespace(**args))
         assert configuration(SimpleNamespace(**args | {"dataset": "images"})).dataset == "images"
 

@@ -289,9 +289,7 @@ def _load_metadata(files: _Files, streaming: bool, cache_dir: str | None) -> Any
     if "::" in str(files.folder):
         raise ValueError(f"{str(files.folder)!r} with {named} cannot be read, since `::` separates paths; rename it.")
     splits = _by_folder(files.metadata, nested=False) or {"train": files.metadata}
-    data_files = {
-        split: [glob.escape(str(files.folder / path)) for path in paths] for split, paths in splits.items()
-    }
+    data_files = {split: [glob.escape(str(files.folder / path)) for path in paths] for split, paths in splits.items()}
     try:
         data = datasets.load_dataset("imagefolder", data_files=data_files, streaming=streaming, cache_dir=cache_dir)
     except ValueError as error:
@@ -303,8 +301,8 @@ def _load_metadata(files: _Files, streaming: bool, cache_dir: str | None) -> Any
         unlisted = [path for path, source in files.images.items() if os.path.normpath(source) not in listed]
         if unlisted:
             logger.warning(
-                f"{len(unlisted):,} of {len(files.images):,} images in {str(files.folder)!r} have no row in {named} and are "
-                f"left out, such as {', '.join(unlisted[:3])}."
+                f"{len(unlisted):,} of {len(files.images):,} images in {str(files.folder)!r} have no row in {named} and "
+                f"are left out, such as {', '.join(unlisted[:3])}."
             )
     return data
 

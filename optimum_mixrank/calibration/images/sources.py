@@ -155,8 +155,8 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
         except FileNotFoundError as error:
             if glob.has_magic(str(path)) or "::" in str(path):
                 raise ValueError(
-                    f"`datasets` cannot read {str(source)!r}, since its name holds one of * ? [ ::, which mean something else "
-                    "in a path; rename it."
+                    f"`datasets` cannot read {str(source)!r}, since its name holds one of * ? [ ::, which mean something "
+                    "else in a path; rename it."
                 ) from error
             raise
     if isinstance(source, Path) or _looks_local(source):

@@ -204,7 +204,9 @@ def test_files_of_any_size_are_refused_before_they_are_read(tmp_path):
     with (tmp_path / "large.png").open("wb") as file:
         file.write(encoded(Image.fromarray(GREY)))
         file.truncate(1 << 36)
-    with pytest.raises(BrokenImageError, match="large.png cannot be decoded: the file has more than 782,936,744 bytes"):
+    with pytest.raises(
+        BrokenImageError, match="large.png cannot be decoded: the file has more than 782,936,744 bytes"
+    ):
         decode_image(tmp_path / "large.png")
 
 

@@ -91,7 +91,9 @@ def test_classes_that_are_called_like_splits(tmp_path, classes):
     assert found(write(tmp_path, *names), default_splits=("validation", "test")) == dict(sorted(names.items()))
 
 
-word = st.sampled_from(["train", "valid", "test", "val", "dev", "eval", "cat", "a", "[v1]", "*", "1", " ", "_", "-", "."])
+word = st.sampled_from(
+    ["train", "valid", "test", "val", "dev", "eval", "cat", "a", "[v1]", "*", "1", " ", "_", "-", "."]
+)
 
 
 @given(names=st.sets(st.lists(word, min_size=1, max_size=3).map("".join), min_size=1, max_size=6))
@@ -105,7 +107,9 @@ def test_every_image_of_a_flat_folder_is_used(names, tmp_path_factory):
     [("train", "val"), ("training", "validation"), ("data/train", "data/valid"), ("train_set", "val_set")],
 )
 def test_folders_of_splits(tmp_path, train, validation):
-    write(tmp_path, f"{train}/cat/1.png", f"{train}/train/2.png", f"{validation}/cat/3.png", f"{validation}/test/4.png")
+    write(
+        tmp_path, f"{train}/cat/1.png", f"{train}/train/2.png", f"{validation}/cat/3.png", f"{validation}/test/4.png"
+    )
     assert list(found(tmp_path)) == [f"{train}/cat/1.png", f"{train}/train/2.png"]
     assert found(tmp_path, split="validation") == {
         f"{validation}/cat/3.png": "cat",
@@ -121,7 +125,9 @@ def test_splits_without_classes(tmp_path):
 
 def test_other_images_beside_splits(tmp_path, caplog):
     write(tmp_path, "train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "val/dog/4.png", "figures/5.png")
-    with pytest.raises(ValueError, match="splits train and validation, and other images, such as 'figures/5.png'; name"):
+    with pytest.raises(
+        ValueError, match="splits train and validation, and other images, such as 'figures/5.png'; name"
+    ):
         found(tmp_path)
     assert found(tmp_path, split="validation") == {"val/cat/3.png": "cat", "val/dog/4.png": "dog"}
     write(tmp_path / "flat", "train/1.png", "val/2.png", "cat/3.png")
@@ -141,10 +147,13 @@ def test_other_files_beside_images(tmp_path, caplog):
         archive.writestr("a.png", picture())
     datasets.Dataset.from_dict({"image": [1]}).to_parquet(tmp_path / "features.parquet")
     assert list(found(tmp_path)) == ["a.png", "b.Avif"]
-    assert f"Files in {str(tmp_path)!r} without the ending of an image are left out: .json (5), .md (1), .txt (5)." in caplog.text
     assert (
-        f"{str(tmp_path)!r} holds 2 images; other files in it are left out: files without an ending (1), hidden images (1), "
-        "parquet, arrow or tar files (1), zip archives (1)."
+        f"Files in {str(tmp_path)!r} without the ending of an image are left out: .json (5), .md (1), .txt (5)."
+        in caplog.text
+    )
+    assert (
+        f"{str(tmp_path)!r} holds 2 images; other files in it are left out: files without an ending (1), hidden images (1)"
+        ", parquet, arrow or tar files (1), zip archives (1)."
     ) in caplog.text
 
 
@@ -200,7 +209,9 @@ def test_metadata_of_splits(tmp_path, caplog):
 def test_metadata_without_names_of_files(tmp_path):
     write(tmp_path, "1.png")
     (tmp_path / "metadata.csv").write_text("picture,caption\n1.png,one\n")
-    with pytest.raises(ValueError, match="metadata.csv in .* cannot be read as a list of images: .*file_name.* rename it"):
+    with pytest.raises(
+        ValueError, match="metadata.csv in .* cannot be read as a list of images: .*file_name.* rename it"
+    ):
         load_image_dataset(tmp_path)
 
 
