@@ -155,15 +155,15 @@ class _Sums:
         top1, certainty, chance = (
             self.values[f"{model}{name}"] / self.num_images for name in ("top1", "_certainty", "_chance")
         )
-        # A model that was trained is about as often right as it seems to be; on other images, still half as often.
+        # A trained model is about as often right as it seems to be, and on images of another kind still half as often.
         if _is_far_below(top1, chance, self.num_images) or (
-            top1 < certainty / 3 and _is_far_below(top1, certainty / 3, self.num_images)
+            top1 < certainty / 3 and _is_far_below(top1, certainty * 2 / 3, self.num_images)
         ):
             logger.warning(
                 f"{'The original' if model == ORIGINAL else 'The model'} classifies {top1:.2%} of {self.num_images:,} "
                 f"images correctly, where guessing gives {chance:.2%} and its own probabilities promise {certainty:.2%}. "
-                "Probably the labels of the dataset are in another order than the classes of the model: compare their names with "
-                "`config.id2label`. Or the images are of other classes, or need another image processor."
+                "Probably the labels of the dataset are in another order than the classes of the model: compare their names "
+                "with `config.id2label`. Or the images are of other classes, or need another image processor."
             )
 
 
