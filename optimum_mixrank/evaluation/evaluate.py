@@ -162,8 +162,8 @@ class _Sums:
             logger.warning(
                 f"{'The original' if model == ORIGINAL else 'The model'} classifies {top1:.2%} of {self.num_images:,} "
                 f"images correctly, where guessing gives {chance:.2%} and its own probabilities promise {certainty:.2%}. "
-                "Probably the labels of the dataset are in another order than the classes of the model: compare their names "
-                "with `config.id2label`. Or the images are of other classes, or need another image processor."
+                "Probably the labels of the dataset are in another order than the classes of the model: compare their "
+                "names with `config.id2label`. Or the images are of other classes, or need another image processor."
             )
 
 

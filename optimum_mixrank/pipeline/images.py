@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import datasets
 
 from ..calibration.images.batches import ImageBatches
-from ..calibration.images.sources import draw_images, load_image_dataset
+from ..calibration.images.rows import draw_images
+from ..calibration.images.sources import load_image_dataset
 from ..evaluation.labels import explain_missing_labels, find_label_column, map_labels
 from ..runtime.distributed import Processes
 from ..runtime.logging import get_logger

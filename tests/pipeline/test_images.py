@@ -100,10 +100,15 @@ def test_a_number_of_images_is_honoured_for_every_source(compressor, tmp_path, k
 def test_options_that_a_source_has_no_use_for(compressor, tmp_path):
     paths = sources(tmp_path)["list"]
     loader = DataLoader(TensorDataset(torch.zeros(4, 3, 32, 32)), batch_size=2)
-    with pytest.raises(
-        ValueError, match="num_samples=2 cannot be drawn from a DataLoader, which is read from beginning"
+    for source, name in (
+        (loader, "DataLoader"),
+        ([torch.zeros(4, 3, 32, 32)] * 3, "list"),
+        (iter(paths), "list_iterator"),
     ):
-        evaluate(compressor, loader, num_samples=2)
+        with pytest.raises(
+            ValueError, match=f"num_samples=2 cannot be drawn from a {name} of batches or without a length"
+        ):
+            evaluate(compressor, source, num_samples=2)
     with pytest.raises(ValueError, match="num_samples=0 is not a positive number"):
         evaluate(compressor, paths, num_samples=0)
     for option in ("image_column", "label_column"):

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ...runtime.distributed import Processes
 from .decoding import holds_image, image_name
 from .files import open_file
-from .sources import find_image_column, load_image_dataset
+from .sources import drawn_indices, find_image_column, load_image_dataset
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,34 @@ def single_rows(source: Any, image_column: str | None, label_column: str | None)
     if len(source) == 0 or read_row(source[0], 0, image_column, label_column).is_batch:
         return None
     return _IndexedRows(source, image_column, label_column)
+
+
+def draw_images(source: Any, num_samples: int | None, seed: int = 42) -> Any:
+    """Draw images without replacement, in the order of the source, from anything with a length and random access.
+
+    Args:
+        source: A `datasets.Dataset`, a list, a tensor or a PyTorch dataset.
+        num_samples: Number of images to draw; None for all.
+        seed: Seed of the draw.
+
+    Raises:
+        ValueError: for batches, and for a source that can only be read from beginning to end.
+    """
+    if num_samples is None:
+        return source
+    is_map_style = isinstance(source, torch.utils.data.Dataset) and hasattr(source, "__len__")
+    indexed = isinstance(source, datasets.Dataset | Sequence | Tensor) or is_map_style
+    if not indexed or (isinstance(source, Sequence) and len(source) and read_row(source[0], 0).is_batch):
+        raise ValueError(
+            f"num_samples={num_samples} cannot be drawn from a {type(source).__name__} of batches or without a length; "
+            "leave it out, or give a dataset or a list of images."
+        )
+    drawn = drawn_indices(len(source), num_samples, seed)
+    if isinstance(source, datasets.Dataset):
+        return source.select(drawn)
+    if isinstance(source, Tensor):
+        return source[torch.from_numpy(drawn).to(source.device)]
+    return [source[index] for index in drawn] if isinstance(source, Sequence) else Subset(source, drawn.tolist())
 
 
 def _as_tensors(source: Any) -> Any:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
 import numpy as np
-import torch
+import numpy.typing as npt
 from PIL import Image
-from torch.utils.data import Subset
 
 from ...runtime.logging import get_logger
 from .files import is_remote, open_file
@@ -75,38 +74,19 @@ def load_image_dataset(
         for row in drawn:
             row[column] = _downloaded(row[column], hub_kwargs.get("token"))
         return datasets.Dataset.from_list(drawn, features=data.features)
-    return draw_images(data, num_samples, seed)
+    return data if num_samples is None else data.select(drawn_indices(len(data), num_samples, seed))
 
 
-def draw_images(source: Any, num_samples: int | None, seed: int = 42) -> Any:
-    """Draw images without replacement, in the order of the source, from anything with a length and random access.
+def drawn_indices(count: int, num_samples: int, seed: int) -> npt.NDArray[np.int64]:
+    """Draw from `count` images without replacement, and return their indices in ascending order; all if there are fewer.
 
-    Args:
-        source: A `datasets.Dataset`, a list, a tensor or a PyTorch dataset.
-        num_samples: Number of images to draw; None for all.
-        seed: Seed of the draw.
-
-    Raises:
-        ValueError: for a source that can only be read from beginning to end.
+    A number that is not positive is a ValueError.
     """
-    if num_samples is None:
-        return source
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} is not a positive number of images; use None for all.")
-    is_map_style = isinstance(source, torch.utils.data.Dataset) and hasattr(source, "__len__")
-    if not isinstance(source, datasets.Dataset | Sequence | torch.Tensor) and not is_map_style:
-        raise ValueError(
-            f"num_samples={num_samples} cannot be drawn from a {type(source).__name__}, which is read from beginning to "
-            "end; leave it out, or give a dataset or a list."
-        )
-    if num_samples > len(source):
-        logger.warning(f"num_samples={num_samples}, but the dataset holds {len(source)} images; all of them are used.")
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(source))[:num_samples])
-    if isinstance(source, datasets.Dataset):
-        return source.select(drawn)
-    if isinstance(source, torch.Tensor):
-        return source[torch.from_numpy(drawn).to(source.device)]
-    return [source[index] for index in drawn] if isinstance(source, Sequence) else Subset(source, drawn.tolist())
+    if num_samples > count:
+        logger.warning(f"num_samples={num_samples}, but the dataset holds {count} images; all of them are used.")
+    return np.sort(np.random.default_rng(seed).permutation(count)[:num_samples])
 
 
 def find_image_column(columns: Mapping[str, Any], image_column: str | None = None) -> str:
@@ -157,6 +137,13 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
                 raise ValueError(
                     f"`datasets` cannot read {str(source)!r}, since its name holds one of * ? [ ::, which mean something "
                     "else in a path; rename it."
+                ) from error
+            raise
+        except ValueError as error:
+            if "WebDataset" in str(error):
+                raise ValueError(
+                    f"{str(source)!r} holds tar archives of something else than a WebDataset; extract them and name the "
+                    f"folder with their images. ({error})"
                 ) from error
             raise
     if isinstance(source, Path) or _looks_local(source):

@@ -243,6 +243,11 @@ def test_tar_archives(tmp_path):
             archive.addfile(member, io.BytesIO(picture()))
     data = load_image_dataset(tmp_path)
     assert [decode_image(image).size for image in data["png"]] == [(6, 4)] * 3
+    with tarfile.open(tmp_path / "images.tar.gz", "w:gz") as archive:
+        for name in ("a.png", "b.jpg"):
+            archive.addfile(tarfile.TarInfo(name))
+    with pytest.raises(ValueError, match="holds tar archives of something else than a WebDataset; extract them"):
+        load_image_dataset(tmp_path)
 
 
 def test_streaming_a_folder(tmp_path):
