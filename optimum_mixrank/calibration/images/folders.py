@@ -28,7 +28,7 @@ ENDINGS = frozenset({*ImageFolder.EXTENSIONS, ".avif", ".heic", ".heif", ".hif",
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Files with a row per image, which `datasets` reads."""
 
-_TABLES = frozenset({".parquet", ".arrow", ".tar", ".tgz", ".gz"})
+_TABLES = (".parquet", ".arrow", ".tar", ".tar.gz")
 """Endings of files that hold a dataset each; `datasets` reads archives made by `tar` as WebDataset."""
 
 _SPLITS = {
@@ -140,7 +140,7 @@ def _find(folder: Path) -> _Files:
             files.metadata.append(relative)
         elif ending == ".zip":
             files.archives.append(relative)
-        elif ending in _TABLES:
+        elif path.name.lower().endswith(_TABLES):
             files.tables += 1
         elif ending:
             files.others[ending] += 1
