@@ -118,6 +118,9 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--batch-size", type=int, default=32, help="images per forward pass; default: 32")
     add("--num-workers", type=int, default=0, help="processes that decode images; default: 0")
+    add("--max-broken-share", type=float, default=0.05, help="tolerated share of broken images; default: 0.05")
+    pixels = "most pixels of an image, larger ones count as broken; default: Pillow's limit, 89 million"
+    add("--max-image-pixels", type=int, help=pixels)
     add("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
     add("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
     add_hub_arguments(parser)
@@ -125,7 +128,9 @@ def add_model_arguments(parser: ArgumentParser) -> None:
 
 def reading_arguments(args: Any) -> dict[str, Any]:
     """Return the options for reading images, as keyword arguments."""
-    return {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    return {
+        name: getattr(args, name) for name in ("batch_size", "num_workers", "max_broken_share", "max_image_pixels")
+    }
 
 
 def open_compressor(args: Any, model: str) -> MixRankCompressor:

@@ -67,6 +67,8 @@ on several GPUs:
         """See `MixRankSubcommand`."""
         args = self.args
         config = configuration(args)
+        if args.evaluate_split is not None and args.evaluate_on is None:
+            raise ValueError("--evaluate-split has no effect without --evaluate-on; name a dataset, or leave it out.")
         from ..checkpoint.saving import writable_directory
         from ..pipeline.unfinished import discard, has_saved
         from ..reporting import HTML_NAME, format_table

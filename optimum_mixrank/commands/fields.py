@@ -98,7 +98,13 @@ def configuration(args: Any) -> MixRankConfig:
         # A single value is a string, as in PEFT: a regular expression, unless it is a plain name.
         if isinstance(fields.get(name), list) and len(fields[name]) == 1 and not fields[name][0].isidentifier():
             fields[name] = fields[name][0]
-    return MixRankConfig(**fields)
+    config = MixRankConfig(**fields)
+    for name in ("split", "image_column", "streaming"):
+        if getattr(args, name) and config.dataset is None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect without --dataset; name a dataset, or leave it out."
+            )
+    return config
 
 
 def calibration_images(args: Any, compressor: MixRankCompressor, config: MixRankConfig) -> datasets.Dataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +16,14 @@ from ..calibration.images.batches import Batch, ImageBatches
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.fidelity import agreement, kl_divergence, relative_error
 from ..runtime.forward import evaluation_mode
+from ..runtime.logging import get_logger
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
 
 
 if TYPE_CHECKING:
     from .accuracy import TopKAccuracy
+
+logger = get_logger(__name__)
 
 COMPRESSED, ORIGINAL = "", "reference_"
 """The two models, by the prefix of their accuracies in `EvaluationResult`."""
@@ -88,6 +91,9 @@ def evaluate_model(
         processes: The processes among which the batches are distributed.
         call: How the models are called, and which of their outputs are compared.
 
+    An original that is right much less often than it seems to be, or than chance would be, is warned about: the labels
+    are probably in another order than its classes.
+
     Returns:
         Means over all images of all processes.
 
@@ -119,12 +125,13 @@ def evaluate_model(
         batches.merge_across_processes()
     for part in processes.gather(own):
         total.add(part)
+    total.warn_about_labels(COMPRESSED if reference is None else ORIGINAL)
     return total.means()
 
 
 @dataclass
 class _Sums:
-    """Sums over images, by field of `EvaluationResult`."""
+    """Sums over images, by field of `EvaluationResult`; `_certainty` and `_chance` are of the probabilities of classes."""
 
     num_images: int = 0
     values: dict[str, float] = field(default_factory=dict)
@@ -139,8 +146,37 @@ class _Sums:
     def means(self) -> EvaluationResult:
         if not self.num_images:
             raise ValueError("There is no image to evaluate; the dataset is empty or has been used up.")
-        means = {name: value / self.num_images for name, value in self.values.items()}
+        known = {each.name for each in fields(EvaluationResult)}
+        means = {name: value / self.num_images for name, value in self.values.items() if name in known}
         return EvaluationResult(self.num_images, **means)
+
+    def warn_about_labels(self, model: str) -> None:
+        """Warn if a model is so often wrong that the labels are probably not those of its classes."""
+        if f"{model}top1" not in self.values or not self.num_images:
+            return
+        top1, certainty, chance = (
+            self.values[f"{model}{name}"] / self.num_images for name in ("top1", "_certainty", "_chance")
+        )
+        # A trained model is about as often right as it seems to be, and on images of another kind still half as often.
+        if _is_far_below(top1, chance, self.num_images) or (
+            top1 < certainty / 3 and _is_far_below(top1, certainty * 2 / 3, self.num_images)
+        ):
+            logger.warning(
+                f"{'The original' if model == ORIGINAL else 'The model'} classifies {top1:.2%} of {self.num_images:,} "
+                f"images correctly, where guessing gives {chance:.2%} and its own probabilities promise {certainty:.2%}. "
+                "Probably the labels of the dataset are in another order than the classes of the model: compare their "
+                "names with `config.id2label`. Or the images are of other classes, or need another image processor."
+            )
+
+
+def _is_far_below(share: float, expected: float, count: int) -> bool:
+    """Return whether chance does not explain a share of successes: its probability, by Chernoff's bound, is below 0.5 %."""
+    if share >= expected:
+        return False
+    divergence = (share * math.log(share / expected) if share else 0.0) + (
+        (1 - share) * math.log((1 - share) / (1 - expected)) if expected < 1 else math.inf
+    )
+    return -count * divergence < math.log(0.005)
 
 
 def _count_correct(
@@ -161,6 +197,8 @@ def _count_correct(
         rankings = rank_classes(scores, labels)
         correct = metrics[name].compute(predictions=rankings, references=labels, normalize=False)
         sums |= {f"{name}{top}": float(count) for top, count in correct.items()}
+        sums[f"{name}_certainty"] = scores.double().softmax(dim=1).amax(dim=1).sum().item()
+        sums[f"{name}_chance"] = len(scores) / scores.shape[1]
     return sums
 
 

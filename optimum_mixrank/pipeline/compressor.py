@@ -200,6 +200,7 @@ class MixRankCompressor(OptimumQuantizer):
         seed: int = 42,
         batch_size: int = 32,
         max_broken_share: float = 0.05,
+        max_image_pixels: int | None = None,
         num_workers: int = 0,
         output_names: str | Sequence[str] | None = None,
         interpolate_pos_encoding: bool = False,
@@ -215,6 +216,7 @@ class MixRankCompressor(OptimumQuantizer):
             seed: Of the probes of the Fisher information.
             batch_size: See `compress`.
             max_broken_share: See `compress`.
+            max_image_pixels: See `compress`.
             num_workers: See `compress`.
             output_names: As in `MixRankConfig`.
             interpolate_pos_encoding: As in `MixRankConfig`.
@@ -224,12 +226,13 @@ class MixRankCompressor(OptimumQuantizer):
         """
         metrics = [METRICS.create(name) for name in ([metric] if isinstance(metric, str) else metric)]
         processes, call = self.processes, _model_call(output_names, interpolate_pos_encoding)
+        reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         with processes.raise_on_all_ranks():
             call.check(self.model)
             targets = find_targets(self.model, target_modules, exclude_modules)
             if not required_statistics(metrics, targets):
                 return Calibration({}, 0)
-            batches = self._reader(batch_size, num_workers, max_broken_share).read(calibration_dataset)
+            batches = reader.read(calibration_dataset)
         fingerprint = shared_fingerprint(self.model, processes)
         task = CalibrationTask(
             self.model, fingerprint, batches, None, metrics, fisher_samples, seed, processes, call=call
@@ -244,6 +247,7 @@ class MixRankCompressor(OptimumQuantizer):
         *,
         batch_size: int = 32,
         max_broken_share: float = 0.05,
+        max_image_pixels: int | None = None,
         num_workers: int = 0,
     ) -> None:
         """Check that statistics were taken from this model and these images, which are decoded and not run.
@@ -253,13 +257,15 @@ class MixRankCompressor(OptimumQuantizer):
             calibration_dataset: See `compress`.
             batch_size: See `compress`.
             max_broken_share: See `compress`.
+            max_image_pixels: See `compress`.
             num_workers: See `compress`.
 
         Raises:
             ValueError: if they were not.
         """
+        reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         with self.processes.raise_on_all_ranks():
-            batches = self._reader(batch_size, num_workers, max_broken_share).read(calibration_dataset)
+            batches = reader.read(calibration_dataset)
         check_statistics(calibration, shared_fingerprint(self.model, self.processes), batches)
 
     # More than eight arguments: what users of Transformers set per call, as keywords.
@@ -278,6 +284,7 @@ class MixRankCompressor(OptimumQuantizer):
         save_interval: float = 60.0,
         batch_size: int = 32,
         max_broken_share: float = 0.05,
+        max_image_pixels: int | None = None,
         num_workers: int = 0,
     ) -> PreTrainedModel:
         """Compress the model; return one of the same class, which `self.report` describes.
@@ -301,6 +308,8 @@ class MixRankCompressor(OptimumQuantizer):
             save_interval: Seconds between saves of work in progress; a calibration pass is saved when it is complete.
             batch_size: Images per forward pass.
             max_broken_share: Tolerated share of images that cannot be decoded.
+            max_image_pixels: Most pixels of an encoded image, which protects from files made to fill the memory; a larger
+                one counts as broken. Default: `PIL.Image.MAX_IMAGE_PIXELS`, 89 million.
             num_workers: Processes that decode images ahead while the model runs; the result is the same for any number.
 
         Raises:
@@ -313,7 +322,7 @@ class MixRankCompressor(OptimumQuantizer):
         processes, self._unfinished = self.processes, None
         output = (save_directory, overwrite, resume_directory, processes)
         check_output(*output)
-        reader = self._reader(batch_size, num_workers, max_broken_share)
+        reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         options: dict[str, Any] = {"calibration": calibration, "inplace": inplace, "max_memory": max_memory}
         run = CompressionRun.start(config, reader, calibration_dataset, **options)
         if resume_directory is not None:
@@ -400,6 +409,8 @@ class MixRankCompressor(OptimumQuantizer):
         num_samples: int | None = None,
         seed: int = 42,
         batch_size: int = 32,
+        max_broken_share: float = 0.05,
+        max_image_pixels: int | None = None,
         num_workers: int = 0,
         output_names: str | Sequence[str] | None = None,
         interpolate_pos_encoding: bool = False,
@@ -415,6 +426,8 @@ class MixRankCompressor(OptimumQuantizer):
             num_samples: Number of images to draw; None for all.
             seed: Seed of that draw.
             batch_size: Images per forward pass.
+            max_broken_share: See `compress`.
+            max_image_pixels: See `compress`.
             num_workers: See `compress`.
             output_names: As in `MixRankConfig`.
             interpolate_pos_encoding: As in `MixRankConfig`.
@@ -423,10 +436,11 @@ class MixRankCompressor(OptimumQuantizer):
             ValueError: for unusable images, names that the output lacks, NaN or Inf, or models that cannot be compared.
         """
         call = _model_call(output_names, interpolate_pos_encoding)
-        draw = {"split": split, "num_samples": num_samples, "seed": seed}
+        draw: dict[str, Any] = {"split": split, "num_samples": num_samples, "seed": seed}
+        reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         with self.processes.raise_on_all_ranks():
             call.check(model)
-            batches = self._reader(batch_size, num_workers).read_labelled(dataset, image_column, label_column, **draw)
+            batches = reader.read_labelled(dataset, image_column, label_column, **draw)
         with phase("Evaluated") as evaluating:
             result = evaluate_model(model, batches, reference=self.model, processes=self.processes, call=call)
             evaluating.add_detail(*result.facts())
@@ -481,5 +495,12 @@ class MixRankCompressor(OptimumQuantizer):
                 uploaded = push_compressed(model, repo_id, self.image_processor, self.report, **kwargs)
         return uploaded
 
-    def _reader(self, batch_size: int = 32, num_workers: int = 0, max_broken_share: float = 0.05) -> ImageReader:
-        return ImageReader(self.model, self.image_processor, self.processes, batch_size, num_workers, max_broken_share)
+    def _reader(
+        self,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        max_broken_share: float = 0.05,
+        max_image_pixels: int | None = None,
+    ) -> ImageReader:
+        reading = (batch_size, num_workers, max_broken_share, max_image_pixels)
+        return ImageReader(self.model, self.image_processor, self.processes, *reading)

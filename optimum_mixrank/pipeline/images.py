@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 import datasets
 
 from ..calibration.images.batches import ImageBatches
+from ..calibration.images.rows import draw_images
 from ..calibration.images.sources import load_image_dataset
-from ..evaluation.labels import find_label_column, map_labels
+from ..evaluation.labels import explain_missing_labels, find_label_column, map_labels
 from ..runtime.distributed import Processes
+from ..runtime.logging import get_logger
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class ImageReader:
         batch_size: Images per forward pass.
         num_workers: Processes that decode images ahead.
         max_broken_share: Tolerated share of images that cannot be decoded.
+        max_image_pixels: Most pixels of an encoded image; default: `PIL.Image.MAX_IMAGE_PIXELS`.
     """
 
     model: PreTrainedModel
@@ -37,6 +42,7 @@ class ImageReader:
     batch_size: int = 32
     num_workers: int = 0
     max_broken_share: float = 0.05
+    max_image_pixels: int | None = None
 
     def draw(self, dataset: Any, num_samples: int, seed: int) -> Any:
         """Draw images from a folder or Hub id; return anything else unchanged."""
@@ -53,13 +59,18 @@ class ImageReader:
         """
         return self._batches(
             dataset,
-            max_broken_share=self.max_broken_share,
             pin_memory=not keep and self.model.device.type == "cuda",
             fingerprint=True,
         )
 
     def read_labelled(
-        self, dataset: Any, image_column: str | None = None, label_column: str | None = None, **draw: Any
+        self,
+        dataset: Any,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        split: str | None = None,
+        num_samples: int | None = None,
+        seed: int = 42,
     ) -> ImageBatches:
         """Return batches to evaluate on; labels of the dataset are mapped to those of the model.
 
@@ -67,24 +78,43 @@ class ImageReader:
             dataset: See `ImageBatches`; the default split of a folder or Hub id is `validation`, then `test`.
             image_column: Default: the only image column.
             label_column: Default: `label` or `labels`, if there is one.
-            **draw: `split`, `num_samples` and `seed`, as for `load_image_dataset`.
+            split: Split of a folder, a Hub id or a `DatasetDict`.
+            num_samples: Number of images to draw, from anything but a stream; None for all.
+            seed: Seed of the draw.
+
+        Raises:
+            ValueError: for a split or a number of images that cannot be chosen from such a dataset.
         """
         if isinstance(dataset, str | Path | datasets.DatasetDict):
             dataset = load_image_dataset(
-                dataset, default_splits=("validation", "test"), image_column=image_column, **draw
+                dataset, split=split, default_splits=("validation", "test"), image_column=image_column
+            )
+        elif split is not None:
+            raise ValueError(
+                f"split={split!r} cannot be chosen: a {type(dataset).__name__} has no splits; leave it out, or give a "
+                "folder, a Hub id or a `DatasetDict`."
             )
         label_map = None
         if isinstance(dataset, datasets.Dataset):
             label_column = label_column or find_label_column(dataset)
-            if label_column is not None:
+            if label_column is None:
+                self._warn_about_labels(dataset)
+            elif label_column in dataset.column_names:
                 label_map = map_labels(dataset, label_column, self.model.config.id2label)
         return self._batches(
-            dataset,
+            draw_images(dataset, num_samples, seed),
             image_column=image_column,
             label_column=label_column,
             label_map=label_map,
             pin_memory=self.model.device.type == "cuda",
         )
+
+    def _warn_about_labels(self, dataset: datasets.Dataset) -> None:
+        # Other models have no accuracy that labels could tell.
+        if "ForImageClassification" in type(self.model).__name__ and "pixel_values" not in dataset.column_names:
+            logger.warning(
+                f"The images have no labels, so that accuracy is not measured: {explain_missing_labels(dataset)}."
+            )
 
     def _batches(self, dataset: Any, **options: Any) -> ImageBatches:
         return ImageBatches(
@@ -92,6 +122,8 @@ class ImageReader:
             image_processor=self.image_processor,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            max_broken_share=self.max_broken_share,
+            max_image_pixels=self.max_image_pixels,
             num_channels=getattr(self.model.config, "num_channels", 3),
             processes=self.processes,
             **options,

@@ -234,6 +234,7 @@ def _identity_of(run: CompressionRun, images: str | None, allow_tf32: bool) -> d
         **run.config.to_dict(),
         "batch_size": run.reader.batch_size,
         "max_broken_share": run.reader.max_broken_share,
+        "max_image_pixels": run.reader.max_image_pixels,
         "statistics": None if run.calibration is None else run.calibration.data_fingerprint,
         "num_images": None if run.batches is None else run.batches.num_images,
         "images": images,

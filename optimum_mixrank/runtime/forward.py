@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -48,6 +49,31 @@ def ordinary_modes() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield
+
+
+@contextmanager
+def image_size_explained(model: nn.Module, pixel_values: torch.Tensor) -> Iterator[None]:
+    """Make a model's error about images of another size than that of its configuration say what to do.
+
+    Raises:
+        ValueError: instead of such an error.
+    """
+    try:
+        yield
+    except (ValueError, AssertionError, RuntimeError) as error:
+        try:
+            expected = configured_shape(model)[1:]
+        except ValueError:
+            raise error from None
+        found = tuple(pixel_values.shape[-2:])
+        # Some models take images of any size, and then fail for other reasons.
+        if found == expected or not re.search("size|shape", str(error)):
+            raise
+        raise ValueError(
+            f"The images have {found[0]} × {found[1]} pixels, but the model takes {expected[0]} × {expected[1]}, the "
+            f"image_size of its configuration; set `size` and `crop_size` of the image processor to that, or pass "
+            f"interpolate_pos_encoding=True if the model has this argument. ({error})"
+        ) from error
 
 
 def black_image(model: nn.Module, pixel_values_shape: Sequence[int] | None = None) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forward import black_image, evaluation_mode
+from .forward import black_image, evaluation_mode, image_size_explained
 
 
 _PREFERRED = ("feature_maps", "last_hidden_state", "logits", "reconstruction", "pooler_output")
@@ -73,9 +73,14 @@ class ModelCall:
         self.select(model, output, 1)
 
     def run(self, model: nn.Module, pixel_values: Tensor) -> Any:
-        """Call a model and return all that it returns."""
+        """Call a model and return all that it returns.
+
+        Raises:
+            ValueError: for images of another size than the model takes.
+        """
         options = {"interpolate_pos_encoding": True} if self.interpolate_pos_encoding else {}
-        return model(pixel_values=pixel_values, **options)
+        with image_size_explained(model, pixel_values):
+            return model(pixel_values=pixel_values, **options)
 
     def select(self, model: nn.Module, output: Any, num_images: int) -> ModelOutput:
         """Return what to compare of an output; see `select_output`."""

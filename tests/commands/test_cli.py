@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
-from optimum_mixrank.commands.fields import FIELDS
+from optimum_mixrank.commands.fields import FIELDS, configuration
 
 
 SHIPPED = Path(__file__).parent.parent.parent / "examples" / "fashion_mnist"
@@ -284,6 +285,8 @@ def test_plan_without_images_for_a_metric_that_needs_none():
         (("--config", "nothing.yaml"), "Error: --config 'nothing.yaml' is not a file"),
         (("--split", "validation"), "Error: "),
         (("--output", MODEL), "is not empty; choose another"),
+        (("--evaluate-split", "test"), "Error: --evaluate-split has no effect without --evaluate-on"),
+        (("--max-image-pixels", 700), "it has more than max_image_pixels=700 pixels (28 × 28)"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -303,6 +306,17 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_missing_images_are_named(tmp_path):
     _, stderr = cli("compress", "--model", MODEL, "--output", tmp_path / "out", code=1)
     assert "Error: --dataset is missing" in stderr
+
+
+def test_options_of_a_dataset_that_is_not_named():
+    for name, value in {"split": "test", "image_column": "image", "streaming": True}.items():
+        args = dict.fromkeys((*FIELDS, "config", "split", "image_column", "streaming")) | {name: value}
+        option = f"--{name.replace('_', '-')}"
+        with pytest.raises(
+            ValueError, match=f"{option} has no effect without --dataset; name a dataset, or leave it out"
+        ):
+            configuration(SimpleNamespace(**args))
+        assert configuration(SimpleNamespace(**args | {"dataset": "images"})).dataset == "images"
 
 
 def test_a_file_of_fields(tmp_path):

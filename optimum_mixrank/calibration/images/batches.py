@@ -57,6 +57,7 @@ class ImageBatches:
         label_column: Column to deliver as `labels`; default: only labels that come with `pixel_values` are delivered.
         label_map: Model label by dataset label, if they differ.
         max_broken_share: Tolerated share of images that cannot be decoded, in [0, 1].
+        max_image_pixels: Most pixels of an encoded image, a larger one is broken; default: `PIL.Image.MAX_IMAGE_PIXELS`.
         num_channels: Channels that the model takes; 1 converts to grey.
         num_workers: Processes that read and decode ahead, for datasets and lists of images.
         pin_memory: Whether to put the pixels in pinned memory, from which a GPU copies them while it computes.
@@ -88,6 +89,7 @@ class ImageBatches:
         label_column: str | None = None,
         label_map: Sequence[int] | Mapping[Any, int] | None = None,
         max_broken_share: float = 0.05,
+        max_image_pixels: int | None = None,
         num_channels: int = 3,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -101,12 +103,14 @@ class ImageBatches:
             raise ValueError(f"num_workers={num_workers} is negative; 0 decodes in this process.")
         if not 0 <= max_broken_share <= 1:
             raise ValueError(f"max_broken_share={max_broken_share} is not in [0, 1].")
+        if max_image_pixels is not None and max_image_pixels < 1:
+            raise ValueError(f"max_image_pixels={max_image_pixels} is not a positive number of pixels.")
         if isinstance(source, str | Path | datasets.DatasetDict):
             source = load_image_dataset(source, image_column=image_column)
         check_source(source, processes)
         self._source = source
         self._processes = processes
-        self._collate = Collator(image_processor, num_channels, label_map, dtype)
+        self._collate = Collator(image_processor, num_channels, label_map, dtype, max_image_pixels)
         self._batch_size = batch_size
         self._columns = (image_column, label_column)
         self._max_broken_share = max_broken_share

@@ -51,6 +51,7 @@ class Collator:
     num_channels: int
     label_map: Sequence[int] | Mapping[Any, int] | None
     dtype: torch.dtype
+    max_image_pixels: int | None = None
 
     def check_image_processor(self) -> None:
         """Raise a ValueError if there is no image processor."""
@@ -69,7 +70,7 @@ class Collator:
         usable, images, broken = [], [], []
         for row in rows:
             try:
-                images.append(decode_image(row.image, row.name))
+                images.append(decode_image(row.image, row.name, self.max_image_pixels))
                 usable.append(row)
             except BrokenImageError as error:
                 # Only names and reasons travel between processes; the cause may hold open files.

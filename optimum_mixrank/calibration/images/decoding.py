@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
-from pathlib import Path
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .files import open_file
+
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "JXL", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "ICO")
+"""Raster formats that are read, where Pillow or a registered plugin can. To show a PostScript file, Pillow would run it."""
+
+_PILLOW_LIMIT = threading.Lock()
+"""Held while `Image.MAX_IMAGE_PIXELS` has another value."""
 
 
 class BrokenImageError(ValueError):
@@ -24,21 +34,23 @@ class BrokenImageError(ValueError):
         return f"{self.name} cannot be decoded: {self.reason}"
 
 
-def decode_image(item: Any, name: str = "image") -> Image.Image:
+def decode_image(item: Any, name: str = "image", max_image_pixels: int | None = None) -> Image.Image:
     """Decode one image completely and convert it to RGB.
 
     Args:
-        item: A PIL image, a path, encoded bytes, a mapping with `bytes` or `path` (as `datasets` stores images), or an
-            array of bytes, `[height, width]` or `[height, width, 1, 3 or 4]`. None, as a dataset holds for a missing
-            image, is a broken image.
+        item: A PIL image, a path (local, or one that `datasets` opens, such as `zip://a.png::b.zip`), encoded bytes, a
+            mapping with `bytes` or `path` (as `datasets` stores images), or an array of bytes, `[height, width]` or
+            `[height, width, 1, 3 or 4]`. None, as a dataset holds for a missing image, is a broken image.
         name: Name of the image in errors, if its file is unknown.
+        max_image_pixels: Most pixels that an encoded image may have; default: `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Returns:
         An RGB image, rotated according to its EXIF data. Grey, palette, CMYK and 16-bit images are converted;
         transparency is dropped, as in image pipelines.
 
     Raises:
-        BrokenImageError: if the image is missing, damaged, truncated, empty, not an image or implausibly large.
+        BrokenImageError: if the image is missing, damaged, truncated, empty, too large, in none of `FORMATS`, or not a
+            regular file.
         TypeError: if the item cannot hold an image.
     """
     if item is not None and not holds_image(item):
@@ -47,9 +59,7 @@ def decode_image(item: Any, name: str = "image") -> Image.Image:
             "arrays [height, width, channels], or batches of `pixel_values`."
         )
     try:
-        image = _open(item)
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _load(item, max_image_pixels)
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, … for damaged files.
         raise BrokenImageError(image_name(item) or name, error) from error
@@ -74,24 +84,68 @@ def image_name(item: Any) -> str | None:
     return getattr(item, "filename", None) or None
 
 
-def _open(item: Any) -> Image.Image:
+def _load(item: Any, max_image_pixels: int | None) -> Image.Image:
+    """Return the upright RGB image, with all its pixels, so that no file stays open."""
     if isinstance(item, Mapping):
         # If there are bytes, `path` is only the name that the file once had.
         item = item["bytes"] if item.get("bytes") is not None else item.get("path")
     if item is None:
         raise ValueError("the dataset holds no image here")
-    if isinstance(item, Image.Image):
-        return item
     if isinstance(item, np.ndarray):
-        return Image.fromarray(item.squeeze(2) if item.ndim == 3 and item.shape[2] == 1 else item)
-    # Read completely, so that no file stays open.
-    encoded = item if isinstance(item, bytes | bytearray) else Path(item).expanduser().read_bytes()
-    if not encoded:
-        raise ValueError("the file is empty")
-    return Image.open(io.BytesIO(encoded))
+        return _to_rgb(Image.fromarray(item.squeeze(2) if item.ndim == 3 and item.shape[2] == 1 else item))
+    if isinstance(item, Image.Image):
+        if item.format == "EPS" and getattr(item, "tile", None):
+            raise ValueError("it is a PostScript file, which Pillow would run to show it; convert it to PNG")
+        item.load()
+        return _to_rgb(item)
+    if isinstance(item, bytes | bytearray):
+        if not item:
+            raise ValueError("the file is empty")
+        return _decode(io.BytesIO(item), max_image_pixels)
+    with open_file(item, Image.MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels) as file:
+        return _decode(file, max_image_pixels)
+
+
+def _decode(file: Any, max_image_pixels: int | None) -> Image.Image:
+    Image.init()
+    with _pillow_limit(max_image_pixels) as limit:
+        try:
+            image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+            # Pillow itself only warns below twice its limit.
+            if limit is not None and image.width * image.height > limit:
+                raise Image.DecompressionBombError(f"{image.width} × {image.height}")
+            image.load()
+            # Here, since the orientation may be read from the file once more.
+            return _to_rgb(image)
+        except UnidentifiedImageError as error:
+            raise ValueError(
+                f"cannot identify image: it is damaged, or in none of the formats that are read ({', '.join(FORMATS)})"
+            ) from error
+        except Image.DecompressionBombError as error:
+            raise ValueError(
+                f"it has more than max_image_pixels={limit} pixels ({error}), as a decompression bomb has; raise "
+                "max_image_pixels if it is meant to be as large"
+            ) from error
+
+
+@contextmanager
+def _pillow_limit(max_image_pixels: int | None) -> Iterator[int | None]:
+    """Replace Pillow's limit on the size of images, a variable of the whole process, if another one is given."""
+    usual = Image.MAX_IMAGE_PIXELS
+    if max_image_pixels in (None, usual):
+        yield usual
+        return
+    with _PILLOW_LIMIT:
+        usual = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = max_image_pixels
+        try:
+            yield max_image_pixels
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range; convert the file to 8 or 16 bits")
     if image.mode.startswith("I"):

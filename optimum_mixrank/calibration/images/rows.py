@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import datasets
@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ...runtime.distributed import Processes
 from .decoding import holds_image, image_name
-from .sources import find_image_column, load_image_dataset
+from .files import open_file
+from .sources import drawn_indices, find_image_column, load_image_dataset
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,34 @@ def single_rows(source: Any, image_column: str | None, label_column: str | None)
     return _IndexedRows(source, image_column, label_column)
 
 
+def draw_images(source: Any, num_samples: int | None, seed: int = 42) -> Any:
+    """Draw images without replacement, in the order of the source, from anything with a length and random access.
+
+    Args:
+        source: A `datasets.Dataset`, a list, a tensor or a PyTorch dataset.
+        num_samples: Number of images to draw; None for all.
+        seed: Seed of the draw.
+
+    Raises:
+        ValueError: for batches, and for a source that can only be read from beginning to end.
+    """
+    if num_samples is None:
+        return source
+    is_map_style = isinstance(source, torch.utils.data.Dataset) and hasattr(source, "__len__")
+    indexed = isinstance(source, datasets.Dataset | Sequence | Tensor) or is_map_style
+    if not indexed or (isinstance(source, Sequence) and len(source) and read_row(source[0], 0).is_batch):
+        raise ValueError(
+            f"num_samples={num_samples} cannot be drawn from a {type(source).__name__} of batches or without a length; "
+            "leave it out, or give a dataset or a list of images."
+        )
+    drawn = drawn_indices(len(source), num_samples, seed)
+    if isinstance(source, datasets.Dataset):
+        return source.select(drawn)
+    if isinstance(source, Tensor):
+        return source[torch.from_numpy(drawn).to(source.device)]
+    return [source[index] for index in drawn] if isinstance(source, Sequence) else Subset(source, drawn.tolist())
+
+
 def _as_tensors(source: Any) -> Any:
     is_plain = isinstance(source, datasets.Dataset) and source.format["type"] != "custom"
     return source.with_format("torch") if is_plain else source
@@ -145,8 +174,9 @@ def _content(row: Row) -> bytes | None:
         return None
     if isinstance(item, str | PathLike):
         try:
-            return Path(item).expanduser().read_bytes()
-        except OSError:
+            with open_file(item) as file:
+                return file.read()
+        except (OSError, ValueError):
             item = None  # a broken image, which is reported when it is decoded
     return b"" if item is None else bytes(item)
 
@@ -171,11 +201,18 @@ def read_row(item: Any, index: int, image_column: str | None = None, label_colum
     index is the item's number, for messages. A missing column or label is a ValueError, any other item a TypeError.
     """
     name, label = f"item {index}", None
+    named = {"image_column": image_column, "label_column": label_column}
+    if not isinstance(item, Mapping) and any(named.values()):
+        option, value = next((option, value) for option, value in named.items() if value)
+        raise ValueError(
+            f"{option}={value!r} needs items with columns, but {name} is a {type(item).__name__}; leave it out, or give a "
+            "dataset."
+        )
     if isinstance(item, tuple | list):
         if not 1 <= len(item) <= 2:
             raise TypeError(f"{name} is a {type(item).__name__} of {len(item)}; give images, or pairs with labels.")
         item, label = item[0], _class_indices(item[1]) if len(item) == 2 else None
-    elif isinstance(item, Mapping) and not holds_image(item):
+    elif isinstance(item, Mapping) and (image_column in item or not holds_image(item)):
         has_pixels = image_column is None and "pixel_values" in item
         key = "pixel_values" if has_pixels else _image_key(item, image_column, name)
         if label_column is not None:

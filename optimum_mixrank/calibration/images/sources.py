@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from ...runtime.logging import get_logger
+from .files import is_remote, open_file
+from .folders import load_image_folder
 
 
 logger = get_logger(__name__)
@@ -59,18 +64,29 @@ def load_image_dataset(
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} is not a positive number of images; use None for all.")
-    data = _select_split(_load(source, hub_kwargs), split, default_splits)
+    data = _select_split(_load(source, split, hub_kwargs), split, default_splits)
     if data.features is None:
         raise ValueError("The stream does not tell its columns before it is read; load the dataset without streaming.")
-    data = _undecoded(data, find_image_column(data.features, image_column))
+    column = find_image_column(data.features, image_column)
+    data = _undecoded(data, column)
     if isinstance(data, datasets.IterableDataset):
-        return _draw_from_stream(data, num_samples, seed)
-    if num_samples is None:
-        return data
-    if num_samples > len(data):
-        logger.warning(f"num_samples={num_samples}, but the dataset holds {len(data)} images; all of them are used.")
-    drawn = np.random.default_rng(seed).permutation(len(data))[:num_samples]
-    return data.select(np.sort(drawn))
+        drawn = _draw_from_stream(data, num_samples, seed)
+        for row in drawn:
+            row[column] = _downloaded(row[column], hub_kwargs.get("token"))
+        return datasets.Dataset.from_list(drawn, features=data.features)
+    return data if num_samples is None else data.select(drawn_indices(len(data), num_samples, seed))
+
+
+def drawn_indices(count: int, num_samples: int, seed: int) -> npt.NDArray[np.int64]:
+    """Draw from `count` images without replacement, and return their indices in ascending order; all if there are fewer.
+
+    A number that is not positive is a ValueError.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} is not a positive number of images; use None for all.")
+    if num_samples > count:
+        logger.warning(f"num_samples={num_samples}, but the dataset holds {count} images; all of them are used.")
+    return np.sort(np.random.default_rng(seed).permutation(count)[:num_samples])
 
 
 def find_image_column(columns: Mapping[str, Any], image_column: str | None = None) -> str:
@@ -91,7 +107,7 @@ def find_image_column(columns: Mapping[str, Any], image_column: str | None = Non
     return found[0]
 
 
-def _load(source: Any, hub_kwargs: Mapping[str, Any]) -> Any:
+def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
     if isinstance(source, datasets.Dataset | datasets.DatasetDict):
         _refuse(hub_kwargs, "a dataset in memory")
         return source
@@ -103,12 +119,33 @@ def _load(source: Any, hub_kwargs: Mapping[str, Any]) -> Any:
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"{str(source)!r} is a file, but not a parquet file; name a folder of images.")
-        return datasets.load_dataset("parquet", data_files=str(path), **hub_kwargs)
+        return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), **hub_kwargs)
     if path.is_dir():
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             _refuse(hub_kwargs, "a folder written by `save_to_disk`")
             return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(str(path), **hub_kwargs)
+        given = {name: value for name, value in hub_kwargs.items() if value is not None}
+        if given.keys() <= {"streaming", "cache_dir", "token"}:
+            options = {name: value for name, value in given.items() if name != "token"}
+            images = load_image_folder(path.absolute(), split, **options)
+            if images is not None:
+                return images
+        try:
+            return datasets.load_dataset(str(path), **hub_kwargs)
+        except FileNotFoundError as error:
+            if glob.has_magic(str(path)) or "::" in str(path):
+                raise ValueError(
+                    f"`datasets` cannot read {str(source)!r}, since its name holds one of * ? [ ::, which mean something "
+                    "else in a path; rename it."
+                ) from error
+            raise
+        except ValueError as error:
+            if "WebDataset" in str(error):
+                raise ValueError(
+                    f"{str(source)!r} holds tar archives of something else than a WebDataset; extract them and name the "
+                    f"folder with their images. ({error})"
+                ) from error
+            raise
     if isinstance(source, Path) or _looks_local(source):
         raise FileNotFoundError(f"There is no folder or file {str(source)!r}; name a folder of images or a Hub id.")
     return datasets.load_dataset(source, **hub_kwargs)
@@ -141,13 +178,22 @@ def _select_split(data: Any, split: str | None, default_splits: tuple[str, ...])
     return data[candidates[0] if candidates else names[0]]
 
 
-def _draw_from_stream(stream: datasets.IterableDataset, num_samples: int | None, seed: int) -> datasets.Dataset:
+def _draw_from_stream(stream: datasets.IterableDataset, num_samples: int | None, seed: int) -> list[dict[str, Any]]:
     if num_samples is None:
         raise ValueError("streaming=True needs num_samples, since the images are kept in memory; or do not stream.")
     drawn = list(stream.shuffle(seed=seed, buffer_size=max(_WINDOW, num_samples)).take(num_samples))
     if len(drawn) < num_samples:
         logger.warning(f"num_samples={num_samples}, but the dataset holds {len(drawn)} images; all of them are used.")
-    return datasets.Dataset.from_list(drawn, features=stream.features)
+    return drawn
+
+
+def _downloaded(image: dict[str, Any] | None, token: str | bool | None) -> dict[str, Any] | None:
+    """Return an undecoded image with the bytes of a remote file, so that not every pass downloads it again."""
+    if image is not None and image["bytes"] is None and is_remote(image["path"]):
+        # One that cannot be read is a broken image, which is reported when it is decoded.
+        with suppress(OSError, ValueError), open_file(image["path"], token=token) as file:
+            return {**image, "bytes": file.read()}
+    return image
 
 
 def _undecoded(data: Data, column: str) -> Data:

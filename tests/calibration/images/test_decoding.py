@@ -1,8 +1,11 @@
 import io
+import os
+import zipfile
 
+import fsspec
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from optimum_mixrank.calibration.images.decoding import BrokenImageError, decode_image
 
@@ -143,9 +146,81 @@ def test_missing_file(tmp_path):
 
 
 def test_implausibly_large_images(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(BrokenImageError, match="decompression bomb"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    # Pillow would read up to twice as many.
+    with pytest.raises(BrokenImageError, match=r"more than max_image_pixels=400 pixels \(25 × 17\)"):
         decode_image(encoded(Image.fromarray(GREY)))
+    with pytest.raises(BrokenImageError, match="more than max_image_pixels=100 pixels .*; raise max_image_pixels"):
+        decode_image(encoded(Image.fromarray(GREY)), max_image_pixels=100)
+    assert decode_image(encoded(Image.fromarray(GREY)), max_image_pixels=425).size == (25, 17)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert decode_image(encoded(Image.fromarray(GREY)), max_image_pixels=425).size == (25, 17)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert decode_image(encoded(Image.fromarray(GREY))).size == (25, 17)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO"])
+def test_formats(kind):
+    assert decode_image(encoded(Image.fromarray(GREY), kind)).size == (25, 17)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "PNG", "WEBP", "MPO"])
+def test_the_first_of_several_frames(tmp_path, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    first, second = (Image.fromarray(grey).convert("RGB") for grey in (GREY, 255 - GREY))
+    path = tmp_path / "frames.image"
+    first.save(path, kind, save_all=True, append_images=[second], **({} if kind == "GIF" else {"exif": exif}))
+    decoded = decode_image(path)
+    assert decoded.size == ((25, 17) if kind == "GIF" else (17, 25))
+    assert np.asarray(decoded).mean() == pytest.approx(GREY.mean(), abs=5)
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(decode_image(path.read_bytes())))
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(run) print\nshowpage\n"
+
+
+def test_nothing_is_executed(monkeypatch, tmp_path):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("started Ghostscript"))
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(POSTSCRIPT)
+    for item in (POSTSCRIPT, path, {"bytes": POSTSCRIPT, "path": "picture.jpg"}):
+        with pytest.raises(BrokenImageError, match="cannot identify image: it is damaged, or in none of the formats"):
+            decode_image(item)
+    with Image.open(path) as image, pytest.raises(BrokenImageError, match="a PostScript file, which Pillow would run"):
+        decode_image(image)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no such files")
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero", tmp_path):
+        for item in (path, {"bytes": None, "path": str(path)}):
+            with pytest.raises(BrokenImageError, match="it is not a regular file"):
+                decode_image(item)
+
+
+def test_files_of_any_size_are_refused_before_they_are_read(tmp_path):
+    with (tmp_path / "large.png").open("wb") as file:
+        file.write(encoded(Image.fromarray(GREY)))
+        file.truncate(1 << 36)
+    with pytest.raises(
+        BrokenImageError, match="large.png cannot be decoded: the file has more than 782,936,744 bytes"
+    ):
+        decode_image(tmp_path / "large.png")
+
+
+def test_paths_that_datasets_opens(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("b/c.png", encoded(Image.fromarray(GREY)))
+    fsspec.filesystem("memory").pipe("/c.png", encoded(Image.fromarray(GREY)))
+    for path in (f"zip://b/c.png::{tmp_path / 'a.zip'}", "memory://c.png"):
+        for item in (path, {"bytes": None, "path": path}):
+            assert decode_image(item).size == (25, 17)
+    with pytest.raises(BrokenImageError, match="memory://gone.png cannot be decoded"):
+        decode_image("memory://gone.png")
+    (tmp_path / "d::e.png").write_bytes(encoded(Image.fromarray(GREY)))
+    assert decode_image(str(tmp_path / "d::e.png")).size == (25, 17)
 
 
 @pytest.mark.parametrize(

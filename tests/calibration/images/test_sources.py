@@ -63,6 +63,12 @@ def test_parquet(tmp_path):
     in_memory().to_parquet(file)
     assert_undecoded(load_image_dataset(file), 5)
     assert_undecoded(load_image_dataset(tmp_path), 5)
+    folder = tmp_path / "data[v1]"
+    folder.mkdir()
+    in_memory().to_parquet(folder / "a[1].parquet")
+    assert_undecoded(load_image_dataset(folder / "a[1].parquet"), 5)
+    with pytest.raises(ValueError, match=r"data\[v1\]', since its name holds one of .*; rename it"):
+        load_image_dataset(folder)
 
 
 @pytest.mark.parametrize("splits", [(), ("test",), ("train", "test")], ids=str)
