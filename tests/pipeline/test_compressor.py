@@ -159,6 +159,28 @@ def test_patterns_decide_single_layers():
     assert all(entry.rank % 2 == 0 for entry in entries.values())
 
 
+@pytest.mark.parametrize("layout", ["factors", "pivoted"])
+@pytest.mark.parametrize("change", ["dead channel", "constant inputs", "tiny", "zero", "merged", "small gradients"])
+def test_layers_without_full_rank_are_compressed_by_the_default_recipe(change, layout):
+    model = tiny_vit()
+    first = next(module for module in model.modules() if getattr(module, "out_features", 0) == 64)
+    norm = next(module for name, module in model.named_modules() if name.endswith("layernorm_after"))
+    with torch.no_grad():
+        if change == "dead channel":
+            first.weight[:, 3] = 0
+        elif change == "constant inputs":
+            norm.weight.zero_()
+        elif change in ("tiny", "zero"):
+            first.weight.mul_(1e-40 if change == "tiny" else 0)
+        elif change == "small gradients":
+            model.vit.layernorm.weight.mul_(1e-30)
+    if change == "merged":
+        model = MixRankCompressor(model).compress(config(recipe="fast"), [PIXELS]).dequantize()
+    compressed = MixRankCompressor(model).compress(config(layout=layout), [PIXELS])
+    with torch.no_grad():
+        assert compressed(PIXELS).logits.isfinite().all()
+
+
 def test_bare_models_are_compressed_and_compared_by_features():
     compressor = MixRankCompressor(tiny_swin().swin)
     model = compressor.compress(config(), [PIXELS])
