@@ -21,6 +21,7 @@ from torch import Tensor
 from .factorization import Decomposition, decompose_by_input, decompose_by_output, extended, root_of_covariance
 from .statistics import LayerStatistics, Statistic
 
+
 _SMALLEST_EIGENVALUE = 1e-6
 """Share of the largest eigenvalue to which those are raised that rounding has made negative."""
 
