@@ -83,6 +83,7 @@ def is_same(first, second):
         metadata == other_metadata
         and tensors.keys() == others.keys()
         and all(
-            tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]) for name, tensor in tensors.items()
+            tensor.dtype == others[name].dtype and torch.equal(tensor, others[name])
+            for name, tensor in tensors.items()
         )
     )

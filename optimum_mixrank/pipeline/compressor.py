@@ -23,21 +23,24 @@ from ..evaluation.evaluate import EvaluationResult, evaluate_model
 from ..reporting import CompressionReport
 from ..reporting.profile import RankProfile
 from ..runtime.distributed import Processes, find_processes, quiet_unless_main
+from ..runtime.logging import get_logger
 from ..runtime.phases import phase
 from ..runtime.precision import tf32_statistics
 from .compress import check_statistics, compress
 from .images import ImageReader
 from .memory import MaxMemory, MemoryPlan, MemoryTask, estimate_memory
 from .profile import profile_model
+from .reports import Made, MadeModels
 from .run import CompressionRun, shared_fingerprint
 from .saving import push_compressed, save_result
-from .unfinished import UnfinishedRun, check_output, open_run
+from .unfinished import check_output, open_run
 
 
 if TYPE_CHECKING:
     import datasets
     from accelerate import Accelerator, PartialState
 
+logger = get_logger(__name__)
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -74,8 +77,7 @@ class MixRankCompressor(OptimumQuantizer):
             saves. Its `mixed_precision` holds for forward passes and training; statistics are summed in float32 or better.
         allow_tf32: Whether statistics may be multiplied in TF32, where PyTorch and the GPU allow it.
 
-    Attributes:
-        report: `CompressionReport` of the last compression, or None.
+    Every model that it makes has a report of its own, which is saved with that model.
 
     Example:
         ```python
@@ -104,8 +106,7 @@ class MixRankCompressor(OptimumQuantizer):
         self.image_processor = image_processor
         self.accelerator = accelerator
         self.allow_tf32 = allow_tf32
-        self.report: CompressionReport | None = None
-        self._unfinished: UnfinishedRun | None = None
+        self._made = MadeModels()
 
     @classmethod
     def from_pretrained(
@@ -143,6 +144,11 @@ class MixRankCompressor(OptimumQuantizer):
         with quiet_unless_main(processes):
             model, found = open_original(model_or_path, dtype, device, default_device, auto_class, hub_kwargs)
         return cls(model, found if image_processor is None else image_processor, accelerator, allow_tf32=allow_tf32)
+
+    @property
+    def report(self) -> CompressionReport | None:
+        """The report of the last model that was compressed, or None."""
+        return None if self._made.last is None else self._made.last.report
 
     @property
     def processes(self) -> Processes:
@@ -293,17 +299,19 @@ class MixRankCompressor(OptimumQuantizer):
             OSError: if a disk is full; what was saved before stays as it is.
         """
         config = _checked(config or MixRankConfig(), save_interval)
-        processes, self._unfinished = self.processes, None
+        processes, unfinished = self.processes, None
         output = (save_directory, overwrite, resume_directory, processes)
         check_output(*output)
         reader = self._reader(batch_size, num_workers, max_broken_share)
         options: dict[str, Any] = {"calibration": calibration, "inplace": inplace, "max_memory": max_memory}
         run = CompressionRun.start(config, reader, calibration_dataset, **options)
         if resume_directory is not None:
-            self._unfinished = open_run(run, resume_directory, save_interval, self.allow_tf32)
+            self._made.leave(Path(resume_directory).expanduser())
+            unfinished = open_run(run, resume_directory, save_interval, self.allow_tf32)
             # A run that has ended while this one waited for the folder may have saved its result.
             check_output(*output)
-        model, self.report = compress(run)
+        model, report = compress(run)
+        self._made.add(model, report, unfinished)
         if save_directory is not None:
             self.save_pretrained(model, save_directory, overwrite=overwrite)
         return model
@@ -385,7 +393,7 @@ class MixRankCompressor(OptimumQuantizer):
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> EvaluationResult:
-        """Measure what a compressed model has lost against the original; kept in `self.report` too.
+        """Measure what a compressed model has lost against the original; kept in its report too, if it was made here.
 
         Args:
             model: The compressed model, in memory or reloaded.
@@ -404,8 +412,8 @@ class MixRankCompressor(OptimumQuantizer):
         with phase("Evaluated") as evaluating:
             result = evaluate_model(model, batches, reference=self.model, processes=self.processes)
             evaluating.add_detail(*result.facts())
-        if self.report is not None:
-            self.report = dataclasses.replace(self.report, evaluation=dataclasses.asdict(result))
+        if (made := self._made.find(model)) is not None:
+            made.report = dataclasses.replace(made.report, evaluation=dataclasses.asdict(result))
         return result
 
     @_in_every_process
@@ -418,7 +426,7 @@ class MixRankCompressor(OptimumQuantizer):
         picture: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save a compressed model with its image processor and the report.
+        """Save a compressed model with its image processor and, if this compressor made it, its report.
 
         At any moment the destination holds the old content or all of the new, where two names can be exchanged.
 
@@ -433,27 +441,41 @@ class MixRankCompressor(OptimumQuantizer):
             FileExistsError: if the folder holds files and `overwrite` is False.
             OSError: if the disk is full.
         """
-        processes, report = self.processes, self.report
+        processes, made = self.processes, self._find(model)
+        report, run = (None, None) if made is None else (made.report, made.run)
         with processes.raise_on_all_ranks():
             if processes.is_main:
                 content = (model, save_directory, self.image_processor, report)
-                report = save_result(*content, self._unfinished, overwrite=overwrite, picture=picture, **kwargs)
-        self.report, self._unfinished = processes.broadcast(report), None
+                report = save_result(*content, run, overwrite=overwrite, picture=picture, **kwargs)
+        report = processes.broadcast(report)
+        if made is not None and report is not None:
+            made.saved(model, report)
 
     @_in_every_process
     def push_to_hub(self, model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
-        """Upload a compressed model with its image processor and the report; the main process gets the commit.
+        """Upload a compressed model with its image processor and its report; the main process gets the commit.
 
         Args:
             model: The compressed model.
             repo_id: `user/name` on the Hub; made if it does not exist.
             **kwargs: `token`, `private`, `revision`, `commit_message`, and `max_shard_size`.
         """
-        uploaded = None
+        uploaded, made = None, self._find(model)
+        report = None if made is None else made.report
         with self.processes.raise_on_all_ranks():
             if self.processes.is_main:
-                uploaded = push_compressed(model, repo_id, self.image_processor, self.report, **kwargs)
+                uploaded = push_compressed(model, repo_id, self.image_processor, report, **kwargs)
         return uploaded
+
+    def _find(self, model: PreTrainedModel) -> Made | None:
+        """Return what is known of a model, and warn if this compressor did not make it."""
+        made = self._made.find(model)
+        if made is None:
+            logger.warning(
+                f"This compressor did not make the {type(model).__name__}, or it was changed since: it is saved without "
+                "report and model card."
+            )
+        return made
 
     def _reader(self, batch_size: int = 32, num_workers: int = 0, max_broken_share: float = 0.05) -> ImageReader:
         return ImageReader(self.model, self.image_processor, self.processes, batch_size, num_workers, max_broken_share)

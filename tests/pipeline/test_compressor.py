@@ -246,6 +246,68 @@ def test_what_is_saved_already_is_not_lost(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "out"]
 
 
+def labelled(count=6):
+    return [{"pixel_values": PIXELS[:count], "labels": torch.arange(count) % 5}]
+
+
+def test_a_report_belongs_to_its_model(tmp_path):
+    compressor = MixRankCompressor(tiny_vit())
+    models = {
+        ratio: compressor.compress(config(compression_ratio=ratio, recipe="fast"), [PIXELS]) for ratio in (0.3, 0.5)
+    }
+    last = compressor.report
+    result = compressor.evaluate(models[0.3], labelled())
+    assert compressor.report is last and last.evaluation is None
+    for ratio, model in models.items():
+        compressor.save_pretrained(model, tmp_path / str(ratio))
+        saved = CompressionReport.load(tmp_path / str(ratio))
+        assert saved.settings["compression_ratio"] == ratio
+        assert (saved.evaluation is not None) == (ratio == 0.3)
+    assert CompressionReport.load(tmp_path / "0.3").evaluation["kl"] == result.kl
+    assert compressor.report.bytes_on_disk_after == CompressionReport.load(tmp_path / "0.5").bytes_on_disk_after
+    # Also of a model that was loaded again, or copied, after the first one is gone.
+    del models, model
+    for again in (load(tmp_path / "0.5"), copy.deepcopy(load(tmp_path / "0.5")).bfloat16().float()):
+        result = compressor.evaluate(again, labelled())
+        assert compressor.report.evaluation["kl"] == result.kl
+    compressor.evaluate(load(tmp_path / "0.3"), labelled(3))
+    assert compressor.report.evaluation["kl"] == result.kl
+    compressor.save_pretrained(load(tmp_path / "0.3"), tmp_path / "again")
+    assert CompressionReport.load(tmp_path / "again").evaluation["num_images"] == 3
+
+
+def load(folder):
+    return ViTForImageClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("has_report", [False, True])
+def test_no_report_of_another_model_is_saved(has_report, tmp_path, caplog):
+    settings = config(recipe="fast", allocation="uniform")
+    foreign = MixRankCompressor(tiny_vit(layer_norm_eps=0.1)).compress(settings, [PIXELS])
+    compressor = MixRankCompressor(tiny_vit())
+    if has_report:
+        compressor.compress(settings, [PIXELS])
+    compressor.evaluate(foreign, labelled())
+    compressor.save_pretrained(foreign, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*report*")) and not (tmp_path / "out" / "README.md").exists()
+    assert "did not make the ViTForImageClassification" in caplog.text
+    assert not has_report or compressor.report.evaluation is None
+
+
+def test_saving_a_model_leaves_the_unfinished_run_of_another(tmp_path):
+    compressor = MixRankCompressor(tiny_vit())
+    settings = config(recipe="fast")
+    models = [
+        compressor.compress(settings, [PIXELS], resume_directory=tmp_path / f"run{number}") for number in range(2)
+    ]
+    compressor.save_pretrained(models[0], tmp_path / "out0")
+    assert not (tmp_path / "run0").exists() and (tmp_path / "run1").exists()
+    again = compressor.compress(settings, [PIXELS], resume_directory=tmp_path / "run1")
+    for number, model in enumerate((again, models[1]), 1):
+        compressor.save_pretrained(model, tmp_path / f"out{number}")
+        assert not (tmp_path / "run1").exists()
+
+
 def test_not_a_model_and_compressed_checkpoints_are_refused(tmp_path):
     with pytest.raises(TypeError, match="use `MixRankCompressor.from_pretrained"):
         MixRankCompressor("facebook/deit-base-patch16-224")

@@ -71,7 +71,9 @@ def test_no_damage_goes_unnoticed(tmp_path_factory, mutate, empty):
     shutil.copy(path, path.with_name("undamaged"))
     mutate(path)
     if not is_same(path.with_name("undamaged"), path):
-        with pytest.raises(ValueError, match=r"damaged.0.safetensors' (is damaged .*|belongs to another run); remove .*"):
+        with pytest.raises(
+            ValueError, match=r"damaged.0.safetensors' (is damaged .*|belongs to another run); remove .*"
+        ):
             journal.load("damaged")
 
 
