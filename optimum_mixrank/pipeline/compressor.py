@@ -18,6 +18,7 @@ from ..calibration.targets import find_targets
 from ..calibration.task import CalibrationTask, required_statistics
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.original import check_placement, open_original
+from ..checkpoint.validation import check_integer
 from ..decomposition import METRICS
 from ..evaluation.evaluate import EvaluationResult, evaluate_model
 from ..reporting import CompressionReport
@@ -26,6 +27,14 @@ from ..runtime.distributed import Processes, find_processes, quiet_unless_main
 from ..runtime.logging import get_logger
 from ..runtime.phases import phase
 from ..runtime.precision import tf32_statistics
+from .arguments import (
+    check_calibration,
+    check_compressed,
+    check_config,
+    check_metrics,
+    check_path,
+    check_save_interval,
+)
 from .compress import check_statistics, compress
 from .images import ImageReader
 from .memory import MaxMemory, MemoryPlan, MemoryTask, estimate_memory
@@ -56,13 +65,6 @@ def _in_every_process(method: Callable[Parameters, Result]) -> Callable[Paramete
             return method(*args, **kwargs)
 
     return wrapped
-
-
-def _checked(config: MixRankConfig, save_interval: float) -> MixRankConfig:
-    config.validate()
-    if save_interval <= 0:
-        raise ValueError(f"save_interval={save_interval!r} is not a positive number of seconds.")
-    return config
 
 
 class MixRankCompressor(OptimumQuantizer):
@@ -214,7 +216,17 @@ class MixRankCompressor(OptimumQuantizer):
         Raises:
             ValueError: for unusable images, NaN or Inf, or layers that never run.
         """
-        metrics = [METRICS.create(name) for name in ([metric] if isinstance(metric, str) else metric)]
+        metrics = [METRICS.create(name) for name in check_metrics(metric)]
+        check_config(
+            MixRankConfig(
+                metric="kfac",
+                compensation=[],
+                target_modules=target_modules,
+                exclude_modules=exclude_modules,
+                fisher_samples=fisher_samples,
+                seed=seed,
+            )
+        )
         processes = self.processes
         with processes.raise_on_all_ranks():
             targets = find_targets(self.model, target_modules, exclude_modules)
@@ -247,6 +259,7 @@ class MixRankCompressor(OptimumQuantizer):
         Raises:
             ValueError: if they were not.
         """
+        check_calibration(calibration)
         with self.processes.raise_on_all_ranks():
             batches = self._reader(batch_size, num_workers, max_broken_share).read(calibration_dataset)
         check_statistics(calibration, shared_fingerprint(self.model, self.processes), batches)
@@ -293,12 +306,18 @@ class MixRankCompressor(OptimumQuantizer):
             num_workers: Processes that decode images ahead while the model runs; the result is the same for any number.
 
         Raises:
+            TypeError: for swapped or mistyped arguments.
             ValueError: before the model is changed: for a ratio that cannot be reached, patterns that match nothing,
                 missing or unusable images, NaN or Inf, too little `max_memory`, or a `resume_directory` of another run.
             FileExistsError: if `save_directory` holds files and `overwrite` is False.
             OSError: if a disk is full; what was saved before stays as it is.
         """
-        config = _checked(config or MixRankConfig(), save_interval)
+        config = check_config(config)
+        check_save_interval(save_interval)
+        check_path("save_directory", save_directory)
+        check_path("resume_directory", resume_directory)
+        if calibration is not None:
+            check_calibration(calibration)
         processes, unfinished = self.processes, None
         output = (save_directory, overwrite, resume_directory, processes)
         check_output(*output)
@@ -334,7 +353,9 @@ class MixRankCompressor(OptimumQuantizer):
             inplace: See `compress`.
             max_memory: See `compress`.
         """
-        config = config or MixRankConfig()
+        config = check_config(config)
+        if num_images is not None:
+            check_integer("num_images", num_images, 1)
         targets = find_targets(self.model, config.target_modules, config.exclude_modules)
         required = required_statistics([METRICS.create(config.metric)], targets)
         images = self.processes.largest_share(num_images or config.num_samples, batch_size)
@@ -355,7 +376,10 @@ class MixRankCompressor(OptimumQuantizer):
             config: Everything but the ratio; default `MixRankConfig()`.
             ratios: Values of `compression_ratio`; one that cannot be reached is a `ValueError`.
         """
-        return profile_model(self._reader(), calibration, config or MixRankConfig(), ratios)
+        check_calibration(calibration)
+        if not isinstance(ratios, Sequence) or isinstance(ratios, str) or not ratios:
+            raise TypeError(f"ratios={ratios!r} is not a list of values of compression_ratio.")
+        return profile_model(self._reader(), calibration, check_config(config), ratios)
 
     def quantize(
         self,
@@ -371,6 +395,8 @@ class MixRankCompressor(OptimumQuantizer):
         Raises:
             ValueError: if `file_prefix` is given, and as `compress`.
         """
+        if isinstance(file_prefix, MixRankConfig):
+            raise TypeError("file_prefix is a MixRankConfig; give it as quantization_config=….")
         if file_prefix is not None:
             raise ValueError(
                 f"file_prefix={file_prefix!r} is not supported: `from_pretrained` finds weights by their standard "
@@ -406,6 +432,7 @@ class MixRankCompressor(OptimumQuantizer):
             batch_size: Images per forward pass.
             num_workers: See `compress`.
         """
+        check_compressed(model)
         draw = {"split": split, "num_samples": num_samples, "seed": seed}
         with self.processes.raise_on_all_ranks():
             batches = self._reader(batch_size, num_workers).read_labelled(dataset, image_column, label_column, **draw)
@@ -441,6 +468,7 @@ class MixRankCompressor(OptimumQuantizer):
             FileExistsError: if the folder holds files and `overwrite` is False.
             OSError: if the disk is full.
         """
+        check_path("save_directory", save_directory)
         processes, made = self.processes, self._find(model)
         report, run = (None, None) if made is None else (made.report, made.run)
         with processes.raise_on_all_ranks():
@@ -469,6 +497,7 @@ class MixRankCompressor(OptimumQuantizer):
 
     def _find(self, model: PreTrainedModel) -> Made | None:
         """Return what is known of a model, and warn if this compressor did not make it."""
+        check_compressed(model)
         made = self._made.find(model)
         if made is None:
             logger.warning(

@@ -220,6 +220,45 @@ def test_bad_input_gets_a_clear_error_and_changes_nothing(settings, data, messag
     assert not any(isinstance(module, LowRankLinear) for module in model.modules())
 
 
+WRONG = {
+    "ratio for config": (lambda each: each.compress(0.5, [PIXELS]), "config is a float, not a MixRankConfig"),
+    "dict for config": (
+        lambda each: each.compress({}, [PIXELS]),
+        r"config is a dict; give MixRankConfig\(\*\*config\)",
+    ),
+    "swapped": (lambda each: each.compress([PIXELS], config()), "config is a list, not a MixRankConfig"),
+    "swapped folder": (
+        lambda each: each.compress(config(), "out", [PIXELS]),
+        "save_directory is a list, not the path",
+    ),
+    "path of statistics": (
+        lambda each: each.compress(config(), [PIXELS], calibration="file"),
+        "calibration is a str, not a Calibration; .*Calibration.load",
+    ),
+    "save_interval": (lambda each: each.compress(config(), save_interval="1"), "save_interval='1' is not a positive"),
+    "batch_size": (lambda each: each.compress(config(), [PIXELS], batch_size="8"), "batch_size='8' is not a positive"),
+    "max_memory": (lambda each: each.compress(config(), [PIXELS], max_memory=[1]), r"max_memory=\[1\] is not a size"),
+    "swapped in calibrate": (lambda each: each.calibrate("kfac", [PIXELS]), "metric is a list, not the name of a"),
+    "patterns": (lambda each: each.calibrate([PIXELS], target_modules=3), "target_modules=3 is neither None, a reg"),
+    "fisher_samples": (lambda each: each.calibrate([PIXELS], fisher_samples=0), "fisher_samples=0 is not an integer"),
+    "seed": (lambda each: each.calibrate([PIXELS], seed=2**64), "seed=18446744073709551616 is too large"),
+    "no layer": (lambda each: each.compress(config(compression_ratio=1e-12), [PIXELS]), "1e-12 .* stay dense; raise"),
+    "evaluate": (lambda each: each.evaluate("out", [PIXELS]), "model is a str, not a model"),
+    "save_pretrained": (lambda each: each.save_pretrained("out", each.model), "save_directory is a ViTFor"),
+    "push_to_hub": (lambda each: each.push_to_hub("user/name", each.model), "model is a str, not a model"),
+    "profile": (lambda each: each.profile(config(), None), "calibration is a MixRankConfig, not a Calibration"),
+    "memory_plan": (lambda each: each.memory_plan({}), "config is a dict; give MixRankConfig"),
+    "quantize": (lambda each: each.quantize("out", config()), "file_prefix is a MixRankConfig; give it as quantiz"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_swapped_and_mistyped_arguments_are_named(case):
+    call, message = WRONG[case]
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(MixRankCompressor(tiny_vit()))
+
+
 def test_damaged_weights_are_named():
     model = tiny_vit()
     with torch.no_grad():

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from ...checkpoint.validation import check_integer, check_seed
 from ...runtime.logging import get_logger
 
 
@@ -57,8 +58,11 @@ def load_image_dataset(
         ValueError: if the split or the image column is missing or ambiguous, in a message that lists those there are;
             or for a stream without `num_samples`.
     """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} is not a positive number of images; use None for all.")
+    if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
+        raise ValueError(f"num_samples={num_samples!r} is not a positive number of images; use None for all.")
+    if num_samples is not None:
+        check_integer("num_samples", num_samples, 1)
+    check_seed(seed)
     data = _select_split(_load(source, hub_kwargs), split, default_splits)
     if data.features is None:
         raise ValueError("The stream does not tell its columns before it is read; load the dataset without streaming.")
