@@ -116,7 +116,9 @@ class MixRankSubcommand(BaseOptimumCLICommand):
 def _sentence(error: Exception) -> str:
     """Return the message of an error; some have none, or one that says nothing without the kind of the error."""
     if isinstance(error, MemoryError):
-        return f"The memory is not enough ({error or 'MemoryError'}). Give a smaller --batch-size, or --max-memory."
+        return (
+            f"The memory is not enough ({str(error) or 'MemoryError'}). Give a smaller --batch-size, or --max-memory."
+        )
     if isinstance(error, KeyError):
         return f"{type(error).__name__}: {error}"
     return str(error).strip() or f"{type(error).__name__}, which gives no reason; --debug shows where it came from."
