@@ -105,10 +105,16 @@ class RankBudget:
         """Check that some ranks meet the budget, and warn about ranks that would save nothing.
 
         Raises:
-            ValueError: if none do; the message says which ratio can be reached.
+            ValueError: if none do; the message says which ratio can be reached. Also if nothing is to be removed.
         """
         if not self.is_reachable:
             raise ValueError(self._unreachable())
+        profiles = self._problem({}).layers
+        if self.budget >= self._targeted and not any(each.fixed_rank and each.candidate_ranks for each in profiles):
+            raise ValueError(
+                f"compression_ratio={self.compression_ratio} of {self._base:,} {self.unit} is less than one, so that "
+                "every layer would stay dense; raise the ratio."
+            )
         for layer in self._free:
             profile = self._profile(layer, None)
             if layer.rank is not None and not profile.candidate_ranks:

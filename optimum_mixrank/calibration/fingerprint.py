@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
 from torch import Tensor, nn
+
+from ..runtime.digest import tensor_bytes
 
 
 def fingerprint_model(model: nn.Module) -> str:
@@ -13,7 +14,7 @@ def fingerprint_model(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -25,7 +26,7 @@ class ImageFingerprint:
 
     def update(self, pixel_values: Tensor, batch: int = 0) -> None:
         """Add images, `[batch, channels, height, width]`, after those of the same or a lower batch number."""
-        digests = b"".join(hashlib.sha256(_bytes(image)).digest() for image in pixel_values)
+        digests = b"".join(hashlib.sha256(tensor_bytes(image)).digest() for image in pixel_values)
         self._digests[batch] = self._digests.get(batch, b"") + digests
 
     def merge(self, other: ImageFingerprint) -> None:
@@ -35,8 +36,3 @@ class ImageFingerprint:
     def hexdigest(self) -> str:
         """Return the fingerprint of the images so far."""
         return hashlib.sha256(b"".join(self._digests[batch] for batch in sorted(self._digests))).hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    # NumPy has no bfloat16; bytes exist for every dtype.
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

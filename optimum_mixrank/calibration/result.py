@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..decomposition.statistics import LayerStatistics, Statistic
+from ..runtime.digest import digest_content
 from ..runtime.files import replaced_file
 from ..runtime.formatting import quote
 from ..runtime.version import __version__
 
 
-_FORMAT = "optimum-mixrank statistics 2"
+_FORMAT = "optimum-mixrank statistics 3"
+
+_FORMAT_WITHOUT_DIGEST = "optimum-mixrank statistics 2"
+
+_ROUNDING = 1e-6
+"""Share of the largest value up to which a covariance may be asymmetric, and its diagonal negative."""
+
+_POSITIVE = frozenset(Statistic) - {Statistic.INPUT_MEAN, Statistic.REPRESENTATIVE_INPUT}
+
+_UNREADABLE = (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -45,10 +56,15 @@ class Calibration:
     data_fingerprint: str | None = None
     fisher_samples: int | None = None
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, run: str = "") -> Path:
         """Write the statistics to a safetensors file, completely or not at all, and return its path.
 
-        They can be reused without the images. The folder must exist.
+        They can be reused without the images. The folder must exist. A digest is stored with them, so that damage does
+        not go unnoticed; it does not protect from somebody who changes the file on purpose.
+
+        Args:
+            path: The file.
+            run: Mark of the unfinished run that keeps them; see `Journal`.
 
         Raises:
             ValueError: if there are none, as for a metric that needs none.
@@ -72,17 +88,23 @@ class Calibration:
             layers[name] = {**counts, "tensors": keys}
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         content = json.dumps({**fields, "layers": layers, "library_version": __version__})
+        metadata = {"format": _FORMAT, "calibration": content, "run": run}
+        metadata["digest"] = digest_content(tensors, content, run)
         with replaced_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": _FORMAT, "calibration": content})
+            save_file(tensors, temporary, metadata=metadata)
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Calibration:
+    def load(cls, path: str | Path, run: str | None = None) -> Calibration:
         """Read statistics that `save` wrote.
+
+        Args:
+            path: The file.
+            run: Mark of the unfinished run that they must belong to; None accepts all.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it holds something else, or is damaged.
+            ValueError: if it holds something else, is damaged or belongs to another run.
         """
         path = Path(path).expanduser()
         if not path.is_file():
@@ -92,21 +114,20 @@ class Calibration:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(
-                        f"{str(path)!r} has the format {quote(metadata.get('format'))}, not {_FORMAT!r}; collect the "
-                        "statistics again with this version."
-                    )
+                known = metadata.get("format") in (_FORMAT, _FORMAT_WITHOUT_DIGEST)
                 # Copies are aligned in memory like the tensors that were saved; arithmetic may depend on it.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
-            content = json.loads(metadata["calibration"])
-            layers = {name: _read_layer(entry, tensors) for name, entry in content["layers"].items()}
-            if not all(isinstance(content[f"{what}_fingerprint"], str) for what in ("model", "data")):
-                raise TypeError("fingerprints are missing")
-            fields = {field.name: content[field.name] for field in dataclasses.fields(cls) if field.name in content}
-            return cls(**{**fields, "layers": layers, "broken": tuple(content["broken"])})
-        except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys() if known}  # noqa: SIM118
+            fields = _read_fields(metadata, tensors) if known else {}
+        except _UNREADABLE as error:
             raise ValueError(f"{str(path)!r} is damaged ({quote(error)}); collect the statistics again.") from error
+        if not known:
+            raise ValueError(
+                f"{str(path)!r} has the format {quote(metadata.get('format'))}, not {_FORMAT!r}; collect the statistics "
+                "again with this version."
+            )
+        if run is not None and metadata.get("run") != run:
+            raise ValueError(f"{str(path)!r} belongs to another run; collect the statistics again.")
+        return cls(**fields)
 
     def check(self, model_fingerprint: str, data_fingerprint: str | None = None) -> None:
         """Check that the statistics belong to a model and, if a fingerprint of them is given, to images.
@@ -131,14 +152,53 @@ class Calibration:
         return max((statistics.num_tokens for statistics in self.layers.values()), default=0)
 
 
+def _read_fields(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the fields of a `Calibration` from a file; raises one of `_UNREADABLE` if they are not what was saved."""
+    text = metadata["calibration"]
+    if metadata["format"] == _FORMAT and metadata["digest"] != digest_content(tensors, text, metadata["run"]):
+        raise ValueError("its content is not what was saved")
+    content = json.loads(text)
+    fields = {field.name: content[field.name] for field in dataclasses.fields(Calibration) if field.name in content}
+    if not all(isinstance(fields[f"{what}_fingerprint"], str) for what in ("model", "data")):
+        raise TypeError("fingerprints are missing")
+    _check_count("num_images", fields["num_images"])
+    if (samples := fields.get("fisher_samples")) is not None:
+        _check_count("fisher_samples", samples)
+    if not 0 <= (seconds := fields.get("seconds", 0.0)) < math.inf:
+        raise ValueError(f"seconds={seconds!r}")
+    broken = fields.get("broken", ())
+    if not isinstance(broken, list) or not all(isinstance(name, str) for name in broken):
+        raise TypeError(f"broken={broken!r}")
+    if not content["layers"]:
+        raise ValueError("there are no layers")
+    layers = {name: _read_layer(entry, tensors) for name, entry in content["layers"].items()}
+    return {**fields, "layers": layers, "broken": tuple(broken)}
+
+
+def _check_count(name: str, count: Any) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise TypeError(f"{name}={count!r}")
+
+
 def _read_layer(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> LayerStatistics:
     known = {statistic.value for statistic in Statistic}
     values = {name: tensors[key] for name, key in entry["tensors"].items() if name in known}
     for name, tensor in values.items():
         if tensor.dtype != torch.float64 or not torch.isfinite(tensor).all():
             raise TypeError(f"{name} is not finite float64")
+        if Statistic(name) in _POSITIVE:
+            _check_positive(name, tensor)
     counts = {name: entry[name] for name in ("num_tokens", "num_images")}
     for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise TypeError(f"{name}={quote(count)}")
+        _check_count(name, count)
     return LayerStatistics(**counts, **values)
+
+
+def _check_positive(name: str, tensor: Tensor) -> None:
+    """Check that a variance is not negative, and that a covariance is symmetric with such a diagonal."""
+    tolerance = _ROUNDING * tensor.abs().max() if tensor.numel() else 0.0
+    variances = tensor.diagonal() if tensor.ndim == 2 else tensor
+    if (variances < -tolerance).any():
+        raise ValueError(f"{name} holds negative variances")
+    if tensor.ndim == 2 and (tensor.shape[0] != tensor.shape[1] or ((tensor - tensor.T).abs() > tolerance).any()):
+        raise ValueError(f"{name} is not symmetric")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -99,15 +100,21 @@ class CalibrationTask:
         names = "\n".join(target.name for target in targets).encode()
         path = self.journal.path(f"statistics-{zlib.crc32(names):08x}", shared=True)
         with self.processes.raise_on_all_ranks():
-            kept = Calibration.load(path) if path.is_file() else None
+            kept = self._load(path) if path.is_file() else None
         if all(self.processes.gather(kept is not None)) and kept is not None:
             self._check(kept)
             return kept
         calibration = self.collect(targets)
         with self.processes.raise_on_all_ranks():
             if self.processes.is_main:
-                calibration.save(path)
+                calibration.save(path, self.journal.run or "")
         return calibration
+
+    def _load(self, path: Path) -> Calibration:
+        try:
+            return Calibration.load(path, self.journal.run)
+        except ValueError as error:
+            raise ValueError(f"{error} To do so, remove {str(path.parent)!r} and start over.") from error
 
     def _check(self, calibration: Calibration) -> None:
         """Check that statistics belong to this model and to these images, which are read if need be."""

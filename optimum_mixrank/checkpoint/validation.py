@@ -16,6 +16,9 @@ from .rank_map import LAYOUT_NAMES, LAYOUT_VERSION, MAX_LAYERS, QUANT_METHOD, pa
 from .recipes import RECIPES
 
 
+LARGEST_SEED = 2**64 - 1
+
+
 def check_method(config: Any) -> None:
     """Check what is to be removed, and by which method."""
     remedy = "It is the fraction of parameters to remove: 0.6 removes 60 %."
@@ -40,13 +43,13 @@ def check_ranks(config: Any) -> None:
     _check_patterns("exclude_modules", config.exclude_modules)
     _check_mapping("rank_pattern", config.rank_pattern)
     for key, rank in config.rank_pattern.items():
-        _check_integer(f"rank_pattern[{quote(key)}]", rank, 1)
+        check_integer(f"rank_pattern[{quote(key)}]", rank, 1)
     _check_mapping("ratio_pattern", config.ratio_pattern)
     for key, ratio in config.ratio_pattern.items():
         remedy = "It is the fraction of the layer's parameters to remove; 0 leaves the layer dense."
         _check_number(f"ratio_pattern[{quote(key)}]", ratio, "[0, 1)", remedy)
-    _check_integer("rank_multiple", config.rank_multiple, 1)
-    _check_integer("min_rank", config.min_rank, 1)
+    check_integer("rank_multiple", config.rank_multiple, 1)
+    check_integer("min_rank", config.min_rank, 1)
     remedy = "It is a share of the break-even rank; 0.05 is usual."
     _check_number("min_rank_ratio", config.min_rank_ratio, "[0, 1]", remedy)
     if config.max_rank_ratio is not None:
@@ -60,24 +63,24 @@ def check_training(config: Any) -> None:
     _check_number("held_out_ratio", config.held_out_ratio, "(0, 1)", "It is a share of the calibration images.")
     if not isinstance(config.mirror, bool):
         raise ValueError(f"mirror={quote(config.mirror)} is neither True nor False.")
-    _check_integer("epochs", config.epochs, 1)
+    check_integer("epochs", config.epochs, 1)
     _check_number("learning_rate", config.learning_rate, "(0, 1)", "The default is 5e-4.")
-    _check_integer("train_batch_size", config.train_batch_size, 1)
+    check_integer("train_batch_size", config.train_batch_size, 1)
     remedy = "It is how many times larger than the model's input, on each side, images are decoded; 2 is usual."
     _check_number("view_scale", config.view_scale, "[1, 8]", remedy)
 
 
 def check_data(config: Any) -> None:
     """Check which images are drawn, and the random numbers."""
-    _check_integer("fisher_samples", config.fisher_samples, 1)
+    check_integer("fisher_samples", config.fisher_samples, 1)
     _check_call(config)
     if config.dataset is not None and not isinstance(config.dataset, str):
         raise ValueError(
             f"dataset={type(config.dataset).__name__} is not a str; name a folder or a Hub id here, and pass images in "
             "memory to `MixRankCompressor.compress`."
         )
-    _check_integer("num_samples", config.num_samples, 1)
-    _check_integer("seed", config.seed, 0)
+    check_integer("num_samples", config.num_samples, 1)
+    check_seed(config.seed)
 
 
 def _check_call(config: Any) -> None:
@@ -143,9 +146,17 @@ def _check_number(name: str, value: object, interval: str, remedy: str) -> None:
         raise ValueError(f"{name}={quote(value)} is not in {interval}. {remedy}")
 
 
-def _check_integer(name: str, value: object, minimum: int) -> None:
+def check_integer(name: str, value: object, minimum: int, maximum: int = 2**31 - 1) -> None:
+    """Check that a value is an integer in a range."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name}={quote(value)} is not an integer of at least {minimum}.")
+    if value > maximum:
+        raise ValueError(f"{name}={quote(value)} is too large; the largest value is {maximum}.")
+
+
+def check_seed(value: object) -> None:
+    """Check that a value can start a generator of random numbers."""
+    check_integer("seed", value, 0, LARGEST_SEED)
 
 
 def _check_mapping(name: str, value: object) -> None:

@@ -91,7 +91,7 @@ class MixRankSubcommand(BaseOptimumCLICommand):
                 with suppress(ValueError):
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(GRACE_SECONDS)
-            print(f"Error: {error}", file=sys.stderr)
+            print(f"Error: {_sentence(error)}", file=sys.stderr)
             sys.exit(FAILED)
         disconnect()
         if index == 0:
@@ -111,6 +111,17 @@ class MixRankSubcommand(BaseOptimumCLICommand):
         if quiet or not sys.stderr.isatty():
             logging.disable_progress_bar()
             datasets.disable_progress_bars()
+
+
+def _sentence(error: Exception) -> str:
+    """Return the message of an error; some have none, or one that says nothing without the kind of the error."""
+    if isinstance(error, MemoryError):
+        return (
+            f"The memory is not enough ({str(error) or 'MemoryError'}). Give a smaller --batch-size, or --max-memory."
+        )
+    if isinstance(error, KeyError):
+        return f"{type(error).__name__}: {error}"
+    return str(error).strip() or f"{type(error).__name__}, which gives no reason; --debug shows where it came from."
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 
+_SMALL = 1e-12
+"""Columns between this size and its inverse are stored as they are."""
+
+
 @dataclass(frozen=True)
 class Decomposition:
     """The best approximations of a weight for all ranks `r`: `Ŵ_r = left[:, :r] @ right[:r]`.
@@ -41,9 +45,14 @@ class Decomposition:
 
     def truncated(self, rank: int, dtype: torch.dtype) -> Decomposition:
         """Return the components for ranks up to `rank`, in `dtype`, with all energies."""
-        return Decomposition(
-            self.left[:, :rank].to(dtype).contiguous(), self.right[:rank].to(dtype).contiguous(), self.energies
-        )
+        left, right = self.left[:, :rank], self.right[:rank]
+        # Tiny gradients make one side huge and the other one tiny, perhaps beyond the range of `dtype`.
+        sizes = left.abs().amax(dim=0)
+        extreme = ((sizes < _SMALL) | (sizes > 1 / _SMALL)) & (sizes > 0)
+        if extreme.any():
+            scale = torch.where(extreme, sizes, torch.ones_like(sizes))
+            left, right = left / scale, scale[:, None] * right
+        return Decomposition(left.to(dtype).contiguous(), right.to(dtype).contiguous(), self.energies)
 
     def to(self, device: torch.device | str) -> Decomposition:
         """Return a copy on a device."""
@@ -73,6 +82,23 @@ def decompose_by_input(weight: Tensor, root: Tensor) -> Decomposition:
     energies, vectors = _eigenpairs(output_root.T @ output_root, max(weight.shape), min(weight.shape))
     # W L V = U S. Householder QR instead of a division by S keeps the columns orthonormal where S is small.
     return _complete(weight, torch.linalg.qr(output_root @ vectors).Q, energies)
+
+
+def extended(found: Decomposition, weight: Tensor) -> Decomposition:
+    """Add components without energy to a decomposition of `W`, `[m, n]`, that has fewer than `min(m, n)`.
+
+    They are those of what the others leave of the weight with the largest singular values.
+    """
+    missing = min(weight.shape) - len(found.energies)
+    if missing <= 0:
+        return found
+    rest = weight - found.left @ found.right
+    more = torch.linalg.svd(rest, full_matrices=False).U[:, :missing]
+    return Decomposition(
+        torch.cat([found.left, more], dim=1),
+        torch.cat([found.right, more.T @ rest]),
+        torch.cat([found.energies, found.energies.new_zeros(missing)]),
+    )
 
 
 def root_of_covariance(covariance: Tensor) -> Tensor:

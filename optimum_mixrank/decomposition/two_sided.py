@@ -18,8 +18,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .factorization import Decomposition, decompose_by_input, decompose_by_output, root_of_covariance
+from .factorization import Decomposition, decompose_by_input, decompose_by_output, extended, root_of_covariance
 from .statistics import LayerStatistics, Statistic
+
+
+_SMALLEST_EIGENVALUE = 1e-6
+"""Share of the largest eigenvalue to which those are raised that rounding has made negative."""
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
@@ -75,7 +79,8 @@ class OutputFisher:
         if output_covariance is not None:
             output_covariance = self.basis.T @ output_covariance @ self.basis
         found = decompose_two_sided(inside, self.moment, input_covariance, output_covariance)
-        return replace(found, left=self.basis @ found.left)
+        # The basis has fewer than `min(m, n)` columns if the original weight is rank-deficient.
+        return extended(replace(found, left=self.basis @ found.left), weight)
 
 
 def _identity_like(rows: Tensor) -> Tensor:
@@ -95,6 +100,18 @@ def _basis(weight: Tensor) -> tuple[Tensor, Tensor]:
     return Q @ U[:, :rank], Vh[:rank].T / S[:rank].clamp_min(torch.finfo(S.dtype).tiny)
 
 
+def _lower_root(moment: Tensor) -> Tensor:
+    """Return the Cholesky factor of a matrix that is positive definite up to rounding."""
+    lower, failed = torch.linalg.cholesky_ex(moment)
+    if not failed:
+        return lower
+    # Gradients near the smallest numbers of float32 have moments that their rounding leaves indefinite.
+    values, vectors = torch.linalg.eigh(moment)
+    if values[-1] <= 0:
+        return _identity_like(moment)
+    return torch.linalg.cholesky((vectors * values.clamp_min(_SMALLEST_EIGENVALUE * values[-1])) @ vectors.T)
+
+
 def decompose_two_sided(
     weight: Tensor,
     gradient_moment: Tensor,
@@ -109,7 +126,7 @@ def decompose_two_sided(
         input_covariance: `Σ`, `[n, n]`.
         output_covariance: `W Σ Wᵀ`, `[m, m]`.
     """
-    lower = torch.linalg.cholesky(gradient_moment)
+    lower = _lower_root(gradient_moment)
     scaled = lower.T @ weight
     if output_covariance is not None:
         inner = decompose_by_output(scaled, lower.T @ output_covariance @ lower)

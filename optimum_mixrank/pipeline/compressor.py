@@ -19,28 +19,40 @@ from ..calibration.targets import find_targets
 from ..calibration.task import CalibrationTask, required_statistics
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.original import check_placement, open_original
+from ..checkpoint.validation import check_integer
 from ..decomposition import METRICS
 from ..evaluation.evaluate import EvaluationResult, evaluate_model
 from ..reporting import CompressionReport
 from ..reporting.profile import RankProfile
 from ..runtime.distributed import Processes, find_processes, quiet_unless_main
 from ..runtime.forward import ordinary_modes
+from ..runtime.logging import get_logger
 from ..runtime.outputs import ModelCall
 from ..runtime.phases import phase
 from ..runtime.precision import tf32_statistics
+from .arguments import (
+    check_calibration,
+    check_compressed,
+    check_config,
+    check_metrics,
+    check_path,
+    check_save_interval,
+)
 from .compress import check_statistics, compress
 from .images import ImageReader
 from .memory import MaxMemory, MemoryPlan, MemoryTask, estimate_memory
 from .profile import profile_model
+from .reports import Made, MadeModels
 from .run import CompressionRun, shared_fingerprint
 from .saving import push_compressed, save_result
-from .unfinished import UnfinishedRun, check_output, open_run
+from .unfinished import check_output, open_run
 
 
 if TYPE_CHECKING:
     import datasets
     from accelerate import Accelerator, PartialState
 
+logger = get_logger(__name__)
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -56,13 +68,6 @@ def _in_every_process(method: Callable[Parameters, Result]) -> Callable[Paramete
             return method(*args, **kwargs)
 
     return wrapped
-
-
-def _checked(config: MixRankConfig, save_interval: float) -> MixRankConfig:
-    config.validate()
-    if save_interval <= 0:
-        raise ValueError(f"save_interval={save_interval!r} is not a positive number of seconds.")
-    return config
 
 
 def _model_call(output_names: str | Sequence[str] | None, interpolate_pos_encoding: bool) -> ModelCall:
@@ -82,8 +87,7 @@ class MixRankCompressor(OptimumQuantizer):
             saves. Its `mixed_precision` holds for forward passes and training; statistics are summed in float32 or better.
         allow_tf32: Whether statistics may be multiplied in TF32, where PyTorch and the GPU allow it.
 
-    Attributes:
-        report: `CompressionReport` of the last compression, or None.
+    Every model that it makes has a report of its own, which is saved with that model.
 
     Example:
         ```python
@@ -114,8 +118,7 @@ class MixRankCompressor(OptimumQuantizer):
         self.image_processor = image_processor
         self.accelerator = accelerator
         self.allow_tf32 = allow_tf32
-        self.report: CompressionReport | None = None
-        self._unfinished: UnfinishedRun | None = None
+        self._made = MadeModels()
 
     @classmethod
     def from_pretrained(
@@ -153,6 +156,11 @@ class MixRankCompressor(OptimumQuantizer):
         with ordinary_modes(), quiet_unless_main(processes):
             model, found = open_original(model_or_path, dtype, device, default_device, auto_class, hub_kwargs)
         return cls(model, found if image_processor is None else image_processor, accelerator, allow_tf32=allow_tf32)
+
+    @property
+    def report(self) -> CompressionReport | None:
+        """The report of the last model that was compressed, or None."""
+        return None if self._made.last is None else self._made.last.report
 
     @property
     def processes(self) -> Processes:
@@ -224,7 +232,16 @@ class MixRankCompressor(OptimumQuantizer):
         Raises:
             ValueError: for unusable images, NaN or Inf, or layers that never run.
         """
-        metrics = [METRICS.create(name) for name in ([metric] if isinstance(metric, str) else metric)]
+        metrics = [METRICS.create(name) for name in check_metrics(metric)]
+        # Its construction checks the values.
+        MixRankConfig(
+            metric="kfac",
+            compensation=[],
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            fisher_samples=fisher_samples,
+            seed=seed,
+        )
         processes, call = self.processes, _model_call(output_names, interpolate_pos_encoding)
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         with processes.raise_on_all_ranks():
@@ -263,6 +280,7 @@ class MixRankCompressor(OptimumQuantizer):
         Raises:
             ValueError: if they were not.
         """
+        check_calibration(calibration)
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         with self.processes.raise_on_all_ranks():
             batches = reader.read(calibration_dataset)
@@ -313,23 +331,31 @@ class MixRankCompressor(OptimumQuantizer):
             num_workers: Processes that decode images ahead while the model runs; the result is the same for any number.
 
         Raises:
+            TypeError: for swapped or mistyped arguments.
             ValueError: before the model is changed: for a ratio that cannot be reached, patterns that match nothing,
                 missing or unusable images, NaN or Inf, too little `max_memory`, or a `resume_directory` of another run.
             FileExistsError: if `save_directory` holds files and `overwrite` is False.
             OSError: if a disk is full; what was saved before stays as it is.
         """
-        config = _checked(config or MixRankConfig(), save_interval)
-        processes, self._unfinished = self.processes, None
+        config = check_config(config)
+        check_save_interval(save_interval)
+        check_path("save_directory", save_directory)
+        check_path("resume_directory", resume_directory)
+        if calibration is not None:
+            check_calibration(calibration)
+        processes, unfinished = self.processes, None
         output = (save_directory, overwrite, resume_directory, processes)
         check_output(*output)
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         options: dict[str, Any] = {"calibration": calibration, "inplace": inplace, "max_memory": max_memory}
         run = CompressionRun.start(config, reader, calibration_dataset, **options)
         if resume_directory is not None:
-            self._unfinished = open_run(run, resume_directory, save_interval, self.allow_tf32)
+            self._made.leave(Path(resume_directory).expanduser())
+            unfinished = open_run(run, resume_directory, save_interval, self.allow_tf32)
             # A run that has ended while this one waited for the folder may have saved its result.
             check_output(*output)
-        model, self.report = compress(run)
+        model, report = compress(run)
+        self._made.add(model, report, unfinished)
         if save_directory is not None:
             self.save_pretrained(model, save_directory, overwrite=overwrite)
         return model
@@ -352,7 +378,9 @@ class MixRankCompressor(OptimumQuantizer):
             inplace: See `compress`.
             max_memory: See `compress`.
         """
-        config = config or MixRankConfig()
+        config = check_config(config)
+        if num_images is not None:
+            check_integer("num_images", num_images, 1)
         targets = find_targets(self.model, config.target_modules, config.exclude_modules)
         required = required_statistics([METRICS.create(config.metric)], targets)
         images = self.processes.largest_share(num_images or config.num_samples, batch_size)
@@ -373,7 +401,10 @@ class MixRankCompressor(OptimumQuantizer):
             config: Everything but the ratio; default `MixRankConfig()`.
             ratios: Values of `compression_ratio`; one that cannot be reached is a `ValueError`.
         """
-        return profile_model(self._reader(), calibration, config or MixRankConfig(), ratios)
+        check_calibration(calibration)
+        if not isinstance(ratios, Sequence) or isinstance(ratios, str) or not ratios:
+            raise TypeError(f"ratios={ratios!r} is not a list of values of compression_ratio.")
+        return profile_model(self._reader(), calibration, check_config(config), ratios)
 
     def quantize(
         self,
@@ -389,6 +420,8 @@ class MixRankCompressor(OptimumQuantizer):
         Raises:
             ValueError: if `file_prefix` is given, and as `compress`.
         """
+        if isinstance(file_prefix, MixRankConfig):
+            raise TypeError("file_prefix is a MixRankConfig; give it as quantization_config=….")
         if file_prefix is not None:
             raise ValueError(
                 f"file_prefix={file_prefix!r} is not supported: `from_pretrained` finds weights by their standard "
@@ -415,7 +448,7 @@ class MixRankCompressor(OptimumQuantizer):
         output_names: str | Sequence[str] | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> EvaluationResult:
-        """Measure what a compressed model has lost against the original; kept in `self.report` too.
+        """Measure what a compressed model has lost against the original; kept in its report too, if it was made here.
 
         Args:
             model: The compressed model, in memory or reloaded.
@@ -435,6 +468,7 @@ class MixRankCompressor(OptimumQuantizer):
         Raises:
             ValueError: for unusable images, names that the output lacks, NaN or Inf, or models that cannot be compared.
         """
+        check_compressed(model)
         call = _model_call(output_names, interpolate_pos_encoding)
         draw: dict[str, Any] = {"split": split, "num_samples": num_samples, "seed": seed}
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
@@ -444,8 +478,8 @@ class MixRankCompressor(OptimumQuantizer):
         with phase("Evaluated") as evaluating:
             result = evaluate_model(model, batches, reference=self.model, processes=self.processes, call=call)
             evaluating.add_detail(*result.facts())
-        if self.report is not None:
-            self.report = dataclasses.replace(self.report, evaluation=dataclasses.asdict(result))
+        if (made := self._made.find(model)) is not None:
+            made.report = dataclasses.replace(made.report, evaluation=dataclasses.asdict(result))
         return result
 
     @_in_every_process
@@ -458,7 +492,7 @@ class MixRankCompressor(OptimumQuantizer):
         picture: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save a compressed model with its image processor and the report.
+        """Save a compressed model with its image processor and, if this compressor made it, its report.
 
         At any moment the destination holds the old content or all of the new, where two names can be exchanged.
 
@@ -473,27 +507,43 @@ class MixRankCompressor(OptimumQuantizer):
             FileExistsError: if the folder holds files and `overwrite` is False.
             OSError: if the disk is full.
         """
-        processes, report = self.processes, self.report
+        check_path("save_directory", save_directory)
+        processes, made = self.processes, self._find(model)
+        report, run = (None, None) if made is None else (made.report, made.run)
         with processes.raise_on_all_ranks():
             if processes.is_main:
                 content = (model, save_directory, self.image_processor, report)
-                report = save_result(*content, self._unfinished, overwrite=overwrite, picture=picture, **kwargs)
-        self.report, self._unfinished = processes.broadcast(report), None
+                report = save_result(*content, run, overwrite=overwrite, picture=picture, **kwargs)
+        report = processes.broadcast(report)
+        if made is not None and report is not None:
+            made.saved(model, report)
 
     @_in_every_process
     def push_to_hub(self, model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
-        """Upload a compressed model with its image processor and the report; the main process gets the commit.
+        """Upload a compressed model with its image processor and its report; the main process gets the commit.
 
         Args:
             model: The compressed model.
             repo_id: `user/name` on the Hub; made if it does not exist.
             **kwargs: `token`, `private`, `revision`, `commit_message`, and `max_shard_size`.
         """
-        uploaded = None
+        uploaded, made = None, self._find(model)
+        report = None if made is None else made.report
         with self.processes.raise_on_all_ranks():
             if self.processes.is_main:
-                uploaded = push_compressed(model, repo_id, self.image_processor, self.report, **kwargs)
+                uploaded = push_compressed(model, repo_id, self.image_processor, report, **kwargs)
         return uploaded
+
+    def _find(self, model: PreTrainedModel) -> Made | None:
+        """Return what is known of a model, and warn if this compressor did not make it."""
+        check_compressed(model)
+        made = self._made.find(model)
+        if made is None:
+            logger.warning(
+                f"This compressor did not make the {type(model).__name__}, or it was changed since: it is saved without "
+                "report and model card."
+            )
+        return made
 
     def _reader(
         self,

@@ -272,7 +272,7 @@ def parse_limits(max_memory: int | str | Mapping[int | str, int | str], device: 
             raise ValueError(f"max_memory has the key {key!r}; give 'cpu' or the number of a device.")
         try:
             size = convert_file_size_to_int(value)
-        except ValueError as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"max_memory={value!r} is not a size in bytes; '8GiB' and '500MB' are.") from error
         if size <= 0:
             raise ValueError(f"max_memory={value!r} is not positive.")

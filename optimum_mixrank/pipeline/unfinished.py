@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -71,11 +72,12 @@ class UnfinishedRun:
         with processes.raise_on_all_ranks():
             if self._is_main:
                 self._open(directory)
+        self.journal.run = processes.broadcast(self.journal.run)
 
     def _open(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for each in directory.iterdir():
-            if not _JOURNAL_FILES.fullmatch(each.name):
+            if not _JOURNAL_FILES.fullmatch(each.name) or each.is_dir():
                 raise FileExistsError(
                     f"The folder {str(directory)!r} for an unfinished run holds something else ({each.name!r}); choose "
                     "another folder."
@@ -87,9 +89,11 @@ class UnfinishedRun:
             if each.name != _LOCK and (entry is None or each.name.startswith((".", ACTIVATIONS))):
                 each.unlink()
         if entry is None:
+            self.journal.run = secrets.token_hex(16)
             self._save(None)
             return
         _check(entry.values["identity"], self._identity, directory)
+        self.journal.run = entry.run
         logger.warning(f"Resuming the unfinished run in {str(directory)!r}.")
 
     def announce(self, folder: Path) -> None:

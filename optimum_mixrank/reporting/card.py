@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
+from ..runtime.logging import get_logger
 from ..runtime.version import __version__
 from .build import is_local_path
 from .data import ReportData
@@ -16,6 +17,8 @@ from .table import format_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = get_logger(__name__)
 
 _TASKS = {
     "ForImageClassification": "image-classification",
@@ -130,5 +133,12 @@ def _card_data(original: str) -> dict[str, Any]:
             file = Path(original) / "README.md"
             return ModelCard.load(file).data.to_dict() if file.is_file() else {}
         return ModelCard.load(original).data.to_dict() if original else {}
-    except (OSError, ValueError, EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+    except (OSError, EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        return {}
+    except Exception as error:
+        # Anybody may have written the card, and hours of work must not be lost because of it.
+        logger.warning(
+            f"The model card of {original!r} cannot be read ({type(error).__name__}: {error}); the new one names neither "
+            "licence nor data sets."
+        )
         return {}

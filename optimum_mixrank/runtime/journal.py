@@ -1,6 +1,7 @@
 """The finished work of a long run, on disk, so that the run can be continued if it is cut off.
 
-An entry is a safetensors file with tensors and JSON values, and is always complete: see `files.replaced_file`.
+An entry is a safetensors file with tensors and JSON values, and is always complete: see `files.replaced_file`. A digest
+in it tells whether it still holds what was saved, and the mark of its run whether it belongs there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .digest import digest_content
 from .files import replaced_file
 from .formatting import quote
 
@@ -26,10 +28,11 @@ ACTIVATIONS = "activations-"
 
 @dataclass(frozen=True)
 class Entry:
-    """The content of an entry: tensors, on the CPU, and JSON values, by name."""
+    """The content of an entry: tensors, on the CPU, and JSON values, by name; and the mark of its run."""
 
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
+    run: str
 
 
 @dataclass
@@ -49,12 +52,14 @@ class Journal:
         process: Index of the process. Each process has entries of its own. Shared ones are written by the main process
             and read by all.
         prefix: Prefix of the names of all entries, for one part of the run.
+        run: Mark of the run, which all its entries bear; None reads those of any run.
     """
 
     directory: Path | None = None
     interval: float = 60.0
     process: int = 0
     prefix: str = ""
+    run: str | None = None
     _clock: _Clock = field(default_factory=lambda: _Clock(time.monotonic()))
 
     @property
@@ -74,7 +79,7 @@ class Journal:
         """Return an entry; None if there is none.
 
         Raises:
-            ValueError: if it is damaged.
+            ValueError: if it is damaged or belongs to another run.
         """
         if self.directory is None or not self.path(name, shared).is_file():
             return None
@@ -83,12 +88,22 @@ class Journal:
             with safe_open(path, framework="pt") as file:
                 # Copies are aligned in memory as the saved tensors were; results may depend on it.
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a mapping
-                values = json.loads((file.metadata() or {})["values"])
-        except (SafetensorError, KeyError, ValueError) as error:
+                metadata = file.metadata() or {}
+            if metadata["digest"] != digest_content(tensors, path.name, metadata["run"], metadata["values"]):
+                raise ValueError("its content is not what was saved under this name")
+            values = json.loads(metadata["values"])
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise self.damaged(path, error) from error
+        if self.run not in (None, metadata["run"]):
             raise ValueError(
-                f"{str(path)!r} is damaged ({quote(error)}); remove {str(self.directory)!r} and start over."
-            ) from error
-        return Entry(tensors, values)
+                f"{str(path)!r} belongs to another run; remove {str(self.directory)!r} and start over, and leave the files "
+                "in it alone."
+            )
+        return Entry(tensors, values, metadata["run"])
+
+    def damaged(self, path: Path, error: Exception) -> ValueError:
+        """Return the error for a file of the run that cannot be read."""
+        return ValueError(f"{str(path)!r} is damaged ({quote(error)}); remove {str(self.directory)!r} and start over.")
 
     def save(
         self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None, shared: bool = False
@@ -114,8 +129,10 @@ class Journal:
             place = tensor.untyped_storage().data_ptr()
             content[key] = tensor.clone() if place in places else tensor
             places.add(place)
-        with replaced_file(self.path(name, shared)) as temporary:
-            save_file(content, temporary, metadata={"values": json.dumps(dict(values or {}))})
+        path, run, text = self.path(name, shared), self.run or "", json.dumps(dict(values or {}))
+        metadata = {"values": text, "run": run, "digest": digest_content(content, path.name, run, text)}
+        with replaced_file(path) as temporary:
+            save_file(content, temporary, metadata=metadata)
         self._clock.saved = time.monotonic()
 
     def clear(self) -> None:

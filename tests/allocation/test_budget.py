@@ -132,7 +132,8 @@ def test_rank_pattern(allocation):
     # A rank that the user gives need not be a multiple and may be below the floors.
     assert ranks["key"] == 3
     assert ranks["fc1"] == 9
-    assert all(ranks[name] is None or ranks[name] % 4 == 0 for name in ("query", "value", "output", "fc2"))
+    others = [ranks[name] for name in ("query", "value", "output", "fc2") if ranks[name] is not None]
+    assert others and all(rank % 4 == 0 for rank in others)
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
@@ -293,9 +294,19 @@ def test_pivoted_layout_buys_higher_ranks(allocation):
     assert make_budget(full, 0.3, layout="pivoted").allocate(losses_of(full), allocation)["fc1"] == 31
 
 
+@pytest.mark.parametrize("scope", ["model", "targets"])
+def test_a_ratio_that_removes_nothing_is_refused(scope):
+    with pytest.raises(ValueError, match="compression_ratio=1e-12 of .* is less than one, so that every layer would"):
+        make_budget(ratio=1e-12, scope=scope).check()
+    # A rank that is asked for removes something all the same.
+    make_budget(replace(TOWER, "fc1", rank=9), 1e-12, scope=scope).check()
+
+
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_ceiling(allocation):
     ranks = make_budget(ratio=0.6, max_rank_ratio=0.5).allocate(losses_of(TOWER), allocation)
-    for layer in TOWER:
+    factored = [layer for layer in TOWER if ranks[layer.name] is not None]
+    assert factored
+    for layer in factored:
         break_even = layer.out_features * layer.in_features / (layer.out_features + layer.in_features)
-        assert ranks[layer.name] is None or ranks[layer.name] <= 0.5 * break_even
+        assert ranks[layer.name] <= 0.5 * break_even

@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
+from hypothesis import given
 from models import pixels, tiny_vit
+from mutations import is_same, mutations, read
 from safetensors.torch import save_file
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
@@ -154,3 +157,43 @@ def test_nothing_is_left_behind_when_writing_fails(compressor, saved, tmp_path, 
         calibration.save(saved)
     assert saved.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [saved.name]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    compressor = MixRankCompressor(tiny_vit())
+    return compressor.calibrate([pixels(4)], "kfac").save(tmp_path_factory.mktemp("saved") / "statistics.safetensors")
+
+
+@given(mutate=mutations())
+def test_no_damage_goes_unnoticed(written, mutate):
+    damaged = written.with_name("damaged.safetensors")
+    damaged.write_bytes(written.read_bytes())
+    mutate(damaged)
+    if not is_same(written, damaged):
+        with pytest.raises(ValueError, match="(is damaged|has the format).* collect the statistics again"):
+            Calibration.load(damaged)
+
+
+@pytest.mark.parametrize("change", ["negative", "asymmetric", "seconds", "broken", "no layers", "deep"])
+def test_statistics_without_digest_have_to_make_sense(written, tmp_path, change):
+    tensors, metadata = read(written)
+    content = json.loads(metadata["calibration"])
+    name = next(name for name in tensors if name.endswith("covariance"))
+    if change == "negative":
+        tensors[name] = -tensors[name]
+    elif change == "asymmetric":
+        tensors[name][0, 1] += 1
+    content |= {"seconds": {"seconds": "long"}, "broken": {"broken": 3}, "no layers": {"layers": {}}}.get(change, {})
+    text = "[" * 100_000 if change == "deep" else json.dumps(content)
+    path = tmp_path / "statistics.safetensors"
+    save_file(tensors, path, metadata={"format": "optimum-mixrank statistics 2", "calibration": text})
+    with pytest.raises(ValueError, match="is damaged .* collect the statistics again"):
+        Calibration.load(path)
+
+
+def test_statistics_of_another_run_are_not_its_own(written):
+    copy = Calibration.load(written).save(written.with_name("run.safetensors"), run="this")
+    assert Calibration.load(copy).num_images == Calibration.load(copy, run="this").num_images == 4
+    with pytest.raises(ValueError, match="belongs to another run; collect the statistics again"):
+        Calibration.load(copy, run="other")

@@ -4,12 +4,17 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from optimum_mixrank.allocation import LayerProfile
+from optimum_mixrank.checkpoint.factorize import factored_linear
 from optimum_mixrank.decomposition import METRICS, LayerStatistics, Metric, Statistic, corrected_bias
 from optimum_mixrank.decomposition.factorization import decompose_by_input, decompose_by_output, root_of_covariance
 
 
 SHAPES = {"square": (9, 9), "tall": (14, 9), "wide": (9, 14), "one row": (1, 9), "one column": (9, 1)}
+ALL_METRICS = ["svd", "diagonal", "mean_input", "second_moment", "kfac"]
 DATA_METRICS = ["diagonal", "mean_input", "second_moment"]
 
 
@@ -338,3 +343,74 @@ def test_a_name_can_be_registered_once(monkeypatch):
     assert isinstance(METRICS.create("other"), Other)
     with pytest.raises(ValueError, match="metric='other' is registered already"):
         METRICS.register(Other)
+
+
+SIZES = st.integers(1, 9)
+
+
+@st.composite
+def deficient_layers(draw):
+    """A weight `[m, n]` and inputs `[images, tokens, n]` of which one, the other or both lack directions."""
+    m, n = draw(SIZES), draw(SIZES)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    weight, inputs = random(generator, m, n), correlated(generator, 12, 4, n)
+    rank = draw(st.integers(0, min(m, n)))
+    if draw(st.booleans()):
+        weight = random(generator, m, rank) @ random(generator, rank, n)
+    if draw(st.booleans()):
+        weight[:, draw(st.integers(0, n - 1))] = 0
+    if draw(st.booleans()):
+        weight[draw(st.integers(0, m - 1))] = 0
+    dead = draw(st.sampled_from(["none", "one", "all"]))
+    if dead != "none":
+        inputs[..., : 1 if dead == "one" else n] = 0.5
+    weight = weight * draw(st.sampled_from([1.0, 1e-40, 1e20]))
+    return weight, inputs, draw(st.sampled_from([1.0, 0.0, 1e-80]))
+
+
+def statistics(weight, inputs, gradients):
+    found = statistics_of(inputs, weight)
+    names = ("gradient_moment", "input_gradient_moment", "gradient_energy")
+    scaled = {name: getattr(found, name) * gradients for name in names}
+    # As collected: of a layer with more outputs than inputs, the moment of the output's gradients is not known.
+    unknown = ("gradient_moment",) if weight.shape[0] > weight.shape[1] else ("input_gradient_moment",)
+    return dataclasses.replace(found, **scaled | dict.fromkeys(unknown))
+
+
+@pytest.mark.parametrize("metric", ALL_METRICS)
+@given(layer=deficient_layers())
+def test_all_ranks_have_losses_and_factors(metric, layer):
+    weight, inputs, gradients = layer
+    m, n = weight.shape
+    found = METRICS.create(metric).decompose(weight, statistics(weight, inputs, gradients))
+    # Construction checks the number and the order of the losses.
+    for losses in (found.losses(), found.tails()):
+        LayerProfile("layer", m, n, losses.numpy())
+    assert (weight - truncation(found, min(m, n))).abs().max() <= 1e-5 * weight.abs().max()
+    if metric == "second_moment":
+        total = output_error(weight, centred(inputs), 0)
+        for rank in range(min(m, n) + 1):
+            error = output_error(weight, centred(inputs), truncation(found, rank))
+            assert error == pytest.approx(found.tails()[rank].item(), rel=1e-6, abs=1e-9 * total)
+
+
+def centred(inputs):
+    return inputs - inputs.mean((0, 1))
+
+
+@pytest.mark.parametrize("layout", ["factors", "pivoted"])
+@pytest.mark.parametrize("metric", ALL_METRICS)
+@given(layer=deficient_layers())
+def test_all_ranks_can_be_stored(metric, layout, layer):
+    weight, inputs, gradients = layer
+    m, n = weight.shape
+    found = METRICS.create(metric).decompose(weight, statistics(weight, inputs, gradients))
+    dense = torch.nn.Linear(n, m)
+    dense.weight.data = weight.float()
+    for rank in range(1, min(m - 1 if layout == "pivoted" else m, n) + 1):
+        A, B = found.truncated(rank, torch.float32).factors(rank)
+        factored = factored_linear(dense, A, B, layout, inputs.mean((0, 1)))
+        expected = truncation(found, rank)
+        assert torch.isfinite(factored.bias).all()
+        size = max(weight.abs().max().item(), expected.abs().max().item())
+        assert (factored.product() - expected).abs().max() <= 1e-4 * size + 1e-37

@@ -138,6 +138,13 @@ def test_a_layer_without_gradients_loses_nothing_and_has_factors(generator, shap
     torch.testing.assert_close(B @ A, W)
 
 
+def test_rounding_may_leave_the_moment_of_gradients_indefinite(generator):
+    W, S, F = random(generator, 6, 6), moment(generator, 6), torch.diag(torch.tensor([1, 1, 1, 1, 1, -1e-9]).double())
+    for indefinite in (F, -F, 1e-60 * F):
+        A, B = decompose_two_sided(W, indefinite, S).factors(6)
+        torch.testing.assert_close(B @ A, W)
+
+
 def test_damping():
     torch.testing.assert_close(damped(torch.diag(torch.tensor([1.0, 3.0])), 0.5), torch.diag(torch.tensor([2.0, 4.0])))
     assert torch.equal(damped(torch.zeros(3, 3), 0.1), torch.eye(3))

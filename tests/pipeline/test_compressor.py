@@ -166,6 +166,28 @@ def test_patterns_decide_single_layers():
     assert all(entry.rank % 2 == 0 for entry in entries.values())
 
 
+@pytest.mark.parametrize("layout", ["factors", "pivoted"])
+@pytest.mark.parametrize("change", ["dead channel", "constant inputs", "tiny", "zero", "merged", "small gradients"])
+def test_layers_without_full_rank_are_compressed_by_the_default_recipe(change, layout):
+    model = tiny_vit()
+    first = next(module for module in model.modules() if getattr(module, "out_features", 0) == 64)
+    norm = next(module for name, module in model.named_modules() if name.endswith("layernorm_after"))
+    with torch.no_grad():
+        if change == "dead channel":
+            first.weight[:, 3] = 0
+        elif change == "constant inputs":
+            norm.weight.zero_()
+        elif change in ("tiny", "zero"):
+            first.weight.mul_(1e-40 if change == "tiny" else 0)
+        elif change == "small gradients":
+            model.vit.layernorm.weight.mul_(1e-30)
+    if change == "merged":
+        model = MixRankCompressor(model).compress(config(recipe="fast"), [PIXELS]).dequantize()
+    compressed = MixRankCompressor(model).compress(config(layout=layout), [PIXELS])
+    with torch.no_grad():
+        assert compressed(PIXELS).logits.isfinite().all()
+
+
 def test_bare_models_are_compressed_and_compared_by_features():
     compressor = MixRankCompressor(tiny_swin().swin)
     model = compressor.compress(config(), [PIXELS])
@@ -205,6 +227,45 @@ def test_bad_input_gets_a_clear_error_and_changes_nothing(settings, data, messag
     assert not any(isinstance(module, LowRankLinear) for module in model.modules())
 
 
+WRONG = {
+    "ratio for config": (lambda each: each.compress(0.5, [PIXELS]), "config is a float, not a MixRankConfig"),
+    "dict for config": (
+        lambda each: each.compress({}, [PIXELS]),
+        r"config is a dict; give MixRankConfig\(\*\*config\)",
+    ),
+    "swapped": (lambda each: each.compress([PIXELS], config()), "config is a list, not a MixRankConfig"),
+    "swapped folder": (
+        lambda each: each.compress(config(), "out", [PIXELS]),
+        "save_directory is a list, not the path",
+    ),
+    "path of statistics": (
+        lambda each: each.compress(config(), [PIXELS], calibration="file"),
+        "calibration is a str, not a Calibration; .*Calibration.load",
+    ),
+    "save_interval": (lambda each: each.compress(config(), save_interval="1"), "save_interval='1' is not a positive"),
+    "batch_size": (lambda each: each.compress(config(), [PIXELS], batch_size="8"), "batch_size='8' is not a positive"),
+    "max_memory": (lambda each: each.compress(config(), [PIXELS], max_memory=[1]), r"max_memory=\[1\] is not a size"),
+    "swapped in calibrate": (lambda each: each.calibrate("kfac", [PIXELS]), "metric is a list, not the name of a"),
+    "patterns": (lambda each: each.calibrate([PIXELS], target_modules=3), "target_modules=3 is neither None, a reg"),
+    "fisher_samples": (lambda each: each.calibrate([PIXELS], fisher_samples=0), "fisher_samples=0 is not an integer"),
+    "seed": (lambda each: each.calibrate([PIXELS], seed=2**64), "seed=18446744073709551616 is too large"),
+    "no layer": (lambda each: each.compress(config(compression_ratio=1e-12), [PIXELS]), "1e-12 .* stay dense; raise"),
+    "evaluate": (lambda each: each.evaluate("out", [PIXELS]), "model is a str, not a model"),
+    "save_pretrained": (lambda each: each.save_pretrained("out", each.model), "save_directory is a ViTFor"),
+    "push_to_hub": (lambda each: each.push_to_hub("user/name", each.model), "model is a str, not a model"),
+    "profile": (lambda each: each.profile(config(), None), "calibration is a MixRankConfig, not a Calibration"),
+    "memory_plan": (lambda each: each.memory_plan({}), "config is a dict; give MixRankConfig"),
+    "quantize": (lambda each: each.quantize("out", config()), "file_prefix is a MixRankConfig; give it as quantiz"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_swapped_and_mistyped_arguments_are_named(case):
+    call, message = WRONG[case]
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(MixRankCompressor(tiny_vit()))
+
+
 def test_damaged_weights_are_named():
     model = tiny_vit()
     with torch.no_grad():
@@ -229,6 +290,68 @@ def test_what_is_saved_already_is_not_lost(tmp_path):
         compressor.save_pretrained(model, target, overwrite=True)
     assert (target / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "out"]
+
+
+def labelled(count=6):
+    return [{"pixel_values": PIXELS[:count], "labels": torch.arange(count) % 5}]
+
+
+def test_a_report_belongs_to_its_model(tmp_path):
+    compressor = MixRankCompressor(tiny_vit())
+    models = {
+        ratio: compressor.compress(config(compression_ratio=ratio, recipe="fast"), [PIXELS]) for ratio in (0.3, 0.5)
+    }
+    last = compressor.report
+    result = compressor.evaluate(models[0.3], labelled())
+    assert compressor.report is last and last.evaluation is None
+    for ratio, model in models.items():
+        compressor.save_pretrained(model, tmp_path / str(ratio))
+        saved = CompressionReport.load(tmp_path / str(ratio))
+        assert saved.settings["compression_ratio"] == ratio
+        assert (saved.evaluation is not None) == (ratio == 0.3)
+    assert CompressionReport.load(tmp_path / "0.3").evaluation["kl"] == result.kl
+    assert compressor.report.bytes_on_disk_after == CompressionReport.load(tmp_path / "0.5").bytes_on_disk_after
+    # Also of a model that was loaded again, or copied, after the first one is gone.
+    del models, model
+    for again in (load(tmp_path / "0.5"), copy.deepcopy(load(tmp_path / "0.5")).bfloat16().float()):
+        result = compressor.evaluate(again, labelled())
+        assert compressor.report.evaluation["kl"] == result.kl
+    compressor.evaluate(load(tmp_path / "0.3"), labelled(3))
+    assert compressor.report.evaluation["kl"] == result.kl
+    compressor.save_pretrained(load(tmp_path / "0.3"), tmp_path / "again")
+    assert CompressionReport.load(tmp_path / "again").evaluation["num_images"] == 3
+
+
+def load(folder):
+    return ViTForImageClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("has_report", [False, True])
+def test_no_report_of_another_model_is_saved(has_report, tmp_path, caplog):
+    settings = config(recipe="fast", allocation="uniform")
+    foreign = MixRankCompressor(tiny_vit(layer_norm_eps=0.1)).compress(settings, [PIXELS])
+    compressor = MixRankCompressor(tiny_vit())
+    if has_report:
+        compressor.compress(settings, [PIXELS])
+    compressor.evaluate(foreign, labelled())
+    compressor.save_pretrained(foreign, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*report*")) and not (tmp_path / "out" / "README.md").exists()
+    assert "did not make the ViTForImageClassification" in caplog.text
+    assert not has_report or compressor.report.evaluation is None
+
+
+def test_saving_a_model_leaves_the_unfinished_run_of_another(tmp_path):
+    compressor = MixRankCompressor(tiny_vit())
+    settings = config(recipe="fast")
+    models = [
+        compressor.compress(settings, [PIXELS], resume_directory=tmp_path / f"run{number}") for number in range(2)
+    ]
+    compressor.save_pretrained(models[0], tmp_path / "out0")
+    assert not (tmp_path / "run0").exists() and (tmp_path / "run1").exists()
+    again = compressor.compress(settings, [PIXELS], resume_directory=tmp_path / "run1")
+    for number, model in enumerate((again, models[1]), 1):
+        compressor.save_pretrained(model, tmp_path / f"out{number}")
+        assert not (tmp_path / "run1").exists()
 
 
 def test_not_a_model_and_compressed_checkpoints_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import shutil
 import subprocess
 import sys
 
@@ -174,6 +175,19 @@ def test_another_run_is_refused_and_the_unfinished_one_stays(cut_off, tmp_path, 
         compress(out, run, **{**FAST, **changes})
     assert not out.exists()
     assert compress(out, run, **FAST) == compress(tmp_path / "undisturbed", **FAST)
+
+
+@pytest.mark.parametrize("count", [3, 5], ids=["statistics", "compensated"])
+def test_work_of_another_run_is_refused(cut_off, tmp_path, count):
+    settings = {"compensation": ["sequential"], "metric": "kfac"}
+    for number in (1, 2):
+        interrupted(cut_off, tmp_path / "out", tmp_path / f"run{number}", count, **settings, seed=number)
+    copied = max((tmp_path / "run2").glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    shutil.copy(copied, tmp_path / "run1" / copied.name)
+    message = f"{copied.name}' belongs to another run.* remove '.*run1' and start over"
+    with pytest.raises(ValueError, match=message):
+        compress(tmp_path / "out", tmp_path / "run1", **settings, seed=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_changed_image_file_is_noticed_before_work(cut_off, tmp_path):

@@ -45,3 +45,13 @@ def test_licence_is_carried_over(tmp_path, licence):
     compressor = MixRankCompressor.from_pretrained(tmp_path / "original")
     compressor.compress(MixRankConfig(**CONFIG), [pixels(8)], save_directory=tmp_path / "out")
     assert ModelCard.load(tmp_path / "out" / "README.md").data.to_dict().get("license") == licence
+
+
+@pytest.mark.parametrize("content", ["license: [a\n b: {", "- a list", "model-index: 3", "license: \xff"], ids=str)
+def test_a_broken_card_of_the_original_does_not_stop_the_save(tmp_path, content, caplog):
+    tiny_vit().save_pretrained(tmp_path / "original")
+    (tmp_path / "original" / "README.md").write_bytes(f"---\n{content}\n---\n# Original\n".encode("latin-1"))
+    compressor = MixRankCompressor.from_pretrained(tmp_path / "original")
+    compressor.compress(MixRankConfig(**CONFIG), [pixels(8)], save_directory=tmp_path / "out")
+    assert "license" not in ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
+    assert "cannot be read" in caplog.text

@@ -2,9 +2,13 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mutations import is_same, mutations
 from safetensors import SafetensorError
 
 from optimum_mixrank.runtime.files import replaced_file
@@ -55,6 +59,33 @@ def test_a_damaged_entry_is_named(tmp_path):
     (tmp_path / "entry.0.safetensors").write_bytes(b"half of it")
     with pytest.raises(ValueError, match=r"entry\.0\.safetensors' is damaged"):
         Journal(tmp_path).load("entry")
+
+
+@given(mutate=mutations(), empty=st.booleans())
+def test_no_damage_goes_unnoticed(tmp_path_factory, mutate, empty):
+    journal = Journal(tmp_path_factory.getbasetemp(), run="this")
+    tensors = {} if empty else {"a": torch.arange(6.0), "b": torch.tensor(3), "c": torch.ones(2, 2).bfloat16()}
+    values = {"results": [{"kept": True}], "layers": {"one": {"rank": 3}}}
+    journal.save("damaged", tensors, values)
+    path = journal.path("damaged")
+    shutil.copy(path, path.with_name("undamaged"))
+    mutate(path)
+    if not is_same(path.with_name("undamaged"), path):
+        with pytest.raises(
+            ValueError, match=r"damaged.0.safetensors' (is damaged .*|belongs to another run); remove .*"
+        ):
+            journal.load("damaged")
+
+
+def test_entries_of_other_runs_and_other_names_are_refused(tmp_path):
+    one, other = Journal(tmp_path, run="one"), Journal(tmp_path, run="other")
+    one.save("entry", {"a": torch.ones(1)})
+    assert Journal(tmp_path).load("entry").run == "one"
+    with pytest.raises(ValueError, match="belongs to another run; remove .* and start over"):
+        other.load("entry")
+    one.path("entry").rename(one.path("renamed"))
+    with pytest.raises(ValueError, match="is damaged .*; remove .* and start over"):
+        one.load("renamed")
 
 
 @pytest.mark.parametrize(

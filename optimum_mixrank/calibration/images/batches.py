@@ -97,14 +97,14 @@ class ImageBatches:
         processes: Processes = SINGLE_PROCESS,
         fingerprint: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is not a positive number of images.")
-        if num_workers < 0:
-            raise ValueError(f"num_workers={num_workers} is negative; 0 decodes in this process.")
-        if not 0 <= max_broken_share <= 1:
-            raise ValueError(f"max_broken_share={max_broken_share} is not in [0, 1].")
-        if max_image_pixels is not None and max_image_pixels < 1:
-            raise ValueError(f"max_image_pixels={max_image_pixels} is not a positive number of pixels.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} is not a positive number of images.")
+        if not isinstance(num_workers, int) or num_workers < 0:
+            raise ValueError(f"num_workers={num_workers!r} is negative or no integer; 0 decodes in this process.")
+        if not isinstance(max_broken_share, int | float) or not 0 <= max_broken_share <= 1:
+            raise ValueError(f"max_broken_share={max_broken_share!r} is not in [0, 1].")
+        if max_image_pixels is not None and (not isinstance(max_image_pixels, int) or max_image_pixels < 1):
+            raise ValueError(f"max_image_pixels={max_image_pixels!r} is not a positive number of pixels.")
         if isinstance(source, str | Path | datasets.DatasetDict):
             source = load_image_dataset(source, image_column=image_column)
         check_source(source, processes)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ...checkpoint.validation import check_integer, check_seed
 from ...runtime.logging import get_logger
 from .files import is_remote, open_file
 from .folders import load_image_folder
@@ -62,8 +63,11 @@ def load_image_dataset(
         ValueError: if the split or the image column is missing or ambiguous, in a message that lists those there are;
             or for a stream without `num_samples`.
     """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} is not a positive number of images; use None for all.")
+    if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
+        raise ValueError(f"num_samples={num_samples!r} is not a positive number of images; use None for all.")
+    if num_samples is not None:
+        check_integer("num_samples", num_samples, 1)
+    check_seed(seed)
     data = _select_split(_load(source, split, hub_kwargs), split, default_splits)
     if data.features is None:
         raise ValueError("The stream does not tell its columns before it is read; load the dataset without streaming.")

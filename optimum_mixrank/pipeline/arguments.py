@@ -1,0 +1,67 @@
+"""Checks of the arguments of `MixRankCompressor`: what is swapped or mistyped is named before any work."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from ..calibration.result import Calibration
+from ..checkpoint.configuration import MixRankConfig
+
+
+def check_config(config: Any) -> MixRankConfig:
+    """Return a configuration, the default one for None, after checking its fields.
+
+    Raises:
+        TypeError: if it is something else.
+        ValueError: if a field is invalid.
+    """
+    if config is None:
+        config = MixRankConfig()
+    if isinstance(config, dict):
+        raise TypeError("config is a dict; give MixRankConfig(**config).")
+    if not isinstance(config, MixRankConfig):
+        raise TypeError(f"config is a {_kind(config)}, not a MixRankConfig; give MixRankConfig(compression_ratio=…).")
+    config.validate()
+    return config
+
+
+def check_calibration(calibration: Any) -> None:
+    """Check that statistics are what `MixRankCompressor.calibrate` returns; raises a `TypeError` otherwise."""
+    if not isinstance(calibration, Calibration):
+        raise TypeError(
+            f"calibration is a {_kind(calibration)}, not a Calibration; give what `compressor.calibrate(…)` returns, or "
+            "`Calibration.load(path)`."
+        )
+
+
+def check_compressed(model: Any) -> None:
+    """Check that a model, which may be wrapped, is one; raises a `TypeError` otherwise."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {_kind(model)}, not a model; give the one that `compressor.compress(…)` returns.")
+
+
+def check_path(name: str, path: Any) -> None:
+    """Check that a folder is given by its path, or not at all; raises a `TypeError` otherwise."""
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{name} is a {_kind(path)}, not the path of a folder.")
+
+
+def check_save_interval(seconds: Any) -> None:
+    """Check the time between two saves; raises a `ValueError` unless it is a positive number."""
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds > 0:
+        raise ValueError(f"save_interval={seconds!r} is not a positive number of seconds.")
+
+
+def check_metrics(metric: Any) -> list[str]:
+    """Return the names of one or several metrics; raises a `TypeError` for anything else."""
+    names = [metric] if isinstance(metric, str) else metric
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"metric is a {_kind(metric)}, not the name of a metric or a list of names.")
+    return list(names)
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
