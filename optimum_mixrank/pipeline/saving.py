@@ -14,6 +14,7 @@ from ..checkpoint.files import safetensors_bytes, stored_dtype
 from ..checkpoint.saving import save_checkpoint
 from ..reporting import HTML_NAME, RANKS_NAME, plot_ranks
 from ..reporting.card import model_card
+from ..runtime.folders import resolved
 from ..runtime.formatting import format_count
 from ..runtime.logging import get_logger
 from ..runtime.phases import phase
@@ -56,7 +57,7 @@ def save_result(
         if run is not None:
             kwargs |= {"announce": run.announce, "progress": run.journal.directory}
         report = save_compressed(model, directory, image_processor, report, **kwargs)
-        saving.add_detail(str(directory), f"{format_count(safetensors_bytes(directory))}B")
+        saving.add_detail(str(directory), f"{format_count(safetensors_bytes(resolved(directory)))}B")
     if run is not None:
         run.close()
     return report

@@ -83,8 +83,10 @@ def local_paths(source: Any) -> list[Path]:
     if isinstance(source, str | Path):
         return [Path(source)]
     if isinstance(source, list | tuple):
-        # Not every file, but every folder of one.
-        files = {os.path.dirname(each): each for each in source if isinstance(each, str | Path)}
+        # Not every file, but every folder of one. By index, since iterating may read what a list of the user's only reads
+        # when it is needed.
+        each_item = (source[index] for index in range(len(source)))
+        files = {os.path.dirname(each): each for each in each_item if isinstance(each, str | Path)}
         return [Path(file) for file in files.values()]
     if isinstance(source, datasets.DatasetDict):
         return [path for split in source.values() for path in local_paths(split)]
