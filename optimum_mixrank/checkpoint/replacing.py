@@ -91,8 +91,11 @@ def replace_checkpoint(source: Path, destination: Path, overwrite: bool, ignored
     except OSError as error:
         rest = source
         if weights_in_use(destination) != source.name:
-            with suppress(OSError):
-                rest = source.rename(free_path(source.with_name(f"{destination.name}.new")))
+            # Beside the destination if that can be written, else where it is.
+            for place in (destination.parent, source.parent):
+                with suppress(OSError):
+                    rest = source.rename(free_path(place / f"{destination.name}.new"))
+                    break
         raise type(error)(
             f"The new checkpoint could not be put into {str(destination)!r} ({error}). What is not there yet is in "
             f"{str(rest)!r}."
