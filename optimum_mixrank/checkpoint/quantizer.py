@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers.quantizers.base import HfQuantizer
 
+from ..runtime.files import is_local_path
 from .configuration import MixRankConfig
 from .rank_map import QUANT_METHOD
 
@@ -122,12 +123,15 @@ def attach(model: PreTrainedModel, quantizer: MixRankHfQuantizer) -> None:
     describe_on_saving(PreTrainedModel, _attach_configuration)
     model.hf_quantizer = quantizer
     model.quantization_method = QUANT_METHOD
-    model.config.quantization_config = quantizer.quantization_config
+    config = quantizer.quantization_config
+    # Checkpoints are published, and must not show paths of the machine on which they were made.
+    config.dataset = None if config.dataset is None or is_local_path(config.dataset) else config.dataset
+    model.config.quantization_config = config
     model.is_quantized = False
     for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and getattr(config, "_is_quantized", False):
-            config._is_quantized = False
+        settings = getattr(module, "config", None)
+        if settings is not None and getattr(settings, "_is_quantized", False):
+            settings._is_quantized = False
 
 
 def _attach_configuration(model: PreTrainedModel, config: MixRankConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,12 +70,11 @@ on several GPUs:
         config = configuration(args)
         if args.evaluate_split is not None and args.evaluate_on is None:
             raise ValueError("--evaluate-split has no effect without --evaluate-on; name a dataset, or leave it out.")
-        from ..checkpoint.saving import writable_directory
-        from ..pipeline.unfinished import discard, has_saved
+        from ..pipeline.unfinished import discard
         from ..reporting import HTML_NAME, format_table
 
         run = unfinished_run(args)
-        writable_directory(args.output, args.overwrite or (args.resume and has_saved(run, args.output)))
+        check_places(args, config, run)
         reuse = has_statistics(args, config)
         check_images(config, reuse)
         saved_dtype = dtype_to_save(args)
@@ -102,7 +102,7 @@ on several GPUs:
             **reading_arguments(args),
         )
         self._round_and_evaluate(compressor, model, saved_dtype, config)
-        compressor.save_pretrained(model, args.output, overwrite=args.overwrite, picture=True)
+        compressor.save_pretrained(model, args.output, overwrite=args.overwrite, picture=True, checked=True)
         report = compressor.report
         assert report is not None  # `compress` has made one
         if args.push_to_hub is not None:
@@ -172,5 +172,32 @@ def unfinished_run(args: Any) -> Path | None:
     """Return the folder beside the output in which the run saves its progress, or None if it saves none."""
     if args.save_interval < 0:
         raise ValueError(f"--save-interval {args.save_interval} is negative; give seconds, or 0 to save nothing.")
-    output = args.output.expanduser().absolute()
-    return output.with_name(f"{output.name}.unfinished") if args.save_interval else None
+    if not args.save_interval:
+        return None
+    from ..runtime.folders import can_be_renamed, resolved
+
+    output = resolved(args.output)
+    beside = output.with_name(f"{output.name}.unfinished")
+    if os.path.lexists(beside) or not output.is_dir() or can_be_renamed(output):
+        return beside
+    return output / "mixrank.unfinished"
+
+
+def check_places(args: Any, config: MixRankConfig, run: Path | None) -> None:
+    """Raise an error if the result or the progress could not be written, or would be written over what is read."""
+    from ..checkpoint.saving import IMAGES, ORIGINAL, check_apart, writable_directory
+    from ..pipeline.unfinished import check_progress, has_saved
+    from ..runtime.folders import resolved
+
+    images = [each for each in (config.dataset, args.evaluate_on) if each is not None]
+    sources: dict[str, list[Any]] = {ORIGINAL: [args.model], IMAGES: images}
+    overwrite = args.overwrite or (args.resume and has_saved(run, args.output))
+    writable_directory(args.output, overwrite, run, sources)
+    if run is not None:
+        check_apart(run, sources, "OUTPUT.unfinished")
+        check_progress(run)
+    if args.statistics is not None and resolved(args.statistics).is_relative_to(resolved(args.output)):
+        raise ValueError(
+            f"--statistics {str(args.statistics)!r} is inside --output {str(args.output)!r}, which is for the checkpoint "
+            "alone; name another file."
+        )

@@ -29,9 +29,9 @@ example:
         args = self.args
         from ..checkpoint.dense import to_dense
         from ..checkpoint.original import load_image_processor
-        from ..checkpoint.saving import save_checkpoint, writable_directory
+        from ..checkpoint.saving import ORIGINAL, save_checkpoint, writable_directory
 
-        writable_directory(args.output, args.overwrite)
+        writable_directory(args.output, args.overwrite, sources={ORIGINAL: [args.model]})
         model = to_dense(load_checkpoint(args, args.model, complete=True))
         image_processor = load_image_processor(args.model, hub_arguments(args))
         save_checkpoint(model, args.output, image_processor, dense=True, overwrite=args.overwrite)

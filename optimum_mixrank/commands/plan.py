@@ -12,6 +12,9 @@ from .fields import add_field_arguments, calibration_images, configuration
 from .statistics import add_statistics_argument, has_statistics, read_statistics, take_statistics
 
 
+PICTURE_FORMATS = (".png", ".svg", ".pdf")
+
+
 class PlanCommand(MixRankSubcommand):
     """Predict the loss at several budgets."""
 
@@ -41,7 +44,12 @@ example:
         config = configuration(args)
         from ..calibration.result import Calibration
         from ..decomposition import METRICS
+        from ..runtime.files import check_writable_file
 
+        if args.plot is not None:
+            if args.plot.suffix.lower() not in PICTURE_FORMATS:
+                raise ValueError(f"--plot {str(args.plot)!r} ends in none of {', '.join(PICTURE_FORMATS)}; rename it.")
+            check_writable_file(args.plot)
         reuse = has_statistics(args, config)
         needed = METRICS[config.metric].uses_data and not reuse
         if config.dataset is None and needed:

@@ -26,6 +26,7 @@ def add_statistics_argument(parser: ArgumentParser) -> None:
 def has_statistics(args: Any, config: MixRankConfig) -> bool:
     """Return whether a file of statistics is named and exists; raise a `ValueError` if it could not be used or written."""
     from ..decomposition import METRICS
+    from ..runtime.files import check_writable_file
 
     if args.statistics is None:
         return False
@@ -34,6 +35,8 @@ def has_statistics(args: Any, config: MixRankConfig) -> bool:
     if not args.statistics.expanduser().absolute().parent.is_dir():
         raise ValueError(f"--statistics {str(args.statistics)!r} is in a folder that does not exist; make it first.")
     found: bool = args.statistics.expanduser().is_file()
+    if not found:
+        check_writable_file(args.statistics)
     if not found and getattr(args, "max_memory", None) is not None:
         raise ValueError(
             f"--max-memory may need several passes over the images, but --statistics {str(args.statistics)!r} is written "

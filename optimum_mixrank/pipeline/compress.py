@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,7 @@ from ..compensation.run import CompensationImages, compensate, prepare_images
 from ..decomposition import Decomposition
 from ..reporting.build import Outcome, build_report, measure
 from ..reporting.profile import RankProfile
+from ..runtime.files import is_local_path
 from ..runtime.malloc import bounded_heap
 from ..runtime.phases import phase
 from .decompose import allocation_losses, decompose_by_groups, decompose_layers, factorize_layers
@@ -70,7 +72,7 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
         attach(model, MixRankHfQuantizer(config, pre_quantized=True))
         report = build_report(
             Outcome(
-                config=config,
+                config=dataclasses.replace(config, dataset=_shown_dataset(run.config)),
                 linears=run.linears,
                 ranks=allocated.ranks,
                 rank_map=rank_map,
@@ -308,3 +310,10 @@ def _configuration(run: CompressionRun, rank_map: Mapping[str, FactoredLayer]) -
     if run.calibration is not None and run.calibration.fisher_samples is not None:
         config.fisher_samples = run.calibration.fisher_samples
     return config
+
+
+def _shown_dataset(config: MixRankConfig) -> str | None:
+    """Return the dataset of a configuration as reports show it: a Hub id, or the last part of a path."""
+    if config.dataset is None or not is_local_path(config.dataset):
+        return config.dataset
+    return Path(config.dataset).name or None

@@ -12,19 +12,21 @@ import torch
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
-from ..calibration.images.sources import load_image_dataset
+from ..calibration.images.sources import load_image_dataset, local_paths
 from ..calibration.plain_layers import MERGE
 from ..calibration.result import Calibration
 from ..calibration.targets import find_targets
 from ..calibration.task import CalibrationTask, required_statistics
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.original import check_placement, open_original
+from ..checkpoint.saving import IMAGES, ORIGINAL, check_apart
 from ..checkpoint.validation import check_integer
 from ..decomposition import METRICS
 from ..evaluation.evaluate import EvaluationResult, evaluate_model
 from ..reporting import CompressionReport
 from ..reporting.profile import RankProfile
 from ..runtime.distributed import Processes, find_processes, quiet_unless_main
+from ..runtime.folders import resolved
 from ..runtime.forward import ordinary_modes
 from ..runtime.logging import get_logger
 from ..runtime.outputs import ModelCall
@@ -317,7 +319,7 @@ class MixRankCompressor(OptimumQuantizer):
                 taken from are needed too; any images that are passed are compared with those.
             inplace: False compresses a copy, so that the original stays for comparison; True compresses the model itself.
                 Compensation then learns from a copy of the original, which is dropped at the end.
-            overwrite: Whether `save_directory` may hold files already.
+            overwrite: Whether `save_directory` may hold files already; a checkpoint in it is replaced, all else stays.
             max_memory: Most memory to use in addition to the model, such as `"8GiB"`; or by device, as for Accelerate,
                 `{"cpu": "16GiB", 0: "8GiB"}`. The need is estimated and logged first. If it is more, statistics take
                 several passes and compensation puts activations into `resume_directory` or a temporary folder.
@@ -333,9 +335,12 @@ class MixRankCompressor(OptimumQuantizer):
         Raises:
             TypeError: for swapped or mistyped arguments.
             ValueError: before the model is changed: for a ratio that cannot be reached, patterns that match nothing,
-                missing or unusable images, NaN or Inf, too little `max_memory`, or a `resume_directory` of another run.
-            FileExistsError: if `save_directory` holds files and `overwrite` is False.
-            OSError: if a disk is full; what was saved before stays as it is.
+                missing or unusable images, NaN or Inf, too little `max_memory`, a `resume_directory` of another run, or
+                a `save_directory` that is or holds the original or the images.
+            FileExistsError: if `save_directory` holds files and `overwrite` is False. If they were written during the
+                run, the message names the folder in which the result is.
+            OSError: if `save_directory` cannot be written, before any work; if a disk is full; what was saved before
+                stays as it is.
         """
         config = check_config(config)
         check_save_interval(save_interval)
@@ -344,20 +349,22 @@ class MixRankCompressor(OptimumQuantizer):
         if calibration is not None:
             check_calibration(calibration)
         processes, unfinished = self.processes, None
-        output = (save_directory, overwrite, resume_directory, processes)
+        images = calibration_dataset if calibration_dataset is not None or calibration is not None else config.dataset
+        sources = {ORIGINAL: [self.model.name_or_path], IMAGES: local_paths(images)}
+        output = (save_directory, overwrite, resume_directory, processes, sources)
         check_output(*output)
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         options: dict[str, Any] = {"calibration": calibration, "inplace": inplace, "max_memory": max_memory}
         run = CompressionRun.start(config, reader, calibration_dataset, **options)
         if resume_directory is not None:
-            self._made.leave(Path(resume_directory).expanduser())
+            self._made.leave(resolved(resume_directory))
             unfinished = open_run(run, resume_directory, save_interval, self.allow_tf32)
             # A run that has ended while this one waited for the folder may have saved its result.
             check_output(*output)
         model, report = compress(run)
         self._made.add(model, report, unfinished)
         if save_directory is not None:
-            self.save_pretrained(model, save_directory, overwrite=overwrite)
+            self.save_pretrained(model, save_directory, overwrite=overwrite, checked=True)
         return model
 
     def memory_plan(
@@ -494,24 +501,27 @@ class MixRankCompressor(OptimumQuantizer):
     ) -> None:
         """Save a compressed model with its image processor and, if this compressor made it, its report.
 
-        At any moment the destination holds the old content or all of the new, where two names can be exchanged.
+        At any moment the destination opens as the old checkpoint or as the new one.
 
         Args:
             model: The compressed model; saved in the dtype that it has.
-            save_directory: A new or empty folder.
-            overwrite: Whether the folder may hold files already; they are replaced.
+            save_directory: A new or empty folder. `~` is expanded, and a link is followed.
+            overwrite: Whether the folder may hold files already. A checkpoint in it is replaced; all else stays, except
+                files that have the name of a new one.
             picture: Whether to save a picture of the ranks too, `ranks.png`.
             **kwargs: `max_shard_size`, … as for Transformers' `save_pretrained`.
 
         Raises:
             FileExistsError: if the folder holds files and `overwrite` is False.
-            OSError: if the disk is full.
+            OSError: if the folder cannot be written, or the disk is full.
+            ValueError: if the folder is or holds the original.
         """
         check_path("save_directory", save_directory)
         processes, made = self.processes, self._find(model)
         report, run = (None, None) if made is None else (made.report, made.run)
         with processes.raise_on_all_ranks():
             if processes.is_main:
+                check_apart(save_directory, {ORIGINAL: [self.model.name_or_path]})
                 content = (model, save_directory, self.image_processor, report)
                 report = save_result(*content, run, overwrite=overwrite, picture=picture, **kwargs)
         report = processes.broadcast(report)

@@ -14,6 +14,7 @@ from ..checkpoint.files import safetensors_bytes, stored_dtype
 from ..checkpoint.saving import save_checkpoint
 from ..reporting import HTML_NAME, RANKS_NAME, plot_ranks
 from ..reporting.card import model_card
+from ..runtime.folders import resolved
 from ..runtime.formatting import format_count
 from ..runtime.logging import get_logger
 from ..runtime.phases import phase
@@ -47,14 +48,16 @@ def save_result(
         image_processor: See `save_compressed`.
         report: See `save_compressed`.
         run: The run, if its progress was kept.
-        overwrite: Whether the destination may hold other files.
+        overwrite: Whether the destination may hold other files, of which an old checkpoint is replaced.
         **kwargs: See `save_compressed`.
     """
     with phase("Saved") as saving:
         is_own = run is not None and has_saved(run.journal.directory, directory)
-        kwargs |= {"overwrite": overwrite or is_own, "announce": None if run is None else run.announce}
+        kwargs |= {"overwrite": overwrite or is_own}
+        if run is not None:
+            kwargs |= {"announce": run.announce, "progress": run.journal.directory}
         report = save_compressed(model, directory, image_processor, report, **kwargs)
-        saving.add_detail(str(directory), f"{format_count(safetensors_bytes(directory))}B")
+        saving.add_detail(str(directory), f"{format_count(safetensors_bytes(resolved(directory)))}B")
     if run is not None:
         run.close()
     return report
@@ -133,6 +136,9 @@ def push_compressed(
         save_compressed(model, directory, image_processor, report, **kwargs)
         api = HfApi(token=token)
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        # As in Transformers; references of pull requests exist already.
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repository.repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(
             repo_id=repository.repo_id, folder_path=directory, revision=revision, commit_message=commit_message
         )

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,10 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 
-from ..checkpoint.saving import writable_directory
+from ..checkpoint.saving import check_apart, writable_directory
 from ..reporting import REPORT_NAME
 from ..runtime.distributed import Processes
+from ..runtime.folders import check_writable_folder, resolved
 from ..runtime.journal import ACTIVATIONS, Entry, Journal
 from ..runtime.logging import get_logger
 from ..runtime.version import __version__
@@ -34,7 +35,13 @@ _RUN = "run"
 
 _LOCK = "lock"
 
-_JOURNAL_FILES = re.compile(r"(.+\.safetensors|\..+\.safetensors-[a-z0-9_]{8}|lock)")
+_ENTRY = rf"(run|images|compensated|statistics-[0-9a-f]{{8}}|step\d+-[\w-]+|{ACTIVATIONS}[\w-]+)(\.\d+)?\.safetensors"
+
+_OURS = re.compile(rf"{_ENTRY}|\.{_ENTRY}-[a-z0-9_]{{8}}|{_LOCK}")
+"""Names of all files of a run, and of temporary ones."""
+
+_BEFORE_RUN = re.compile(rf"\.{_RUN}\.safetensors-[a-z0-9_]{{8}}|{_LOCK}")
+"""Names of the files that are there before `run.safetensors`, by which the folder is known."""
 
 _LOCK_TIMEOUT = 10.0
 """Seconds. Processes started by a run that was killed may outlive it for a while and hold its lock."""
@@ -64,7 +71,7 @@ class UnfinishedRun:
     def __init__(
         self, directory: str | Path, identity: Mapping[str, Any], interval: float, processes: Processes
     ) -> None:
-        directory = Path(directory).expanduser()
+        directory = resolved(directory)
         self.journal = Journal(directory, interval, processes.index)
         self._is_main = processes.is_main
         self._identity = json.loads(json.dumps(dict(identity)))
@@ -75,13 +82,8 @@ class UnfinishedRun:
         self.journal.run = processes.broadcast(self.journal.run)
 
     def _open(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        for each in directory.iterdir():
-            if not _JOURNAL_FILES.fullmatch(each.name) or each.is_dir():
-                raise FileExistsError(
-                    f"The folder {str(directory)!r} for an unfinished run holds something else ({each.name!r}); choose "
-                    "another folder."
-                )
+        check_progress(directory)
+        directory.mkdir(exist_ok=True)
         self._lock = _locked(directory)
         entry = self.journal.load(_RUN, shared=True)
         for each in directory.iterdir():
@@ -116,9 +118,48 @@ def discard(directory: str | Path) -> None:
     Raises:
         ValueError: if another process is working on it.
     """
-    directory = Path(directory).expanduser()
+    directory = resolved(directory)
     if directory.is_dir():
+        check_progress(directory)
         _remove(directory, _locked(directory))
+
+
+def check_progress(directory: str | Path) -> None:
+    """Check that the progress of a run can be kept in a folder, which holds nothing else; make its parents.
+
+    Raises:
+        FileExistsError: if it holds something else, or is a file.
+        OSError: if it cannot be written.
+        ValueError: if what tells the run is damaged.
+    """
+    folder = resolved(directory)
+    try:
+        check_writable_folder(folder)
+        held = os.listdir(folder) if folder.is_dir() else []
+    except OSError as error:
+        raise OSError(
+            f"The progress of the run cannot be kept in {str(directory)!r} ({error.strerror}); choose another folder."
+        ) from error
+    # Where no run is recorded, only what is written before it is ours. Nothing is ever written into the lock.
+    names = _OURS if _run_in(folder) is not None else _BEFORE_RUN
+    for name in sorted(held):
+        path = folder / name
+        if not names.fullmatch(name) or not path.is_file() or (name == _LOCK and path.stat().st_size):
+            raise FileExistsError(
+                f"The folder {str(directory)!r} for an unfinished run holds something else ({name!r}); choose another "
+                "folder, or move that elsewhere."
+            )
+
+
+def _run_in(folder: Path) -> Entry | None:
+    """Return the record of the run that a folder belongs to; None if there is none."""
+    try:
+        entry = Journal(folder).load(_RUN, shared=True)
+    except ValueError:
+        if (folder / _LOCK).exists():
+            raise
+        return None
+    return entry if entry is not None and "identity" in entry.values else None
 
 
 def _locked(directory: Path) -> FileLock | None:
@@ -144,7 +185,7 @@ def _locked(directory: Path) -> FileLock | None:
 def _remove(directory: Path, lock: FileLock | None) -> None:
     last, locked = Journal(directory).path(_RUN, shared=True), directory / _LOCK
     for each in directory.iterdir():
-        if _JOURNAL_FILES.fullmatch(each.name) and each not in (last, locked):
+        if _OURS.fullmatch(each.name) and each not in (last, locked):
             each.unlink(missing_ok=True)
     # Last, since it alone tells that the saved result comes from this run.
     last.unlink(missing_ok=True)
@@ -160,7 +201,11 @@ def _remove(directory: Path, lock: FileLock | None) -> None:
 
 
 def check_output(
-    directory: str | Path | None, overwrite: bool, resume_directory: str | Path | None, processes: Processes
+    directory: str | Path | None,
+    overwrite: bool,
+    resume_directory: str | Path | None,
+    processes: Processes,
+    sources: Mapping[str, Iterable[str | Path]],
 ) -> None:
     """Check, before any work, that the result can be saved.
 
@@ -169,21 +214,27 @@ def check_output(
         overwrite: Whether it may hold files. The result of the same run, saved just before it was cut off, is allowed.
         resume_directory: The folder with the progress of the run.
         processes: The processes that share the work.
+        sources: What the run reads; see `check_apart`.
 
     Raises:
         FileExistsError: in all processes, if the folder holds files that may not be overwritten.
+        ValueError: as `writable_directory`, and as `check_progress`.
     """
     with processes.raise_on_all_ranks():
+        if resume_directory is not None and processes.is_main:
+            check_apart(resume_directory, sources, "resume_directory")
+            check_progress(resume_directory)
         if directory is not None and processes.is_main:
-            writable_directory(directory, overwrite or has_saved(resume_directory, directory))
+            overwrite = overwrite or has_saved(resume_directory, directory)
+            writable_directory(directory, overwrite, resume_directory, sources)
 
 
 def has_saved(directory: str | Path | None, output: str | Path) -> bool:
     """Return whether `output` holds the result of the run in `directory`, which was cut off right after saving it."""
     if directory is None:
         return False
-    entry = _load(Path(directory).expanduser())
-    result = _fingerprint(Path(output).expanduser())
+    entry = _run_in(resolved(directory))
+    result = _fingerprint(resolved(output))
     return entry is not None and result is not None and entry.values["result"] == result
 
 
@@ -263,10 +314,6 @@ def _check(before: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -
             f"The unfinished run in {str(directory)!r} is a different one: {'; '.join(differences)}. Resume it as it was "
             "started, or start over: with --no-resume on the command line, otherwise by removing that folder."
         )
-
-
-def _load(directory: Path) -> Entry | None:
-    return Journal(directory).load(_RUN, shared=True) if directory.is_dir() else None
 
 
 def _fingerprint(folder: Path) -> str | None:

@@ -21,6 +21,7 @@ from ..checkpoint.rank_map import FactoredLayer, stored_values
 from ..compensation import CompensationResult
 from ..evaluation.flops import flops_per_image
 from ..runtime.distributed import Processes
+from ..runtime.files import is_local_path
 from ..runtime.logging import get_logger
 from .data import LayerReport
 from .profile import RankProfile
@@ -65,12 +66,6 @@ def measure(model: PreTrainedModel) -> Measurement:
         except (OSError, ValueError) as error:
             logger.warning(f"The size of the original on disk is unknown: {error}")
     return Measurement(count_parameters(model), flops)
-
-
-def is_local_path(name: str) -> bool:
-    """Return whether a model's name is a path on this machine rather than a Hub id, even if nothing is there any more."""
-    path = Path(name)
-    return path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~")) or path.exists()
 
 
 @dataclass(frozen=True)

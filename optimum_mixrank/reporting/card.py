@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
+from ..checkpoint.replacing import CARD_MARK
+from ..runtime.files import is_local_path
 from ..runtime.logging import get_logger
 from ..runtime.version import __version__
-from .build import is_local_path
 from .data import ReportData
 from .table import format_table
 
@@ -65,7 +66,7 @@ def _text(original: str, model_class: str, report: ReportData) -> str:
     lines = [
         f"# {original}, {report.removed_of_model:.0%} smaller",
         "",
-        f"`{original}` compressed by optimum-mixrank {__version__}: every linear layer of the encoder is a pair of thin "
+        f"`{original}` {CARD_MARK} {__version__}: every linear layer of the encoder is a pair of thin "
         "factors, chosen so that the model's output changes least. The method builds on "
         "[arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
         "",

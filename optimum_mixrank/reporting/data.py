@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.replacing import REPORT_NAME as REPORT_NAME
 from ..runtime.files import replaced_file
 from ..runtime.logging import get_logger
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
-
-REPORT_NAME = "mixrank_report.json"
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ def _share(layers: Sequence[LayerReport]) -> float:
 
 def file_in(path: str | Path, name: str) -> Path:
     """Return the file of this name in `path` if that is an existing folder, else `path` itself."""
-    path = Path(path)
+    path = Path(path).expanduser()
     return path / name if path.is_dir() else path
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.rank_map import break_even
+from ..checkpoint.replacing import RANKS_NAME as RANKS_NAME
 from ..runtime.formatting import format_count
 from .colours import BREAK_EVEN, DENSE, EXCLUDED, FACTORED, GRID, INK, PAPER
 from .data import LayerReport, ReportData
@@ -16,9 +17,6 @@ from .depth import depths_of, kinds_of, label_depth
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-RANKS_NAME = "ranks.png"
-"""File name of the picture of the ranks beside a checkpoint."""
 
 STYLE = {
     # The same report gives the same file.

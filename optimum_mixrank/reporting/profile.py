@@ -42,7 +42,7 @@ class RankProfile:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
-        path = Path(path)
+        path = Path(path).expanduser()
         removed = [100 * point.ratio for point in self.points]
         kinds: dict[str, list[str]] = {}
         for name in self.points[0].ranks:

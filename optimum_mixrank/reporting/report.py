@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoint.replacing import HTML_NAME as HTML_NAME
 from .data import ReportData, file_in, write_text
 from .html import render_html
-
-
-HTML_NAME = "report.html"
 
 
 class CompressionReport(ReportData):

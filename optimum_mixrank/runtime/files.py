@@ -1,16 +1,14 @@
-"""Files and folders that are either complete or not there."""
+"""Files that are either complete or not there."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
+import hashlib
 import os
 import re
-import shutil
-import sys
-import tempfile
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,28 +16,31 @@ from safetensors import SafetensorError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-_AT_FDCWD = -100 if sys.platform != "darwin" else -2
+_LONGEST_NAME = 255
+"""Bytes in a file name, on nearly every file system."""
 
-_SWAP = 2
-"""`RENAME_EXCHANGE` of Linux and `RENAME_SWAP` of macOS."""
+RANDOM_PART = "[0-9a-f]{8}"
+"""Regular expression for the end of a temporary name."""
 
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
     """Give a temporary file to write; on exit it is flushed to disk and replaces `path`, after an error it is removed.
 
+    A link is followed, and the permissions are those that the umask leaves to new files.
+
     Raises:
         OSError: if it cannot be written, for instance because the disk is full; `path` is unchanged.
     """
+    path = Path(os.path.realpath(path))
     temporary: Path | None = None
     try:
         with explained_no_space(path):
-            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-            os.close(descriptor)
-            temporary = Path(name)
+            temporary = _new_file(path)
+            mode = temporary.stat().st_mode
             yield temporary
-            # mkstemp creates files of mode 0600; other new files are readable by all.
-            temporary.chmod(0o644)
+            # Some releases of safetensors put a file of mode 0600 in its place.
+            temporary.chmod(mode)
             flush(temporary)
             temporary.replace(path)
             flush(path.parent)
@@ -47,6 +48,51 @@ def replaced_file(path: Path) -> Iterator[Path]:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable_file(path: str | Path) -> None:
+    """Check, before any work, that `replaced_file` will be able to write a file.
+
+    Raises:
+        IsADirectoryError: if it is a folder.
+        OSError: if its folder does not exist or cannot be written, or its name is too long.
+    """
+    found = Path(os.path.realpath(Path(path).expanduser()))
+    if os.path.isdir(found):
+        raise IsADirectoryError(f"{str(path)!r} is a folder; name a file in it.")
+    try:
+        check_name(found)
+        _new_file(found).unlink()
+    except OSError as error:
+        raise OSError(f"{str(path)!r} cannot be written ({error.strerror}); choose another place.") from error
+
+
+def check_name(path: Path) -> None:
+    """Raise an `OSError` if a file system cannot have such a name, for example because it is too long."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return
+
+
+def temporary_prefix(name: str, label: str) -> str:
+    """Return the beginning of the names of temporary files or folders that belong to `name`; a random part follows."""
+    prefix = f".{name}{label}"
+    if len(os.fsencode(prefix)) + 8 > _LONGEST_NAME:
+        prefix = f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}{label}"
+    return prefix
+
+
+def temporary_path(folder: Path, prefix: str) -> Path:
+    """Return a path in a folder that nothing has; a random part is added to the prefix."""
+    return folder / f"{prefix}{secrets.token_hex(4)}"
+
+
+def _new_file(path: Path) -> Path:
+    """Make an empty file beside another, with the permissions of a new file."""
+    new = temporary_path(path.parent, temporary_prefix(path.name, "-"))
+    os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    return new
 
 
 @contextmanager
@@ -74,13 +120,13 @@ def explained_no_space(path: Path) -> Iterator[None]:
 
 def flush(path: Path) -> None:
     """Wait until the content of a file, or the entries of a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # Not all systems can open or flush folders, and a folder that can be written may not be readable.
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def flush_tree(folder: Path) -> None:
@@ -89,77 +135,10 @@ def flush_tree(folder: Path) -> None:
         flush(each)
 
 
-def temporary_prefix(destination: Path) -> str:
-    """Return the prefix of the name of a folder in which new content for `destination` is written."""
-    return f".{destination.name}.saving-"
+def is_local_path(name: str) -> bool:
+    """Return whether the name of a model or dataset is a path on this machine rather than a Hub id.
 
-
-def put_in_place(source: Path, destination: Path, last: str) -> None:
-    """Replace a folder by another, complete one.
-
-    Linux and macOS exchange two names in one step, so that the old or the new content is there whenever a run is cut
-    off. Where the system or the file system cannot, files are moved one by one; meanwhile the folder lacks one file, and
-    cannot be mistaken for a complete one.
-
-    Args:
-        source: The new folder, on the same file system; it may hold the old content afterwards.
-        destination: The folder to replace.
-        last: Name of the file without which the folder is not complete; it is removed first and moved last.
-
-    Raises:
-        OSError: if a file cannot be moved; the message names the folder that holds the rest of the new files.
+    A path stays one when nothing is there any more.
     """
-    if not destination.exists() or not any(destination.iterdir()):
-        if destination.exists():
-            destination.rmdir()
-        source.rename(destination)
-    elif not _exchange(source, destination):
-        try:
-            _move_files(source, destination, last)
-        except OSError as error:
-            rest = source.rename(source.with_name(f"{destination.name}.rest"))
-            raise OSError(
-                f"{str(destination)!r} could not be replaced completely ({error}). The missing new files are in "
-                f"{str(rest)!r}."
-            ) from error
-    flush(destination.parent)
-
-
-def _move_files(source: Path, destination: Path, last: str) -> None:
-    new = sorted(source.iterdir(), key=lambda file: file.name == last)
-    _remove(destination / last)
-    for file in new:
-        _remove(destination / file.name, only_folder=True)
-        file.replace(destination / file.name)
-    for name in {file.name for file in destination.iterdir()} - {file.name for file in new}:
-        _remove(destination / name)
-    flush(destination)
-
-
-def remove_leftovers(destination: Path) -> None:
-    """Remove temporary folders that runs left beside `destination` when they were cut off while saving to it."""
-    # The random part is as `tempfile` makes it, so that no other folder matches.
-    name = re.escape(temporary_prefix(destination)) + "[a-z0-9_]{8}"
-    if destination.parent.is_dir():
-        for each in list(destination.parent.iterdir()):
-            if re.fullmatch(name, each.name) and each.is_dir():
-                shutil.rmtree(each, ignore_errors=True)
-
-
-def _remove(path: Path, only_folder: bool = False) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif not only_folder:
-        path.unlink(missing_ok=True)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Exchange the names of two folders in one step; return False where this system or file system cannot."""
-    if os.name == "nt":
-        return False
-    library = ctypes.CDLL(None, use_errno=True)
-    function = getattr(library, "renameatx_np" if sys.platform == "darwin" else "renameat2", None)
-    if function is None:
-        return False
-    function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
-    return function(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _SWAP) == 0
+    path = Path(name)
+    return path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~")) or os.path.exists(path)

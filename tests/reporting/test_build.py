@@ -2,28 +2,10 @@
 
 import shutil
 
-import pytest
 from huggingface_hub import ModelCard
 from models import pixels, tiny_vit
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
-from optimum_mixrank.reporting.build import is_local_path
-
-
-@pytest.mark.parametrize("name", ["/tmp/folder/original", "some/folder/original", "./original", "~/original", "~"])
-def test_paths_are_told_from_hub_ids_though_nothing_is_there(name):
-    assert is_local_path(name)
-
-
-@pytest.mark.parametrize("name", ["google/vit-base-patch16-224", "vit"])
-def test_hub_ids_are_not_paths(name):
-    assert not is_local_path(name)
-
-
-def test_an_existing_folder_is_a_path(tmp_path, monkeypatch):
-    (tmp_path / "google" / "vit").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert is_local_path("google/vit")
 
 
 def test_no_path_is_shown_when_the_original_is_gone(tmp_path):

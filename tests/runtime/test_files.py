@@ -1,89 +1,70 @@
-"""One folder in the place of another: old or new stands there at every moment, where the system can exchange names."""
+"""Files that are either complete or not there, with the permissions of new files."""
+
+import os
 
 import pytest
 
-from optimum_mixrank.runtime import files
+from optimum_mixrank.runtime.files import check_writable_file, is_local_path, replaced_file
 
 
-@pytest.fixture(params=["exchange", "file by file"])
-def way(request, monkeypatch):
-    if request.param == "file by file":
-        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
-    return request.param
+@pytest.fixture
+def umask():
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
 
 
-def folder(path, content):
-    path.mkdir()
-    (path / "file").write_text(content)
-    return path
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_are_those_of_new_files(tmp_path, umask, mask, mode):
+    umask(mask)
+    with replaced_file(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
 
 
-@pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("before", ["none", "empty", "full"])
-def test_the_new_folder_stands(tmp_path, before):
-    destination = tmp_path / "out"
-    if before != "none":
-        destination.mkdir()
-    if before == "full":
-        (destination / "old").write_text("old")
-        folder(destination / "file", "a folder of that name")
-    source = folder(tmp_path / ".out.saving-12345678", "new")
-    files.put_in_place(source, destination, last="file")
-    assert [file.name for file in destination.iterdir()] == ["file"]
-    assert (destination / "file").read_text() == "new"
-    files.remove_leftovers(destination)
-    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+def test_after_an_error_the_old_file_stays_alone(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(ZeroDivisionError), replaced_file(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+        raise ZeroDivisionError
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("file", "old")]
 
 
-def test_linux_exchanges_in_one_step(tmp_path):
-    first, second = folder(tmp_path / "first", "1"), folder(tmp_path / "second", "2")
-    if not files._exchange(first, second):
-        pytest.skip("this system or file system cannot")
-    assert (first / "file").read_text() == "2" and (second / "file").read_text() == "1"
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with replaced_file(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
 
 
-def test_file_by_file_the_folder_is_incomplete_until_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
-    destination, source = folder(tmp_path / "out", "old"), folder(tmp_path / "new", "new")
-    for name in ("a", "z"):
-        (source / name).write_text("new")
-    moved = []
-    replace = type(source).replace
-
-    def watched(self, target):
-        moved.append((self.name, (destination / "file").exists()))
-        return replace(self, target)
-
-    monkeypatch.setattr(type(source), "replace", watched)
-    files.put_in_place(source, destination, last="file")
-    assert sorted(moved[:2]) == [("a", False), ("z", False)] and moved[2] == ("file", False)
-    assert (destination / "file").read_text() == "new"
+def test_the_longest_name_works(tmp_path):
+    path = tmp_path / ("a" * 255)
+    check_writable_file(path)
+    with replaced_file(path) as temporary:
+        temporary.write_text("new")
+    assert os.listdir(tmp_path) == ["a" * 255]
 
 
-def test_file_by_file_nothing_new_is_lost_where_a_file_cannot_be_moved(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
-    destination, source = folder(tmp_path / "out", "old"), folder(tmp_path / ".out.saving-abcdefgh", "new")
-    (source / "weights").write_text("new")
-    replace = type(source).replace
-
-    def locked(self, target):
-        if self.name == "weights":
-            raise PermissionError("the file is in use")
-        return replace(self, target)
-
-    monkeypatch.setattr(type(source), "replace", locked)
-    with pytest.raises(OSError, match=r"could not be replaced completely \(the file is in use\).* in '.*out\.rest'"):
-        files.put_in_place(source, destination, last="file")
-    assert not (destination / "file").exists()
-    assert {each.name: each.read_text() for each in (tmp_path / "out.rest").iterdir()} == {
-        "file": "new",
-        "weights": "new",
-    }
+@pytest.mark.parametrize("name", ["a" * 256, "missing/file", "file/file", "."])
+def test_what_cannot_be_written_is_refused_before_work(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot be written .*; choose another place|is a folder; name a file in it"):
+        check_writable_file(tmp_path / name)
+    assert os.listdir(tmp_path) == ["file"]
 
 
-def test_leftovers_of_other_outputs_stay(tmp_path):
-    names = [".out.saving-abcdefgh", ".out2.saving-abcdefgh", ".out.saving-abc", "out.unfinished", ".out"]
-    for name in names:
-        folder(tmp_path / name, "")
-    files.remove_leftovers(tmp_path / "out")
-    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(names[1:])
+@pytest.mark.parametrize("name", ["/tmp/folder/original", "some/folder/original", "./original", "~/original", "~"])
+def test_paths_are_told_from_hub_ids_though_nothing_is_there(name):
+    assert is_local_path(name)
+
+
+@pytest.mark.parametrize("name", ["google/vit-base-patch16-224", "vit"])
+def test_hub_ids_are_not_paths(name):
+    assert not is_local_path(name)
+
+
+def test_an_existing_folder_is_a_path(tmp_path, monkeypatch):
+    (tmp_path / "google" / "vit").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_local_path("google/vit")

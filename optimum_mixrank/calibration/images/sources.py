@@ -93,6 +93,31 @@ def drawn_indices(count: int, num_samples: int, seed: int) -> npt.NDArray[np.int
     return np.sort(np.random.default_rng(seed).permutation(count)[:num_samples])
 
 
+def local_paths(source: Any) -> list[Path]:
+    """Return the local folders and files from which images are read, as far as a source tells.
+
+    Args:
+        source: What `load_image_dataset` takes, a list of images or paths, or anything else, which tells nothing. A
+            dataset that is already loaded tells the file of its first image.
+    """
+    if isinstance(source, str | Path):
+        return [Path(source)]
+    if isinstance(source, list | tuple):
+        # Not every file, but every folder of one. By index, since iterating may read what a list of the user's only reads
+        # when it is needed.
+        each_item = (source[index] for index in range(len(source)))
+        files = {os.path.dirname(each): each for each in each_item if isinstance(each, str | Path)}
+        return [Path(file) for file in files.values()]
+    if isinstance(source, datasets.DatasetDict):
+        return [path for split in source.values() for path in local_paths(split)]
+    if isinstance(source, datasets.Dataset) and len(source):
+        columns = [name for name, column in source.features.items() if isinstance(column, datasets.Image)]
+        first = _undecoded(source.select([0]), columns[0])[0][columns[0]] if columns else None
+        path = (first or {}).get("path")
+        return [Path(path)] if path and os.path.isabs(path) else []
+    return []
+
+
 def find_image_column(columns: Mapping[str, Any], image_column: str | None = None) -> str:
     """Return the name of the column with images, given a dataset's features or a row; a given name is only checked.
 
