@@ -61,7 +61,7 @@ def check_writable_file(path: str | Path) -> None:
     if os.path.isdir(found):
         raise IsADirectoryError(f"{str(path)!r} is a folder; name a file in it.")
     try:
-        os.path.lexists(found) or check_name(found)
+        check_name(found)
         _new_file(found).unlink()
     except OSError as error:
         raise OSError(f"{str(path)!r} cannot be written ({error.strerror}); choose another place.") from error
