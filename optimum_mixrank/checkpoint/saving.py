@@ -80,7 +80,9 @@ def writable_directory(
         raise ValueError(f"{shown} is the folder for the progress of the run, or inside of it; choose another.")
     held = entries(folder) - _inside(folder, progress)
     if held and not overwrite:
-        raise FileExistsError(f"{shown} is not empty; choose another, or pass overwrite=True to replace it.")
+        raise FileExistsError(
+            f"save_directory={str(directory)!r} is not empty; choose another, or pass overwrite=True to replace it."
+        )
     check_apart(directory, sources or {})
     for name in sorted(held & _WRITTEN):
         if (folder / name).is_dir():
@@ -88,7 +90,9 @@ def writable_directory(
     try:
         check_writable_folder(folder)
     except OSError as error:
-        raise OSError(f"{shown} cannot be written ({error.strerror}); choose another.") from error
+        raise OSError(
+            f"save_directory={str(directory)!r} cannot be written ({error.strerror}); choose another."
+        ) from error
     return folder
 
 

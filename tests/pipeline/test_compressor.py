@@ -372,6 +372,9 @@ def test_push_to_hub_uploads_the_checkpoint(monkeypatch):
         def create_repo(self, repo_id, private=None, exist_ok=False):
             return SimpleNamespace(repo_id=repo_id)
 
+        def create_branch(self, repo_id, branch, exist_ok):
+            calls["branch"] = repo_id, branch, exist_ok
+
         def upload_folder(self, repo_id, folder_path, revision, commit_message):
             calls["repo"], calls["files"] = repo_id, {path.name for path in Path(folder_path).iterdir()}
             return "url"
@@ -379,7 +382,8 @@ def test_push_to_hub_uploads_the_checkpoint(monkeypatch):
     monkeypatch.setattr("optimum_mixrank.pipeline.saving.HfApi", Hub)
     compressor = MixRankCompressor(tiny_vit())
     model = compressor.compress(config(), [PIXELS])
-    assert compressor.push_to_hub(model, "me/small-vit", token="secret") == "url"
+    assert compressor.push_to_hub(model, "me/small-vit", token="secret", revision="v2") == "url"
+    assert calls["branch"] == ("me/small-vit", "v2", True)
     assert calls["repo"] == "me/small-vit" and calls["token"] == "secret"
     assert {"config.json", "model.safetensors", "mixrank_report.json", "report.html"} <= calls["files"]
 
