@@ -215,6 +215,11 @@ def _compare(outputs: Mapping[str, ModelOutput]) -> dict[str, float]:
     elif output.logits is None and original.logits is None and len(output.features) == len(original.features):
         errors = [relative_error(*pair) for pair in zip(original.features, output.features, strict=True)]
         values = {"feature_error": torch.stack(errors).mean(dim=0)}
+        if not torch.isfinite(values["feature_error"]).all():
+            raise ValueError(
+                "An output of the original is zero for an image, so that the relative error of the compressed model is "
+                "infinite; name other outputs by `output_names`."
+            )
     else:
         raise ValueError(
             "The model and its original have different heads, so their outputs cannot be compared; load both with the "

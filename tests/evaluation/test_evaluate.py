@@ -205,3 +205,16 @@ def test_output_without_anything_to_compare():
 
     with pytest.raises(ValueError, match="A dict holds neither logits nor features"):
         evaluate_model(Strange(1, 1), [Batch(pixels())], Strange(1, 1))
+
+
+def test_an_output_of_zeros_has_no_relative_error():
+    class Constant(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = torch.nn.Parameter(torch.tensor(value))
+
+        def forward(self, pixel_values):
+            return {"depth": self.value.expand(len(pixel_values), 3)}
+
+    with pytest.raises(ValueError, match="is zero for an image.*name other outputs by `output_names`"):
+        evaluate_model(Constant(1.0), [Batch(pixels(2))], reference=Constant(0.0))

@@ -295,10 +295,11 @@ class ImageBatches:
         broken = len(self._pass.broken)
         # A quotient, since 0.29 * 100 < 29.
         if broken and broken / total > self._max_broken_share:
+            _, first = min(self._pass.broken, key=itemgetter(0))
             raise ValueError(
                 f"At least {broken} of {total} images ({broken / total:.1%}) cannot be decoded, more than "
-                f"max_broken_share={self._max_broken_share} tolerates. The first are {', '.join(self.broken[:3])}. "
-                "Repair or remove them, or raise max_broken_share."
+                f"max_broken_share={self._max_broken_share} tolerates. The first are {', '.join(self.broken[:3])}; the "
+                f"reason for the first: {first.reason}. Repair or remove them, or raise max_broken_share."
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +31,9 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 _TABLES = (".parquet", ".arrow", ".tar", ".tar.gz")
 """Endings of files that hold a dataset each; `datasets` reads archives made by `tar` as WebDataset."""
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+"""Endings of archives that are read like the folder in them."""
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -100,6 +104,24 @@ def load_image_folder(
             "one into each of them."
         )
     return _load_images(files, splits, streaming)
+
+
+def load_image_archive(path: Path, split: str | None = None) -> Any:
+    """Load all images of an archive, which `datasets` extracts into its cache; see `load_image_folder`.
+
+    Raises:
+        ValueError: if it is no archive, or holds no images.
+    """
+    # The cache knows archives by their paths alone, so one that has changed has to be extracted again.
+    manager = datasets.DownloadManager(download_config=datasets.DownloadConfig(force_extract=True))
+    try:
+        extracted = Path(manager.extract(str(path)))
+    except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{str(path)!r} cannot be extracted ({error}); name a folder of images.") from error
+    images = load_image_folder(extracted, split) if extracted.is_dir() else None
+    if images is None:
+        raise ValueError(f"{str(path)!r} is no archive of images; name one, or a folder of images.")
+    return images
 
 
 def missing_labels(paths: Iterable[str]) -> str | None:

@@ -17,7 +17,7 @@ from PIL import Image
 from ...checkpoint.validation import check_integer, check_seed
 from ...runtime.logging import get_logger
 from .files import is_remote, open_file
-from .folders import load_image_folder
+from .folders import ARCHIVES, load_image_archive, load_image_folder
 
 
 logger = get_logger(__name__)
@@ -43,8 +43,8 @@ def load_image_dataset(
     """Load a dataset of undecoded images, so that one broken file does not end a run.
 
     Args:
-        source: A folder of images (with or without a folder per split and class), a folder of parquet files, one
-            parquet file, a folder written by `save_to_disk`, a Hub id, or a dataset.
+        source: A folder of images (with or without a folder per split and class), an archive of such a folder (zip or
+            tar), a folder of parquet files, one parquet file, a folder written by `save_to_disk`, a Hub id, or a dataset.
         split: Name of the split.
         default_splits: Splits to try in this order if none is named; a dataset's only split serves otherwise.
         image_column: Name of the image column; default: the only one.
@@ -146,9 +146,15 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
         )
     path = Path(source).expanduser()
     if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"{str(source)!r} is a file, but not a parquet file; name a folder of images.")
-        return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), **hub_kwargs)
+        if path.suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), **hub_kwargs)
+        if not path.name.lower().endswith(ARCHIVES):
+            raise ValueError(
+                f"{str(source)!r} is a file, but neither a parquet file nor an archive ({', '.join(ARCHIVES)}); name a "
+                "folder of images."
+            )
+        _refuse({name: value for name, value in hub_kwargs.items() if name != "token"}, "an archive")
+        return load_image_archive(path.absolute(), split)
     if path.is_dir():
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             _refuse(hub_kwargs, "a folder written by `save_to_disk`")
@@ -171,8 +177,8 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
         except ValueError as error:
             if "WebDataset" in str(error):
                 raise ValueError(
-                    f"{str(source)!r} holds tar archives of something else than a WebDataset; extract them and name the "
-                    f"folder with their images. ({error})"
+                    f"{str(source)!r} holds tar archives of something else than a WebDataset; name one of them as the "
+                    f"dataset, or extract them and name the folder with their images. ({error})"
                 ) from error
             raise
     if isinstance(source, Path) or _looks_local(source):

@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import tarfile
 import zipfile
 
@@ -246,7 +247,7 @@ def test_tar_archives(tmp_path):
     with tarfile.open(tmp_path / "images.tar.gz", "w:gz") as archive:
         for name in ("a.png", "b.jpg"):
             archive.addfile(tarfile.TarInfo(name))
-    with pytest.raises(ValueError, match="holds tar archives of something else than a WebDataset; extract them"):
+    with pytest.raises(ValueError, match="of something else than a WebDataset; name one of them as the dataset"):
         load_image_dataset(tmp_path)
 
 
@@ -274,3 +275,29 @@ def test_names_that_are_not_unicode(tmp_path):
 )
 def test_missing_labels(paths, reason):
     assert missing_labels(paths) == reason
+
+
+@pytest.mark.parametrize("ending", [".zip", ".tar", ".tar.gz"])
+def test_an_archive_is_read_like_the_folder_in_it(tmp_path, ending):
+    write(tmp_path / "images", "cat/train_0.png", "cat/val_1.jpg", "dog/2.png")
+    path = tmp_path / f"images{ending}"
+    shutil.make_archive(
+        str(tmp_path / "images"), {".zip": "zip", ".tar": "tar"}.get(ending, "gztar"), tmp_path / "images"
+    )
+    data = load_image_dataset(path)
+    assert [decode_image(image).size for image in data["image"]] == [(6, 4)] * 3 and data["label"] == [0, 0, 1]
+    # A changed archive is not taken for the one before.
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("1.png", picture())
+    if ending == ".zip":
+        assert len(load_image_dataset(path)) == 1
+
+
+def test_what_is_no_archive_of_images(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="a.zip' is no archive of images; name one, or a folder of images"):
+        load_image_dataset(tmp_path / "a.zip")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("notes.txt", "")
+    with pytest.raises(ValueError, match="b.zip' is no archive of images"):
+        load_image_dataset(tmp_path / "b.zip")

@@ -143,7 +143,9 @@ def test_missing_paths_are_no_hub_ids(monkeypatch, source):
 
 def test_unusable_paths(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="is a file, but not a parquet file; name a folder of images"):
+    with pytest.raises(
+        ValueError, match="is a file, but neither a parquet file nor an archive .*; name a folder of images"
+    ):
         load_image_dataset(tmp_path / "a.png")
     with pytest.raises(FileNotFoundError, match="There is no folder or file"):
         load_image_dataset(tmp_path / "gone")
