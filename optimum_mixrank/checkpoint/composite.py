@@ -7,7 +7,7 @@ they have in it.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,10 @@ def describe_factored_layers(model: PreTrainedModel, attach: Attach) -> None:
     settings = own or next((each for each in parts if each is not None), MixRankConfig())
     known = {} if own is None else own.rank_map
     rank_map = {name: known.get(name) or module.entry.to_dict() for name, module in entries.items()}
-    attach(model, dataclasses.replace(settings, rank_map=rank_map))
+    # A copy is not checked anew: a method that only another version knows is kept for the record.
+    described = copy.copy(settings)
+    described.rank_map = rank_map
+    attach(model, described)
 
 
 def forget_compression(model: PreTrainedModel) -> None:

@@ -193,7 +193,7 @@ class MixRankConfig(QuantizationConfigMixin):
         foreign = {
             key: stored.pop(key)
             for key, names in choices.items()
-            if stored.get(key) is not None and not validation.is_known(stored[key], tuple(names))
+            if validation.is_name(stored.get(key)) and not validation.is_known(stored[key], tuple(names))
         }
         config = cls(**stored)
         written_by = shorten(str(config.library_version))

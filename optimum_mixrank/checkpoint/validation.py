@@ -133,6 +133,11 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={quote(value)} is unknown; choose one of {', '.join(map(repr, choices))}.")
 
 
+def is_name(value: object) -> bool:
+    """Return whether a value is a string, or a list of strings."""
+    return all(isinstance(each, str) for each in (value if isinstance(value, list) else [value]))
+
+
 def is_known(value: object, names: tuple[str, ...]) -> bool:
     """Return whether a name, or every name of a list, is among those given."""
     return all(each in names for each in (value if isinstance(value, list) else [value]))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from optimum_mixrank import MixRankConfig
 from optimum_mixrank.checkpoint.rank_map import LAYOUT_VERSION, FactoredLayer
+from optimum_mixrank.runtime.formatting import quote
 
 
 FULL = {
@@ -207,9 +208,9 @@ def test_probes_without_gradients_are_refused_unless_stored():
         ("held_out_ratio", 1, r"is not in \(0, 1\). It is a share of the calibration images"),
         ("fisher_samples", 0, "is not an integer of at least 1"),
         ("seed", 2**64, "seed=18446744073709551616 is too large; the largest value is 18446744073709551615"),
-        ("seed", 10**5000, "seed=<int of too many digits> is too large"),
-        ("epochs", 10**5000, "epochs=<int of too many digits> is too large"),
-        ("compression_ratio", 10**5000, "compression_ratio=<int of too many digits> is not in"),
+        ("seed", 10**5000, "seed=<int too large to print> is too large"),
+        ("epochs", 10**5000, "epochs=<int too large to print> is too large"),
+        ("compression_ratio", 10**5000, "compression_ratio=<int too large to print> is not in"),
         ("compensation", ["distillation", "sequential"], "recomputes every layer from the original"),
         ("compensation", ["residual", "sequential"], "recomputes every layer from the original"),
         ("max_rank_ratio", 0.05, r"is not in \(0\.05, 1\]\. It is a share .* above min_rank_ratio=0\.05"),
@@ -250,7 +251,7 @@ def test_probes_without_gradients_are_refused_unless_stored():
         ("layout_version", LAYOUT_VERSION + 1, "is unknown to optimum-mixrank .* which reads version 1"),
         ("layout_version", None, "is unknown to optimum-mixrank"),
     ],
-    ids=lambda value: None if isinstance(value, str) and " " in value else repr(value),
+    ids=lambda value: None if isinstance(value, str) and " " in value else quote(value, 40),
 )
 def test_wrong_value_names_field_value_and_remedy(name, value, message):
     with pytest.raises(ValueError) as error:
@@ -258,7 +259,7 @@ def test_wrong_value_names_field_value_and_remedy(name, value, message):
     if message is None:
         assert error.match(f"{name} is a list, not a mapping")
     else:
-        assert str(error.value).startswith((f"{name}={value!r} ", f"{name}={value!r}: "))
+        assert str(error.value).startswith((f"{name}={quote(value)} ", f"{name}={quote(value)}: "))
         assert error.match(message)
 
 
@@ -372,7 +373,7 @@ def test_any_stored_configuration(content):
         assert len(str(error)) < 1500 and "\x1b" not in str(error)
     else:
         json.dumps(config.to_dict())
-        config.validate()
+        assert config.rank_map == content.get("rank_map", {})
 
 
 def test_warnings_about_a_stored_configuration_are_short_and_harmless(warnings):

@@ -20,9 +20,9 @@ def calibrate(name, processes, folder, source, model=VIT, image_processor=None, 
     decoded = []
     decode = collating.decode_image
 
-    def spy(item, name="image"):
+    def spy(item, *args):
         decoded.append(str(item).rpartition("/")[2])
-        return decode(item, name)
+        return decode(item, *args)
 
     collating.decode_image = spy
     try:

@@ -164,8 +164,8 @@ def case_training_that_fails(processes, folder):
         def backward(context, gradient):
             raise MemoryError("out of memory")
 
-    def failing(model, pixel_values):
-        output, hidden = run(model, pixel_values)
+    def failing(model, pixel_values, call):
+        output, hidden = run(model, pixel_values, call)
         if processes.index == processes.count - 1 and hidden.requires_grad:
             hidden = Broken.apply(hidden)
         return output, hidden

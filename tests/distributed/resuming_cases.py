@@ -61,7 +61,7 @@ def case_after_calibration(processes, folder):
     paths = sorted(map(str, write(folder / f"files-{processes.index}", 36, broken=[2, 17]).iterdir()))
     decoded = []
     decode = collating.decode_image
-    collating.decode_image = lambda item, name: decoded.append(item) or decode(item, name)
+    collating.decode_image = lambda item, *args: decoded.append(item) or decode(item, *args)
     try:
         result = interrupted(
             processes, folder, "calibration", pipeline, "factorize_layers", 1, paths, compensation=[], metric="kfac"
