@@ -7,6 +7,7 @@ a quantized `W` holds no numbers to decompose; all of them would be lost, or sav
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +63,13 @@ def check_model(model: PreTrainedModel) -> None:
                 f"Layer {name!r} belongs to an adapter that is not merged ({_kind(module)}); compressing would change the "
                 "layers below it and save the adapter alone. " + MERGE
             )
+        # Hooks of Accelerate are partial functions, which are copied together with their module.
+        if isinstance(vars(module).get("forward"), FunctionType):
+            raise ValueError(
+                f"The `forward` of {name or type(model).__name__!r} was replaced by a function, such as a compiled one, "
+                "which a copy of the model would share with the original. Restore it (`del module.forward`), and wrap or "
+                "compile the result instead."
+            )
         if _comes_from(module, _QUANTIZERS):
             raise ValueError(f"Layer {name!r} is quantized ({_kind(module)}). {_UNQUANTIZED}")
         if is_parametrized(module) or any(map(_computes_weight, module._forward_pre_hooks.values())):
@@ -108,7 +116,7 @@ def check_targets(targets: Sequence[Target]) -> None:
         if other != target.name:
             raise ValueError(
                 f"Layers {other!r} and {target.name!r} share one weight, which a checkpoint of factors cannot express. "
-                f"{leave_out} together with the other, or give each a copy of its own."
+                "Give each a copy of its own."
             )
 
 

@@ -69,6 +69,7 @@ def load_named(
     """
     if auto_class is not None and not complete:
         return auto_class.from_pretrained(path, **kwargs)
+    is_given = auto_class is not None
     is_guess = auto_class is None and not getattr(config, "architectures", None)
     if auto_class is None:
         auto_class = AutoModel if is_guess else named_class(config, path, bool(kwargs.get("trust_remote_code")))
@@ -81,6 +82,11 @@ def load_named(
             f"The config.json of {str(path)!r} names no class in `architectures`, and the checkpoint is not a bare "
             f"{type(model).__name__}: {_listed(unexpected or missing)} would be {'lost' if unexpected else 'random'}. "
             f"{_REMEDY}"
+        )
+    if complete and unexpected and not is_given:
+        raise ValueError(
+            f"{str(path)!r} holds {_listed(unexpected)}, which would be lost: the class that its config.json names, "
+            f"{type(model).__name__}, has no place for them. {_REMEDY}"
         )
     if complete and missing:
         raise ValueError(

@@ -151,7 +151,7 @@ def _check_tensor(
     is_factored = isinstance(module, FactoredLinear)
     if is_factored and not is_float:
         raise ValueError(
-            f"{name} of the factored layer {canonical!r} is stored as {tensor.dtype}, which is no floating-point dtype. "
+            f"{name} of the factored layer {canonical!r} is stored as {tensor.dtype}, which is not a floating-point dtype. "
             f"{_REMEDY}"
         )
     if is_factored and name == "weight" and shape != expected:

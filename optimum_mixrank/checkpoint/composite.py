@@ -13,11 +13,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .configuration import MixRankConfig
-from .rank_map import QUANT_METHOD
+from .rank_map import QUANT_METHOD, FactoredLayer, encode_rows
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .modeling import FactoredLinear
 
 Attach = Callable[["PreTrainedModel", MixRankConfig], None]
 """Gives a model the attributes of a compressed one, with this configuration."""
@@ -43,16 +45,27 @@ def describe_factored_layers(model: PreTrainedModel, attach: Attach) -> None:
         return
     names = canonical_names(model)
     entries = {names[name]: module for name, module in factored.items()}
-    if own is not None and own.rank_map.keys() == entries.keys():
+    known = {} if own is None else own.factored_layers
+    # A part may have been replaced by another with layers of the same names.
+    changed = {name for name, module in entries.items() if name not in known or not _describes(known[name], module)}
+    if own is not None and not changed and known.keys() == entries.keys():
         return
     parts = (_settings(getattr(module, "config", None)) for module in model.modules())
     settings = own or next((each for each in parts if each is not None), MixRankConfig())
-    known = {} if own is None else own.rank_map
-    rank_map = {name: known.get(name) or module.entry.to_dict() for name, module in entries.items()}
+    stored = {} if own is None else own.rank_map
+    rank_map = {name: module.entry.to_dict() if name in changed else stored[name] for name, module in entries.items()}
     # A copy is not checked anew: a method that only another version knows is kept for the record.
     described = copy.copy(settings)
     described.rank_map = rank_map
     attach(model, described)
+
+
+def _describes(entry: FactoredLayer, module: FactoredLinear) -> bool:
+    """Return whether an entry of a rank map is that of a layer."""
+    from .pivoted import PivotedLinear
+
+    pivots = encode_rows(module.pivots) if isinstance(module, PivotedLinear) else None
+    return (entry.rank, entry.layout, entry.pivots) == (module.rank, module.layout, pivots)
 
 
 def forget_compression(model: PreTrainedModel) -> None:

@@ -156,7 +156,10 @@ class FactoredLinear(nn.Module, ABC):
 def _guarding(parameter: nn.Parameter | None) -> nn.Parameter | None:
     if parameter is None or isinstance(parameter, Guard) or parameter.numel():
         return parameter
-    return Guard(parameter.data, requires_grad=False)
+    guard = Guard(parameter.data, requires_grad=False)
+    # Transformers marks what it has loaded; without the mark it would be initialized.
+    guard.__dict__.update(parameter.__dict__)
+    return guard
 
 
 class LowRankLinear(FactoredLinear):

@@ -46,6 +46,8 @@ def open_original(
     if "torch_dtype" in hub_kwargs:
         # Transformers prefers `dtype`, which is always given below, and would ignore it.
         raise TypeError(f"torch_dtype={quote(hub_kwargs['torch_dtype'])} is an old name; pass `dtype` instead.")
+    if "output_loading_info" in hub_kwargs:
+        raise TypeError("output_loading_info makes no sense here, since only the model is returned; leave it out.")
     if isinstance(model_or_path, PreTrainedModel):
         surplus = [*hub_kwargs, *([] if auto_class is None else ["auto_class"])]
         if surplus:

@@ -83,6 +83,9 @@ def evaluate_model(
     predictions. All others (encoders, backbones, dense, multi-label or regression heads) are compared by the relative
     error of their output: feature maps, else the last hidden state, else the output of the head.
 
+    An original that is right much less often than its own probabilities promise, or than chance, is warned about: the
+    labels are probably in another order than its classes.
+
     Args:
         model: The compressed model.
         batches: Batches with `pixel_values` and `labels` (or None); with several processes, those of this process.
@@ -90,9 +93,6 @@ def evaluate_model(
         progress: Whether to show a progress bar.
         processes: The processes among which the batches are distributed.
         call: How the models are called, and which of their outputs are compared.
-
-    An original that is right much less often than it seems to be, or than chance would be, is warned about: the labels
-    are probably in another order than its classes.
 
     Returns:
         Means over all images of all processes.

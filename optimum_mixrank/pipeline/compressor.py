@@ -111,8 +111,12 @@ class MixRankCompressor(OptimumQuantizer):
         if not isinstance(model, PreTrainedModel):
             if type(model).__module__.startswith("peft."):
                 raise TypeError(f"model is a {type(model).__name__} with an adapter that is not merged. {MERGE}")
+            if hasattr(model, "_orig_mod"):
+                raise TypeError(
+                    "model is compiled; give the model as it was before (`model._orig_mod`), and compile the result."
+                )
             raise TypeError(
-                f"model is a {type(model).__name__}, not a Transformers model; use "
+                f"model is of type {type(model).__name__}, not a Transformers model; use "
                 "`MixRankCompressor.from_pretrained(path_or_hub_id)` for a path or Hub id."
             )
         check_placement(model, find_processes(accelerator))

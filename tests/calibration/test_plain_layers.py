@@ -130,3 +130,20 @@ def test_a_layer_that_is_left_out_may_be_special():
     name = find_targets(model)[0].name
     double(model)
     assert name not in [target.name for target in find_targets(model, exclude_modules=[name])]
+
+
+@pytest.mark.parametrize("part", ["", "classifier"])
+def test_a_forward_that_was_replaced(part):
+    model = tiny_vit()
+    module = model.get_submodule(part)
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    images = Images([pixels(4)])
+    with pytest.raises(ValueError, match="was replaced by a function.*wrap or compile the result instead"):
+        MixRankCompressor(model).compress(MixRankConfig(**SETTINGS), images)
+    assert not images.read
+
+
+def test_a_compiled_model():
+    with pytest.raises(TypeError, match="model is compiled; give the model as it was before"):
+        MixRankCompressor(torch.compile(tiny_vit()))

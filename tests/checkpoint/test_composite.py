@@ -14,11 +14,16 @@ from transformers import (
     CLIPVisionModel,
     GPT2Config,
     GPT2LMHeadModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     SwinConfig,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     VisionEncoderDecoderModel,
     VisionTextDualEncoderModel,
+    ViTForImageClassification,
     ViTModel,
 )
 
@@ -180,3 +185,35 @@ def test_a_dense_model_stays_as_it_is(tmp_path):
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in (tmp_path / "config.json").read_text()
     assert isinstance(model, nn.Module) and not hasattr(model, "hf_quantizer")
+
+
+def test_a_part_replaced_by_another_with_the_same_layers(tmp_path):
+    whole = MixRankCompressor(tiny_vit()).compress(MixRankConfig(**SETTINGS), [pixels(8)])
+    other = tiny_vit()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            # Other rows become pivots.
+            parameter.copy_(parameter.flip(0))
+    whole.vit = MixRankCompressor(other).compress(MixRankConfig(**SETTINGS), [pixels(8)]).vit
+    whole.save_pretrained(tmp_path)
+    reloaded = ViTForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(reloaded(pixels(2)).logits, whole.eval()(pixels(2)).logits)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_models_that_initialize_a_layer_from_outside(tmp_path, whole):
+    """SigLIP's `_init_weights` draws the weights of its MLPs from the module around them."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    model = SiglipVisionModel(SiglipVisionConfig(**vision)).eval()
+    model = MixRankCompressor(model).compress(MixRankConfig(**SETTINGS), [pixels(8)])
+    expected = model(pixels(2)).last_hidden_state
+    if whole:
+        text = {**sizes, **TEXT, "max_position_embeddings": 8}
+        around = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+        around.vision_model = getattr(model, "vision_model", model)
+        model = around
+    model.save_pretrained(tmp_path)
+    reloaded = type(model).from_pretrained(tmp_path).eval()
+    found = (reloaded.vision_model if whole else reloaded)(pixels(2)).last_hidden_state
+    assert torch.equal(found, expected)

@@ -210,3 +210,19 @@ def test_a_limit_on_pixels_can_be_raised(compressor, tmp_path):
         evaluate(compressor, paths, max_image_pixels=0)
     with pytest.raises(ValueError, match="There is no image to use"):
         evaluate(compressor, paths, max_image_pixels=1000, max_broken_share=1.0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_columns_of_images_are_not_decoded(compressor, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args: pytest.fail("Ghostscript was started"))
+    (tmp_path / "mask.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    paths = [str(path) for path in write(tmp_path / "pictures", 2).iterdir()]
+    others = [str(tmp_path / name) for name in ("mask.jpg", "broken.png")]
+    data = datasets.Dataset.from_dict({"image": paths, "mask": others})
+    for column in ("image", "mask"):
+        data = data.cast_column(column, datasets.Image())
+    source = data.to_iterable_dataset() if streaming else data
+    assert evaluate(compressor, source, image_column="image").num_images == 2
+    drawn = load_image_dataset(data, image_column="image", num_samples=1)
+    assert drawn[0]["mask"]["bytes"] is None

@@ -8,7 +8,7 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -96,7 +96,8 @@ def load_image_folder(
         return None
     _report_others(files)
     splits = _split(files, split)
-    if files.metadata and (len(splits) == 1 or _by_folder(files.metadata, nested=False) is not None):
+    described = _by_folder(files.metadata, nested=False) or {}
+    if files.metadata and (len(splits) == 1 or described.keys() == splits.keys()):
         return _load_metadata(files, streaming, cache_dir)
     if files.metadata:
         logger.warning(
@@ -197,9 +198,16 @@ def _members(folder: Path, archive: str) -> Iterator[tuple[str, str]]:
             names = opened.namelist()
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{str(folder / archive)!r} cannot be read as a zip archive: {error}.") from error
+    if "::" in str(folder / archive):
+        raise ValueError(f"{str(folder / archive)!r} cannot be read, since `::` separates paths; rename it.")
     for name in names:
         hidden = any(part.startswith((".", "__")) for part in PurePosixPath(name).parts)
         if not hidden and PurePosixPath(name).suffix.lower() in ENDINGS:
+            if "::" in name or ("*" in name and glob.has_magic(name)):
+                raise ValueError(
+                    f"{name!r} in {str(folder / archive)!r} cannot be read, since `::` and `*` mean something else in a "
+                    "path; extract the archive, and name the folder."
+                )
             yield f"{archive[: -len('.zip')]}/{name}", f"zip://{name}::{folder / archive}"
 
 
@@ -228,9 +236,17 @@ def _split(files: _Files, split: str | None) -> dict[str, list[str]]:
             return {split: asked}
     where, listed = repr(str(files.folder)), " and ".join(sorted(named))
     outside = next((path for path, name in exact.items() if name is None), None)
+    # Below classes there are no further folders, but there are below splits.
+    holds_folders = any(
+        _named_split(str(PurePosixPath(path).parent)) for path, name in exact.items() if name is not None
+    )
+    if len(named) == 1 and holds_folders:
+        logger.warning(
+            f"{where} holds a folder of the split {listed}, and other images beside it, such as {outside!r}; all are read "
+            "as one dataset. To leave the others out, name the split with `split`."
+        )
     if len(named) > 1:
-        # Below classes there are no further folders, but there are below splits.
-        if any(_named_split(str(PurePosixPath(path).parent)) for path, name in exact.items() if name is not None):
+        if holds_folders:
             raise ValueError(
                 f"{where} holds folders of the splits {listed}, and other images, such as {outside!r}; name a split with "
                 "`split`, or one of the folders as the dataset."
@@ -275,12 +291,17 @@ def _load_images(files: _Files, splits: Mapping[str, list[str]], streaming: bool
     are_splits = len(splits) > 1 and all(
         _named_split(path) is not None and _named_split(str(folder)) is None for path, folder in folders.items()
     )
-    has_labels = len(names) > 1 and len(depths) == 1 and not are_splits
-    features = datasets.Features({"image": datasets.Image(decode=False)})
-    if has_labels:
-        features["label"] = datasets.ClassLabel(names=names)
+    labelled = set(splits) if len(names) > 1 and len(depths) == 1 and not are_splits else set()
+    if not labelled and not are_splits and len(splits) > 1:
+        # A split without classes does not take them from the others.
+        labelled = {split for split, paths in splits.items() if _are_classes([folders[path] for path in paths])}
+        names = sorted({folders[path].name for split in labelled for path in splits[split]})
     loaded: dict[str, Any] = {}
     for split, paths in splits.items():
+        has_labels = split in labelled
+        features = datasets.Features({"image": datasets.Image(decode=False)})
+        if has_labels:
+            features["label"] = datasets.ClassLabel(names=names)
         columns: dict[str, Any] = {"image": tuple(_checked_name(files.images[path]) for path in paths)}
         if has_labels:
             columns["label"] = tuple(folders[path].name for path in paths)
@@ -290,6 +311,11 @@ def _load_images(files: _Files, splits: Mapping[str, list[str]], streaming: bool
             columns = {name: list(values) for name, values in columns.items()}
             loaded[split] = datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
     return datasets.IterableDatasetDict(loaded) if streaming else datasets.DatasetDict(loaded)
+
+
+def _are_classes(folders: Sequence[PurePosixPath]) -> bool:
+    """Return whether the folders around images are classes: several of them, at one depth."""
+    return len({folder.name for folder in folders}) > 1 and len({len(folder.parts) for folder in folders}) == 1
 
 
 def _rows(**columns: tuple[Any, ...]) -> Iterator[dict[str, Any]]:

@@ -88,6 +88,7 @@ def image_rows(source: Any, image_column: str | None, label_column: str | None) 
             raise ValueError(
                 f"label_column={label_column!r} does not exist; the columns are {', '.join(source.column_names)}."
             )
+        source = _needed_columns(source, image_column, label_column)
     elif not isinstance(source, Sequence) or len(source) == 0 or not holds_image(source[0]):
         return None
     return _IndexedRows(source, image_column, label_column)
@@ -186,12 +187,18 @@ def stream_rows(source: Any, image_column: str | None, label_column: str | None)
     source = _as_tensors(source)
     if isinstance(source, datasets.IterableDataset) and source.features and "pixel_values" not in source.features:
         image_column = find_image_column(source.features, image_column)
+        source = _needed_columns(source, image_column, label_column)
         source = source.cast_column(image_column, datasets.Image(decode=False))
     # A PyTorch dataset need not be iterable, nor end by itself.
     indexed = isinstance(source, torch.utils.data.Dataset) and not isinstance(source, IterableDataset)
     items = (source[index] for index in range(len(source))) if indexed else source
     for index, item in enumerate(items):
         yield read_row(item, index, image_column, label_column)
+
+
+def _needed_columns(source: Any, *columns: str | None) -> Any:
+    """Leave out all other columns, whose images `datasets` would decode: they may be broken, or execute something."""
+    return source.select_columns([name for name in dict.fromkeys(columns) if name in source.features])
 
 
 def read_row(item: Any, index: int, image_column: str | None = None, label_column: str | None = None) -> Row:

@@ -72,7 +72,8 @@ def load_image_dataset(
     if data.features is None:
         raise ValueError("The stream does not tell its columns before it is read; load the dataset without streaming.")
     column = find_image_column(data.features, image_column)
-    data = _undecoded(data, column)
+    for name in [column, *(name for name, feature in data.features.items() if isinstance(feature, datasets.Image))]:
+        data = _undecoded(data, name)
     if isinstance(data, datasets.IterableDataset):
         drawn = _draw_from_stream(data, num_samples, seed)
         for row in drawn:

@@ -301,3 +301,31 @@ def test_what_is_no_archive_of_images(tmp_path):
         archive.writestr("notes.txt", "")
     with pytest.raises(ValueError, match="b.zip' is no archive of images"):
         load_image_dataset(tmp_path / "b.zip")
+
+
+def test_a_split_without_classes_leaves_those_of_the_others(tmp_path):
+    write(tmp_path, "train/cat/1.png", "train/dog/2.png", "test/3.png", "test/4.png")
+    assert load_image_dataset(tmp_path, split="train")["label"] == [0, 1]
+    assert load_image_dataset(tmp_path, split="test").column_names == ["image"]
+
+
+def test_an_image_beside_the_folder_of_a_split(tmp_path, caplog):
+    write(tmp_path, "train/cat/1.png", "train/dog/2.png", "cover.jpg")
+    assert len(load_image_dataset(tmp_path)) == 3
+    assert "other images beside it, such as 'cover.jpg'" in caplog.text
+    assert load_image_dataset(tmp_path, split="train")["label"] == [0, 1]
+
+
+def test_metadata_of_one_split_hides_no_other(tmp_path, caplog):
+    write(tmp_path, "train/1.png", "train/2.png", "val/3.png")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n1.png,a\n2.png,b\n")
+    assert len(load_image_dataset(tmp_path, split="validation")) == 1
+    assert "train/metadata.csv" in caplog.text and "put one into each of them" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a::b.png", "[1]*.png"])
+def test_names_in_archives_that_mean_something_else(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr(name, picture())
+    with pytest.raises(ValueError, match="mean something else in a path; extract the archive"):
+        load_image_dataset(tmp_path)
