@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checkpoint.factorize import share_model
 from ..checkpoint.modeling import FactoredLinear, replace_module
 from ..runtime.distributed import SINGLE_PROCESS, Processes
-from ..runtime.fidelity import kl_divergence, relative_error
+from ..runtime.fidelity import kl_divergence, mean_relative_error
 from ..runtime.forward import evaluation_mode
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
 from .compensator import CompensationResult, CompensationTask, Compensator
@@ -94,8 +94,7 @@ def output_error(
         if output.logits is not None and reference.logits is not None:
             errors.append(kl_divergence(reference.logits, output.logits))
         else:
-            pairs = zip(reference.features, output.features, strict=True)
-            errors.append(torch.stack([relative_error(*pair) for pair in pairs]).mean(dim=0))
+            errors.append(mean_relative_error(reference.features, output.features))
     total = sum(float(error.double().sum()) for error in errors)
     gathered = processes.gather((total, sum(len(error) for error in errors)))
     return sum(total for total, _ in gathered) / sum(count for _, count in gathered)

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..calibration.images.batches import Batch, ImageBatches
 from ..runtime.distributed import SINGLE_PROCESS, Processes
-from ..runtime.fidelity import agreement, kl_divergence, relative_error
+from ..runtime.fidelity import agreement, kl_divergence, mean_relative_error
 from ..runtime.forward import evaluation_mode
 from ..runtime.logging import get_logger
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
@@ -213,11 +213,10 @@ def _compare(outputs: Mapping[str, ModelOutput]) -> dict[str, float]:
             "kl": kl_divergence(original.logits, output.logits),
         }
     elif output.logits is None and original.logits is None and len(output.features) == len(original.features):
-        errors = [relative_error(*pair) for pair in zip(original.features, output.features, strict=True)]
-        values = {"feature_error": torch.stack(errors).mean(dim=0)}
-        if not torch.isfinite(values["feature_error"]).all():
+        values = {"feature_error": mean_relative_error(original.features, output.features)}
+        if torch.isinf(values["feature_error"]).any():
             raise ValueError(
-                "An output of the original is zero for an image, so that the relative error of the compressed model is "
+                "The output of the original is zero for an image, so that the relative error of the compressed model is "
                 "infinite; name other outputs by `output_names`."
             )
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,19 @@ def relative_error(reference_features: Tensor, features: Tensor) -> Tensor:
     error = (to_float64(features).flatten(1) - reference).square().sum(dim=1)
     # Where both are zero, 0 / 0 would give NaN.
     return torch.where(error == 0, error, error / reference.square().sum(dim=1))
+
+
+def mean_relative_error(reference_features: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
+    """Return the mean of the relative errors of several features of an image; see `relative_error`.
+
+    From lists of `[images, ...]` to `[images]`, float64. Features that are zero in the original have no relative error
+    and are passed over; where all of them are, the error is infinite.
+    """
+    pairs = zip(reference_features, features, strict=True)
+    errors = torch.stack([relative_error(*pair) for pair in pairs])
+    finite = ~torch.isinf(errors)
+    mean = torch.where(finite, errors, 0.0).sum(dim=0) / finite.sum(dim=0)
+    return torch.where(finite.any(dim=0), mean, torch.inf)
 
 
 def _check_logits(reference_logits: Tensor, logits: Tensor) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_mixrank.runtime.fidelity import agreement, kl_divergence, relative_error
+from optimum_mixrank.runtime.fidelity import agreement, kl_divergence, mean_relative_error, relative_error
 
 
 @pytest.fixture
@@ -72,3 +72,10 @@ def test_logits_of_another_head(function):
 def test_features_of_another_shape():
     with pytest.raises(ValueError, match=r"Features of shape \(2, 3\) cannot be compared.*\(2, 4\)"):
         relative_error(torch.zeros(2, 4), torch.zeros(2, 3))
+
+
+def test_features_that_are_zero_are_passed_over():
+    zeros, ones = torch.zeros(2, 4), torch.ones(2, 4)
+    assert mean_relative_error([ones, zeros], [0.5 * ones, ones]).tolist() == [0.25, 0.25]
+    assert mean_relative_error([ones, zeros], [0.5 * ones, zeros]).tolist() == [0.125, 0.125]
+    assert mean_relative_error([zeros], [ones]).tolist() == [float("inf")] * 2
