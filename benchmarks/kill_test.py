@@ -247,8 +247,9 @@ def main() -> int:
         print("undisturbed: " + ", ".join(f"{name} {seconds.get(name, 0):.2f} s" for name in PHASES), flush=True)
         older = Path(older_folder) / "out"
         command.out.rename(older)
-        # A file that the new checkpoint does not have, so that old and new cannot be taken for each other.
-        (older / "notes.txt").write_text("An older checkpoint.\n")
+        # One file differs, so that old and new cannot be taken for each other.
+        config = older / "config.json"
+        config.write_text(config.read_text() + "\n")
         old = hashes(older)
         for number in range(args.times):
             more = ["--overwrite"] if number % 2 else []
