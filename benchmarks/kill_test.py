@@ -2,6 +2,7 @@
 
     python benchmarks/kill_test.py --times 50 --seed 0
     python benchmarks/kill_test.py --times 20 --processes 2
+    python benchmarks/kill_test.py --overwriting
 
 The command is `optimum-cli mixrank compress` on the shipped Fashion-MNIST model. It runs undisturbed twice, which gives
 the expected files and how long each phase takes. Then, again and again: it starts, gets SIGKILL at a moment drawn
@@ -11,6 +12,9 @@ twice more on the way. Every other time the output holds an older checkpoint tha
 Checked are, after every kill, that the output is as it was before or complete; and at the end, that the SHA-256 of every
 file is that of the undisturbed run, and that nothing else is left. Only what the report states of time and memory is
 left out.
+
+With `--overwriting`, only the last step is killed, while it replaces an older checkpoint in a plain folder, behind a link
+and on a mount point, at every single operation on files; see `kill_overwriting.py`.
 
 Phases are told by what lies on the disk: no run yet (start), its folder (decoding and calibration), its statistics
 (decomposition, allocation, factorization, compensation), the folder that is being saved (saving), the new output
@@ -231,7 +235,13 @@ def main() -> int:
     parser.add_argument("--fork", action="store_true", help="start runs as copies of this process: no time to import")
     parser.add_argument("--num-samples", default="160", help="calibration images; default 160")
     parser.add_argument("--compensation", nargs="+", default=["sequential", "blocks", "distillation"])
+    parser.add_argument("--overwriting", action="store_true", help="kill only the replacing of a checkpoint")
     args = parser.parse_args()
+    if args.overwriting:
+        # It needs models in memory, which all else here leaves to the command.
+        import kill_overwriting
+
+        return kill_overwriting.main([])
     options = ["--num-samples", args.num_samples, "--epochs", "2", "--batch-size", "16", "--save-interval", "0.05"]
     options += ["--compensation", *args.compensation, "--seed", "1"]
     draw = random.Random(args.seed)

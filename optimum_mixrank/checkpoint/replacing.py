@@ -39,11 +39,13 @@ _WEIGHTS = "transformers_weights"
 def checkpoint_files(folder: Path) -> set[str]:
     """Return the names of the files in a folder that a checkpoint consists of, and that another one replaces.
 
-    Configuration and weights are known by their names; an index tells the shards. Report, page, picture, card and image
-    processor only belong to a checkpoint that this library has compressed.
+    Configuration and weights are known by their names; an index tells the shards. Report, page, picture, card, image
+    processor and shards without an index only belong to a checkpoint that this library has compressed.
     """
     found = {CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *_shards(folder)}
     if _is_compressed(folder):
+        # Shards of an earlier checkpoint, whose index is gone if a process was killed while it replaced them.
+        found |= {name for name in os.listdir(folder) if _SHARD.fullmatch(name)}
         found |= {REPORT_NAME, HTML_NAME, RANKS_NAME, "preprocessor_config.json"}
         with suppress(OSError, UnicodeDecodeError):
             if CARD_MARK in (folder / CARD_NAME).read_text(encoding="utf-8"):

@@ -133,3 +133,13 @@ def test_only_a_checkpoint_of_ours_has_report_and_card(tmp_path, checkpoints):
     for name in ("README.md", "report.html", "model-notes.safetensors"):
         (tmp_path / name).write_text("mine")
     assert replacing.checkpoint_files(tmp_path) == {"config.json", "model.safetensors"}
+
+
+def test_shards_without_their_index_are_removed(checkpoints, tmp_path):
+    folder, _ = checkpoints
+    shutil.copytree(folder / "new-whole", tmp_path / "out")
+    for each in (folder / "old-shards").glob("model-*.safetensors"):
+        shutil.copy(each, tmp_path / "out")
+    shutil.copytree(folder / "new-whole", tmp_path / "new")
+    replace_checkpoint(tmp_path / "new", tmp_path / "out", overwrite=True)
+    assert set(os.listdir(tmp_path / "out")) == set(os.listdir(folder / "new-whole"))
