@@ -50,7 +50,8 @@ def checkpoint_files(folder: Path) -> set[str]:
         with suppress(OSError, UnicodeDecodeError):
             if CARD_MARK in (folder / CARD_NAME).read_text(encoding="utf-8"):
                 found.add(CARD_NAME)
-    return {name for name in found if os.path.lexists(folder / name)}
+    # A folder with such a name is the user's.
+    return {name for name in found if (folder / name).is_symlink() or (folder / name).is_file()}
 
 
 def weights_in_use(folder: Path) -> str | None:

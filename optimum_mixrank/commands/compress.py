@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
@@ -81,6 +82,11 @@ on several GPUs:
         compressor = open_compressor(args, args.model)
         images = None if config.dataset is None else calibration_images(args, compressor, config)
         with compressor.processes.raise_on_all_ranks():
+            if args.evaluate_on is not None:
+                from ..calibration.images.sources import load_image_dataset
+
+                # A mistake in it must not come to light after all the work.
+                load_image_dataset(args.evaluate_on, split=args.evaluate_split, default_splits=("validation", "test"))
             if run is not None and not args.resume and compressor.processes.is_main:
                 discard(run)
         calibration = None
@@ -177,20 +183,27 @@ def unfinished_run(args: Any) -> Path | None:
     from ..runtime.folders import can_be_renamed, resolved
 
     output = resolved(args.output)
-    beside = output.with_name(f"{output.name}.unfinished")
-    if os.path.lexists(beside) or not output.is_dir() or can_be_renamed(output):
-        return beside
-    return output / "mixrank.unfinished"
+    # File systems have names of 255 bytes at most.
+    is_long = len(os.fsencode(output.name)) > 240
+    name = hashlib.sha256(os.fsencode(output.name)).hexdigest()[:32] if is_long else output.name
+    beside, inside = output.with_name(f"{name}.unfinished"), output / "mixrank.unfinished"
+    if os.path.lexists(inside):
+        return inside
+    return beside if os.path.lexists(beside) or not output.is_dir() or can_be_renamed(output) else inside
 
 
 def check_places(args: Any, config: MixRankConfig, run: Path | None) -> None:
     """Raise an error if the result or the progress could not be written, or would be written over what is read."""
+    from huggingface_hub.utils import validate_repo_id
+
     from ..checkpoint.saving import IMAGES, ORIGINAL, check_apart, writable_directory
     from ..pipeline.unfinished import check_progress, has_saved
     from ..runtime.folders import resolved
 
     images = [each for each in (config.dataset, args.evaluate_on) if each is not None]
     sources: dict[str, list[Any]] = {ORIGINAL: [args.model], IMAGES: images}
+    if args.push_to_hub is not None:
+        validate_repo_id(args.push_to_hub)
     overwrite = args.overwrite or (args.resume and has_saved(run, args.output))
     writable_directory(args.output, overwrite, run, sources)
     if run is not None:

@@ -83,8 +83,10 @@ def _some_values(model: PreTrainedModel) -> dict[str, Tensor]:
     found = {}
     for name, tensor in model.state_dict().items():
         if tensor.numel() and not tensor.is_meta:
-            places = torch.linspace(0, tensor.numel() - 1, min(_SAMPLES, tensor.numel())).long()
-            found[name] = tensor.detach().reshape(-1)[places.to(tensor.device)].cpu().double()
+            last, count = tensor.numel() - 1, min(_SAMPLES, tensor.numel())
+            # Integers, since floating-point numbers round the last place of large tensors beyond their end.
+            places = torch.tensor([index * last // max(count - 1, 1) for index in range(count)], device=tensor.device)
+            found[name] = tensor.detach().reshape(-1)[places].cpu().double()
     return found
 
 

@@ -60,6 +60,8 @@ def check_writable_file(path: str | Path) -> None:
     found = Path(os.path.realpath(Path(path).expanduser()))
     if os.path.isdir(found):
         raise IsADirectoryError(f"{str(path)!r} is a folder; name a file in it.")
+    if os.path.lexists(found) and not os.path.isfile(found):
+        raise OSError(f"{str(path)!r} is a pipe or a device, which a file would replace; choose another place.")
     try:
         check_name(found)
         _new_file(found).unlink()

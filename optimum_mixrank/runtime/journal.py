@@ -7,6 +7,7 @@ in it tells whether it still holds what was saved, and the mark of its run wheth
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -81,7 +82,7 @@ class Journal:
         Raises:
             ValueError: if it is damaged or belongs to another run.
         """
-        if self.directory is None or not self.path(name, shared).is_file():
+        if self.directory is None or not os.path.isfile(self.path(name, shared)):
             return None
         path = self.path(name, shared)
         try:

@@ -501,3 +501,17 @@ def test_positions_that_cannot_be_interpolated():
     ):
         with pytest.raises(ValueError, match="VitPoseForPoseEstimation has no such argument"):
             run()
+
+
+def test_tensors_of_more_values_than_float32_counts(tmp_path):
+    model = tiny_vit(num_labels=600_001)
+    compressor = MixRankCompressor(model)
+    compressor.compress(config(), [PIXELS], tmp_path / "out")
+    assert (tmp_path / "out" / "mixrank_report.json").exists()
+
+
+def test_precision_of_the_caller_does_not_matter():
+    expected = MixRankCompressor(tiny_vit()).compress(config(), [PIXELS]).state_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = MixRankCompressor(tiny_vit()).compress(config(), [PIXELS]).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -175,3 +175,12 @@ def test_no_path_of_this_machine_is_saved(tmp_path):
     assert shown == []
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["dataset"] is None
     assert config.dataset == str(tmp_path / "my-secret-pictures")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model-00001-of-00009.safetensors"])
+def test_a_folder_of_the_users_with_a_name_of_ours_stays(tmp_path, name):
+    compress(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("mine")
+    assert opens(tmp_path, compress(tmp_path, overwrite=True))
+    assert (tmp_path / name / "thesis.tex").exists()
