@@ -166,9 +166,7 @@ class MixRankConfig(QuantizationConfigMixin):
         """How models are called, and which of their outputs are compared."""
         from ..runtime.outputs import ModelCall
 
-        names = self.output_names or []
-        names = [names] if isinstance(names, str) else names
-        return ModelCall(tuple(names), self.interpolate_pos_encoding)
+        return ModelCall.named(self.output_names, self.interpolate_pos_encoding)
 
     @property
     def factored_layers(self) -> dict[str, FactoredLayer]:

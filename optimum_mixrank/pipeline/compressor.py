@@ -72,11 +72,6 @@ def _in_every_process(method: Callable[Parameters, Result]) -> Callable[Paramete
     return wrapped
 
 
-def _model_call(output_names: str | Sequence[str] | None, interpolate_pos_encoding: bool) -> ModelCall:
-    names = [output_names] if isinstance(output_names, str) else output_names
-    return ModelCall(tuple(names or ()), interpolate_pos_encoding)
-
-
 class MixRankCompressor(OptimumQuantizer):
     """Compresses the encoder of a Vision Transformer into mixed-rank factors, guided by its activations.
 
@@ -248,7 +243,7 @@ class MixRankCompressor(OptimumQuantizer):
             fisher_samples=fisher_samples,
             seed=seed,
         )
-        processes, call = self.processes, _model_call(output_names, interpolate_pos_encoding)
+        processes, call = self.processes, ModelCall.named(output_names, interpolate_pos_encoding)
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         with processes.raise_on_all_ranks():
             call.check(self.model)
@@ -480,7 +475,7 @@ class MixRankCompressor(OptimumQuantizer):
             ValueError: for unusable images, names that the output lacks, NaN or Inf, or models that cannot be compared.
         """
         check_compressed(model)
-        call = _model_call(output_names, interpolate_pos_encoding)
+        call = ModelCall.named(output_names, interpolate_pos_encoding)
         draw: dict[str, Any] = {"split": split, "num_samples": num_samples, "seed": seed}
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         with self.processes.raise_on_all_ranks():

@@ -51,6 +51,11 @@ class ModelCall:
     outputs: tuple[str, ...] = ()
     interpolate_pos_encoding: bool = False
 
+    @classmethod
+    def named(cls, outputs: str | Sequence[str] | None, interpolate_pos_encoding: bool) -> ModelCall:
+        """Return the call for one output, several or, with None, those chosen by structure."""
+        return cls((outputs,) if isinstance(outputs, str) else tuple(outputs or ()), interpolate_pos_encoding)
+
     def check(self, model: nn.Module) -> None:
         """Check that a model can be called in this way; if outputs are named, it runs on a black image.
 

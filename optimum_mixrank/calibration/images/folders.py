@@ -286,12 +286,11 @@ def _named_split(path: str, nested: bool = False) -> str | None:
 def _load_images(files: _Files, splits: Mapping[str, list[str]], streaming: bool) -> Any:
     folders = {path: PurePosixPath(path).parent for paths in splits.values() for path in paths}
     names = sorted({folder.name for folder in folders.values()})
-    depths = {len(folder.parts) for folder in folders.values()}
     # A folder that is a split is no class.
     are_splits = len(splits) > 1 and all(
         _named_split(path) is not None and _named_split(str(folder)) is None for path, folder in folders.items()
     )
-    labelled = set(splits) if len(names) > 1 and len(depths) == 1 and not are_splits else set()
+    labelled = set(splits) if _are_classes(list(folders.values())) and not are_splits else set()
     if not labelled and not are_splits and len(splits) > 1:
         # A split without classes does not take them from the others.
         labelled = {split for split, paths in splits.items() if _are_classes([folders[path] for path in paths])}
