@@ -5,45 +5,31 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from ..checkpoint.rank_map import break_even, stored_values
+from ..decomposition.mlp import WidthLosses
 from ..runtime.logging import get_logger
 from . import ALLOCATORS, AllocationProblem, BudgetError, LayerProfile
+from .choice import Allocation, LayerChoice
+from .sites import SiteProfile, mlp_profile, shared_input_profile
+from .specs import LayerSpec, MlpSpec, SharedInputSpec, SiteSpec
 
 
 logger = get_logger(__name__)
+
+NUM_WIDTHS = 24
+"""Number of widths of an MLP among which to choose; ranks bridge the steps between them."""
 
 _TOLERANCE = 1e-6
 """In stored values or ranks, so that floating-point rounding does not miss a ratio like 0.6 of a round number."""
 
 
-@dataclass(frozen=True)
-class LayerSpec:
-    """What is known about a targeted layer before any data is seen.
-
-    Attributes:
-        name: Canonical name.
-        out_features: `m`.
-        in_features: `n`.
-        price: Cost of one stored value: 1 to count parameters, tokens per image to count multiply-adds per image.
-        rank: Rank that the user asked for (`rank_pattern`).
-        ratio: Fraction to remove that the user asked for (`ratio_pattern`).
-    """
-
-    name: str
-    out_features: int
-    in_features: int
-    price: int = 1
-    rank: int | None = None
-    ratio: float | None = None
-
-    @property
-    def dense_cost(self) -> int:
-        """Cost of the dense weight."""
-        return self.out_features * self.in_features * self.price
+Losses = Mapping[str, "np.ndarray | Sequence[WidthLosses]"]
+"""By the canonical name of a layer or the name of a site, its loss at rank 0, 1, …, or those of an MLP at several widths."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +47,7 @@ class RankBudget:
         layout: How factors are stored; see `FactoredLayer`.
         max_rank_ratio: Largest share of the break-even rank of a factored layer; staying dense remains possible.
         unit: The unit of costs, for messages.
+        sites: Layers whose structures are decided together; a layer is in one of them at most.
 
     Raises:
         ValueError: if the rank or ratio that the user asked for does not fit a layer.
@@ -76,6 +63,7 @@ class RankBudget:
     layout: str = "factors"
     max_rank_ratio: float | None = None
     unit: str = "parameters"
+    sites: Sequence[SiteSpec] = ()
 
     def __post_init__(self) -> None:
         for layer in self.layers:
@@ -109,7 +97,7 @@ class RankBudget:
         """
         if not self.is_reachable:
             raise ValueError(self._unreachable())
-        profiles = self._problem({}).layers
+        profiles = [each for each in self._problem({}).layers if isinstance(each, LayerProfile)]
         if self.budget >= self._targeted and not any(each.fixed_rank and each.candidate_ranks for each in profiles):
             raise ValueError(
                 f"compression_ratio={self.compression_ratio} of {self._base:,} {self.unit} is less than one, so that "
@@ -123,30 +111,39 @@ class RankBudget:
                     f"the dense layer: it stays dense. Ranks up to {profile.break_even} save parameters."
                 )
 
-    def allocate(self, losses: Mapping[str, np.ndarray], allocation: str) -> dict[str, int | None]:
-        """Return the rank of every layer by canonical name, None where it stays dense.
+    def allocate(self, losses: Losses, allocation: str) -> Allocation:
+        """Decide the structure of every layer.
 
         Args:
-            losses: The losses of each layer at rank 0, …, min(m, n) by canonical name, `[min(m, n) + 1]`.
+            losses: Of each layer at rank 0, …, min(m, n), `[min(m, n) + 1]`; of the members of a site that shares an input
+                also together, as one layer; of an MLP only by width.
             allocation: Name of the allocator.
 
         Raises:
             ValueError: if the budget cannot be met.
         """
+        problem = self._problem(losses)
         try:
-            ranks = ALLOCATORS.create(allocation).allocate(self._problem(losses))
+            options = ALLOCATORS.create(allocation).allocate(problem)
         except BudgetError as error:
             raise ValueError(self._unreachable()) from error
-        return {layer.name: ranks.get(layer.name) for layer in self.layers}
+        choices: dict[str, LayerChoice] = {}
+        for profile in problem.layers:
+            option = options[profile.name]
+            if isinstance(profile, SiteProfile):
+                choices.update(zip(profile.layers, option, strict=True))
+            else:
+                choices[profile.name] = LayerChoice(option, loss=profile.loss(option))
+        cost = problem.total_cost(options) + self.budget - problem.budget
+        return Allocation(
+            {layer.name: choices.get(layer.name, LayerChoice()) for layer in self.layers},
+            cost,
+            problem.total_loss(options),
+        )
 
-    def kept(self, ranks: Mapping[str, int | None]) -> float:
+    def kept(self, allocation: Allocation) -> float:
         """Return the share of the targeted layers' cost that an allocation keeps."""
-        kept = 0
-        for layer in self.layers:
-            rank = ranks[layer.name]
-            m, n = layer.out_features, layer.in_features
-            kept += layer.dense_cost if rank is None else stored_values(m, n, rank, self.layout) * layer.price
-        return kept / self._targeted
+        return allocation.cost / self._targeted
 
     @property
     def _targeted(self) -> int:
@@ -161,10 +158,63 @@ class RankBudget:
         # A ratio of 0 leaves a layer dense: there is nothing to decide.
         return [layer for layer in self.layers if layer.ratio != 0]
 
-    def _problem(self, losses: Mapping[str, np.ndarray]) -> AllocationProblem:
-        profiles = tuple(self._profile(layer, losses.get(layer.name)) for layer in self._free)
+    def _problem(self, losses: Losses) -> AllocationProblem:
+        by_name = {layer.name: layer for layer in self._free}
+        profiles: list[LayerProfile | SiteProfile] = []
+        for site in self.sites:
+            members = [by_name.pop(name) for name in site.members]
+            make = self._mlp if isinstance(site, MlpSpec) else self._shared_input
+            profiles.append(make(site, members, losses))
+        profiles += [self._profile(layer, losses.get(layer.name)) for layer in by_name.values()]
         dense = sum(layer.dense_cost for layer in self.layers if layer.ratio == 0)
-        return AllocationProblem(profiles, self.budget - dense)
+        return AllocationProblem(tuple(profiles), self.budget - dense)
+
+    def _shared_input(self, site: SharedInputSpec, members: Sequence[LayerSpec], losses: Losses) -> SiteProfile:
+        rows = sum(each.out_features for each in members)
+        joint = replace(members[0], name=site.name, out_features=rows)
+        return shared_input_profile(
+            site.name,
+            [self._profile(each, losses.get(each.name)) for each in members],
+            self._profile(joint, losses.get(site.name)),
+            [each.out_features / rows for each in members],
+        )
+
+    def _mlp(self, site: MlpSpec, members: Sequence[LayerSpec], losses: Losses) -> SiteProfile:
+        *first, second = members
+
+        def new_profile(name: str, out_features: int, in_features: int, tails: np.ndarray | None) -> LayerProfile:
+            return self._profile(LayerSpec(name, out_features, in_features, second.price), tails)
+
+        rows = sum(each.out_features for each in first)
+        shapes = (rows, first[0].in_features), (second.out_features, second.in_features)
+        found = losses.get(site.name) or self._without_losses(*shapes)
+        return mlp_profile(site.name, (site.first, site.second), shapes, found, new_profile)
+
+    def _without_losses(self, first: tuple[int, int], second: tuple[int, int]) -> list[WidthLosses]:
+        """Return the smallest and the largest width of an MLP, before any data is seen."""
+        (rows, n), (m, units) = first, second
+        return [
+            WidthLosses(
+                width,
+                0.0,
+                torch.zeros(min(rows // units * width, n) + 1, dtype=torch.float64),
+                torch.zeros(min(m, width) + 1, dtype=torch.float64),
+            )
+            for width in sorted({self.smallest_width(units), units})
+        ]
+
+    def smallest_width(self, units: int) -> int:
+        """Return the fewest hidden units that an MLP may keep: the share of them that ranks must keep of break-even."""
+        lowest = max(self.min_rank, math.ceil(self.min_rank_ratio * units - _TOLERANCE), 1)
+        return min(units, -(-lowest // self.rank_multiple) * self.rank_multiple)
+
+    def widths(self, units: int) -> list[int]:
+        """Return the widths to consider for an MLP with this many hidden units, ascending, the full width last."""
+        step = -(-units // NUM_WIDTHS)
+        step = -(-step // self.rank_multiple) * self.rank_multiple
+        steps = range(step, units, step)
+        lowest = self.smallest_width(units)
+        return sorted({lowest, units, *(width for width in steps if width > lowest)})
 
     def _profile(self, layer: LayerSpec, losses: np.ndarray | None) -> LayerProfile:
         m, n = layer.out_features, layer.in_features

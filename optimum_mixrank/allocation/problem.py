@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..checkpoint.rank_map import stored_values
 
 
-RankAllocation = dict[str, int | None]
-"""Ranks by layer name; None where a layer stays dense."""
+RankAllocation = dict[str, Any]
+"""What each layer or site takes, by its name: a rank, or None where a layer stays dense; of a site, one of its options."""
 
 
 class BudgetError(ValueError):
@@ -27,6 +28,31 @@ class BudgetError(ValueError):
         )
         self.budget = budget
         self.min_cost = min_cost
+
+
+class Profile(Protocol):
+    """What an allocator knows about a layer, or about layers that are decided together.
+
+    Attributes:
+        name: Its name.
+        options: All choices, by ascending cost.
+        option_costs: Their costs, int64, `[options]`.
+        option_losses: Their losses, float64, `[options]`.
+        dense_cost: Cost of what stays dense.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def options(self) -> Sequence[Any]: ...  # noqa: D102
+    @property
+    def option_costs(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def option_losses(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def dense_cost(self) -> int: ...  # noqa: D102
+    def cost(self, option: Any, /) -> int: ...  # noqa: D102
+    def loss(self, option: Any, /) -> float: ...  # noqa: D102
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +176,7 @@ class AllocationProblem:
         ValueError: if two layers have the same name.
     """
 
-    layers: tuple[LayerProfile, ...]
+    layers: tuple[Profile, ...]
     budget: int
 
     def __post_init__(self) -> None:
@@ -173,11 +199,11 @@ class AllocationProblem:
         """Return the remainder of the budget under a choice (see `to_ranks`); negative if the choice exceeds it."""
         return self.budget - sum(int(layer.option_costs[i]) for layer, i in zip(self.layers, choice, strict=True))
 
-    def total_cost(self, ranks: Mapping[str, int | None]) -> int:
+    def total_cost(self, ranks: Mapping[str, Any]) -> int:
         """Return the cost of an allocation."""
         return sum(layer.cost(ranks[layer.name]) for layer in self.layers)
 
-    def total_loss(self, ranks: Mapping[str, int | None]) -> float:
+    def total_loss(self, ranks: Mapping[str, Any]) -> float:
         """Return the sum of the losses of an allocation."""
         return sum(layer.loss(ranks[layer.name]) for layer in self.layers)
 

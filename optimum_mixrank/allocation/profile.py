@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
-from .budget import RankBudget
+from .budget import Losses, RankBudget
+from .choice import LayerChoice
 
 
 NATS = "nats per image"
@@ -23,22 +22,24 @@ class BudgetPoint:
         kept: Share of the targeted layers' stored values that the ranks keep.
         loss: Predicted loss, in nats per image with `metric="kfac"`, else the sum of the layers' normalised energies. It
             is the loss of the one-shot factors to second order: compensation lowers it, and large errors exceed it.
-        ranks: Ranks by canonical name; None where a layer stays dense.
+        choices: The structure of every layer by canonical name.
     """
 
     ratio: float
     kept: float
     loss: float
-    ranks: Mapping[str, int | None]
+    choices: Mapping[str, LayerChoice]
+
+    @property
+    def ranks(self) -> dict[str, int | None]:
+        """Ranks by canonical name; None where a layer is dense, though perhaps narrower."""
+        return {name: choice.rank for name, choice in self.choices.items()}
 
 
-def profile_budgets(
-    budgets: Iterable[RankBudget], losses: Mapping[str, np.ndarray], allocation: str
-) -> list[BudgetPoint]:
+def profile_budgets(budgets: Iterable[RankBudget], losses: Losses, allocation: str) -> list[BudgetPoint]:
     """Allocate ranks under each of several budgets for the same layers; see `RankBudget.allocate`."""
     points = []
     for budget in budgets:
-        ranks = budget.allocate(losses, allocation)
-        loss = sum(float(losses[name][rank]) for name, rank in ranks.items() if rank is not None)
-        points.append(BudgetPoint(budget.compression_ratio, budget.kept(ranks), loss, ranks))
+        found = budget.allocate(losses, allocation)
+        points.append(BudgetPoint(budget.compression_ratio, budget.kept(found), found.loss, found.choices))
     return points

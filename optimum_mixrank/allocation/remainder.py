@@ -6,7 +6,7 @@ import heapq
 
 import numpy as np
 
-from .problem import AllocationProblem, LayerProfile
+from .problem import AllocationProblem, Profile
 
 
 def spend_remainder(problem: AllocationProblem, choice: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ def raise_evenly(problem: AllocationProblem, choice: np.ndarray) -> np.ndarray:
     return choice
 
 
-def _best_move(layer: LayerProfile, current: int, left: int) -> tuple[float, int]:
+def _best_move(layer: Profile, current: int, left: int) -> tuple[float, int]:
     """Return the loss decrease per stored value and the option of the best move that fits; `(-1, -1)` if none does."""
     costs = layer.option_costs[current + 1 :] - layer.option_costs[current]
     fits = int(np.searchsorted(costs, left, side="right"))

@@ -100,7 +100,7 @@ def _basis(weight: Tensor) -> tuple[Tensor, Tensor]:
     return Q @ U[:, :rank], Vh[:rank].T / S[:rank].clamp_min(torch.finfo(S.dtype).tiny)
 
 
-def _lower_root(moment: Tensor) -> Tensor:
+def lower_root(moment: Tensor) -> Tensor:
     """Return the Cholesky factor of a matrix that is positive definite up to rounding."""
     lower, failed = torch.linalg.cholesky_ex(moment)
     if not failed:
@@ -126,7 +126,7 @@ def decompose_two_sided(
         input_covariance: `Σ`, `[n, n]`.
         output_covariance: `W Σ Wᵀ`, `[m, m]`.
     """
-    lower = _lower_root(gradient_moment)
+    lower = lower_root(gradient_moment)
     scaled = lower.T @ weight
     if output_covariance is not None:
         inner = decompose_by_output(scaled, lower.T @ output_covariance @ lower)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from optimum_mixrank.allocation import ALLOCATORS
-from optimum_mixrank.allocation.budget import LayerSpec, RankBudget
+from optimum_mixrank.allocation.budget import RankBudget
+from optimum_mixrank.allocation.specs import LayerSpec
 
 
 ALLOCATIONS = sorted(ALLOCATORS)
@@ -77,7 +78,7 @@ def test_round_numbers_are_not_missed_by_rounding(ratio):
 def test_budget_is_kept_and_missed_by_less_than_one_step(allocation, scope, ratio):
     budget = make_budget(ratio=ratio, scope=scope)
     budget.check()
-    ranks = budget.allocate(losses_of(TOWER), allocation)
+    ranks = budget.allocate(losses_of(TOWER), allocation).ranks
     assert list(ranks) == [layer.name for layer in TOWER]
     left = budget.budget - total(TOWER, ranks)
     assert left >= 0
@@ -92,7 +93,7 @@ def test_budget_is_kept_and_missed_by_less_than_one_step(allocation, scope, rati
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_ranks_keep_floors_multiples_and_break_even(allocation):
     budget = make_budget(ratio=0.3, rank_multiple=4, min_rank=5, min_rank_ratio=0.3)
-    ranks = budget.allocate(losses_of(TOWER), allocation)
+    ranks = budget.allocate(losses_of(TOWER), allocation).ranks
     for layer in TOWER:
         rank = ranks[layer.name]
         if rank is not None:
@@ -120,15 +121,15 @@ def test_ranks_keep_floors_multiples_and_break_even(allocation):
 def test_smallest_rank(allocation, floors, smallest):
     layers = [LayerSpec("a", 60, 60)]
     ratio = 1 - smallest * 120 / 3600
-    assert make_budget(layers, ratio, **floors).allocate(losses_of(layers), allocation) == {"a": smallest}
+    assert make_budget(layers, ratio, **floors).allocate(losses_of(layers), allocation).ranks == {"a": smallest}
     with pytest.raises(ValueError, match="cannot be reached"):
-        make_budget(layers, ratio + 0.001, **floors).allocate(losses_of(layers), allocation)
+        make_budget(layers, ratio + 0.001, **floors).allocate(losses_of(layers), allocation).ranks
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_rank_pattern(allocation):
     layers = replace(replace(TOWER, "key", rank=3), "fc1", rank=9)
-    ranks = make_budget(layers, rank_multiple=4).allocate(losses_of(layers), allocation)
+    ranks = make_budget(layers, rank_multiple=4).allocate(losses_of(layers), allocation).ranks
     # A rank that the user gives need not be a multiple and may be below the floors.
     assert ranks["key"] == 3
     assert ranks["fc1"] == 9
@@ -145,7 +146,7 @@ def test_a_rank_that_saves_nothing_leaves_the_layer_dense(allocation):
     [message] = warning.call_args.args
     assert "gives rank 16 to layer 'key'" in message
     assert "Ranks up to 15 save parameters" in message
-    ranks = budget.allocate(losses_of(layers), allocation)
+    ranks = budget.allocate(losses_of(layers), allocation).ranks
     assert ranks["key"] is None
     assert total(layers, ranks) <= budget.budget
 
@@ -155,7 +156,7 @@ def test_ratio_zero_leaves_the_layer_dense_within_the_budget(allocation):
     layers = replace(replace(TOWER, "key", ratio=0), "fc2", ratio=0.0)
     budget = make_budget(layers)
     assert budget.budget == 4096
-    ranks = budget.allocate(losses_of(layers), allocation)
+    ranks = budget.allocate(losses_of(layers), allocation).ranks
     assert ranks["key"] is ranks["fc2"] is None
     assert total(layers, ranks) <= 4096
 
@@ -176,7 +177,7 @@ def test_ratio_zero_leaves_the_layer_dense_within_the_budget(allocation):
 )
 def test_ratio_pattern_removes_at_least_that_share(allocation, shape, ratio, multiple, rank):
     layers = [LayerSpec("a", *shape, ratio=ratio), LayerSpec("b", 100, 100)]
-    ranks = make_budget(layers, 0.05, rank_multiple=multiple).allocate(losses_of(layers), allocation)
+    ranks = make_budget(layers, 0.05, rank_multiple=multiple).allocate(losses_of(layers), allocation).ranks
     assert ranks["a"] == rank
     assert cost(layers[0], rank) <= (1 - ratio) * layers[0].dense_cost + 1e-6
 
@@ -243,11 +244,11 @@ def test_the_ratio_that_an_error_names_is_the_largest_that_can_be_reached(seed):
     largest = float(found[1]) if found else 0.0
     for allocation in ALLOCATIONS:
         with pytest.raises(ValueError, match="cannot be reached"):
-            make_budget(layers, largest + 0.001, **settings).allocate(losses_of(layers), allocation)
+            make_budget(layers, largest + 0.001, **settings).allocate(losses_of(layers), allocation).ranks
         if largest > 0:
             reachable = make_budget(layers, largest, **settings)
             reachable.check()
-            assert total(layers, reachable.allocate(losses_of(layers), allocation)) <= reachable.budget
+            assert total(layers, reachable.allocate(losses_of(layers), allocation).ranks) <= reachable.budget
 
 
 def test_everything_dense_by_request():
@@ -270,28 +271,30 @@ def test_unknown_allocator():
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_prices_shift_ranks_to_cheap_layers(allocation):
     dear = replace(replace(TOWER, "fc1", price=10), "fc2", price=10)
-    plain, priced = (make_budget(layers).allocate(losses_of(TOWER), allocation) for layers in (TOWER, dear))
+    plain, found = (make_budget(layers).allocate(losses_of(TOWER), allocation) for layers in (TOWER, dear))
+    plain, priced = plain.ranks, found.ranks
     budget = make_budget(dear)
     spent = sum(cost(layer, priced[layer.name]) * layer.price for layer in dear)
     assert budget.budget == (4 * 1024 + 10 * 2 * 2048) // 2
     assert spent <= budget.budget
-    assert budget.kept(priced) == pytest.approx(spent / (4 * 1024 + 10 * 2 * 2048))
+    assert budget.kept(found) == pytest.approx(spent / (4 * 1024 + 10 * 2 * 2048))
     if allocation == "global":
         assert total(TOWER[:4], priced) > total(TOWER[:4], plain)
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_pivoted_layout_buys_higher_ranks(allocation):
-    ranks = {
+    found = {
         layout: make_budget(layout=layout).allocate(losses_of(TOWER), allocation) for layout in ("factors", "pivoted")
     }
-    assert make_budget(layout="pivoted").kept(ranks["pivoted"]) <= 0.5
+    assert make_budget(layout="pivoted").kept(found["pivoted"]) <= 0.5
+    ranks = {layout: each.ranks for layout, each in found.items()}
     for name in ("query", "fc1"):
         if None not in (ranks["factors"][name], ranks["pivoted"][name]) and allocation == "uniform":
             assert ranks["pivoted"][name] > ranks["factors"][name]
     # Break-even is at the smaller side.
     full = replace(TOWER, "fc1", rank=31)
-    assert make_budget(full, 0.3, layout="pivoted").allocate(losses_of(full), allocation)["fc1"] == 31
+    assert make_budget(full, 0.3, layout="pivoted").allocate(losses_of(full), allocation).ranks["fc1"] == 31
 
 
 @pytest.mark.parametrize("scope", ["model", "targets"])
@@ -304,7 +307,7 @@ def test_a_ratio_that_removes_nothing_is_refused(scope):
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_ceiling(allocation):
-    ranks = make_budget(ratio=0.6, max_rank_ratio=0.5).allocate(losses_of(TOWER), allocation)
+    ranks = make_budget(ratio=0.6, max_rank_ratio=0.5).allocate(losses_of(TOWER), allocation).ranks
     factored = [layer for layer in TOWER if ranks[layer.name] is not None]
     assert factored
     for layer in factored:

@@ -1,13 +1,14 @@
 """How a profile of budgets is shown."""
 
+from optimum_mixrank.allocation.choice import LayerChoice
 from optimum_mixrank.allocation.profile import BudgetPoint
 from optimum_mixrank.reporting.profile import RankProfile
 
 
 PROFILE = RankProfile(
     [
-        BudgetPoint(0.2, 0.79, 0.0125, {"layer.0.fc1": None, "layer.0.fc2": 12}),
-        BudgetPoint(0.4, 0.58, 0.25, {"layer.0.fc1": 9, "layer.0.fc2": 6}),
+        BudgetPoint(0.2, 0.79, 0.0125, {"layer.0.fc1": LayerChoice(), "layer.0.fc2": LayerChoice(12)}),
+        BudgetPoint(0.4, 0.58, 0.25, {"layer.0.fc1": LayerChoice(9), "layer.0.fc2": LayerChoice(6)}),
     ],
     "nats per image",
 )
