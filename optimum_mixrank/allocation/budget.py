@@ -29,7 +29,7 @@ _TOLERANCE = 1e-6
 
 
 Losses = Mapping[str, "np.ndarray | Sequence[WidthLosses]"]
-"""By the canonical name of a layer or the name of a site, its loss at rank 0, 1, …, or those of an MLP at several widths."""
+"""Losses of layers at rank 0, 1, … by canonical name, and of MLPs at several widths by the name of their site."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class RankBudget:
         layout: How factors are stored; see `FactoredLayer`.
         max_rank_ratio: Largest share of the break-even rank of a factored layer; staying dense remains possible.
         unit: The unit of costs, for messages.
+        factored: Whether single layers may be factored; if not, they stay dense unless they are part of a site.
         sites: Layers whose structures are decided together; a layer is in one of them at most.
 
     Raises:
@@ -63,6 +64,7 @@ class RankBudget:
     layout: str = "factors"
     max_rank_ratio: float | None = None
     unit: str = "parameters"
+    factored: bool = True
     sites: Sequence[SiteSpec] = ()
 
     def __post_init__(self) -> None:
@@ -145,6 +147,33 @@ class RankBudget:
         """Return the share of the targeted layers' cost that an allocation keeps."""
         return allocation.cost / self._targeted
 
+    def num_values(self, choices: Mapping[str, LayerChoice]) -> int:
+        """Return how many values the weights of all targeted layers keep."""
+        layers = {layer.name: layer for layer in self.layers}
+        total = 0
+        for site in self.sites:
+            specs = [layers.pop(name) for name in site.members]
+            if isinstance(site, MlpSpec):
+                total += self._values_of_mlp(specs, [choices[each.name] for each in specs])
+            elif choices[site.members[0]].shared:
+                rows = sum(each.out_features for each in specs)
+                total += self._values(rows, specs[0].in_features, choices[site.members[0]].rank)
+            else:
+                total += sum(self._values(s.out_features, s.in_features, choices[s.name].rank) for s in specs)
+        return total + sum(self._values(s.out_features, s.in_features, choices[s.name].rank) for s in layers.values())
+
+    def _values_of_mlp(self, specs: Sequence[LayerSpec], choices: Sequence[LayerChoice]) -> int:
+        *first, second = specs
+        rows, width = sum(each.out_features for each in first), choices[-1].width or second.in_features
+        return self._values(rows * width // second.in_features, first[0].in_features, choices[0].rank) + self._values(
+            second.out_features, width, choices[-1].rank
+        )
+
+    def _values(self, out_features: int, in_features: int, rank: int | None) -> int:
+        if rank is None:
+            return out_features * in_features
+        return stored_values(out_features, in_features, rank, self.layout)
+
     @property
     def _targeted(self) -> int:
         return sum(layer.dense_cost for layer in self.layers)
@@ -175,7 +204,7 @@ class RankBudget:
         return shared_input_profile(
             site.name,
             [self._profile(each, losses.get(each.name)) for each in members],
-            self._profile(joint, losses.get(site.name)),
+            replace(self._profile(joint, losses.get(site.name)), factored=True),
             [each.out_features / rows for each in members],
         )
 
@@ -246,6 +275,7 @@ class RankBudget:
             max_rank=highest,
             rank_multiple=self.rank_multiple,
             fixed_rank=fixed,
+            factored=self.factored or fixed is not None,
         )
 
     def _unreachable(self) -> str:

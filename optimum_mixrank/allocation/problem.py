@@ -74,6 +74,7 @@ class LayerProfile:
         max_rank: Largest rank of a factored layer; None for break-even. Staying dense remains possible.
         rank_multiple: Ranks are multiples of it, except for a fixed one.
         fixed_rank: The only rank allowed. If it saves nothing, the layer stays dense.
+        factored: Whether the layer may be factored at all.
 
     Raises:
         ValueError: if a bound is impossible, or if the losses do not fit the shape, are not finite or increase.
@@ -89,6 +90,7 @@ class LayerProfile:
     max_rank: int | None = None
     rank_multiple: int = 1
     fixed_rank: int | None = None
+    factored: bool = True
 
     def __post_init__(self) -> None:
         limit = min(self.out_features, self.in_features)
@@ -141,6 +143,8 @@ class LayerProfile:
     @cached_property
     def candidate_ranks(self) -> tuple[int, ...]:
         """Ranks at which the layer may be factored, ascending; empty if it has to stay dense."""
+        if not self.factored:
+            return ()
         if self.fixed_rank is not None:
             return (self.fixed_rank,) if self.cost(self.fixed_rank) < self.dense_cost else ()
         highest = self.break_even if self.max_rank is None else min(self.break_even, self.max_rank)

@@ -23,12 +23,14 @@ class BudgetPoint:
         loss: Predicted loss, in nats per image with `metric="kfac"`, else the sum of the layers' normalised energies. It
             is the loss of the one-shot factors to second order: compensation lowers it, and large errors exceed it.
         choices: The structure of every layer by canonical name.
+        num_values: Values that the weights of these layers keep.
     """
 
     ratio: float
     kept: float
     loss: float
     choices: Mapping[str, LayerChoice]
+    num_values: int = 0
 
     @property
     def ranks(self) -> dict[str, int | None]:
@@ -41,5 +43,6 @@ def profile_budgets(budgets: Iterable[RankBudget], losses: Losses, allocation: s
     points = []
     for budget in budgets:
         found = budget.allocate(losses, allocation)
-        points.append(BudgetPoint(budget.compression_ratio, budget.kept(found), found.loss, found.choices))
+        values = budget.num_values(found.choices)
+        points.append(BudgetPoint(budget.compression_ratio, budget.kept(found), found.loss, found.choices, values))
     return points

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from types import MappingProxyType
 
 from torch import nn
 from transformers.utils import logging
@@ -30,6 +31,7 @@ def collect_statistics(
     seed: int = 42,
     processes: Processes = SINGLE_PROCESS,
     call: ModelCall = PLAIN_CALL,
+    joints: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> tuple[dict[str, LayerStatistics], int]:
     """Run a model once over images, in evaluation mode, and collect statistics of its layers.
 
@@ -45,9 +47,11 @@ def collect_statistics(
         seed: Seed of these probes.
         processes: The processes among which the batches are distributed.
         call: How the model is called, and for which of its outputs gradients are computed.
+        joints: For names in `required` that stand for several layers with the same input, the module names of these.
 
     Returns:
-        The statistics by module name, and the number of images seen.
+        The statistics by module name, and the number of images seen. Layers of a joint one have its statistics, with their
+        own part of its Fisher information.
 
     Raises:
         ValueError: if there is no image, a layer is never called, or NaN or Inf occur.
@@ -59,10 +63,12 @@ def collect_statistics(
     seen = 0
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
-        collector = stack.enter_context(StatisticsCollector(model, required))
+        collector = stack.enter_context(StatisticsCollector(model, _of_modules(required, joints)))
         progress = stack.enter_context(logging.tqdm(total=share, desc="Calibrating", unit="img"))
         if with_gradients:
-            gradients = stack.enter_context(GradientCollector(model, with_gradients, fisher_samples, seed, projected))
+            gradients = stack.enter_context(
+                GradientCollector(model, with_gradients, fisher_samples, seed, projected, joints)
+            )
             stack.enter_context(activation_gradients(model))
         with processes.raise_on_all_ranks():
             for batch in batches:
@@ -73,7 +79,19 @@ def collect_statistics(
                 progress.update(len(batch.pixel_values))
         if isinstance(batches, ImageBatches):
             batches.merge_across_processes()
-        return _merged(collector, gradients, required, seen, processes)
+        layers, num_images = _merged(collector, gradients, required, seen, processes)
+        return _with_joints(layers, joints, model), num_images
+
+
+def _of_modules(
+    required: Mapping[str, frozenset[Statistic]], joints: Mapping[str, Sequence[str]]
+) -> dict[str, frozenset[Statistic]]:
+    """Return the statistics to collect of single layers: those of a joint layer's inputs from all of its parts."""
+    found = {name: statistics for name, statistics in required.items() if name not in joints}
+    for joint, layers in joints.items():
+        for name in layers:
+            found[name] = found.get(name, frozenset()) | required[joint] - GRADIENT_STATISTICS
+    return found
 
 
 def _run(
@@ -110,5 +128,22 @@ def _merged(
     if gradients is not None:
         gradients.merge(processes)
         for name in gradients.names:
-            layers[name] = replace(layers[name], **gradients.statistics(name, required[name]))
+            base = layers.get(name, LayerStatistics(0))
+            layers[name] = replace(base, **gradients.statistics(name, required[name]))
     return layers, num_images
+
+
+def _with_joints(
+    layers: Mapping[str, LayerStatistics], joints: Mapping[str, Sequence[str]], model: nn.Module
+) -> dict[str, LayerStatistics]:
+    """Complete the statistics of joint layers, which lack those of inputs, and of their parts, which lack gradients."""
+    found = dict(layers)
+    for joint, parts in joints.items():
+        moment = found[joint].gradient_moment if joint in found else None
+        found[joint] = replace(found[parts[0]], gradient_moment=moment)
+        stop = 0
+        for part in parts:
+            start, stop = stop, stop + model.get_submodule(part).weight.shape[0]
+            if moment is not None:
+                found[part] = replace(found[part], gradient_moment=moment[start:stop, start:stop])
+    return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextvars
 import itertools
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -27,13 +28,28 @@ class GradientCollector(OutputListener):
 
     For the `projected` ones of the named layers, only `input_moment` and `energy` are available, not `moment`. This is
     far cheaper for layers with more outputs than inputs: gradients are projected onto the columns of the weight.
+
+    `joints` gives, for names that stand for several layers which are called one after another, the names of these; their
+    gradients are stacked.
     """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], samples: int = 1, seed: int = 42, projected: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        samples: int = 1,
+        seed: int = 42,
+        projected: Sequence[str] = (),
+        joints: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> None:
-        super().__init__({name: model.get_submodule(name) for name in names})
+        single = [layer for name in names for layer in joints.get(name, (name,))]
+        super().__init__({name: model.get_submodule(name) for name in single})
         self.names = list(names)
+        self._joints = {layer: name for name in names for layer in joints.get(name, ())}
+        # By joint layer, the gradients of its parts that wait for those of the others.
+        self._parts: dict[str, dict[str, list[Tensor]]] = {
+            name: {layer: [] for layer in joints[name]} for name in names if name in joints
+        }
         self._samples = samples
         self._seed = seed
         # By layer, a gradient of zeros for every call in this batch, and for the calls whose gradient is still to come.
@@ -117,7 +133,16 @@ class GradientCollector(OutputListener):
         self._accumulators.pop(name)
         return found
 
-    def _add(self, name: str, gradient: Tensor) -> None:
+    def _add(self, layer: str, gradient: Tensor) -> None:
+        name = layer
+        if name in self._joints:
+            name = self._joints[name]
+            parts = self._parts[name]
+            parts[layer].append(gradient)
+            if not all(parts.values()):
+                return
+            # Of several calls, those of all parts come in the same order.
+            gradient = torch.cat([waiting.pop(0) for waiting in parts.values()], dim=-1)
         if name not in self._bases:
             self._accumulators[name].update(gradient)
             return
@@ -156,6 +181,9 @@ class GradientCollector(OutputListener):
 
     def _forget(self) -> None:
         self._called.clear()
+        for parts in self._parts.values():
+            for waiting in parts.values():
+                waiting.clear()
         self._scale = 1.0
 
 

@@ -142,7 +142,11 @@ class PairAccumulator:
 
     def target_power(self, centred: bool = True) -> Tensor:
         """Return `E ‖t - E t‖²`, or `E ‖t‖²` if not centred; a float64 scalar."""
-        return (self._targets.covariance() if centred else self._targets.second_moment()).sum()
+        return self.target_powers(centred).sum()
+
+    def target_powers(self, centred: bool = True) -> Tensor:
+        """Return the variance of every target, or its mean square if not centred, `[m]`, float64."""
+        return self._targets.covariance() if centred else self._targets.second_moment()
 
     def moments(self, centred: bool = True) -> tuple[Tensor, Tensor]:
         """Return the covariances of inputs, `[n, n]`, and of targets with inputs, `[m, n]`; or their second moments."""

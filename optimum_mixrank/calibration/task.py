@@ -19,15 +19,45 @@ from ..runtime.phases import phase
 from .collect import collect_statistics
 from .images.batches import Batch, ImageBatches
 from .result import Calibration
+from .sites import SharedInput, Site
 
 
-def required_statistics(metrics: Sequence[Metric], targets: Sequence[Target]) -> dict[str, frozenset[Statistic]]:
-    """Return the statistics that metrics need, by module name, of all layers for which they need any."""
+def required_statistics(
+    metrics: Sequence[Metric], targets: Sequence[Target], sites: Sequence[Site] = ()
+) -> dict[str, frozenset[Statistic]]:
+    """Return the statistics that metrics need, by module name, of all layers for which they need any.
+
+    Args:
+        metrics: The metrics.
+        targets: The layers.
+        sites: Layers that a metric with a common unit prices together; joint layers are named like their `Target`.
+    """
+    priced = [metric for metric in metrics if metric.common_unit] if sites else []
+    together = {layer.name for site in sites for layer in site.layers} if priced else set()
     required = {
-        target.name: frozenset[Statistic]().union(*(metric.required_statistics(*target.shape) for metric in metrics))
+        target.name: frozenset[Statistic]().union(
+            *(
+                metric.required_statistics(*target.shape)
+                for metric in metrics
+                if metric not in priced or target.name not in together
+            )
+        )
         for target in targets
     }
+    for site in sites if priced else ():
+        for target in (site.joint,) if isinstance(site, SharedInput) else (site.first, site.second):
+            required[target.name] = required.get(target.name, frozenset()) | _OF_SITES
     return {name: statistics for name, statistics in required.items() if statistics}
+
+
+_OF_SITES = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE, Statistic.GRADIENT_MOMENT})
+"""Everything that a site can be priced from; see `decomposition.mlp`."""
+
+
+def joint_layers(sites: Sequence[Site]) -> dict[str, tuple[str, ...]]:
+    """Return the module names of the layers that each joint layer of the sites stands for, by the name of its `Target`."""
+    joints = [site.joint if isinstance(site, SharedInput) else site.first for site in sites]
+    return {joint.name: tuple(member.name for member in joint.members) for joint in joints if joint.members}
 
 
 @dataclass(frozen=True)
@@ -42,6 +72,7 @@ class CalibrationTask:
         journal: Where complete statistics are kept for a run that is resumed.
         images_known: Whether the journal is known to belong to the bytes of these images.
         call: How the model is called, and for which of its outputs gradients are computed.
+        sites: Layers whose structures are decided together.
     """
 
     model: PreTrainedModel
@@ -55,6 +86,7 @@ class CalibrationTask:
     journal: Journal = NO_JOURNAL
     images_known: bool = False
     call: ModelCall = PLAIN_CALL
+    sites: Sequence[Site] = ()
 
     def collect(self, targets: Sequence[Target]) -> Calibration:
         """Collect the statistics of some layers in one pass over the images.
@@ -63,16 +95,19 @@ class CalibrationTask:
             ValueError: for unusable images, NaN or Inf, or layers that are never called.
         """
         batches = self.batches
+        names = {target.name for target in targets}
+        sites = [site for site in self.sites if names.issuperset(layer.name for layer in site.layers)]
         with phase("Calibrated") as calibrating:
             layers, num_images = collect_statistics(
                 self.model,
                 batches if self.decoded is None else self.decoded,
-                required_statistics(self.metrics, targets),
+                required_statistics(self.metrics, targets, sites),
                 batches.num_images,
                 fisher_samples=self.fisher_samples,
                 seed=self.seed,
                 processes=self.processes,
                 call=self.call,
+                joints=joint_layers(sites),
             )
             tokens = {statistics.num_tokens for statistics in layers.values()}
             calibrating.add_detail(

@@ -46,7 +46,7 @@ class MixRankConfig(QuantizationConfigMixin):
         compression_ratio (`float`): Fraction of the parameters to **remove**, in (0, 1).
         compression_scope (`str`): What the ratio refers to: `"model"`, all parameters of the model, as in the paper's
             headline; `"targets"`, the weights of the targeted layers alone.
-        recipe (`str`): Named choice of `metric`, `allocation`, `layout`, `compensation` and `min_rank_ratio`:
+        recipe (`str`): Named choice of `metric`, `allocation`, `layout`, `structures`, `compensation` and `min_rank_ratio`:
             `"best"`, `"fast"` (one forward pass, closed form) or `"paper"`. Each of them can be overridden.
         metric (`str`, *optional*): How the error of a layer is measured: `"svd"`, `"diagonal"`, `"mean_input"` (the
             paper's representative input), `"second_moment"` or `"kfac"` (predicted loss of the whole model). See
@@ -57,6 +57,10 @@ class MixRankConfig(QuantizationConfigMixin):
             product in `r (m + n) - r²`, so that a budget buys higher ranks, but every forward pass has to reorder rows.
         compensation (`list[str]`, *optional*): Steps that repair what the compression has damaged, in this order. Each
             is kept only if it lowers the error on held-out images. See `optimum_mixrank.compensation`.
+        structures (`list[str]`, *optional*): What a layer may become, the best of which is chosen for every block: `"rank"`,
+            two factors; `"shared"`, layers with the same input (query, key and value) with one first factor for all;
+            `"width"`, an MLP with fewer hidden units, whose layers may be factored too. The last two need a metric whose
+            losses have a common unit (`"kfac"`); with another metric than the recipe's, `["rank"]` is the default.
         held_out_ratio (`float`): Share of the calibration images held out from compensation, in (0, 1).
         mirror (`bool`): Whether layer-wise compensation also sees every calibration image mirrored, which reduces
             overfitting and doubles its time.
@@ -110,6 +114,7 @@ class MixRankConfig(QuantizationConfigMixin):
     allocation: Allocation | str = _BY_RECIPE
     layout: Layout = _BY_RECIPE
     compensation: list[str] = _BY_RECIPE
+    structures: list[str] = _BY_RECIPE
     held_out_ratio: float = 0.1
     mirror: bool = True
     epochs: int = 10
@@ -137,6 +142,8 @@ class MixRankConfig(QuantizationConfigMixin):
 
     def __post_init__(self) -> None:
         validation.check_choice("recipe", self.recipe, tuple(RECIPES))
+        if self.structures is None and (self.rank_map or self.metric not in (None, RECIPES[self.recipe]["metric"])):
+            self.structures = ["rank"]
         for field_name, value in RECIPES[self.recipe].items():
             if getattr(self, field_name) is None:
                 setattr(self, field_name, copy.copy(value))

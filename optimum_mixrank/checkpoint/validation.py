@@ -16,6 +16,9 @@ from .rank_map import LAYOUT_NAMES, LAYOUT_VERSION, MAX_LAYERS, QUANT_METHOD, pa
 from .recipes import RECIPES
 
 
+STRUCTURES = ("rank", "shared", "width")
+"""What layers may become; see `MixRankConfig`."""
+
 LARGEST_SEED = 2**64 - 1
 
 
@@ -29,6 +32,12 @@ def check_method(config: Any) -> None:
     check_choice("allocation", config.allocation, tuple(ALLOCATORS))
     check_choice("layout", config.layout, LAYOUT_NAMES)
     check_choice("cost", config.cost, ("parameters", "flops"))
+    structures = config.structures
+    if not isinstance(structures, list) or not structures or not is_known(structures, STRUCTURES):
+        raise ValueError(
+            f"structures={quote(structures)} is not a list of {', '.join(map(repr, STRUCTURES))}; ['rank'] factorizes every "
+            "layer by itself."
+        )
     steps, known = config.compensation, tuple(COMPENSATORS)
     if not isinstance(steps, list):
         raise ValueError(f"compensation={quote(steps)} is not a list; give the steps in their order, or [] for none.")

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..allocation.choice import LayerChoice
+from ..calibration.sites import Site
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.names import Target
 from ..checkpoint.rank_map import FactoredLayer
@@ -56,6 +58,8 @@ class CompensationTask:
         storage: Where activations are stored.
         journal: Where a compensator can save its progress, and find it when an interrupted compression is resumed.
         high_resolution: The images of `batches` at a higher resolution, if there are any.
+        sites: The layers that were decided together.
+        choices: What was chosen for every layer, by canonical name.
     """
 
     original: nn.Module
@@ -72,6 +76,8 @@ class CompensationTask:
     storage: ActivationStorage = IN_MEMORY
     journal: Journal = NO_JOURNAL
     high_resolution: HighResolutionImages | None = None
+    sites: Sequence[Site] = ()
+    choices: Mapping[str, LayerChoice] = field(default_factory=dict)
 
     def all_images(self) -> Tensor:
         """Return the images to learn from of all processes, in the order of their batches; every process calls this."""

@@ -30,7 +30,10 @@ class KfacMetric(Metric):
         self.damping = damping
 
     def required_statistics(self, out_features: int, in_features: int) -> frozenset[Statistic]:
-        """Return the mean of the inputs, the covariance of the smaller side and the second moment of its gradients."""
+        """Return the mean of the inputs, the covariance of the smaller side and the second moment of its gradients.
+
+        The covariance of the inputs may always take the place of that of the outputs.
+        """
         smaller = Statistic.OUTPUT_COVARIANCE if out_features < in_features else Statistic.INPUT_COVARIANCE
         gradients = {Statistic.GRADIENT_MOMENT}
         if out_features > in_features:
@@ -41,7 +44,7 @@ class KfacMetric(Metric):
         """See `Metric.decompose`."""
         statistics = statistics or LayerStatistics(0)
         fisher = OutputFisher.of(weight, statistics, self.damping)
-        if weight.shape[0] < weight.shape[1]:
+        if weight.shape[0] < weight.shape[1] and statistics.output_covariance is not None:
             found = fisher.decompose(weight, output_covariance=statistics.require(Statistic.OUTPUT_COVARIANCE))
         else:
             found = fisher.decompose(weight, statistics.require(Statistic.INPUT_COVARIANCE))

@@ -12,8 +12,7 @@ SwiGLU: rows `j` and `j + h`), the second `W₂`, `[m, h]`, writes the output. T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +54,7 @@ class TwoSidedMlp:
         first_scale: Factor that turns errors of the first layer into nats per image: half the tokens per image; 0 if the
             prediction does not depend on it.
         second_scale: The same for the second layer.
+        selection: The units in the order in which they are kept; see `selected`.
     """
 
     first_weight: Tensor
@@ -65,6 +65,7 @@ class TwoSidedMlp:
     second_fisher: Tensor
     first_scale: float = 1.0
     second_scale: float = 1.0
+    selection: UnitSelection = UnitSelection(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0))
 
     @classmethod
     def of(
@@ -96,11 +97,17 @@ class TwoSidedMlp:
         """Number of hidden units, `h`."""
         return self.second_weight.shape[1]
 
-    @cached_property
-    def selection(self) -> UnitSelection:
-        """The units in the order in which they are kept."""
+    def to(self, device: torch.device | str) -> TwoSidedMlp:
+        """Return a copy on a device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        selection = UnitSelection(self.selection.order.to(device), self.selection.directions.to(device))
+        return replace(self, selection=selection, **moved)
+
+    def selected(self) -> TwoSidedMlp:
+        """Return the same with the units selected, as all that follows requires."""
         root = lower_root(self.second_fisher)
-        return select_units(self.hidden_covariance, root.T @ (self.second_weight @ self.hidden_covariance))
+        target_moment = root.T @ (self.second_weight @ self.hidden_covariance)
+        return replace(self, selection=select_units(self.hidden_covariance, target_moment))
 
     def losses(self, widths: Sequence[int]) -> list[WidthLosses]:
         """Return the losses at given widths, of which none may exceed the number of hidden units."""

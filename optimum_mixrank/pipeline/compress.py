@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from transformers.utils import logging
 
-from ..allocation.budget import RankBudget
+from ..allocation.budget import Losses, RankBudget
+from ..allocation.choice import LayerChoice
 from ..allocation.profile import NATS, NORMALISED, BudgetPoint, profile_budgets
 from ..calibration.images.batches import Batch, ImageBatches
 from ..calibration.result import Calibration
@@ -27,13 +27,12 @@ from ..checkpoint.quantizer import MixRankHfQuantizer, attach
 from ..checkpoint.rank_map import FactoredLayer
 from ..compensation.compensator import IN_MEMORY, CompensationResult, CompensationTask
 from ..compensation.run import CompensationImages, compensate, prepare_images
-from ..decomposition import Decomposition
 from ..reporting.build import Outcome, build_report, measure
 from ..reporting.profile import RankProfile
 from ..runtime.files import is_local_path
 from ..runtime.malloc import bounded_heap
 from ..runtime.phases import phase
-from .decompose import allocation_losses, decompose_by_groups, decompose_layers, factorize_layers
+from .decompose import Decompositions, decompose, decompose_by_groups, factorize_layers
 from .memory import MemoryPlan, MemoryTask, agree_on_plan, estimate_memory
 from .run import CompressionRun
 from .unfinished import check_images
@@ -63,8 +62,8 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
         allocated = _allocate(run, decompositions)
         model = run.model if run.inplace else copy.deepcopy(run.model)
         with _restored_on_failure(run, model) as untouched:
-            _factorize(run, model, decompositions, allocated.ranks, calibration)
-            results = _compensate(run, untouched, model, calibration, learning, memory)
+            _factorize(run, model, decompositions, allocated.choices, calibration)
+            results = _compensate(run, untouched, model, calibration, learning, memory, allocated.choices)
             # Compensation may have chosen new pivots.
             rank_map = rank_map_of(model, run.targets)
             warn_of_other_layouts(rank_map, run.config.layout)
@@ -74,7 +73,8 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
             Outcome(
                 config=dataclasses.replace(config, dataset=_shown_dataset(run.config)),
                 linears=run.linears,
-                ranks=allocated.ranks,
+                choices=allocated.choices,
+                sites=run.sites,
                 rank_map=rank_map,
                 losses=allocated.losses,
                 original=original,
@@ -94,10 +94,10 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
 
 @dataclass(frozen=True)
 class _Allocated:
-    """The losses at every rank and the chosen ranks by canonical name, and the losses under other budgets."""
+    """The losses by layer and site, what was chosen by canonical name, and the losses under other budgets."""
 
-    losses: Mapping[str, np.ndarray]
-    ranks: Mapping[str, int | None]
+    losses: Losses
+    choices: Mapping[str, LayerChoice]
     profile: Sequence[BudgetPoint]
 
 
@@ -118,7 +118,7 @@ def _images_within_memory(run: CompressionRun) -> tuple[list[Batch], MemoryPlan 
 def _plan_memory(run: CompressionRun, num_images: int) -> MemoryPlan | None:
     if run.max_memory is None:
         return None
-    required = {} if run.calibration is not None else required_statistics([run.metric], run.targets)
+    required = {} if run.calibration is not None else required_statistics([run.metric], run.targets, run.sites)
     task = MemoryTask(run.config, required, max(1, num_images), run.reader.batch_size, run.inplace)
     with run.processes.raise_on_all_ranks():
         plan = estimate_memory(run.model, run.targets, task, run.max_memory)
@@ -147,8 +147,8 @@ def _prepare_compensation(run: CompressionRun, images: Sequence[Batch]) -> Compe
 
 def _decompose(
     run: CompressionRun, images: Sequence[Batch], memory: MemoryPlan | None
-) -> tuple[dict[str, Decomposition], Calibration | None]:
-    """Decompose all layers with the given statistics or those of the images; return both, layers by canonical name."""
+) -> tuple[Decompositions, Calibration | None]:
+    """Decompose all layers with the given statistics or those of the images; return both."""
     config, metric = run.config, run.metric
     calibration = run.calibration if metric.uses_data else None
     if run.calibration is not None:
@@ -167,17 +167,18 @@ def _decompose(
             journal=run.journal,
             images_known=run.images_known,
             call=config.model_call,
+            sites=run.sites,
         )
         groups = [run.targets] if memory is None else _groups(run.targets, memory)
         keep_gradients = bool(config.compensation)
-        found, calibration, seconds = decompose_by_groups(metric, groups, config.layout, task, keep_gradients)
+        found, calibration, seconds = decompose_by_groups(metric, groups, run.sites, run.budget, task, keep_gradients)
     else:
         start = time.perf_counter()
-        found = decompose_layers(metric, run.targets, calibration, config.layout, run.processes)
+        found = decompose(metric, run.targets, run.sites, calibration, run.budget, run.processes)
         seconds = time.perf_counter() - start
     run.seconds["calibrate"] = 0.0 if calibration is None else calibration.seconds
     run.seconds["decompose"] = seconds
-    return {target.canonical_name: found[target.canonical_name] for target in run.targets}, calibration
+    return found, calibration
 
 
 def _groups(targets: Sequence[Target], memory: MemoryPlan) -> list[list[Target]]:
@@ -211,16 +212,16 @@ def check_statistics(
     calibration.check(fingerprint, batches.fingerprint)
 
 
-def _allocate(run: CompressionRun, decompositions: Mapping[str, Decomposition]) -> _Allocated:
+def _allocate(run: CompressionRun, decompositions: Decompositions) -> _Allocated:
     """Allocate the ranks, and compute the losses under other budgets for the report."""
     with phase("Allocated") as allocating:
-        losses = allocation_losses(run.metric, decompositions)
-        ranks = run.processes.broadcast(run.budget.allocate(losses, run.config.allocation))
-        allocating.add_detail(_rank_range(ranks))
+        losses = decompositions.losses(run.metric)
+        allocation = run.processes.broadcast(run.budget.allocate(losses, run.config.allocation))
+        allocating.add_detail(_rank_range(allocation.ranks))
     with phase("Profiled", logging.DEBUG) as profiling:
         profile = profile_budgets(_around(run.budget), losses, run.config.allocation)
     run.seconds.update(allocate=allocating.seconds, profile=profiling.seconds)
-    return _Allocated(losses, ranks, profile)
+    return _Allocated(losses, allocation.choices, profile)
 
 
 def _rank_range(ranks: Mapping[str, int | None]) -> str:
@@ -258,17 +259,18 @@ def _restored_on_failure(run: CompressionRun, model: PreTrainedModel) -> Iterato
 def _factorize(
     run: CompressionRun,
     model: PreTrainedModel,
-    decompositions: dict[str, Decomposition],
-    ranks: Mapping[str, int | None],
+    decompositions: Decompositions,
+    choices: Mapping[str, LayerChoice],
     calibration: Calibration | None,
 ) -> None:
     with phase("Factorized") as factorizing:
         rank_map = factorize_layers(
-            model, run.targets, decompositions, ranks, calibration, run.config.layout, run.processes
+            model, run.targets, run.sites, decompositions, choices, calibration, run.config.layout, run.processes
         )
         factorizing.add_detail(f"{len(rank_map)} of {len(run.targets)} layers")
     # Some are left: those of dense layers, and of layers made by other processes.
-    decompositions.clear()
+    decompositions.layers.clear()
+    decompositions.mlps.clear()
     run.seconds["factorize"] = factorizing.seconds
 
 
@@ -279,6 +281,7 @@ def _compensate(
     calibration: Calibration | None,
     learning: CompensationImages | None,
     memory: MemoryPlan | None,
+    choices: Mapping[str, LayerChoice],
 ) -> list[CompensationResult]:
     results: list[CompensationResult] = []
     with phase("Compensated", logging.DEBUG) as compensating:
@@ -287,6 +290,8 @@ def _compensate(
                 original=original,
                 model=model,
                 targets=run.targets,
+                sites=run.sites,
+                choices=choices,
                 rank_map=rank_map_of(model, run.targets),
                 statistics={} if calibration is None else calibration.layers,
                 batches=list(learning.batches.values()),

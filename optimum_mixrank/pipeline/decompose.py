@@ -5,21 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..allocation.budget import Losses, RankBudget
+from ..allocation.choice import LayerChoice
 from ..calibration.result import Calibration
+from ..calibration.sites import Mlp, SharedInput, Site
 from ..calibration.task import CalibrationTask
-from ..checkpoint.factorize import factored_linear, make_layers, rank_map_of
-from ..checkpoint.modeling import FactoredLinear, replace_module
+from ..checkpoint.factorize import factored_linear, insert_layer, make_layers, rank_map_of
 from ..checkpoint.names import Target
+from ..checkpoint.narrowing import linear_like, selected_rows
 from ..checkpoint.rank_map import FactoredLayer, break_even
-from ..decomposition import Decomposition, LayerStatistics, Metric, Statistic
+from ..decomposition import Decomposition, KfacMetric, LayerStatistics, Metric, Statistic
+from ..decomposition.mlp import TwoSidedMlp, WidthLosses, rows_of_units
 from ..decomposition.statistics import GRADIENT_STATISTICS
+from ..decomposition.width import UnitSelection
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.malloc import trim_heap
 from ..runtime.phases import phase
@@ -89,51 +94,213 @@ def _decompose(metric: Metric, target: Target, calibration: Calibration | None, 
     return decomposition.truncated(keep, dtype)
 
 
-def allocation_losses(metric: Metric, decompositions: Mapping[str, Decomposition]) -> dict[str, np.ndarray]:
-    """Return the loss of every layer at rank 0, 1, …, in a unit in which the losses of all layers can be added up."""
-    return {
-        name: (decomposition.tails() if metric.common_unit else decomposition.losses()).cpu().numpy()
-        for name, decomposition in decompositions.items()
-    }
+@dataclass
+class Decompositions:
+    """Everything from which structures are chosen and layers are made.
+
+    Attributes:
+        layers: Decompositions by canonical name, of single layers and of joint ones.
+        mlps: By name of the site.
+        mlp_losses: Their losses, by name of the site.
+    """
+
+    layers: dict[str, Decomposition] = field(default_factory=dict)
+    mlps: dict[str, TwoSidedMlp] = field(default_factory=dict)
+    mlp_losses: dict[str, list[WidthLosses]] = field(default_factory=dict)
+
+    def update(self, other: Decompositions, device: str | None) -> None:
+        """Add others, on another device if one is given."""
+        self.layers |= {name: each if device is None else each.to(device) for name, each in other.layers.items()}
+        self.mlps |= {name: each if device is None else each.to(device) for name, each in other.mlps.items()}
+        self.mlp_losses |= other.mlp_losses
+
+    def losses(self, metric: Metric) -> Losses:
+        """Return the losses of layers and sites, in a unit in which they can be added up."""
+        layers = {
+            name: (decomposition.tails() if metric.common_unit else decomposition.losses()).cpu().numpy()
+            for name, decomposition in self.layers.items()
+        }
+        return {**layers, **self.mlp_losses}
+
+
+def decompose(
+    metric: Metric,
+    targets: Sequence[Target],
+    sites: Sequence[Site],
+    calibration: Calibration | None,
+    budget: RankBudget,
+    processes: Processes = SINGLE_PROCESS,
+) -> Decompositions:
+    """Decompose layers and sites.
+
+    Args:
+        metric: Measures the error of a layer.
+        targets: The layers.
+        sites: Those that are decided together.
+        calibration: Statistics by module name; None for a metric that uses no data.
+        budget: Knows the layout, and which widths of an MLP to consider.
+        processes: The processes that share the work.
+
+    Raises:
+        ValueError: if the calibration lacks a layer or a statistic.
+    """
+    mlps = [site for site in sites if isinstance(site, Mlp)]
+    inside = {layer.name for mlp in mlps for layer in mlp.layers}
+    joints = [site.joint for site in sites if isinstance(site, SharedInput)]
+    single = [target for target in targets if target.name not in inside]
+    found = Decompositions(decompose_layers(metric, [*single, *joints], calibration, budget.layout, processes))
+    if mlps:
+        assert calibration is not None  # only a metric that uses data finds sites
+        _decompose_mlps(mlps, calibration, budget, processes, found)
+    return found
+
+
+def _decompose_mlps(
+    mlps: Sequence[Mlp], calibration: Calibration, budget: RankBudget, processes: Processes, found: Decompositions
+) -> None:
+    owners = processes.balance_tasks({mlp.name: float(mlp.num_units**3) for mlp in mlps})
+    with phase("Chose hidden units") as choosing:
+        made = {mlp.name: _two_sided(mlp, calibration) for mlp in mlps}
+        with processes.raise_on_all_ranks():
+            own = [mlp for mlp in mlps if owners[mlp.name] == processes.index]
+            for mlp in logging.tqdm(own, desc="Choosing hidden units", unit="block"):
+                made[mlp.name] = made[mlp.name].selected()
+                found.mlp_losses[mlp.name] = made[mlp.name].losses(budget.widths(mlp.num_units))
+        for mlp in mlps:
+            owner = owners[mlp.name]
+            found.mlp_losses[mlp.name] = processes.broadcast(found.mlp_losses.get(mlp.name), owner)
+            if not processes.is_single:
+                selection = vars(made[mlp.name].selection) if owner == processes.index else None
+                device = made[mlp.name].second_weight.device
+                chosen = UnitSelection(**processes.send(selection, owner, device))
+                made[mlp.name] = dataclasses.replace(made[mlp.name], selection=chosen)
+        found.mlps.update(made)
+        choosing.add_detail(f"{len(mlps)} blocks")
+
+
+def _two_sided(mlp: Mlp, calibration: Calibration) -> TwoSidedMlp:
+    weights, statistics = [], []
+    for target in (mlp.first, mlp.second):
+        weight = to_float64(target.module.weight)
+        each = _to(_statistics(calibration, target), weight)
+        weights.append(weight)
+        statistics.append(each.about_zero(weight) if target.module.bias is None else each)
+    return TwoSidedMlp.of((weights[0], weights[1]), (statistics[0], statistics[1]), KfacMetric().damping)
 
 
 def factorize_layers(
     model: nn.Module,
     targets: Sequence[Target],
-    decompositions: MutableMapping[str, Decomposition],
-    ranks: Mapping[str, int | None],
+    sites: Sequence[Site],
+    found: Decompositions,
+    choices: Mapping[str, LayerChoice],
     calibration: Calibration | None,
     layout: str = "factors",
     processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, FactoredLayer]:
-    """Replace the layers of `model` by factored ones of the given ranks; return the rank map.
+    """Replace the layers of `model` by what has been chosen for them; return the rank map.
 
     Several processes share the work, and all end up with the same layers.
 
     Args:
         model: Changed in place; `targets` may belong to it or to the model that it is a copy of.
         targets: The layers.
-        decompositions: By canonical name; used ones are removed, so that memory does not grow.
-        ranks: By canonical name; None leaves a layer dense.
+        sites: Those that were decided together.
+        found: Used decompositions are removed, so that memory does not grow.
+        choices: By canonical name.
         calibration: Statistics by module name, to correct biases; None leaves biases unchanged.
         layout: How factors are stored; see `FactoredLayer`.
         processes: The processes that share the work.
     """
-
-    def factorize(target: Target) -> FactoredLinear:
-        rank = ranks[target.canonical_name]
-        assert rank is not None  # dense layers are left out below
-        mean = None if calibration is None else _statistics(calibration, target).require(Statistic.INPUT_MEAN)
-        A, B = decompositions.pop(target.canonical_name).factors(rank)
-        return factored_linear(target.module, A, B, layout, mean)
-
-    factored = [target for target in targets if ranks[target.canonical_name] is not None]
-    for name, layer in make_layers(factored, factorize, processes, "Factorizing"):
-        replace_module(model, name, layer)
+    makers = {
+        place.target.name: place for place in (*_site_places(sites, choices), *_single_places(targets, sites, choices))
+    }
+    factory = _Factory(found, calibration, layout)
+    in_order = [place.target for place in makers.values()]
+    for name, layer in make_layers(
+        in_order, lambda target: factory.make(makers[target.name]), processes, "Factorizing"
+    ):
+        insert_layer(model, makers[name].target, layer)
     return rank_map_of(model, targets)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A layer, or a joint one, that is to be replaced; `mlp` is the one that it belongs to."""
+
+    target: Target
+    choice: LayerChoice
+    mlp: Mlp | None = None
+
+
+def _site_places(sites: Sequence[Site], choices: Mapping[str, LayerChoice]) -> Iterator[_Place]:
+    for site in sites:
+        choice = choices[site.layers[0].canonical_name]
+        if isinstance(site, Mlp):
+            for target, its in ((site.first, choice), (site.second, choices[site.second.canonical_name])):
+                if not its.is_dense:
+                    yield _Place(target, its, site)
+        elif choice.shared:
+            yield _Place(site.joint, choice)
+
+
+def _single_places(
+    targets: Sequence[Target], sites: Sequence[Site], choices: Mapping[str, LayerChoice]
+) -> Iterator[_Place]:
+    in_mlps = {layer.name for site in sites if isinstance(site, Mlp) for layer in site.layers}
+    for target in targets:
+        choice = choices[target.canonical_name]
+        if target.name not in in_mlps and not choice.shared and not choice.is_dense:
+            yield _Place(target, choice)
+
+
+@dataclass(frozen=True)
+class _Factory:
+    """Makes layers from decompositions."""
+
+    found: Decompositions
+    calibration: Calibration | None
+    layout: str
+
+    def make(self, place: _Place) -> nn.Module:
+        """Return the layer that has been chosen."""
+        if place.mlp is not None:
+            return self._part_of_mlp(place, place.mlp)
+        assert place.choice.rank is not None  # dense layers are left out
+        A, B = self.found.layers.pop(place.target.canonical_name).factors(place.choice.rank)
+        return factored_linear(place.target.module, A, B, self.layout, self._mean(place.target))
+
+    def _part_of_mlp(self, place: _Place, mlp: Mlp) -> nn.Module:
+        decomposed, rank = self.found.mlps[mlp.name], place.choice.rank
+        units = decomposed.units(place.choice.width or mlp.num_units)
+        mean = self._mean(place.target)
+        if place.target is mlp.first:
+            rows = rows_of_units(units, mlp.first.module.out_features, mlp.num_units)
+            narrow = selected_rows(mlp.first.module, rows)
+            decomposition = None if rank is None else decomposed.first_decomposition(units)
+        else:
+            weight, dense = decomposed.narrowed_second(units), mlp.second.module
+            bias = dense.bias
+            if bias is not None and mean is not None:
+                removed = to_float64(dense.weight) @ mean.to(weight) - weight @ mean.to(weight)[units]
+                bias = to_float64(bias) + removed
+            narrow = linear_like(dense, weight, bias)
+            mean = None if mean is None else mean.to(weight)[units]
+            decomposition = None if rank is None else decomposed.second_decomposition(units)
+        if rank is None or decomposition is None:
+            return narrow
+        A, B = decomposition.factors(rank)
+        return factored_linear(narrow, A, B, self.layout, mean)
+
+    def _mean(self, target: Target) -> torch.Tensor | None:
+        if self.calibration is None:
+            return None
+        return _statistics(self.calibration, target).require(Statistic.INPUT_MEAN)
+
+
 def _statistics(calibration: Calibration, target: Target) -> LayerStatistics:
+    if target.name not in calibration.layers and target.members:
+        return _of_larger_joint(calibration, target)
     if target.name not in calibration.layers:
         raise ValueError(
             f"The calibration holds no statistics of layer {target.name!r}; calibrate with the same target_modules and "
@@ -151,6 +318,24 @@ def _statistics(calibration: Calibration, target: Target) -> LayerStatistics:
     return statistics
 
 
+def _of_larger_joint(calibration: Calibration, target: Target) -> LayerStatistics:
+    """Return the statistics of a joint layer from those of one that has more members."""
+    wanted = [member.name for member in target.members]
+    parent = wanted[0].rpartition(".")[0]
+    for name, statistics in calibration.layers.items():
+        parts = [f"{parent}.{part}" for part in name.rpartition(".")[2].split("+")]
+        moment = statistics.gradient_moment
+        if len(parts) > 1 and moment is not None and name.startswith(f"{parent}.") and set(wanted) <= set(parts):
+            sizes = [calibration.layers[part].gradient_moment.shape[0] for part in parts]  # type: ignore[union-attr]
+            rows = torch.arange(sum(sizes)).split(sizes)
+            chosen = torch.cat([rows[parts.index(each)] for each in wanted]).to(moment.device)
+            return dataclasses.replace(statistics, gradient_moment=moment[chosen][:, chosen])
+    raise ValueError(
+        f"The calibration holds no common statistics of {', '.join(map(repr, wanted))}; calibrate again with this version, or "
+        "compress with structures=['rank']."
+    )
+
+
 def _to(statistics: LayerStatistics, tensor: torch.Tensor) -> LayerStatistics:
     moved = {
         statistic.value: value.to(tensor.device)
@@ -161,8 +346,13 @@ def _to(statistics: LayerStatistics, tensor: torch.Tensor) -> LayerStatistics:
 
 
 def decompose_by_groups(
-    metric: Metric, groups: Sequence[Sequence[Target]], layout: str, task: CalibrationTask, keep_gradients: bool
-) -> tuple[dict[str, Decomposition], Calibration, float]:
+    metric: Metric,
+    groups: Sequence[Sequence[Target]],
+    sites: Sequence[Site],
+    budget: RankBudget,
+    task: CalibrationTask,
+    keep_gradients: bool,
+) -> tuple[Decompositions, Calibration, float]:
     """Calibrate and decompose group by group, so that only the statistics of one group are held at a time.
 
     Every group takes one pass over the images. With several groups, results are kept on the host.
@@ -170,26 +360,29 @@ def decompose_by_groups(
     Args:
         metric: Measures the error of a layer.
         groups: The layers.
-        layout: How factors will be stored.
+        sites: Those that are decided together; all layers of a site belong to the same group.
+        budget: As for `decompose`.
         task: Collects the statistics.
         keep_gradients: Whether later steps need the Fisher information; means are always kept.
 
     Returns:
-        The decompositions by canonical name, the statistics that later steps need, and the seconds spent decomposing.
+        The decompositions, the statistics that later steps need, and the seconds spent decomposing.
 
     Raises:
-        ValueError: as `CalibrationTask.collect_once` and `decompose_layers`.
+        ValueError: as `CalibrationTask.collect_once` and `decompose`.
     """
-    decompositions: dict[str, Decomposition] = {}
+    decompositions = Decompositions()
     parts: list[Calibration] = []
     seconds = 0.0
     device = None if len(groups) == 1 else "cpu"
     for group in groups:
+        names = {target.name for target in group}
+        inside = [site for site in sites if names.issuperset(layer.name for layer in site.layers)]
         part = task.collect_once(group)
         start = time.perf_counter()
-        found = decompose_layers(metric, group, part, layout, task.processes)
+        found = decompose(metric, group, inside, part, budget, task.processes)
         seconds += time.perf_counter() - start
-        decompositions |= {name: each if device is None else each.to(device) for name, each in found.items()}
+        decompositions.update(found, device)
         kept = GRADIENT_STATISTICS if keep_gradients else frozenset()
         layers = {name: statistics.only(kept, device) for name, statistics in part.layers.items()}
         parts.append(dataclasses.replace(part, layers=layers))

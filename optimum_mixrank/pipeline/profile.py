@@ -11,9 +11,9 @@ from ..calibration.targets import find_targets
 from ..checkpoint.configuration import MixRankConfig
 from ..decomposition import METRICS
 from ..reporting.profile import RankProfile
-from .decompose import allocation_losses, check_weights, decompose_layers
+from .decompose import check_weights, decompose
 from .images import ImageReader
-from .run import rank_budget, shared_fingerprint
+from .run import free_sites, rank_budget, shared_fingerprint
 
 
 def profile_model(
@@ -35,10 +35,11 @@ def profile_model(
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     check_weights(targets)
     settings = [dataclasses.replace(config, compression_ratio=ratio) for ratio in sorted(ratios)]
-    budgets = [rank_budget(model, each, targets) for each in settings]
+    sites = free_sites(model, config, targets, metric)
+    budgets = [rank_budget(model, each, targets, sites) for each in settings]
     for budget in budgets:
         budget.check()
     statistics = calibration if metric.uses_data else None
-    losses = allocation_losses(metric, decompose_layers(metric, targets, statistics, config.layout, processes))
+    losses = decompose(metric, targets, sites, statistics, budgets[0], processes).losses(metric)
     points = profile_budgets(budgets, losses, config.allocation)
     return RankProfile(points, NATS if metric.common_unit else NORMALISED)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..allocation.budget import LayerSpec, RankBudget
+from ..allocation.budget import RankBudget
+from ..allocation.specs import LayerSpec, MlpSpec, SharedInputSpec, SiteSpec
 from ..calibration.fingerprint import fingerprint_model
 from ..calibration.images.batches import ImageBatches
 from ..calibration.plain_layers import check_uses
 from ..calibration.result import Calibration
+from ..calibration.sites import Mlp, Site, find_sites
 from ..calibration.targets import encoder_linears, match_values, select_targets
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.names import Target
@@ -38,6 +40,7 @@ class CompressionRun:
         metric: Measures the error of a layer.
         linears: All linear layers of the encoder, in forward order.
         targets: The layers to compress.
+        sites: Those whose structures are decided together.
         budget: The constraints on their ranks.
         batches: The images, if statistics or compensation need them, or statistics are to be checked against them.
         calibration: Statistics passed by the user.
@@ -55,6 +58,7 @@ class CompressionRun:
     metric: Metric
     linears: Sequence[Target]
     targets: Sequence[Target]
+    sites: Sequence[Site]
     budget: RankBudget
     batches: ImageBatches | None = None
     calibration: Calibration | None = None
@@ -86,10 +90,11 @@ class CompressionRun:
             targets = select_targets(linears, config.target_modules, config.exclude_modules)
             check_uses(reader.model, targets)
             check_weights(targets)
-            budget = rank_budget(reader.model, config, targets)
-            budget.check()
             metric = METRICS.create(config.metric)
-            run = cls(reader.model, config, reader, metric, linears, targets, budget, **options)
+            sites = free_sites(reader.model, config, targets, metric)
+            budget = rank_budget(reader.model, config, targets, sites)
+            budget.check()
+            run = cls(reader.model, config, reader, metric, linears, targets, sites, budget, **options)
             run._take_images(dataset)
         run.fingerprint = shared_fingerprint(run.model, run.processes)
         return run
@@ -116,7 +121,40 @@ class CompressionRun:
         self.batches = self.reader.read(drawn, keep=bool(config.compensation))
 
 
-def rank_budget(model: PreTrainedModel, config: MixRankConfig, targets: Sequence[Target]) -> RankBudget:
+def free_sites(model: PreTrainedModel, config: MixRankConfig, targets: Sequence[Target], metric: Metric) -> list[Site]:
+    """Return the sites among the layers that the user has given neither rank nor ratio.
+
+    Raises:
+        ValueError: if the configuration asks for structures that its metric cannot compare.
+    """
+    together = [structure for structure in config.structures if structure != "rank"]
+    if together and not metric.common_unit:
+        raise ValueError(
+            f"structures={config.structures!r} cannot be compared by metric={config.metric!r}, whose losses have a unit of "
+            "their own in every layer; use metric='kfac', or structures=['rank']."
+        )
+    given = {
+        **match_values(targets, config.rank_pattern, "rank_pattern"),
+        **match_values(targets, config.ratio_pattern, "ratio_pattern"),
+    }
+    free = [target for target in targets if target.canonical_name not in given]
+    return find_sites(model, free, together, config.model_call)
+
+
+def site_specs(sites: Sequence[Site]) -> list[SiteSpec]:
+    """Return what an allocator has to know about sites."""
+    specs: list[SiteSpec] = []
+    for site in sites:
+        names = tuple(layer.canonical_name for layer in site.layers)
+        specs.append(
+            MlpSpec(site.name, names[:-1], names[-1]) if isinstance(site, Mlp) else SharedInputSpec(site.name, names)
+        )
+    return specs
+
+
+def rank_budget(
+    model: PreTrainedModel, config: MixRankConfig, targets: Sequence[Target], sites: Sequence[Site] = ()
+) -> RankBudget:
     """Return the constraints under which ranks are allocated.
 
     Raises:
@@ -151,6 +189,8 @@ def rank_budget(model: PreTrainedModel, config: MixRankConfig, targets: Sequence
         min_rank_ratio=config.min_rank_ratio,
         max_rank_ratio=config.max_rank_ratio,
         layout=config.layout,
+        sites=site_specs(sites),
+        factored="rank" in config.structures,
     )
 
 

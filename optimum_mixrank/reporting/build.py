@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..allocation.budget import Losses
+from ..allocation.choice import LayerChoice
 from ..calibration.result import Calibration
+from ..calibration.sites import Mlp, Site
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.files import count_parameters, safetensors_bytes, stored_dtype
 from ..checkpoint.names import Target
-from ..checkpoint.rank_map import FactoredLayer, stored_values
+from ..checkpoint.rank_map import FactoredLayer
 from ..compensation import CompensationResult
 from ..evaluation.flops import flops_per_image
 from ..runtime.distributed import Processes
@@ -75,9 +79,10 @@ class Outcome:
     Attributes:
         config: The configuration as it is stored with the model.
         linears: All linear layers of the original's encoder.
-        ranks: The rank of every targeted layer, None for dense ones.
+        choices: What was chosen for every targeted layer.
+        sites: Layers that were decided together.
         rank_map: The factored layers.
-        losses: The loss of every targeted layer at rank 0, 1, …, as the allocator saw it.
+        losses: The losses of layers and sites, as the allocator saw them.
         original: Size and cost of the original.
         model: The compressed model.
         calibration: The statistics; None if no data was used.
@@ -91,9 +96,10 @@ class Outcome:
 
     config: MixRankConfig
     linears: Sequence[Target]
-    ranks: Mapping[str, int | None]
+    choices: Mapping[str, LayerChoice]
+    sites: Sequence[Site]
     rank_map: Mapping[str, FactoredLayer]
-    losses: Mapping[str, np.ndarray]
+    losses: Losses
     original: Measurement
     model: PreTrainedModel
     calibration: Calibration | None
@@ -132,7 +138,7 @@ def build_report(outcome: Outcome) -> CompressionReport:
         },
         predicted_loss=sum(predicted) if outcome.predicted else None,
         model_name=_name(model),
-        profile=_budgets(outcome.profile, outcome.linears, original.parameters, config.layout),
+        profile=_budgets(outcome.profile, outcome.linears, original.parameters),
         loss_unit=outcome.profile.unit,
         compensation=[dataclasses.asdict(result) for result in outcome.compensation],
         seconds={step: round(value, 3) for step, value in outcome.seconds.items()},
@@ -142,21 +148,39 @@ def build_report(outcome: Outcome) -> CompressionReport:
 
 def _layer_report(outcome: Outcome, linear: Target) -> LayerReport:
     name, (m, n) = linear.canonical_name, linear.shape
-    factored = outcome.rank_map.get(name)
+    entry, choice = outcome.rank_map.get(name), outcome.choices.get(name)
     kept = loss = None
-    if factored is not None:
-        total, loss = float(outcome.losses[name][0]), float(outcome.losses[name][factored.rank])
+    if entry is not None and choice is not None:
+        loss, total = _losses(outcome, name, entry, choice)
         kept = 1 - loss / total if total > 0 else 1.0
     return LayerReport(
         name=name,
         shape=(m, n),
-        rank=None if factored is None else factored.rank,
+        rank=None if entry is None else entry.rank,
         kept_energy=kept,
-        targeted=name in outcome.ranks,
+        targeted=choice is not None,
         parameters_before=m * n,
-        parameters_after=m * n if factored is None else factored.num_values(m, n),
+        parameters_after=m * n if entry is None else entry.num_values(m, n),
         predicted_loss=loss if outcome.predicted else None,
+        shape_after=(m, n) if entry is None or entry.shape is None else entry.shape,
+        members=() if entry is None or entry.members is None else entry.members,
     )
+
+
+def _losses(outcome: Outcome, name: str, entry: FactoredLayer, choice: LayerChoice) -> tuple[float, float]:
+    """Return the loss of a layer and what it would lose at rank 0."""
+    site = next((each for each in outcome.sites if name in {layer.canonical_name for layer in each.layers}), None)
+    alone = outcome.losses.get(name)
+    if isinstance(alone, np.ndarray) and not choice.shared:
+        # The rank is lower than the one chosen where that could not be stored in the layout.
+        return float(alone[entry.rank]), float(alone[0])
+    if isinstance(site, Mlp):
+        full = outcome.losses[site.name][-1]
+        tails = full.second if name == site.second.canonical_name else full.first / len(site.layers[:-1])
+        return choice.loss, float(tails[0])
+    assert site is not None  # layers that are not decided alone belong to one
+    joint = outcome.losses[site.name]
+    return choice.loss, choice.loss / max(float(joint[entry.rank]), 1e-300) * float(joint[0])
 
 
 def environment(used: torch.device | None = None) -> dict[str, Any]:
@@ -188,11 +212,13 @@ def _name(model: PreTrainedModel) -> str:
     return (Path(name).name if is_local_path(name) else name) or type(model).__name__
 
 
-def _budgets(profile: RankProfile, linears: Sequence[Target], parameters: int, layout: str) -> list[dict[str, Any]]:
-    shapes = {linear.canonical_name: linear.shape for linear in linears}
-    budgets = []
-    for point in profile.points:
-        factored = [(*shapes[name], rank) for name, rank in point.ranks.items() if rank is not None]
-        saved = sum(m * n - stored_values(m, n, rank, layout) for m, n, rank in factored)
-        budgets.append({"compression_ratio": point.ratio, "model_parameters": parameters - saved, "loss": point.loss})
-    return budgets
+def _budgets(profile: RankProfile, linears: Sequence[Target], parameters: int) -> list[dict[str, Any]]:
+    targeted = {linear.canonical_name: math.prod(linear.shape) for linear in linears}
+    return [
+        {
+            "compression_ratio": point.ratio,
+            "model_parameters": parameters - sum(targeted[name] for name in point.choices) + point.num_values,
+            "loss": point.loss,
+        }
+        for point in profile.points
+    ]

@@ -36,6 +36,8 @@ class LayerReport:
         parameters_after: Number of values stored for the weight or its factors.
         predicted_loss: Predicted loss of one-shot factors of this rank, before compensation, in nats per image, to
             second order; None for a dense layer or a metric whose losses have no common unit.
+        shape_after: Its shape where hidden units of its MLP were removed; else `shape`.
+        members: Canonical names of the layers that share its first factor, itself among them; empty if none do.
     """
 
     name: str
@@ -46,9 +48,13 @@ class LayerReport:
     parameters_before: int
     parameters_after: int
     predicted_loss: float | None = None
+    shape_after: tuple[int, int] | None = None
+    members: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "shape_after", tuple(self.shape_after or self.shape))
+        object.__setattr__(self, "members", tuple(self.members))
 
     @property
     def kept(self) -> float:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from optimum_mixrank.allocation.budget import RankBudget
-from optimum_mixrank.allocation.specs import LayerSpec
 from optimum_mixrank.allocation.profile import profile_budgets
+from optimum_mixrank.allocation.specs import LayerSpec
 
 
 LAYERS = [LayerSpec("a", 16, 16), LayerSpec("b", 16, 16)]

@@ -11,19 +11,21 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from ...calibration.moments import PairAccumulator, merge_pairs
-from ...checkpoint.factorize import make_layers
-from ...checkpoint.modeling import FactoredLinear, replace_module
+from ...checkpoint.factorize import insert_layer, layer_of, make_layers
+from ...checkpoint.modeling import FactoredLinear, new_parameter, replace_module
 from ...checkpoint.names import Target
+from ...decomposition.mlp import rows_of_units
 from ...runtime.forward import evaluation_mode
 from ...runtime.precision import to_float64
 from ..compensator import CompensationTask, Compensator
 from ..saved_steps import load_layers, save_layers
 from ..segments import SegmentReplay, find_segments
 from .output_loss import output_loss
+from .places import LayerMoments, Place, find_places
 from .spilling import spilled
 from .structure import Structure
 from .targets import OriginalOutputs, inputs_and_targets
@@ -64,16 +66,28 @@ class LayerwiseCompensator(Compensator):
 
     @abstractmethod
     def solve(
-        self, task: CompensationTask, target: Target, input_moment: Tensor, target_moment: Tensor
-    ) -> FactoredLinear:
-        """Return the new layer; its bias is fitted afterwards.
+        self, task: CompensationTask, place: Place, input_moment: Tensor, target_moment: Tensor
+    ) -> FactoredLinear | nn.Linear:
+        """Return the new layer, which is dense if the place has no rank; its bias is fitted afterwards.
 
         Args:
             task: The task whose model is compensated.
-            target: The original layer, with a weight of shape `[m, n]`.
+            place: What to solve; its target is the original layer, with a weight of shape `[m, n]`.
             input_moment: Covariance of the inputs, or second moment for a layer without bias, `[n, n]`, float64.
             target_moment: The same of targets with inputs, `[m, n]`.
         """
+
+    def choose_units(self, place: Place, hidden_moment: Tensor, target_moment: Tensor) -> Tensor:
+        """Return the hidden units that an MLP keeps, ascending, int64, `[place.width]`.
+
+        Args:
+            place: The second layer of the MLP, at full width.
+            hidden_moment: As `input_moment` of `solve`, of the units that the original first layer gives, `[h, h]`.
+            target_moment: Of the targets of the second layer with these, `[m, h]`.
+        """
+        raise NotImplementedError(
+            f"compensation={self.name!r} cannot choose hidden units; use structures without 'width', or 'sequential'."
+        )
 
     def compensate(self, task: CompensationTask) -> Mapping[str, Any]:
         """See `Compensator.compensate`."""
@@ -89,7 +103,7 @@ class LayerwiseCompensator(Compensator):
                 # The structure is the same for all images.
                 probed = [batch[:PROBED_IMAGES] for batch in task.batches[:1]]
                 probe = SegmentReplay(task.original, segments, probed, call=call)
-            progress = _resume(task)
+            progress, places = _resume(task), find_places(task)
             for position, segment in enumerate(segments):
                 prefix = f"{segment}."
                 inside = {name.removeprefix(prefix): layers[name] for name in layers if name.startswith(prefix)}
@@ -98,7 +112,9 @@ class LayerwiseCompensator(Compensator):
                     bar.update(len(inside))
                 else:
                     structure = self._structure(task, probe, list(inside))
-                    results = self._solve_segment(task, original, compressed, structure, inside, progress, bar)
+                    own = [place for place in places if place.layers[0].name.startswith(prefix)]
+                    run = _Segment(task, original, compressed, structure, inside, own)
+                    results = self._solve_segment(run, progress, bar)
                     progress.segments = position + 1
                     _save(task, segments, progress)
                 with task.processes.raise_on_all_ranks():
@@ -120,33 +136,28 @@ class LayerwiseCompensator(Compensator):
                 own = Structure.of(probe.segment, call, names, self.residual_targets)
         return next(each for each in task.processes.gather(own) if each is not None)
 
-    def _solve_segment(
-        self,
-        task: CompensationTask,
-        original: SegmentReplay,
-        compressed: SegmentReplay,
-        structure: Structure,
-        inside: Mapping[str, Target],
-        progress: _LayerwiseProgress,
-        bar: Any,
-    ) -> Mapping[int, Any]:
-        """Replace the layers of a segment, given by their names within it.
+    def _solve_segment(self, run: _Segment, progress: _LayerwiseProgress, bar: Any) -> Mapping[int, Any]:
+        """Replace the layers of a segment.
 
         Returns:
             What the original segment returned, for the batches whose outputs were cached.
         """
+        task, structure = run.task, run.structure
         self.outcomes = []
         with task.processes.raise_on_all_ranks():
-            outputs = OriginalOutputs(original, list(inside), structure.writes, task.storage.max_output_bytes)
+            outputs = OriginalOutputs(run.original, list(run.inside), structure.writes, task.storage.max_output_bytes)
+        units: dict[str, Tensor] = {}
         for group in structure.groups:
-            pairs = _accumulate(task, compressed, group, outputs)
-            for name, pair in pairs.items():
-                if not pair.is_finite:
-                    raise ValueError(
-                        f"NaN or Inf around layer {inside[name].name!r} while it was solved again; a half-precision model "
-                        "may overflow, load it with dtype='float32'."
-                    )
-            errors = self._replace(task, {inside[name].name: pair for name, pair in pairs.items()})
+            names = {run.inside[name].name for name in group}
+            places = [place for place in run.places if names.issuperset(layer.name for layer in place.layers)]
+            first = next((place for place in places if place.is_first), None)
+            if first is None:
+                pairs = _accumulate(run, [group], outputs)
+            else:
+                pairs = self._narrow(run, first, group, outputs, units)
+            moments = {place.target.name: _moments(place, pairs, units) for place in places}
+            narrowed = [place if place.mlp is None else place.with_units(units[place.mlp.name]) for place in places]
+            errors = self._replace(task, narrowed, moments)
             progress.errors.update(errors)
             bar.update(len(group))
             bar.set_postfix(error=f"{max(errors.values()):.4g}")
@@ -154,35 +165,88 @@ class LayerwiseCompensator(Compensator):
         progress.outcomes = dict(Counter(progress.outcomes) + Counter(chain(*task.processes.gather(self.outcomes))))
         return outputs.results
 
-    def _replace(self, task: CompensationTask, pairs: Mapping[str, PairAccumulator]) -> dict[str, float]:
-        """Replace the layers whose moments are given by module name, and return their errors by canonical name."""
-        targets = {target.name: target for target in task.factored if target.name in pairs}
+    def _narrow(
+        self,
+        run: _Segment,
+        first: Place,
+        group: Sequence[str],
+        outputs: OriginalOutputs,
+        units: dict[str, Tensor],
+    ) -> dict[str, PairAccumulator]:
+        """Choose the units of an MLP, with its original layers at the drifted inputs; return the pairs of the first layer."""
+        mlp, task = first.mlp, run.task
+        assert mlp is not None  # the place of a first layer belongs to one
+        second = next(place for place in run.places if place.mlp is mlp and not place.is_first)
+        kept = {target: layer_of(task.model, target) for target in (first.target, second.target)}
+        for target in mlp.layers:
+            replace_module(task.model, target.name, target.module)
+        following = next(name for name, target in run.inside.items() if target.name == second.target.name)
+        pairs = _accumulate(run, [group, [following]], outputs)
+        for target, layer in kept.items():
+            insert_layer(task.model, target, layer)
+        moments = _moments(second, pairs, None)
+        units[mlp.name] = self.choose_units(second, moments.inputs, moments.targets)
+        return pairs
 
-        def solve(target: Target) -> FactoredLinear:
-            return self._solve(task, target, pairs[target.name])
+    def _replace(
+        self, task: CompensationTask, places: Sequence[Place], moments: Mapping[str, LayerMoments]
+    ) -> dict[str, float]:
+        """Replace layers, given their moments by module name, and return their errors by canonical name."""
+        by_name = {place.target.name: place for place in places}
+
+        def solve(target: Target) -> FactoredLinear | nn.Linear:
+            return self._solve(task, by_name[target.name], moments[target.name])
 
         errors = {}
-        for name, layer in make_layers(list(targets.values()), solve, task.processes):
-            replace_module(task.model, name, layer)
-            error = _relative_error(layer, pairs[name])
+        for name, layer in make_layers([place.target for place in places], solve, task.processes):
+            insert_layer(task.model, by_name[name].target, layer)
+            error = _relative_error(layer, moments[name])
             if not math.isfinite(error):
                 raise ValueError(
-                    f"Layer {name!r} holds NaN or Inf as {layer.factor_a.weight.dtype} after it was solved again; load the "
-                    "model with dtype='float32'."
+                    f"Layer {name!r} holds NaN or Inf after it was solved again; load the model with dtype='float32'."
                 )
-            errors[targets[name].canonical_name] = max(0.0, error)
+            errors.update({each.canonical_name: max(0.0, error) for each in by_name[name].layers})
         return errors
 
-    def _solve(self, task: CompensationTask, target: Target, pair: PairAccumulator) -> FactoredLinear:
-        has_bias = target.module.bias is not None
-        weight = to_float64(target.module.weight)
-        input_moment, target_moment = (moment.to(weight) for moment in pair.moments(centred=has_bias))
-        layer = self.solve(task, target, input_moment, target_moment)
-        if has_bias:
-            input_mean, target_mean = (mean.to(weight) for mean in pair.means())
+    def _solve(self, task: CompensationTask, place: Place, moments: LayerMoments) -> FactoredLinear | nn.Linear:
+        layer = self.solve(task, place, moments.inputs, moments.targets)
+        if layer.bias is not None:
             # With the factors as they are stored, so that the bias also absorbs the mean of their rounding errors.
-            layer.set_bias(target_mean - layer.product() @ input_mean)
+            bias = moments.target_mean - weight_of(layer) @ moments.input_mean
+            if isinstance(layer, nn.Linear):
+                layer.bias = new_parameter(bias, layer.bias)
+            else:
+                layer.set_bias(bias)
         return layer
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A segment that is being solved: its layers by their names within it, and its places."""
+
+    task: CompensationTask
+    original: SegmentReplay
+    compressed: SegmentReplay
+    structure: Structure
+    inside: Mapping[str, Target]
+    places: Sequence[Place]
+
+
+def _moments(place: Place, pairs: Mapping[str, PairAccumulator], units: Mapping[str, Tensor] | None) -> LayerMoments:
+    """Return the moments of a place; of the first layer of an MLP, for the outputs that belong to the units."""
+    for layer in place.layers:
+        if not pairs[layer.name].is_finite:
+            raise ValueError(
+                f"NaN or Inf around layer {layer.name!r} while it was solved again; a half-precision model may overflow, "
+                "load it with dtype='float32'."
+            )
+    module = place.target.module
+    like = to_float64(module.weight[:0])
+    moments = LayerMoments.of([pairs[layer.name] for layer in place.layers], module.bias is not None, like)
+    if units is None or place.mlp is None or not place.is_first:
+        return moments
+    rows = rows_of_units(units[place.mlp.name], module.out_features, place.mlp.num_units)
+    return moments.of_rows(rows)
 
 
 @dataclass(frozen=True)
@@ -227,26 +291,42 @@ def _save(task: CompensationTask, segments: Sequence[str], progress: _LayerwiseP
 
 
 def _accumulate(
-    task: CompensationTask, compressed: SegmentReplay, group: Sequence[str], outputs: OriginalOutputs
+    run: _Segment, groups: Sequence[Sequence[str]], outputs: OriginalOutputs
 ) -> dict[str, PairAccumulator]:
-    """Return the moments of inputs and targets of layers that share an input, over the images of all processes."""
+    """Return the moments of inputs and targets of layers, by module name, over the images of all processes.
+
+    Args:
+        run: The segment.
+        groups: Names within the segment of layers that share an input; all groups are seen in one pass.
+        outputs: What the original computes.
+    """
+    names = [name for group in groups for name in group]
     pairs: dict[str, PairAccumulator] = {}
-    for name in group:
-        pairs[name] = PairAccumulator(next(iter(pairs.values()), None))
-    with task.processes.raise_on_all_ranks():
-        for index, call in enumerate(compressed.calls):
-            original = outputs.of(index, group)
-            inputs, targets = inputs_and_targets(compressed.segment, call, group, outputs.writes, original)
+    for group in groups:
+        leader: PairAccumulator | None = None
+        for name in group:
+            pairs[name] = PairAccumulator(leader)
+            leader = leader or pairs[name]
+    processes = run.task.processes
+    with processes.raise_on_all_ranks():
+        for index, call in enumerate(run.compressed.calls):
+            original = outputs.of(index, names)
+            inputs, targets = inputs_and_targets(run.compressed.segment, call, names, outputs.writes, original)
             for name, pair in pairs.items():
                 pair.update(inputs[name], targets[name])
-    merge_pairs(list(pairs.values()), task.processes)
-    return pairs
+    for group in groups:
+        merge_pairs([pairs[name] for name in group], processes)
+    return {run.inside[name].name: pair for name, pair in pairs.items()}
 
 
-def _relative_error(layer: FactoredLinear, pair: PairAccumulator) -> float:
+def weight_of(layer: FactoredLinear | nn.Linear) -> Tensor:
+    """Return the weight of a layer, dense or factored, in float64."""
+    return to_float64(layer.weight) if isinstance(layer, nn.Linear) else layer.product()
+
+
+def _relative_error(layer: FactoredLinear | nn.Linear, moments: LayerMoments) -> float:
     """Return the error of a layer whose bias is fitted, 0 if its targets are constant; rounding may make it negative."""
-    centred = layer.bias is not None
-    product = layer.product()
-    power = float(pair.target_power(centred))
-    loss = float(output_loss(product, *(moment.to(product) for moment in pair.moments(centred))))
+    product = weight_of(layer)
+    power = float(moments.target_power.sum())
+    loss = float(output_loss(product, moments.inputs.to(product), moments.targets.to(product)))
     return 1 + loss / power if power > 0 else 0.0

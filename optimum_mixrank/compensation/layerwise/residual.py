@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...checkpoint.factorize import factored_linear
+from ...checkpoint.factorize import factored_linear, layer_of
 from ...checkpoint.modeling import FactoredLinear
-from ...checkpoint.names import Target
 from ...decomposition import decompose_by_input, root_of_covariance
 from ...runtime.precision import to_float64
 from ..compensator import COMPENSATORS, CompensationTask
 from .compensator import LayerwiseCompensator
 from .output_loss import output_loss, output_loss_of_factors
+from .places import Place
 
 
 @COMPENSATORS.register
@@ -47,20 +47,22 @@ class ResidualCompensator(LayerwiseCompensator):
         self.learning_rate = learning_rate
 
     def solve(
-        self, task: CompensationTask, target: Target, input_moment: Tensor, target_moment: Tensor
-    ) -> FactoredLinear:
+        self, task: CompensationTask, place: Place, input_moment: Tensor, target_moment: Tensor
+    ) -> FactoredLinear | nn.Linear:
         """See `LayerwiseCompensator.solve`."""
-        entry = task.rank_map[target.canonical_name]
-        current = cast(FactoredLinear, task.model.get_submodule(target.name))
+        current = cast("FactoredLinear | nn.Linear", layer_of(task.model, place.target))
+        if place.rank is None or isinstance(current, nn.Linear):
+            return current
+        target = place.target
         decomposition = decompose_by_input(to_float64(target.module.weight), root_of_covariance(input_moment))
-        candidates = [decomposition.factors(entry.rank)]
-        q = min(max(1, round(self.share * entry.rank)), entry.rank - 1)
+        candidates = [decomposition.factors(place.rank)]
+        q = min(max(1, round(self.share * place.rank)), place.rank - 1)
         if q > 0:
-            start = decomposition.factors(entry.rank - q)
+            start = decomposition.factors(place.rank - q)
             candidates.append(self._train(start, q, input_moment, target_moment, task.config.seed))
         losses = [output_loss(B @ A, input_moment, target_moment) for A, B in candidates]
         best = min(range(len(losses)), key=losses.__getitem__)
-        layer = factored_linear(target.module, *candidates[best], entry.layout)
+        layer = factored_linear(target.module, *candidates[best], place.layout)
         after, before = (output_loss(each.product(), input_moment, target_moment) for each in (layer, current))
         # Written so that NaN does not count as an improvement.
         if not after < before:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...checkpoint.factorize import factored_linear
 from ...checkpoint.modeling import FactoredLinear
-from ...checkpoint.names import Target
+from ...checkpoint.narrowing import linear_like
 from ...decomposition import OutputFisher, anchored_weight
+from ...decomposition.two_sided import lower_root
+from ...decomposition.width import select_units
 from ...runtime.precision import to_float64
 from ..compensator import COMPENSATORS, CompensationTask
 from .compensator import LayerwiseCompensator
+from .places import Place
 
 
 @COMPENSATORS.register
@@ -35,16 +38,28 @@ class SequentialCompensator(LayerwiseCompensator):
         self.damping = damping
 
     def solve(
-        self, task: CompensationTask, target: Target, input_moment: Tensor, target_moment: Tensor
-    ) -> FactoredLinear:
+        self, task: CompensationTask, place: Place, input_moment: Tensor, target_moment: Tensor
+    ) -> FactoredLinear | nn.Linear:
         """See `LayerwiseCompensator.solve`."""
-        entry = task.rank_map[target.canonical_name]
-        weight = to_float64(target.module.weight)
+        module = place.target.module
+        weight = to_float64(module.weight)
         best = anchored_weight(weight, input_moment, target_moment, self.ridge)
-        statistics = task.statistics.get(target.name)
+        if place.rank is None:
+            return linear_like(module, best, module.bias)
+        A, B = self._fisher(place).decompose(best, input_moment).factors(place.rank)
+        return factored_linear(module, A, B, place.layout)
+
+    def choose_units(self, place: Place, hidden_moment: Tensor, target_moment: Tensor) -> Tensor:
+        """See `LayerwiseCompensator.choose_units`; those that the targets need most, under the Fisher information."""
+        root = lower_root(self._fisher(place).moment)
+        chosen = select_units(hidden_moment, root.T @ target_moment, place.width).order
+        unused = torch.ones(len(hidden_moment), dtype=torch.bool, device=chosen.device)
+        unused[chosen] = False
+        # Units without any use are not selected; they fill up.
+        return torch.cat([chosen, unused.nonzero()[:, 0][: place.width - len(chosen)]]).sort().values
+
+    def _fisher(self, place: Place) -> OutputFisher:
+        weight, statistics = to_float64(place.target.module.weight), place.statistics
         if statistics is not None and statistics.has_gradients:
-            fisher = OutputFisher.of(weight, statistics, self.damping)
-        else:
-            fisher = OutputFisher(torch.eye(len(weight), dtype=weight.dtype, device=weight.device))
-        A, B = fisher.decompose(best, input_moment).factors(entry.rank)
-        return factored_linear(target.module, A, B, entry.layout)
+            return OutputFisher.of(weight, statistics, self.damping)
+        return OutputFisher(torch.eye(len(weight), dtype=weight.dtype, device=weight.device))
