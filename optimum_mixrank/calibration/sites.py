@@ -7,6 +7,7 @@ alone, as through an activation or the product of a gate and a value.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def _recorded(targets: Sequence[Target]) -> Iterator[_Trace]:
 
 def _find_mlps(trace: _Trace, groups: Sequence[Sequence[Target]]) -> list[Mlp]:
     found = []
-    for group, following in zip(groups, groups[1:], strict=False):
+    for group, following in itertools.pairwise(groups):
         second = following[0]
         if len(following) > 1 or len(group) > 2 or len({each.module.bias is None for each in group}) > 1:
             continue

@@ -57,10 +57,11 @@ class MixRankConfig(QuantizationConfigMixin):
             product in `r (m + n) - r²`, so that a budget buys higher ranks, but every forward pass has to reorder rows.
         compensation (`list[str]`, *optional*): Steps that repair what the compression has damaged, in this order. Each
             is kept only if it lowers the error on held-out images. See `optimum_mixrank.compensation`.
-        structures (`list[str]`, *optional*): What a layer may become, the best of which is chosen for every block: `"rank"`,
-            two factors; `"shared"`, layers with the same input (query, key and value) with one first factor for all;
-            `"width"`, an MLP with fewer hidden units, whose layers may be factored too. The last two need a metric whose
-            losses have a common unit (`"kfac"`); with another metric than the recipe's, `["rank"]` is the default.
+        structures (`list[str]`, *optional*): What layers may become, the best of which is chosen in every block:
+            `"rank"`, two factors for each; `"shared"`, one first factor for all layers with the same input, such as query,
+            key and value; `"width"`, an MLP with fewer hidden units, whose layers may be factored too. The last two need a
+            metric whose losses have a common unit (`"kfac"`); with another metric than the recipe's, `["rank"]` is the
+            default.
         held_out_ratio (`float`): Share of the calibration images held out from compensation, in (0, 1).
         mirror (`bool`): Whether layer-wise compensation also sees every calibration image mirrored, which reduces
             overfitting and doubles its time.

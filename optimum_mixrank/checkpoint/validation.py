@@ -35,8 +35,8 @@ def check_method(config: Any) -> None:
     structures = config.structures
     if not isinstance(structures, list) or not structures or not is_known(structures, STRUCTURES):
         raise ValueError(
-            f"structures={quote(structures)} is not a list of {', '.join(map(repr, STRUCTURES))}; ['rank'] factorizes every "
-            "layer by itself."
+            f"structures={quote(structures)} is not a list of {', '.join(map(repr, STRUCTURES))}; ['rank'] "
+            "factorizes every layer by itself."
         )
     steps, known = config.compensation, tuple(COMPENSATORS)
     if not isinstance(steps, list):

@@ -34,6 +34,7 @@ FIELDS: dict[str, Field] = {
     "allocation": Field("allocation", str, "global, greedy or uniform"),
     "layout": Field("layout", str, "pivoted or factors"),
     "compensation": Field("compensation", list, "steps: sequential, residual, blocks, distillation; or none"),
+    "structures": Field("structures", list, "what layers may become: rank, shared, width; default: by the recipe"),
     "held_out_ratio": Field("held-out-ratio", float, "share of images held out to judge compensation; default: 0.1"),
     "mirror": Field("mirror", bool, "also learn from mirrored images; default: yes"),
     "epochs": Field("epochs", int, "epochs of steps that train; default: 10"),

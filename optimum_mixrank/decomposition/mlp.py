@@ -12,7 +12,7 @@ SwiGLU: rows `j` and `j + h`), the second `W₂`, `[m, h]`, writes the output. T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class TwoSidedMlp:
     second_fisher: Tensor
     first_scale: float = 1.0
     second_scale: float = 1.0
-    selection: UnitSelection = UnitSelection(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0))
+    selection: UnitSelection = field(default_factory=UnitSelection.none)
 
     @classmethod
     def of(

@@ -38,6 +38,11 @@ class UnitSelection:
     order: Tensor
     directions: Tensor
 
+    @classmethod
+    def none(cls) -> UnitSelection:
+        """Return a selection without units."""
+        return cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.float64))
+
     def gains(self) -> Tensor:
         """Return by how much each unit lowers the error, `[units]`."""
         return self.directions.square().sum(dim=0)

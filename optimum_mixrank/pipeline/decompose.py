@@ -331,8 +331,8 @@ def _of_larger_joint(calibration: Calibration, target: Target) -> LayerStatistic
             chosen = torch.cat([rows[parts.index(each)] for each in wanted]).to(moment.device)
             return dataclasses.replace(statistics, gradient_moment=moment[chosen][:, chosen])
     raise ValueError(
-        f"The calibration holds no common statistics of {', '.join(map(repr, wanted))}; calibrate again with this version, or "
-        "compress with structures=['rank']."
+        f"The calibration holds no common statistics of {', '.join(map(repr, wanted))}; calibrate again with this "
+        "version, or compress with structures=['rank']."
     )
 
 

@@ -151,10 +151,10 @@ class LayerwiseCompensator(Compensator):
             names = {run.inside[name].name for name in group}
             places = [place for place in run.places if names.issuperset(layer.name for layer in place.layers)]
             first = next((place for place in places if place.is_first), None)
-            if first is None:
-                pairs = _accumulate(run, [group], outputs)
-            else:
+            if first is not None:
                 pairs = self._narrow(run, first, group, outputs, units)
+            else:
+                pairs = _accumulate(run, [group], outputs)
             moments = {place.target.name: _moments(place, pairs, units) for place in places}
             narrowed = [place if place.mlp is None else place.with_units(units[place.mlp.name]) for place in places]
             errors = self._replace(task, narrowed, moments)
@@ -173,7 +173,7 @@ class LayerwiseCompensator(Compensator):
         outputs: OriginalOutputs,
         units: dict[str, Tensor],
     ) -> dict[str, PairAccumulator]:
-        """Choose the units of an MLP, with its original layers at the drifted inputs; return the pairs of the first layer."""
+        """Choose the units of an MLP, with its original layers at the drifted inputs; return the pairs of its layers."""
         mlp, task = first.mlp, run.task
         assert mlp is not None  # the place of a first layer belongs to one
         second = next(place for place in run.places if place.mlp is mlp and not place.is_first)
