@@ -81,9 +81,9 @@ class Mlp:
         return self.second.module.in_features
 
     @property
-    def has_gate(self) -> bool:
-        """Whether every hidden unit is computed from two outputs of the first layer."""
-        return self.first.module.out_features == 2 * self.num_units
+    def has_fused_gate(self) -> bool:
+        """Whether gates and values of all hidden units are the outputs of one layer."""
+        return not self.first.members and self.first.module.out_features == 2 * self.num_units
 
 
 Site = SharedInput | Mlp

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
 
-from ..checkpoint.modeling import FactoredLinear
+from ..checkpoint.entries import is_compressed
 from ..checkpoint.names import Target, canonical_names
 from ..checkpoint.patterns import is_end, matching
 from ..runtime.formatting import quote
@@ -45,7 +45,7 @@ def encoder_linears(model: PreTrainedModel) -> list[Target]:
     Raises:
         ValueError: if the model has none, or contains factored layers, adapters or quantized layers already.
     """
-    if any(isinstance(module, FactoredLinear) for module in model.modules()):
+    if any(is_compressed(module) for module in model.modules()):
         raise ValueError(
             f"This {type(model).__name__} is compressed already. Start from the original model, or return to a dense "
             "one first with `optimum_mixrank.to_dense(model)`."

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..runtime.formatting import quote
 from .files import StoredTensor, tensors_in
-from .modeling import FactoredLinear
+from .modeling import FactoredLinear, GuardedLinear
 from .names import canonical_names
+from .narrowing import narrow_from
 
 
 _FACTORS = ("factor_a.weight", "factor_a.bias", "factor_b.weight", "factor_b.bias")
@@ -99,7 +100,7 @@ def refuse_missing_factors(model: nn.Module) -> None:
         missing = [
             f"{name} of {canonical!r}"
             for module_name, (canonical, module) in _linear_layers(model).items()
-            if isinstance(module, FactoredLinear)
+            if _is_ours(module)
             for name, parameter in module.named_parameters()
             # The empty `weight` holds no value that could be wrong.
             if parameter.numel() and _is_missing(f"{module_name}.{name}", parameter, listed)
@@ -134,7 +135,7 @@ def check_filled(model: nn.Module) -> None:
             "know, so that missing factors would go unnoticed. Upgrade with `pip install --upgrade optimum-mixrank`."
         )
     for canonical, module in _linear_layers(model).values():
-        if isinstance(module, FactoredLinear):
+        if _is_ours(module):
             for name, parameter in module.named_parameters():
                 if parameter.dtype not in _DTYPES:
                     raise ValueError(
@@ -148,13 +149,13 @@ def _check_tensor(
 ) -> None:
     _check_place(canonical, module, name)
     expected = tuple(module.get_parameter(name).shape) if _has_parameter(module, name) else None
-    is_factored = isinstance(module, FactoredLinear)
+    is_factored = _is_ours(module)
     if is_factored and not is_float:
         raise ValueError(
             f"{name} of the factored layer {canonical!r} is stored as {tensor.dtype}, which is not a floating-point dtype. "
             f"{_REMEDY}"
         )
-    if is_factored and name == "weight" and shape != expected:
+    if isinstance(module, GuardedLinear) and name == "weight" and shape != expected:
         raise ValueError(
             f"{canonical!r} is stored as a dense layer, but is in the rank map. A dense model that was made from this "
             "configuration, as by `from_config`, has to be saved without its `quantization_config`."
@@ -174,7 +175,14 @@ def _check_place(canonical: str, module: nn.Module, name: str) -> None:
         return
     if isinstance(module, FactoredLinear):
         raise ValueError(f"The checkpoint holds {name} of {canonical!r}, a layer without bias. {_REMEDY}")
+    if isinstance(module, GuardedLinear):
+        raise ValueError(f"The checkpoint holds {name} of {canonical!r}, which shares its factors. {_REMEDY}")
     raise ValueError(f"The checkpoint holds {name} of {canonical!r}, which is not in its rank map. {_REMEDY}")
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Return whether the rank map describes a layer."""
+    return isinstance(module, GuardedLinear) or narrow_from(module) is not None
 
 
 def _has_parameter(module: nn.Module, name: str) -> bool:

@@ -10,16 +10,16 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .configuration import MixRankConfig
-from .rank_map import QUANT_METHOD, FactoredLayer, encode_rows
+from .rank_map import QUANT_METHOD, FactoredLayer, layout_version
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .modeling import FactoredLinear
 
 Attach = Callable[["PreTrainedModel", MixRankConfig], None]
 """Gives a model the attributes of a compressed one, with this configuration."""
@@ -33,39 +33,49 @@ def describe_factored_layers(model: PreTrainedModel, attach: Attach) -> None:
     The maps of several compressed parts are merged; the other settings are those of the model itself, or else of its
     first compressed part, and `attach` gives the model the new configuration. A complete one is left as it is.
     """
-    from .modeling import FactoredLinear
+    from .entries import compressed_layers, entry_of
     from .names import canonical_names
 
     _drop_dtypes(model)
-    factored = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+    factored = compressed_layers(model)
     own = _settings(model.config)
     if not factored:
         if own is not None and own.rank_map:
             forget_compression(model)
         return
     names = canonical_names(model)
-    entries = {names[name]: module for name, module in factored.items()}
+    entries = _under_names(model, {names[name]: entry_of(module) for name, module in factored.items()})
     known = {} if own is None else own.factored_layers
     # A part may have been replaced by another with layers of the same names.
-    changed = {name for name, module in entries.items() if name not in known or not _describes(known[name], module)}
+    changed = {name for name, entry in entries.items() if known.get(name) != entry}
     if own is not None and not changed and known.keys() == entries.keys():
         return
     parts = (_settings(getattr(module, "config", None)) for module in model.modules())
     settings = own or next((each for each in parts if each is not None), MixRankConfig())
     stored = {} if own is None else own.rank_map
-    rank_map = {name: module.entry.to_dict() if name in changed else stored[name] for name, module in entries.items()}
+    rank_map = {name: entry.to_dict() if name in changed else stored[name] for name, entry in entries.items()}
     # A copy is not checked anew: a method that only another version knows is kept for the record.
     described = copy.copy(settings)
     described.rank_map = rank_map
+    described.layout_version = layout_version(entries.values())
     attach(model, described)
 
 
-def _describes(entry: FactoredLayer, module: FactoredLinear) -> bool:
-    """Return whether an entry of a rank map is that of a layer."""
-    from .pivoted import PivotedLinear
+def _under_names(model: PreTrainedModel, entries: Mapping[str, FactoredLayer]) -> dict[str, FactoredLayer]:
+    """Return entries in which layers that share a factor name each other as this model does, not as the part they are from."""
+    from .names import canonical_names
+    from .shared import SharedLinear
 
-    pivots = encode_rows(module.pivots) if isinstance(module, PivotedLinear) else None
-    return (entry.rank, entry.layout, entry.pivots) == (module.rank, module.layout, pivots)
+    names = canonical_names(model)
+    groups: dict[int, dict[int, str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SharedLinear):
+            groups.setdefault(id(module.holder), {})[module.position] = names[name]
+    found = dict(entries)
+    for group in groups.values():
+        members = tuple(group[position] for position in sorted(group))
+        found.update({name: replace(entries[name], members=members) for name in members})
+    return found
 
 
 def forget_compression(model: PreTrainedModel) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+from torch import nn
 from transformers import PreTrainedModel
 
+from .entries import compressed_layers
 from .modeling import FactoredLinear
+from .narrowing import mark_narrow, narrow_from, widened
+from .shared import SharedLinear
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
@@ -16,6 +22,28 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: if the model holds no factored layer, or an adapter or a quantizer has replaced a factor.
     """
-    if not any(isinstance(module, FactoredLinear) for module in model.modules()):
+    if not compressed_layers(model):
         raise ValueError(f"This {type(model).__name__} holds no factored layer: it is dense already.")
     return model.dequantize()
+
+
+def dense_layers(model: nn.Module, keep_widths: bool = False) -> dict[str, nn.Linear]:
+    """Return the dense layers that compute what the compressed layers of a model do, by module name.
+
+    Args:
+        model: The model.
+        keep_widths: Whether layers that have lost units keep their present shape; if not, zeros take the places of these.
+
+    Raises:
+        ValueError: if an adapter or a quantizer has replaced a factor.
+    """
+    found: dict[str, nn.Linear] = {}
+    for name, module in compressed_layers(model).items():
+        dense = module if isinstance(module, nn.Linear) else cast("FactoredLinear | SharedLinear", module).to_linear()
+        narrow = narrow_from(module)
+        if narrow is not None and keep_widths:
+            mark_narrow(dense, *narrow)
+        elif narrow is not None:
+            dense = widened(dense, *narrow)
+        found[name] = dense
+    return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
 
 from torch import nn
 
@@ -10,8 +12,10 @@ from ..runtime.formatting import quote, shorten
 from ..runtime.logging import get_logger
 from .modeling import FactoredLinear, LowRankLinear, replace_module
 from .names import canonical_names
+from .narrowing import mark_narrow
 from .pivoted import PivotedLinear
 from .rank_map import FactoredLayer, decode_rows
+from .shared import share
 
 
 logger = get_logger(__name__)
@@ -40,22 +44,83 @@ def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]
             f"{len(missing)} factored layers of the checkpoint do not exist in this {type(model).__name__} and are "
             f"left out: {', '.join(map(shorten, missing[:5]))}{', …' if len(missing) > 5 else ''}."
         )
-    empty = {}
-    for canonical, layer in present.items():
+    linears: dict[str, nn.Linear] = {}
+    for canonical in present:
         linear = model.get_submodule(names[canonical])
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"rank_map entry {canonical!r} names a {type(linear).__name__}, not a linear layer.")
-        _check_entry(canonical, layer, linear)
-        empty[names[canonical]] = empty_layer(linear, layer).train(linear.training)
+        linears[canonical] = linear
+    empty: dict[str, nn.Module] = {}
+    for canonical, layer in present.items():
+        if layer.members is None:
+            _check_entry(canonical, layer, linears[canonical])
+            empty[names[canonical]] = _marked(empty_layer(linears[canonical], layer), layer, linears[canonical])
+        elif canonical == layer.members[0] or layer.members[0] not in present:
+            shared = _empty_shared(layer, present, linears)
+            empty.update({names[member]: module for member, module in shared.items()})
     for name, module in empty.items():
         replace_module(model, name, module)
 
 
+def _empty_shared(
+    layer: FactoredLayer, present: Mapping[str, FactoredLayer], linears: Mapping[str, nn.Linear]
+) -> dict[str, nn.Module]:
+    """Return empty layers that share a factor, by canonical name, after a check of their entries."""
+    members = layer.members or ()
+    lacking = [member for member in members if member not in present]
+    if lacking:
+        raise ValueError(
+            f"{quote(lacking[0])}, whose first factor {quote(members[0])} shares, does not exist in this model. The checkpoint "
+            "belongs to another architecture."
+        )
+    sizes, inputs = [], set()
+    for member in members:
+        entry, linear = present[member], linears[member]
+        _check_shape(member, entry, linear)
+        sizes.append(entry.shape[0] if entry.shape else linear.out_features)
+        inputs.add(entry.shape[1] if entry.shape else linear.in_features)
+    first = linears[members[0]]
+    if len(inputs) > 1:
+        raise ValueError(
+            f"The layers {quote(list(members))} have different inputs and cannot share a factor. {_DAMAGED}"
+        )
+    joint = nn.Linear(inputs.pop(), sum(sizes), first.bias is not None, "meta", first.weight.dtype)
+    whole = replace(layer, pivots=present[members[0]].pivots, members=None, shape=None, dense_shape=None, chunks=1)
+    for member in members:
+        if present[member].bias != (linears[member].bias is not None):
+            _check_entry(member, replace(whole, rank=1, layout="factors", pivots=None), linears[member])
+    _check_entry(members[0], whole, joint)
+    parts = share(cast(FactoredLinear, empty_layer(joint, whole)), sizes, members)
+    return {
+        member: _marked(part, present[member], linears[member]) for member, part in zip(members, parts, strict=True)
+    }
+
+
+def _marked(module: nn.Module, layer: FactoredLayer, linear: nn.Linear) -> nn.Module:
+    if layer.dense_shape is not None:
+        mark_narrow(module, layer.dense_shape, layer.chunks)
+    return module.train(linear.training)
+
+
+_DAMAGED = "The checkpoint is damaged."
+
+
+def _check_shape(canonical: str, layer: FactoredLayer, linear: nn.Linear) -> None:
+    """Check that an entry was made for a layer of this shape."""
+    if layer.dense_shape is not None and layer.dense_shape != (linear.out_features, linear.in_features):
+        raise ValueError(
+            f"rank_map entry {canonical!r} was made for a layer of shape {list(layer.dense_shape)}, but this one has "
+            f"[{linear.out_features}, {linear.in_features}]. The checkpoint belongs to another architecture."
+        )
+
+
 def _check_entry(canonical: str, layer: FactoredLayer, linear: nn.Linear) -> None:
     """Check that an entry of a rank map fits the dense layer that it names."""
-    limit = min(linear.in_features, linear.out_features - (layer.layout == "pivoted"))
-    shape = f"[{linear.out_features}, {linear.in_features}]"
-    if layer.rank > limit:
+    _check_shape(canonical, layer, linear)
+    m, n = layer.shape or (linear.out_features, linear.in_features)
+    limit = min(n, m - (layer.layout == "pivoted"))
+    shape = f"[{m}, {n}]"
+    if layer.rank is not None and layer.rank > limit:
         raise ValueError(
             f"rank_map entry {canonical!r} has rank {quote(layer.rank)}, but the layer of shape {shape} allows {limit} at "
             "most. The checkpoint is damaged."
@@ -71,16 +136,19 @@ def _check_entry(canonical: str, layer: FactoredLayer, linear: nn.Linear) -> Non
             "wrong order. The checkpoint is damaged; copy or download its config.json again."
         )
     # A digit stands for four rows; a mask much longer than the layer is not worth decoding.
-    if layer.pivots is not None and len(layer.pivots) > linear.out_features:
+    if layer.pivots is not None and len(layer.pivots) > m:
         raise ValueError(
             f"rank_map entry {canonical!r} has pivots of {len(layer.pivots):,} digits, more than the layer of shape "
             f"{shape} can have. The checkpoint is damaged."
         )
 
 
-def empty_layer(linear: nn.Linear, layer: FactoredLayer) -> FactoredLinear:
-    """Return a factored layer on the meta device with the shape and dtype of a dense one."""
-    shape, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
+def empty_layer(linear: nn.Linear, layer: FactoredLayer) -> FactoredLinear | nn.Linear:
+    """Return a layer on the meta device with the dtype of a dense one, and its shape unless the entry gives another."""
+    m, n = layer.shape or (linear.out_features, linear.in_features)
+    shape, dtype = (n, m), linear.weight.dtype
+    if layer.rank is None:
+        return nn.Linear(*shape, layer.bias, "meta", dtype)
     if layer.layout == "pivoted":
         pivots = None if layer.pivots is None else decode_rows(layer.pivots)
         return PivotedLinear(*shape, layer.rank, layer.bias, "meta", dtype, pivots)

@@ -34,13 +34,47 @@ class Guard(nn.Parameter):
         return self
 
 
-class FactoredLinear(nn.Module, ABC):
-    """A linear layer `y = W x + b` whose weight has low rank and is stored as two factors.
-
-    The factors are ordinary `nn.Linear` modules, `factor_a` and `factor_b`, which quantizers and PEFT recognize.
+class GuardedLinear(nn.Module):
+    """A module in place of a linear layer `[out_features, in_features]` whose values are stored elsewhere.
 
     `weight` is an empty parameter where a dense layer keeps its weight: a program that does not know this class and
     expects a dense layer stops with a size mismatch instead of continuing with random weights. It is never trainable.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        # A parameter rather than a buffer: buffers of size zero break disk offload in Transformers 4.57.
+        self.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; `weight` as one that is never trainable. Assigning an attribute calls this as well."""
+        super().register_parameter(name, _guarding(param) if name == "weight" else param)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GuardedLinear:
+        super()._apply(fn, recurse)
+        # Moved to another kind of device, a parameter is replaced by an ordinary one.
+        self._parameters["weight"] = _guarding(self._parameters["weight"])
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Pickled, a parameter becomes an ordinary one.
+        self._parameters["weight"] = _guarding(self._parameters["weight"])
+
+
+class FactoredLinear(GuardedLinear, ABC):
+    """A linear layer `y = W x + b` whose weight has low rank and is stored as two factors.
+
+    The factors are ordinary `nn.Linear` modules, `factor_a` and `factor_b`, which quantizers and PEFT recognize. For the
+    empty `weight` see `GuardedLinear`.
 
     Attributes:
         layout: Name of the layout in the rank map.
@@ -58,32 +92,13 @@ class FactoredLinear(nn.Module, ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features, device, dtype)
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(
                 f"rank={rank} is outside [1, {min(in_features, out_features)}] for a layer of shape "
                 f"[{out_features}, {in_features}]."
             )
-        self.in_features = in_features
-        self.out_features = out_features
         self.rank = rank
-        # A parameter rather than a buffer: buffers of size zero break disk offload in Transformers 4.57.
-        self.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter; `weight` as one that is never trainable. Assigning an attribute calls this as well."""
-        super().register_parameter(name, _guarding(param) if name == "weight" else param)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredLinear:
-        super()._apply(fn, recurse)
-        # Moved to another kind of device, a parameter is replaced by an ordinary one.
-        self._parameters["weight"] = _guarding(self._parameters["weight"])
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # Pickled, a parameter becomes an ordinary one.
-        self._parameters["weight"] = _guarding(self._parameters["weight"])
 
     @property
     @abstractmethod

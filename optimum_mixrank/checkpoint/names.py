@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import transformers
 from torch import nn
 
-from .modeling import FactoredLinear
+from .modeling import GuardedLinear
+from .narrowing import stacked
 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer of the encoder.
+    """A linear layer of the encoder, or several that see the same input, stacked as one.
 
     Attributes:
         name: Name of the module within the model.
         canonical_name: Name on disk, relative to the base model; key of the rank map.
         module: The layer.
+        members: The layers that a joint one stands for, in the order of its rows; empty for a single layer.
     """
 
     name: str
     canonical_name: str
     module: nn.Linear
+    members: tuple[Target, ...] = ()
+
+    @property
+    def layers(self) -> tuple[Target, ...]:
+        """The layers of the model that it stands for: its members, or itself."""
+        return self.members or (self,)
 
     @property
     def shape(self) -> tuple[int, int]:
         """The shape of the weight, `(out_features, in_features)`."""
         return self.module.out_features, self.module.in_features
+
+
+def joint_target(members: Sequence[Target]) -> Target:
+    """Return several layers that see the same input as one: `attention.query+key+value`.
+
+    Raises:
+        ValueError: if only some of them have a bias, or they have different numbers of inputs.
+    """
+    return Target(
+        _joined([member.name for member in members]),
+        _joined([member.canonical_name for member in members]),
+        stacked([member.module for member in members]),
+        tuple(members),
+    )
+
+
+def _joined(names: Sequence[str]) -> str:
+    parent = names[0].rpartition(".")[0]
+    last = [name.rpartition(".")[2] if name.rpartition(".")[0] == parent else name for name in names]
+    return f"{parent}." * bool(parent) + "+".join(last)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
@@ -37,7 +65,7 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     prefix = getattr(model, "base_model_prefix", "")
     names = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | FactoredLinear):
+        if isinstance(module, nn.Linear | GuardedLinear):
             on_disk = to_disk(f"{name}.weight").removesuffix(".weight")
             names[name] = on_disk.removeprefix(f"{prefix}.") if prefix else on_disk
     return names

@@ -95,12 +95,11 @@ class MixRankHfQuantizer(HfQuantizer):
             dtype: Dtype of the result; default: that of the model.
         """
         from .composite import forget_compression
-        from .modeling import FactoredLinear, replace_module
+        from .dense import dense_layers
+        from .modeling import replace_module
 
-        factored = {name: each for name, each in model.named_modules() if isinstance(each, FactoredLinear)}
         # All products before the first replacement, so that an error leaves the model as it was.
-        dense = {name: module.to_linear() for name, module in factored.items()}
-        for name, module in dense.items():
+        for name, module in dense_layers(model).items():
             replace_module(model, name, module)
         forget_compression(model)
         return model if dtype is None else model.to(dtype)

@@ -20,8 +20,8 @@ from ..runtime.folders import (
     resolved,
     staging_folder,
 )
+from .entries import compressed_layers
 from .files import check_saved_files
-from .modeling import FactoredLinear
 from .replacing import (
     CARD_NAME,
     HTML_NAME,
@@ -156,7 +156,7 @@ def save_checkpoint(
         ValueError: if the model is unexpectedly dense, or the files do not hold what the model holds.
         FileExistsError: as `writable_directory`, and as `replace_checkpoint`.
     """
-    if not dense and not any(isinstance(module, FactoredLinear) for module in model.modules()):
+    if not dense and not compressed_layers(model):
         raise ValueError(
             f"This {type(model).__name__} holds no factored layer; save a dense model with its own `save_pretrained`."
         )

@@ -123,14 +123,14 @@ examples:
     def _models(self) -> dict[str, PreTrainedModel]:
         """Return both models by name, on the device."""
         from ..checkpoint.dense import to_dense
-        from ..checkpoint.modeling import FactoredLinear
+        from ..checkpoint.entries import compressed_layers
         from ..checkpoint.original import parse_dtype
 
         args = self.args
         model = load_checkpoint(args, args.model, parse_dtype(args.dtype))
         if args.reference is not None:
             reference = load_checkpoint(args, args.reference, model.dtype)
-        elif any(isinstance(module, FactoredLinear) for module in model.modules()):
+        elif compressed_layers(model):
             reference = to_dense(copy.deepcopy(model))
         else:
             raise ValueError(

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint.factorize import layer_from_state, values_beside
-from ..checkpoint.modeling import FactoredLinear, replace_module
-from ..checkpoint.names import Target
+from ..checkpoint.factorize import (
+    changed_layers,
+    entry_within,
+    insert_layer,
+    layer_from_state,
+    layer_of,
+    values_beside,
+)
+from ..checkpoint.names import Target, joint_target
 from ..checkpoint.rank_map import parse_rank_map
 from ..runtime.distributed import Processes
 from ..runtime.journal import Journal
@@ -25,10 +31,9 @@ def save_steps(task: CompensationTask, results: Sequence[CompensationResult]) ->
     """Save the model after the steps finished so far, and their results."""
     if not task.journal.is_kept:
         return
-    layers = [name for name, module in task.model.named_modules() if isinstance(module, FactoredLinear)]
     values = {"results": [dataclasses.asdict(result) for result in results]}
     with task.processes.raise_on_all_ranks():
-        save_layers(task.journal, _NAME, task.model, layers, values, other=True)
+        save_layers(task.journal, _NAME, task.model, task.targets, values, other=True)
 
 
 def resume_steps(task: CompensationTask) -> list[CompensationResult]:
@@ -41,26 +46,28 @@ def save_layers(
     journal: Journal,
     name: str,
     model: nn.Module,
-    layers: Iterable[str],
+    targets: Sequence[Target],
     values: Mapping[str, Any],
     other: bool = False,
 ) -> None:
-    """Save factored layers, given by module name, and JSON values as a journal entry that all processes share.
+    """Save the compressed layers among some of a model, and JSON values, as a journal entry that all processes share.
 
     With `other`, all other parameters and buffers of the model are saved too.
     """
-    modules = {layer: cast(FactoredLinear, model.get_submodule(layer)) for layer in layers}
-    entries = {layer: module.entry.to_dict() for layer, module in modules.items()}
+    changed = changed_layers(model, targets)
+    layers = {target.name: layer_of(model, target) for target in changed}
+    entries = {target.name: entry_within(layers[target.name], target.module).to_dict() for target in changed}
     # The `weight` of a factored layer is an empty placeholder.
     tensors = {
         f"{layer}.{key}": tensor
-        for layer, module in modules.items()
+        for layer, module in layers.items()
         for key, tensor in module.state_dict().items()
         if tensor.numel()
     }
     if other:
-        tensors.update(values_beside(model, modules))
-    journal.save(name, tensors, {"layers": entries, **values}, shared=True)
+        tensors.update(values_beside(model, [layer.name for target in changed for layer in target.layers]))
+    members = {target.name: [member.name for member in target.members] for target in changed if target.members}
+    journal.save(name, tensors, {"layers": entries, "members": members, **values}, shared=True)
 
 
 @torch.no_grad()
@@ -75,14 +82,15 @@ def load_layers(
         entry = journal.load(name, shared=True)
     if not all(processes.gather(entry is not None)) or entry is None:
         return None
-    dense = {target.name: target.module for target in targets}
+    by_name = {target.name: target for target in targets}
+    members: Mapping[str, Sequence[str]] = entry.values.get("members", {})
+    by_name |= {joint: joint_target([by_name[part] for part in parts]) for joint, parts in members.items()}
     layers = parse_rank_map(entry.values["layers"])
     for layer, described in layers.items():
-        prefix = f"{layer}."
-        names = [key.removeprefix(prefix) for key in entry.tensors if key.startswith(f"{prefix}factor_")]
-        state = {name: entry.tensors[prefix + name] for name in names}
-        replace_module(model, layer, layer_from_state(state, dense[layer], described))
-    for key, tensor in values_beside(model, layers).items():
+        prefix, target = f"{layer}.", by_name[layer]
+        state = {key.removeprefix(prefix): value for key, value in entry.tensors.items() if key.startswith(prefix)}
+        insert_layer(model, target, layer_from_state(state, target.module, described), described.chunks)
+    for key, tensor in values_beside(model, [each.name for layer in layers for each in by_name[layer].layers]).items():
         if key in entry.tensors:
             tensor.copy_(entry.tensors[key])
     return entry.values

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 
+_TINY = torch.finfo(torch.float64).tiny
+
 _NEGLIGIBLE = 1e-10
 """Share of a unit's variance below which what the kept units leave of it is taken for rounding errors."""
 
@@ -70,11 +72,12 @@ def select_units(hidden_moment: Tensor, target_moment: Tensor, most: int | None 
     variances = hidden_moment.diagonal().clone()
     smallest = _NEGLIGIBLE * variances
     rows = hidden_moment.new_zeros(most, size)
-    left = target_moment.clone()
+    # One row per unit, so that both norms and products run along memory.
+    left = target_moment.T.contiguous()
     order: list[int] = []
-    directions = target_moment.new_zeros(len(target_moment), most)
+    directions = target_moment.new_zeros(most, len(target_moment))
     for step in range(most):
-        scores = left.square().sum(dim=0) / variances.clamp_min(torch.finfo(variances.dtype).tiny)
+        scores = torch.linalg.vector_norm(left, dim=1).square_() / variances.clamp_min(_TINY)
         scores[variances <= smallest] = -1.0
         unit = int(scores.argmax())
         if scores[unit] < 0:
@@ -82,13 +85,13 @@ def select_units(hidden_moment: Tensor, target_moment: Tensor, most: int | None 
         pivot = variances[unit].sqrt()
         # The next row of the Cholesky factor; those before it hold what the units kept so far explain.
         row = (hidden_moment[unit] - rows[:step, unit] @ rows[:step]) / pivot
-        direction = left[:, unit] / pivot
-        left.addr_(direction, row, alpha=-1)
+        direction = left[unit] / pivot
+        left.addr_(row, direction, alpha=-1)
         variances -= row.square()
         variances[unit] = 0.0
-        rows[step], directions[:, step] = row, direction
+        rows[step], directions[step] = row, direction
         order.append(unit)
-    return UnitSelection(torch.tensor(order, dtype=torch.int64, device=left.device), directions[:, : len(order)])
+    return UnitSelection(torch.tensor(order, dtype=torch.int64, device=left.device), directions[: len(order)].T)
 
 
 def solved_for_units(hidden_moment: Tensor, target_moment: Tensor, units: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from ..checkpoint.factorize import rank_map_of, warn_of_other_layouts
 from ..checkpoint.modeling import replace_module
 from ..checkpoint.names import Target
 from ..checkpoint.quantizer import MixRankHfQuantizer, attach
-from ..checkpoint.rank_map import FactoredLayer
+from ..checkpoint.rank_map import FactoredLayer, layout_version
 from ..compensation.compensator import IN_MEMORY, CompensationResult, CompensationTask
 from ..compensation.run import CompensationImages, compensate, prepare_images
 from ..reporting.build import Outcome, build_report, measure
@@ -311,7 +311,11 @@ def _compensate(
 
 def _configuration(run: CompressionRun, rank_map: Mapping[str, FactoredLayer]) -> MixRankConfig:
     """Return the configuration that is stored with the compressed model."""
-    config = dataclasses.replace(run.config, rank_map={name: entry.to_dict() for name, entry in rank_map.items()})
+    config = dataclasses.replace(
+        run.config,
+        rank_map={name: entry.to_dict() for name, entry in rank_map.items()},
+        layout_version=layout_version(rank_map.values()),
+    )
     if run.calibration is not None and run.calibration.fisher_samples is not None:
         config.fisher_samples = run.calibration.fisher_samples
     return config

@@ -220,7 +220,7 @@ def factorize_layers(
     for name, layer in make_layers(
         in_order, lambda target: factory.make(makers[target.name]), processes, "Factorizing"
     ):
-        insert_layer(model, makers[name].target, layer)
+        insert_layer(model, makers[name].target, layer, makers[name].chunks)
     return rank_map_of(model, targets)
 
 
@@ -231,6 +231,11 @@ class _Place:
     target: Target
     choice: LayerChoice
     mlp: Mlp | None = None
+
+    @property
+    def chunks(self) -> int:
+        """Number of stacked parts of its outputs that lose the same units."""
+        return 2 if self.mlp is not None and self.target is self.mlp.first and self.mlp.has_fused_gate else 1
 
 
 def _site_places(sites: Sequence[Site], choices: Mapping[str, LayerChoice]) -> Iterator[_Place]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..allocation.budget import Losses
 from ..allocation.choice import LayerChoice
@@ -20,8 +21,10 @@ from ..calibration.result import Calibration
 from ..calibration.sites import Mlp, Site
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.files import count_parameters, safetensors_bytes, stored_dtype
+from ..checkpoint.modeling import FactoredLinear
 from ..checkpoint.names import Target
 from ..checkpoint.rank_map import FactoredLayer
+from ..checkpoint.shared import SharedLinear
 from ..compensation import CompensationResult
 from ..evaluation.flops import flops_per_image
 from ..runtime.distributed import Processes
@@ -160,11 +163,17 @@ def _layer_report(outcome: Outcome, linear: Target) -> LayerReport:
         kept_energy=kept,
         targeted=choice is not None,
         parameters_before=m * n,
-        parameters_after=m * n if entry is None else entry.num_values(m, n),
+        parameters_after=_num_values(outcome.model.get_submodule(linear.name)),
         predicted_loss=loss if outcome.predicted else None,
         shape_after=(m, n) if entry is None or entry.shape is None else entry.shape,
         members=() if entry is None or entry.members is None else entry.members,
     )
+
+
+def _num_values(module: nn.Module) -> int:
+    if isinstance(module, FactoredLinear | SharedLinear):
+        return module.num_values
+    return module.weight.numel()
 
 
 def _losses(outcome: Outcome, name: str, entry: FactoredLayer, choice: LayerChoice) -> tuple[float, float]:

@@ -177,13 +177,13 @@ class LayerwiseCompensator(Compensator):
         mlp, task = first.mlp, run.task
         assert mlp is not None  # the place of a first layer belongs to one
         second = next(place for place in run.places if place.mlp is mlp and not place.is_first)
-        kept = {target: layer_of(task.model, target) for target in (first.target, second.target)}
+        kept = {place: layer_of(task.model, place.target) for place in (first, second)}
         for target in mlp.layers:
             replace_module(task.model, target.name, target.module)
         following = next(name for name, target in run.inside.items() if target.name == second.target.name)
         pairs = _accumulate(run, [group, [following]], outputs)
-        for target, layer in kept.items():
-            insert_layer(task.model, target, layer)
+        for place, layer in kept.items():
+            insert_layer(task.model, place.target, layer, place.chunks)
         moments = _moments(second, pairs, None)
         units[mlp.name] = self.choose_units(second, moments.inputs, moments.targets)
         return pairs
@@ -199,7 +199,7 @@ class LayerwiseCompensator(Compensator):
 
         errors = {}
         for name, layer in make_layers([place.target for place in places], solve, task.processes):
-            insert_layer(task.model, by_name[name].target, layer)
+            insert_layer(task.model, by_name[name].original, layer, by_name[name].chunks)
             error = _relative_error(layer, moments[name])
             if not math.isfinite(error):
                 raise ValueError(
@@ -286,7 +286,7 @@ def _save(task: CompensationTask, segments: Sequence[str], progress: _LayerwiseP
     with task.processes.raise_on_all_ranks():
         if task.journal.due():
             prefixes = tuple(f"{segment}." for segment in segments[: progress.segments])
-            finished = [target.name for target in task.factored if target.name.startswith(prefixes)]
+            finished = [target for target in task.factored if target.name.startswith(prefixes)]
             save_layers(task.journal, "layers", task.model, finished, dataclasses.asdict(progress))
 
 

@@ -16,7 +16,7 @@ from ...decomposition.mlp import rows_of_units
 from ..compensator import CompensationTask
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Place:
     """A layer of the compressed model that is computed anew.
 
@@ -40,7 +40,19 @@ class Place:
     @property
     def layers(self) -> tuple[Target, ...]:
         """The layers of the model that it stands for."""
-        return self.target.members or (self.target,)
+        return self.target.layers
+
+    @property
+    def original(self) -> Target:
+        """The original layer, or joint one, at full width."""
+        if self.mlp is None:
+            return self.target
+        return self.mlp.first if self.is_first else self.mlp.second
+
+    @property
+    def chunks(self) -> int:
+        """Number of stacked parts of its outputs that lose the same units."""
+        return 2 if self.is_first and self.mlp is not None and self.mlp.has_fused_gate else 1
 
     @property
     def is_first(self) -> bool:

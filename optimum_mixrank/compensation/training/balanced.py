@@ -10,6 +10,7 @@ from torch import nn
 
 from ...checkpoint.factorize import factored_linear
 from ...checkpoint.modeling import FactoredLinear, LowRankLinear, replace_module
+from ...checkpoint.narrowing import mark_narrow, narrow_from
 from ...decomposition import balance
 from ...runtime.precision import to_float64
 
@@ -46,6 +47,8 @@ def balanced_factors(model: nn.Module) -> Iterator[list[str]]:
         for key, parameter in layer.named_parameters():
             # A layer that is now stored in another layout may have other biases.
             parameter.requires_grad_(before.get(key, old.factor_a.weight).requires_grad)
+        if (narrow := narrow_from(old)) is not None:
+            mark_narrow(layer, *narrow)
         replace_module(model, name, layer.train(old.training))
 
 

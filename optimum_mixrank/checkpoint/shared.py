@@ -1,0 +1,193 @@
+"""Linear layers that share their first factor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .modeling import FactoredLinear, GuardedLinear
+from .narrowing import linear_like
+from .rank_map import FactoredLayer, decode_rows
+
+
+class _Result(NamedTuple):
+    """The joint outputs for an input, the state that they were computed in, and the members that have not taken theirs."""
+
+    input: Tensor
+    state: tuple[Any, ...]
+    output: Tensor
+    waiting: frozenset[int]
+
+
+class _Memo:
+    """Holds the joint outputs from the call of the first member until that of the last; never copied or pickled."""
+
+    result: _Result | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Memo:
+        return _Memo()
+
+    def __reduce__(self) -> tuple[type[_Memo], tuple[()]]:
+        return _Memo, ()
+
+
+class SharedLinear(GuardedLinear):
+    """One of several linear layers with the same input, whose stacked weights are one factored layer `[W₁; W₂; …] = B A`.
+
+    The first of them holds that layer as its submodule `joint`; the others refer to the first. Whichever of them is called
+    first with an input computes the outputs of all, two products, and the others take theirs when they are called with the
+    very same tensor. For the empty `weight` see `GuardedLinear`.
+
+    Attributes:
+        members: Canonical names of all these layers, in the order of their rows.
+        position: Position of this one.
+        rows: Its rows of the joint layer.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        members: Sequence[str],
+        position: int,
+        joint: FactoredLinear,
+        holder: SharedLinear | None = None,
+    ) -> None:
+        weight = joint.weight
+        super().__init__(joint.in_features, sizes[position], weight.device, weight.dtype)
+        self.members = tuple(members)
+        self.position = position
+        start = sum(sizes[:position])
+        self.rows = slice(start, start + sizes[position])
+        # Not a submodule of the others, whose tensors would be saved several times. They refer to the first member rather
+        # than to the joint layer, which may be replaced while it is trained.
+        object.__setattr__(self, "_holder", holder)
+        if holder is None:
+            self.joint = joint
+            self._memo = _Memo()
+
+    @property
+    def holder(self) -> SharedLinear:
+        """The member that holds the joint layer."""
+        holder: SharedLinear | None = self._holder
+        return self if holder is None else holder
+
+    @property
+    def factored(self) -> FactoredLinear:
+        """The joint layer."""
+        joint = self.holder.joint
+        assert isinstance(joint, FactoredLinear)  # as `share` makes it
+        return joint
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, `[out_features]`, or None."""
+        bias = self.factored.bias
+        return None if bias is None else bias[self.rows]
+
+    def product(self) -> Tensor:
+        """Return the weight `W`, `[out_features, in_features]`, multiplied in float64; see `FactoredLinear.product`."""
+        return self.factored.product()[self.rows]
+
+    @property
+    def rank(self) -> int:
+        """The rank of the joint layer."""
+        return self.factored.rank
+
+    @property
+    def num_values(self) -> int:
+        """Number of values stored for its own rows; the first member counts the first factor too, except for pivot rows.
+
+        A pivot row counts for the member that it belongs to. All members together have those of the joint layer.
+        """
+        joint = self.factored
+        if joint.layout != "pivoted":
+            own = self.out_features * joint.rank
+            return own if self.position else own + joint.rank * joint.in_features
+        pivots = decode_rows(joint.entry.pivots or "0")
+        own_pivots = sum(self.rows.start <= row < self.rows.stop for row in pivots)
+        return own_pivots * joint.in_features + (self.out_features - own_pivots) * joint.rank
+
+    @property
+    def entry(self) -> FactoredLayer:
+        """The entry of this layer in the rank map."""
+        entry = self.factored.entry
+        return replace(entry, pivots=None if self.position else entry.pivots, members=self.members)
+
+    def to_linear(self) -> nn.Linear:
+        """Return the dense layer that computes the same function, multiplied in float64 and rounded once."""
+        dense = self.factored.to_linear()
+        bias = None if dense.bias is None else dense.bias[self.rows]
+        return linear_like(dense, dense.weight[self.rows], bias).train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `[..., in_features]` to `[..., out_features]`."""
+        return self.holder._outputs(input, self.position)[..., self.rows]
+
+    def extra_repr(self) -> str:
+        """Describe the layer for `print(model)`."""
+        names = ", ".join(name.rpartition(".")[2] for name in self.members)
+        return f"in_features={self.in_features}, out_features={self.out_features}, shared by {names}"
+
+    def _outputs(self, input: Tensor, position: int) -> Tensor:
+        """Return the outputs of the joint layer for all members."""
+        state = _state(input, self.joint)
+        known = self._memo.result
+        if known is not None and known.input is input and known.state == state and position in known.waiting:
+            output, waiting = known.output, known.waiting - {position}
+        else:
+            output = self.joint(input)
+            waiting = frozenset(range(len(self.members))) - {position}
+        # Assigned at once, so that another thread sees a whole result; if it replaces this one, only time is lost.
+        self._memo.result = _Result(input, state, output, waiting) if waiting else None
+        return output
+
+
+def _state(input: Tensor, joint: nn.Module) -> tuple[Any, ...]:
+    """Return all on which the outputs depend besides the values of the input."""
+    if torch.compiler.is_compiling():
+        # Nothing can change between the calls that are compiled together.
+        return ()
+    tensors = (input, *joint.parameters())
+    versions = tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
+    device = input.device.type
+    modes = (
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(device),
+        torch.get_autocast_dtype(device),
+        joint.training,
+    )
+    return (*map(id, tensors), *versions, *modes)
+
+
+def share(joint: FactoredLinear, sizes: Sequence[int], members: Sequence[str]) -> list[SharedLinear]:
+    """Return the layers that share a joint one.
+
+    Args:
+        joint: The factored layer of the stacked weights.
+        sizes: Number of outputs of each layer.
+        members: Their canonical names.
+
+    Raises:
+        ValueError: if the sizes do not add up.
+    """
+    if sum(sizes) != joint.out_features or len(sizes) != len(members):
+        raise ValueError(f"Layers with {list(sizes)} outputs do not make up one with {joint.out_features}.")
+    first = SharedLinear(sizes, members, 0, joint)
+    others = [SharedLinear(sizes, members, position, joint, first) for position in range(1, len(sizes))]
+    return [layer.train(joint.training) for layer in (first, *others)]
+
+
+def member_sizes(out_features: int, dense: Sequence[int]) -> list[int]:
+    """Return the numbers of outputs of layers that make up one, given those of the original ones, which are in proportion.
+
+    Raises:
+        ValueError: if the outputs cannot be divided in this proportion.
+    """
+    total = sum(dense)
+    if any(out_features * size % total for size in dense):
+        raise ValueError(f"{out_features} outputs cannot be divided in the proportion of {list(dense)}.")
+    return [out_features * size // total for size in dense]
