@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -28,8 +29,7 @@ _TOLERANCE = 1e-6
 """In stored values or ranks, so that floating-point rounding does not miss a ratio like 0.6 of a round number."""
 
 
-Losses = Mapping[str, "np.ndarray | Sequence[WidthLosses]"]
-"""Losses of layers at rank 0, 1, … by canonical name, and of MLPs at several widths by the name of their site."""
+NO_MLPS: Mapping[str, Sequence[WidthLosses]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -113,18 +113,24 @@ class RankBudget:
                     f"the dense layer: it stays dense. Ranks up to {profile.break_even} save parameters."
                 )
 
-    def allocate(self, losses: Losses, allocation: str) -> Allocation:
+    def allocate(
+        self,
+        losses: Mapping[str, np.ndarray],
+        allocation: str,
+        mlp_losses: Mapping[str, Sequence[WidthLosses]] = NO_MLPS,
+    ) -> Allocation:
         """Decide the structure of every layer.
 
         Args:
-            losses: Of each layer at rank 0, …, min(m, n), `[min(m, n) + 1]`; of the members of a site that shares an input
-                also together, as one layer; of an MLP only by width.
+            losses: Of each layer at rank 0, …, min(m, n), `[min(m, n) + 1]`, by canonical name; of layers that share an
+                input also together as one layer, by the name of the site. The layers of an MLP need none.
             allocation: Name of the allocator.
+            mlp_losses: Of each MLP at several widths, by the name of the site.
 
         Raises:
             ValueError: if the budget cannot be met.
         """
-        problem = self._problem(losses)
+        problem = self._problem(losses, mlp_losses)
         try:
             options = ALLOCATORS.create(allocation).allocate(problem)
         except BudgetError as error:
@@ -187,18 +193,24 @@ class RankBudget:
         # A ratio of 0 leaves a layer dense: there is nothing to decide.
         return [layer for layer in self.layers if layer.ratio != 0]
 
-    def _problem(self, losses: Losses) -> AllocationProblem:
+    def _problem(
+        self, losses: Mapping[str, np.ndarray], mlp_losses: Mapping[str, Sequence[WidthLosses]] = NO_MLPS
+    ) -> AllocationProblem:
         by_name = {layer.name: layer for layer in self._free}
         profiles: list[LayerProfile | SiteProfile] = []
         for site in self.sites:
             members = [by_name.pop(name) for name in site.members]
-            make = self._mlp if isinstance(site, MlpSpec) else self._shared_input
-            profiles.append(make(site, members, losses))
+            if isinstance(site, MlpSpec):
+                profiles.append(self._mlp(site, members, mlp_losses))
+            else:
+                profiles.append(self._shared_input(site, members, losses))
         profiles += [self._profile(layer, losses.get(layer.name)) for layer in by_name.values()]
         dense = sum(layer.dense_cost for layer in self.layers if layer.ratio == 0)
         return AllocationProblem(tuple(profiles), self.budget - dense)
 
-    def _shared_input(self, site: SharedInputSpec, members: Sequence[LayerSpec], losses: Losses) -> SiteProfile:
+    def _shared_input(
+        self, site: SharedInputSpec, members: Sequence[LayerSpec], losses: Mapping[str, np.ndarray]
+    ) -> SiteProfile:
         rows = sum(each.out_features for each in members)
         joint = replace(members[0], name=site.name, out_features=rows)
         return shared_input_profile(
@@ -208,7 +220,9 @@ class RankBudget:
             [each.out_features / rows for each in members],
         )
 
-    def _mlp(self, site: MlpSpec, members: Sequence[LayerSpec], losses: Losses) -> SiteProfile:
+    def _mlp(
+        self, site: MlpSpec, members: Sequence[LayerSpec], mlp_losses: Mapping[str, Sequence[WidthLosses]]
+    ) -> SiteProfile:
         *first, second = members
 
         def new_profile(name: str, out_features: int, in_features: int, tails: np.ndarray | None) -> LayerProfile:
@@ -216,7 +230,7 @@ class RankBudget:
 
         rows = sum(each.out_features for each in first)
         shapes = (rows, first[0].in_features), (second.out_features, second.in_features)
-        found = losses.get(site.name) or self._without_losses(*shapes)
+        found = mlp_losses.get(site.name) or self._without_losses(*shapes)
         return mlp_profile(site.name, (site.first, site.second), shapes, found, new_profile)
 
     def _without_losses(self, first: tuple[int, int], second: tuple[int, int]) -> list[WidthLosses]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .budget import Losses, RankBudget
+import numpy as np
+
+from ..decomposition.mlp import WidthLosses
+from .budget import NO_MLPS, RankBudget
 from .choice import LayerChoice
 
 
@@ -38,11 +41,16 @@ class BudgetPoint:
         return {name: choice.rank for name, choice in self.choices.items()}
 
 
-def profile_budgets(budgets: Iterable[RankBudget], losses: Losses, allocation: str) -> list[BudgetPoint]:
+def profile_budgets(
+    budgets: Iterable[RankBudget],
+    losses: Mapping[str, np.ndarray],
+    allocation: str,
+    mlp_losses: Mapping[str, Sequence[WidthLosses]] = NO_MLPS,
+) -> list[BudgetPoint]:
     """Allocate ranks under each of several budgets for the same layers; see `RankBudget.allocate`."""
     points = []
     for budget in budgets:
-        found = budget.allocate(losses, allocation)
+        found = budget.allocate(losses, allocation, mlp_losses)
         values = budget.num_values(found.choices)
         points.append(BudgetPoint(budget.compression_ratio, budget.kept(found), found.loss, found.choices, values))
     return points

@@ -62,7 +62,7 @@ def describe_factored_layers(model: PreTrainedModel, attach: Attach) -> None:
 
 
 def _under_names(model: PreTrainedModel, entries: Mapping[str, FactoredLayer]) -> dict[str, FactoredLayer]:
-    """Return entries in which layers that share a factor name each other as this model does, not as the part they are from."""
+    """Return entries in which layers that share a factor name each other as this model, not one of its parts, does."""
     from .names import canonical_names
     from .shared import SharedLinear
 

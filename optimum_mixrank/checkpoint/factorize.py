@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -110,14 +110,14 @@ def _put(model: nn.Module, target: Target, layer: nn.Module, chunks: int) -> Non
 
 
 def layer_of(model: nn.Module, target: Target) -> FactoredLinear | nn.Linear:
-    """Return the layer in the place of a target; of a joint one, the factored layer that its members share, or all stacked."""
+    """Return the layer in the place of a target; of a joint one, what its members share, or all of them stacked."""
     layers = [model.get_submodule(layer.name) for layer in target.layers]
     if isinstance(layers[0], SharedLinear):
         return layers[0].factored
     if not target.members:
         assert isinstance(layers[0], FactoredLinear | nn.Linear)  # nothing else takes the place of a layer
         return layers[0]
-    return stacked(cast("list[nn.Linear]", layers))
+    return stacked(layers)
 
 
 def layer_from_state(
@@ -217,7 +217,7 @@ def entry_within(layer: FactoredLinear | nn.Linear, dense: nn.Linear) -> Factore
 
 
 def changed_layers(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
-    """Return those of the original layers that are factored or have lost units; layers that share a factor as a joint one."""
+    """Return the original layers that are factored or have lost units; those that share a factor as one joint target."""
     by_name = {target.canonical_name: target for target in targets}
     found: dict[str, Target] = {}
     for target in targets:

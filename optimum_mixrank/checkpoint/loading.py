@@ -70,8 +70,8 @@ def _empty_shared(
     lacking = [member for member in members if member not in present]
     if lacking:
         raise ValueError(
-            f"{quote(lacking[0])}, whose first factor {quote(members[0])} shares, does not exist in this model. The checkpoint "
-            "belongs to another architecture."
+            f"{quote(lacking[0])}, whose first factor {quote(members[0])} shares, does not exist in this model. The "
+            "checkpoint belongs to another architecture."
         )
     sizes, inputs = [], set()
     for member in members:

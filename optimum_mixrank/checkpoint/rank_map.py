@@ -51,7 +51,7 @@ class FactoredLayer:
             stacked in this order in one factored layer, which the first of them holds; `pivots` are rows of that one.
         shape: The present shape, `(out_features, in_features)`, if units were removed.
         dense_shape: The original's shape, if units were removed.
-        chunks: Number of stacked parts of the outputs that have lost the same units: 2 where gates and values are one layer.
+        chunks: Number of stacked parts of the outputs that have lost the same units: 2 where it gives gates and values.
     """
 
     rank: int | None

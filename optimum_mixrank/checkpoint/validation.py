@@ -129,9 +129,9 @@ def check_checkpoint(config: Any) -> None:
         raise ValueError(f"quant_method={quote(config.quant_method)} is not {QUANT_METHOD!r}; leave the field out.")
     if config.layout_version not in (LAYOUT_VERSION, MIXED_VERSION):
         raise ValueError(
-            f"layout_version={quote(config.layout_version)} is unknown to optimum-mixrank {__version__}, which reads "
-            f"versions {LAYOUT_VERSION} and {MIXED_VERSION}. The checkpoint was written by optimum-mixrank {quote(config.library_version)}; "
-            "upgrade with `pip install --upgrade optimum-mixrank`."
+            f"layout_version={quote(config.layout_version)} is unknown to optimum-mixrank {__version__}, which "
+            f"reads versions {LAYOUT_VERSION} and {MIXED_VERSION}. The checkpoint was written by optimum-mixrank "
+            f"{quote(config.library_version)}; upgrade with `pip install --upgrade optimum-mixrank`."
         )
     parse_rank_map(config.rank_map)
 

@@ -89,7 +89,8 @@ class TwoSidedMlp:
             statistics[1].require(Statistic.INPUT_COVARIANCE),
             damped(moments[0], damping),
             damped(moments[1], damping),
-            *scales,
+            first_scale=scales[0],
+            second_scale=scales[1],
         )
 
     @property
@@ -161,7 +162,7 @@ class TwoSidedMlp:
         return OutputFisher(self.second_fisher).decompose(self.narrowed_second(units), hidden)
 
     def _first_moments(self, widths: Sequence[int]) -> Iterator[Tensor]:
-        """Return, for ascending widths, `Rᵀ W₁[J]ᵀ F₁[J, J] W₁[J] R`, `[n, n]`, where `R Rᵀ` is the covariance of the inputs."""
+        """Return `Rᵀ W₁[J]ᵀ F₁[J, J] W₁[J] R`, `[n, n]`, for ascending widths; `R Rᵀ` is the covariance of the inputs."""
         jitter = _JITTER * self.input_covariance.diagonal().mean()
         scaled = self.first_weight @ lower_root(self.input_covariance + jitter * _eye(self.input_covariance))
         moment = scaled.new_zeros(scaled.shape[1], scaled.shape[1])

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from transformers.utils import logging
 
-from ..allocation.budget import Losses, RankBudget
+from ..allocation.budget import RankBudget
 from ..allocation.choice import LayerChoice
 from ..allocation.profile import NATS, NORMALISED, BudgetPoint, profile_budgets
 from ..calibration.images.batches import Batch, ImageBatches
@@ -27,6 +28,7 @@ from ..checkpoint.quantizer import MixRankHfQuantizer, attach
 from ..checkpoint.rank_map import FactoredLayer, layout_version
 from ..compensation.compensator import IN_MEMORY, CompensationResult, CompensationTask
 from ..compensation.run import CompensationImages, compensate, prepare_images
+from ..decomposition.mlp import WidthLosses
 from ..reporting.build import Outcome, build_report, measure
 from ..reporting.profile import RankProfile
 from ..runtime.files import is_local_path
@@ -77,6 +79,7 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
                 sites=run.sites,
                 rank_map=rank_map,
                 losses=allocated.losses,
+                mlp_losses=allocated.mlp_losses,
                 original=original,
                 model=model,
                 calibration=calibration,
@@ -94,9 +97,10 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
 
 @dataclass(frozen=True)
 class _Allocated:
-    """The losses by layer and site, what was chosen by canonical name, and the losses under other budgets."""
+    """The losses of layers and of MLPs, what was chosen by canonical name, and the losses under other budgets."""
 
-    losses: Losses
+    losses: Mapping[str, np.ndarray]
+    mlp_losses: Mapping[str, Sequence[WidthLosses]]
     choices: Mapping[str, LayerChoice]
     profile: Sequence[BudgetPoint]
 
@@ -216,12 +220,13 @@ def _allocate(run: CompressionRun, decompositions: Decompositions) -> _Allocated
     """Allocate the ranks, and compute the losses under other budgets for the report."""
     with phase("Allocated") as allocating:
         losses = decompositions.losses(run.metric)
-        allocation = run.processes.broadcast(run.budget.allocate(losses, run.config.allocation))
+        mlp_losses = dict(decompositions.mlp_losses)
+        allocation = run.processes.broadcast(run.budget.allocate(losses, run.config.allocation, mlp_losses))
         allocating.add_detail(_rank_range(allocation.ranks))
     with phase("Profiled", logging.DEBUG) as profiling:
-        profile = profile_budgets(_around(run.budget), losses, run.config.allocation)
+        profile = profile_budgets(_around(run.budget), losses, run.config.allocation, mlp_losses)
     run.seconds.update(allocate=allocating.seconds, profile=profiling.seconds)
-    return _Allocated(losses, allocation.choices, profile)
+    return _Allocated(losses, mlp_losses, allocation.choices, profile)
 
 
 def _rank_range(ranks: Mapping[str, int | None]) -> str:

@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..allocation.budget import Losses, RankBudget
+from ..allocation.budget import RankBudget
 from ..allocation.choice import LayerChoice
 from ..calibration.result import Calibration
 from ..calibration.sites import Mlp, SharedInput, Site
@@ -114,13 +115,12 @@ class Decompositions:
         self.mlps |= {name: each if device is None else each.to(device) for name, each in other.mlps.items()}
         self.mlp_losses |= other.mlp_losses
 
-    def losses(self, metric: Metric) -> Losses:
-        """Return the losses of layers and sites, in a unit in which they can be added up."""
-        layers = {
+    def losses(self, metric: Metric) -> dict[str, np.ndarray]:
+        """Return the losses of layers, single and joint, in a unit in which they can be added up."""
+        return {
             name: (decomposition.tails() if metric.common_unit else decomposition.losses()).cpu().numpy()
             for name, decomposition in self.layers.items()
         }
-        return {**layers, **self.mlp_losses}
 
 
 def decompose(
@@ -168,7 +168,7 @@ def _decompose_mlps(
                 found.mlp_losses[mlp.name] = made[mlp.name].losses(budget.widths(mlp.num_units))
         for mlp in mlps:
             owner = owners[mlp.name]
-            found.mlp_losses[mlp.name] = processes.broadcast(found.mlp_losses.get(mlp.name), owner)
+            found.mlp_losses[mlp.name] = processes.broadcast(found.mlp_losses.get(mlp.name, []), owner)
             if not processes.is_single:
                 selection = vars(made[mlp.name].selection) if owner == processes.index else None
                 device = made[mlp.name].second_weight.device

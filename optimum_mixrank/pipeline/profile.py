@@ -40,6 +40,6 @@ def profile_model(
     for budget in budgets:
         budget.check()
     statistics = calibration if metric.uses_data else None
-    losses = decompose(metric, targets, sites, statistics, budgets[0], processes).losses(metric)
-    points = profile_budgets(budgets, losses, config.allocation)
+    found = decompose(metric, targets, sites, statistics, budgets[0], processes)
+    points = profile_budgets(budgets, found.losses(metric), config.allocation, found.mlp_losses)
     return RankProfile(points, NATS if metric.common_unit else NORMALISED)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..allocation.budget import Losses
 from ..allocation.choice import LayerChoice
 from ..calibration.result import Calibration
 from ..calibration.sites import Mlp, Site
@@ -26,6 +25,7 @@ from ..checkpoint.names import Target
 from ..checkpoint.rank_map import FactoredLayer
 from ..checkpoint.shared import SharedLinear
 from ..compensation import CompensationResult
+from ..decomposition.mlp import WidthLosses
 from ..evaluation.flops import flops_per_image
 from ..runtime.distributed import Processes
 from ..runtime.files import is_local_path
@@ -85,7 +85,8 @@ class Outcome:
         choices: What was chosen for every targeted layer.
         sites: Layers that were decided together.
         rank_map: The factored layers.
-        losses: The losses of layers and sites, as the allocator saw them.
+        losses: The losses of layers, single and joint, as the allocator saw them.
+        mlp_losses: Those of MLPs by width.
         original: Size and cost of the original.
         model: The compressed model.
         calibration: The statistics; None if no data was used.
@@ -102,7 +103,8 @@ class Outcome:
     choices: Mapping[str, LayerChoice]
     sites: Sequence[Site]
     rank_map: Mapping[str, FactoredLayer]
-    losses: Losses
+    losses: Mapping[str, np.ndarray]
+    mlp_losses: Mapping[str, Sequence[WidthLosses]]
     original: Measurement
     model: PreTrainedModel
     calibration: Calibration | None
@@ -180,14 +182,14 @@ def _losses(outcome: Outcome, name: str, entry: FactoredLayer, choice: LayerChoi
     """Return the loss of a layer and what it would lose at rank 0."""
     site = next((each for each in outcome.sites if name in {layer.canonical_name for layer in each.layers}), None)
     alone = outcome.losses.get(name)
-    if isinstance(alone, np.ndarray) and not choice.shared:
+    if alone is not None and entry.rank is not None and not choice.shared:
         # The rank is lower than the one chosen where that could not be stored in the layout.
         return float(alone[entry.rank]), float(alone[0])
     if isinstance(site, Mlp):
-        full = outcome.losses[site.name][-1]
+        full = outcome.mlp_losses[site.name][-1]
         tails = full.second if name == site.second.canonical_name else full.first / len(site.layers[:-1])
         return choice.loss, float(tails[0])
-    assert site is not None  # layers that are not decided alone belong to one
+    assert site is not None and entry.rank is not None  # what shares a factor has a rank
     joint = outcome.losses[site.name]
     return choice.loss, choice.loss / max(float(joint[entry.rank]), 1e-300) * float(joint[0])
 

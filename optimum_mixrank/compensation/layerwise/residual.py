@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -50,7 +48,7 @@ class ResidualCompensator(LayerwiseCompensator):
         self, task: CompensationTask, place: Place, input_moment: Tensor, target_moment: Tensor
     ) -> FactoredLinear | nn.Linear:
         """See `LayerwiseCompensator.solve`."""
-        current = cast("FactoredLinear | nn.Linear", layer_of(task.model, place.target))
+        current = layer_of(task.model, place.target)
         if place.rank is None or isinstance(current, nn.Linear):
             return current
         target = place.target
