@@ -30,7 +30,8 @@ def falling(size, speed=0.1, total=1.0):
 
 def losses(joint=2.0, **speeds):
     found = {
-        layer.name: falling(min(layer.out_features, layer.in_features), speeds.get(layer.name, 0.1)) for layer in LAYERS
+        layer.name: falling(min(layer.out_features, layer.in_features), speeds.get(layer.name, 0.1))
+        for layer in LAYERS
     }
     return {**found, SHARED.name: falling(32, total=joint)}
 

@@ -117,3 +117,24 @@ def test_calibration_delivers_it_and_leaves_the_model_alone(model):
     name = next(iter(calibration.layers))
     assert torch.equal(again.layers[name].gradient_moment, calibration.layers[name].gradient_moment)
     assert not torch.equal(other.layers[name].gradient_moment, calibration.layers[name].gradient_moment)
+
+
+def test_the_gradients_of_a_joint_layer_are_those_of_its_parts_stacked():
+    model = tiny_vit()
+    parts = [target.name for target in encoder_linears(model)[:3]]
+    batches = [Batch(pixels(4, seed), index=seed) for seed in range(2)]
+    wanted = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE, Statistic.GRADIENT_MOMENT})
+    statistics, _ = collect_statistics(model, batches, {"joint": wanted}, joints={"joint": parts})
+    alone, _ = collect_statistics(model, batches, dict.fromkeys(parts, wanted))
+    joint = statistics["joint"]
+    assert joint.gradient_moment.shape == (96, 96)
+    # Gradients of different layers at the same token belong together, hence the moment is no block matrix.
+    assert joint.gradient_moment[:32, 32:].norm() > 0.01 * joint.gradient_moment[:32, :32].norm()
+    assert (torch.linalg.eigvalsh(joint.gradient_moment) > -1e-9 * joint.gradient_moment.trace()).all()
+    for position, part in enumerate(parts):
+        rows = slice(32 * position, 32 * (position + 1))
+        assert torch.allclose(joint.gradient_moment[rows, rows], alone[part].gradient_moment, rtol=1e-5, atol=1e-12)
+        assert torch.equal(statistics[part].gradient_moment, joint.gradient_moment[rows, rows])
+        assert torch.equal(statistics[part].input_covariance, joint.input_covariance)
+    assert torch.allclose(joint.input_covariance, alone[parts[0]].input_covariance)
+    assert joint.num_tokens == alone[parts[0]].num_tokens and joint.num_images == 8

@@ -10,8 +10,10 @@ def moments(units=12, outputs=5, samples=60, seed=0):
     """Return the second moment of random hidden units, and that of random targets with them."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(samples, units, generator=generator, dtype=torch.float64)
-    hidden = hidden * torch.logspace(0, -2, units, dtype=torch.float64) @ torch.randn(
-        units, units, generator=generator, dtype=torch.float64
+    hidden = (
+        hidden
+        * torch.logspace(0, -2, units, dtype=torch.float64)
+        @ torch.randn(units, units, generator=generator, dtype=torch.float64)
     )
     targets = hidden @ torch.randn(units, outputs, generator=generator, dtype=torch.float64)
     return hidden.T @ hidden / samples, targets.T @ hidden / samples, targets.T @ targets / samples
