@@ -123,7 +123,8 @@ def _plan_memory(run: CompressionRun, num_images: int) -> MemoryPlan | None:
     if run.max_memory is None:
         return None
     required = {} if run.calibration is not None else required_statistics([run.metric], run.targets, run.sites)
-    task = MemoryTask(run.config, required, max(1, num_images), run.reader.batch_size, run.inplace)
+    sites = run.sites if required else ()
+    task = MemoryTask(run.config, required, max(1, num_images), run.reader.batch_size, run.inplace, sites)
     with run.processes.raise_on_all_ranks():
         plan = estimate_memory(run.model, run.targets, task, run.max_memory)
     return agree_on_plan(plan, run.processes, run.journal.directory)

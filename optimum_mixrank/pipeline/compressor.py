@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from ..calibration.images.sources import load_image_dataset, local_paths
 from ..calibration.plain_layers import MERGE
 from ..calibration.result import Calibration
+from ..calibration.sites import find_sites
 from ..calibration.targets import find_targets
 from ..calibration.task import CalibrationTask, required_statistics
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.original import check_placement, open_original
 from ..checkpoint.saving import IMAGES, ORIGINAL, check_apart
-from ..checkpoint.validation import check_integer
+from ..checkpoint.validation import STRUCTURES, check_integer
 from ..decomposition import METRICS
 from ..evaluation.evaluate import EvaluationResult, evaluate_model
 from ..reporting import CompressionReport
@@ -45,7 +46,7 @@ from .images import ImageReader
 from .memory import MaxMemory, MemoryPlan, MemoryTask, estimate_memory
 from .profile import profile_model
 from .reports import Made, MadeModels
-from .run import CompressionRun, shared_fingerprint
+from .run import CompressionRun, free_sites, shared_fingerprint
 from .saving import push_compressed, save_result
 from .unfinished import check_output, open_run
 
@@ -213,6 +214,7 @@ class MixRankCompressor(OptimumQuantizer):
         num_workers: int = 0,
         output_names: str | Sequence[str] | None = None,
         interpolate_pos_encoding: bool = False,
+        structures: Sequence[str] = STRUCTURES,
     ) -> Calibration:
         """Collect, in one pass, the statistics that metrics need, to try several ratios or metrics on the same ones.
 
@@ -229,6 +231,8 @@ class MixRankCompressor(OptimumQuantizer):
             num_workers: See `compress`.
             output_names: As in `MixRankConfig`.
             interpolate_pos_encoding: As in `MixRankConfig`.
+            structures: What layers may become, as in `MixRankConfig`, if a metric can compare that; `["rank"]` needs fewer
+                statistics.
 
         Raises:
             ValueError: for unusable images, NaN or Inf, or layers that never run.
@@ -242,6 +246,7 @@ class MixRankCompressor(OptimumQuantizer):
             exclude_modules=exclude_modules,
             fisher_samples=fisher_samples,
             seed=seed,
+            structures=list(structures),
         )
         processes, call = self.processes, ModelCall.named(output_names, interpolate_pos_encoding)
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
@@ -250,10 +255,12 @@ class MixRankCompressor(OptimumQuantizer):
             targets = find_targets(self.model, target_modules, exclude_modules)
             if not required_statistics(metrics, targets):
                 return Calibration({}, 0)
+            together = any(each.common_unit for each in metrics)
+            sites = find_sites(self.model, targets, structures, call) if together else []
             batches = reader.read(calibration_dataset)
         fingerprint = shared_fingerprint(self.model, processes)
         task = CalibrationTask(
-            self.model, fingerprint, batches, None, metrics, fisher_samples, seed, processes, call=call
+            self.model, fingerprint, batches, None, metrics, fisher_samples, seed, processes, call=call, sites=sites
         )
         return task.collect(targets)
 
@@ -388,9 +395,11 @@ class MixRankCompressor(OptimumQuantizer):
         if num_images is not None:
             check_integer("num_images", num_images, 1)
         targets = find_targets(self.model, config.target_modules, config.exclude_modules)
-        required = required_statistics([METRICS.create(config.metric)], targets)
+        metric = METRICS.create(config.metric)
+        sites = free_sites(self.model, config, targets, metric)
+        required = required_statistics([metric], targets, sites)
         images = self.processes.largest_share(num_images or config.num_samples, batch_size)
-        task = MemoryTask(config, required, images, batch_size, inplace)
+        task = MemoryTask(config, required, images, batch_size, inplace, sites)
         return estimate_memory(self.model, targets, task, max_memory)
 
     @_in_every_process

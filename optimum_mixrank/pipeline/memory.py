@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import convert_file_size_to_int
 
+from ..calibration.sites import Mlp, Site
+from ..calibration.task import joint_layers
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.names import Target
 from ..checkpoint.rank_map import break_even
@@ -57,6 +60,7 @@ class MemoryTask:
         num_images: Images of this process.
         batch_size: Images per forward pass.
         inplace: Whether the model itself is compressed rather than a copy.
+        sites: Layers whose structures are decided together.
     """
 
     config: MixRankConfig
@@ -64,6 +68,7 @@ class MemoryTask:
     num_images: int
     batch_size: int = 32
     inplace: bool = False
+    sites: Sequence[Site] = ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def estimate_memory(
         ValueError: if the limit cannot be met, or the model's configuration has no image size.
     """
     with_gradients = any(each & GRADIENT_STATISTICS for each in task.required.values())
-    size = probe_model(model, targets, with_gradients, task.config.model_call)
+    size = _with_sites(probe_model(model, targets, with_gradients, task.config.model_call), task.sites)
     if max_memory is None:
         return plan_memory(size, task)
     device = model.device
@@ -149,8 +154,12 @@ def plan_memory(
     steps, batch = task.config.compensation, min(task.batch_size, task.num_images)
     images = (HOST, size.pixels * (task.num_images if steps else 0))
     gradients = {name: required & GRADIENT_STATISTICS for name, required in task.required.items()}
-    kept = statistics_bytes(size.layers, gradients if steps else {})
-    collected = max((statistics_bytes(group, task.required) for group in groups), default=0)
+    joints = joint_layers(task.sites)
+    kept = statistics_bytes(size.layers, gradients if steps else {}, joints)
+    collected = max((statistics_bytes(group, task.required, joints) for group in groups), default=0)
+    # Hidden units are chosen from these, and solved for, until the layers are made.
+    in_mlps = {layer.name for site in task.sites if isinstance(site, Mlp) for layer in site.layers}
+    mlps = statistics_bytes([layer for layer in size.layers if layer.name in in_mlps], task.required, joints)
     found = sum(_decomposition_bytes(layer.shape, task.config.layout) for layer in size.layers)
     # A pass holds its own statistics beside the results of earlier passes; the last pass holds the most.
     left = (store, (found + kept) * (1 - 1 / passes))
@@ -166,7 +175,7 @@ def plan_memory(
             (compute, _pass_bytes(size, task, groups, batch)),
         ]
     phases["decompose"] = [images, (compute, collected), left, (store, own), decomposing]
-    phases["factorize"] = [images, (store, kept + found), (compute, copies), decomposing]
+    phases["factorize"] = [images, (store, kept + found + mlps), (compute, copies), decomposing]
     if LAYERWISE & set(steps):
         views = task.num_images * (2 if task.config.mirror else 1)
         phases["compensate"] = [
@@ -195,7 +204,7 @@ def fit_memory(size: ModelSize, task: MemoryTask, limits: Mapping[str, int]) -> 
     Raises:
         ValueError: if there is none; the message gives the least that is needed.
     """
-    most = len({layer.leader for layer in size.layers}) if task.required else 1
+    most = len({layer.together for layer in size.layers}) if task.required else 1
     ways = [ActivationStorage(*way) for way in product((MAX_CACHED_OUTPUT_BYTES, 0), (False, True))]
     if not size.on_host:
         # A GPU recomputes outputs faster than a disk delivers activations.
@@ -282,10 +291,10 @@ def parse_limits(max_memory: int | str | Mapping[int | str, int | str], device: 
 
 
 def split_layers(layers: Sequence[LayerSize], passes: int) -> list[list[LayerSize]]:
-    """Split layers into contiguous groups with about equally many weights; layers that share an input stay together."""
+    """Split layers into contiguous groups with about equally many weights; those that are needed together stay together."""
     units: dict[str, list[LayerSize]] = {}
     for layer in layers:
-        units.setdefault(layer.leader, []).append(layer)
+        units.setdefault(layer.together, []).append(layer)
     total = sum(math.prod(layer.shape) for layer in layers)
     groups: list[list[LayerSize]] = [[] for _ in range(max(1, passes))]
     before = 0
@@ -296,8 +305,30 @@ def split_layers(layers: Sequence[LayerSize], passes: int) -> list[list[LayerSiz
     return [group for group in groups if group]
 
 
-def statistics_bytes(layers: Sequence[LayerSize], required: Mapping[str, frozenset[Statistic]]) -> int:
-    """Return the bytes of statistics in float64; layers that share an input share its statistics."""
+def _with_sites(size: ModelSize, sites: Sequence[Site]) -> ModelSize:
+    names = {layer.name: site.layers[0].name for site in sites for layer in site.layers}
+    layers = [dataclasses.replace(layer, site=names.get(layer.name, "")) for layer in size.layers]
+    return dataclasses.replace(size, layers=layers)
+
+
+def statistics_bytes(
+    layers: Sequence[LayerSize],
+    required: Mapping[str, frozenset[Statistic]],
+    joints: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> int:
+    """Return the bytes of statistics in float64; layers that share an input share its statistics.
+
+    Args:
+        layers: The layers.
+        required: Statistics by name of a layer, single or joint.
+        joints: The names of the layers that each joint one stands for.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    for joint, parts in joints.items():
+        members = [by_name[part] for part in parts if part in by_name]
+        if members:
+            rows = sum(member.shape[0] for member in members)
+            layers = [*layers, dataclasses.replace(members[0], name=joint, shape=(rows, members[0].shape[1]))]
     sizes: dict[tuple[str, Statistic], int] = {}
     for layer in layers:
         for statistic in required.get(layer.name, ()):

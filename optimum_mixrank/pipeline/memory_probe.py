@@ -26,12 +26,19 @@ class LayerSize:
         shape: `(out_features, in_features)`.
         tokens: Number of vectors that it maps for one image.
         leader: First of the layers that share its input.
+        site: Name of the layers whose statistics are needed together with its own; by default those that share its input.
     """
 
     name: str
     shape: tuple[int, int]
     tokens: int
     leader: str
+    site: str = ""
+
+    @property
+    def together(self) -> str:
+        """What all layers that are calibrated in the same pass have in common."""
+        return self.site or self.leader
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """MLPs under the two-sided measure, against its definition."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_losses_of_several_widths_are_those_of_each():
 
 def test_losses_fall_with_the_width_and_full_width_loses_nothing():
     losses = [each.width_loss for each in make_mlp().losses(range(1, 17))]
-    assert all(before >= after for before, after in zip(losses, losses[1:], strict=False))
+    assert all(before >= after for before, after in itertools.pairwise(losses))
     assert losses[-1] == 0
 
 
