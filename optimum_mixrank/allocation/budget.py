@@ -16,6 +16,7 @@ from ..decomposition.mlp import WidthLosses
 from ..runtime.logging import get_logger
 from . import ALLOCATORS, AllocationProblem, BudgetError, LayerProfile
 from .choice import Allocation, LayerChoice
+from .probes import Probe, probe_of
 from .sites import SiteProfile, mlp_profile, shared_input_profile
 from .specs import LayerSpec, MlpSpec, SharedInputSpec, SiteSpec
 
@@ -88,7 +89,7 @@ class RankBudget:
     @property
     def is_reachable(self) -> bool:
         """Whether any ranks meet the budget."""
-        problem = self._problem({})
+        problem = self.problem({})
         return problem.min_cost <= problem.budget
 
     def check(self) -> None:
@@ -99,7 +100,7 @@ class RankBudget:
         """
         if not self.is_reachable:
             raise ValueError(self._unreachable())
-        profiles = [each for each in self._problem({}).layers if isinstance(each, LayerProfile)]
+        profiles = [each for each in self.problem({}).layers if isinstance(each, LayerProfile)]
         if self.budget >= self._targeted and not any(each.fixed_rank and each.candidate_ranks for each in profiles):
             raise ValueError(
                 f"compression_ratio={self.compression_ratio} of {self._base:,} {self.unit} is less than one, so that "
@@ -130,7 +131,10 @@ class RankBudget:
         Raises:
             ValueError: if the budget cannot be met.
         """
-        problem = self._problem(losses, mlp_losses)
+        return self.solve(self.problem(losses, mlp_losses), allocation)
+
+    def solve(self, problem: AllocationProblem, allocation: str) -> Allocation:
+        """Decide the structure of every layer, given what `problem` returns; see `allocate`."""
         try:
             options = ALLOCATORS.create(allocation).allocate(problem)
         except BudgetError as error:
@@ -148,6 +152,30 @@ class RankBudget:
             cost,
             problem.total_loss(options),
         )
+
+    def probes(
+        self, losses: Mapping[str, np.ndarray], mlp_losses: Mapping[str, Sequence[WidthLosses]] = NO_MLPS
+    ) -> list[Probe]:
+        """Return a structure to measure for each curve of losses: one that keeps about the share of the budget.
+
+        Curves are those of single layers, of layers that share an input as one, and of MLPs; the other arguments are those
+        of `allocate`. Curves without any structure that saves anything are left out.
+        """
+        share = max(self.budget, 0) / self._targeted
+        specs = {layer.name: layer for layer in self._free}
+        found: list[Probe] = []
+        for site in self.sites:
+            members = [specs[name] for name in site.members]
+            if isinstance(site, MlpSpec):
+                found += probe_of(self._mlp(site, members, mlp_losses), share)
+                for name in site.members:
+                    del specs[name]
+            else:
+                joint = self._profile(self._joint(site, members), losses.get(site.name))
+                found += probe_of(replace(joint, factored=True), share, site.members)
+        for layer in specs.values():
+            found += probe_of(self._profile(layer, losses.get(layer.name)), share)
+        return found
 
     def kept(self, allocation: Allocation) -> float:
         """Return the share of the targeted layers' cost that an allocation keeps."""
@@ -193,9 +221,10 @@ class RankBudget:
         # A ratio of 0 leaves a layer dense: there is nothing to decide.
         return [layer for layer in self.layers if layer.ratio != 0]
 
-    def _problem(
+    def problem(
         self, losses: Mapping[str, np.ndarray], mlp_losses: Mapping[str, Sequence[WidthLosses]] = NO_MLPS
     ) -> AllocationProblem:
+        """Return all options of layers and sites, and what may be spent on them; see `allocate` for the arguments."""
         by_name = {layer.name: layer for layer in self._free}
         profiles: list[LayerProfile | SiteProfile] = []
         for site in self.sites:
@@ -205,20 +234,26 @@ class RankBudget:
             else:
                 profiles.append(self._shared_input(site, members, losses))
         profiles += [self._profile(layer, losses.get(layer.name)) for layer in by_name.values()]
-        dense = sum(layer.dense_cost for layer in self.layers if layer.ratio == 0)
-        return AllocationProblem(tuple(profiles), self.budget - dense)
+        return AllocationProblem(tuple(profiles), self.free_budget)
+
+    @property
+    def free_budget(self) -> int:
+        """Cost that the layers may have that the user has not left dense."""
+        return self.budget - sum(layer.dense_cost for layer in self.layers if layer.ratio == 0)
 
     def _shared_input(
         self, site: SharedInputSpec, members: Sequence[LayerSpec], losses: Mapping[str, np.ndarray]
     ) -> SiteProfile:
-        rows = sum(each.out_features for each in members)
-        joint = replace(members[0], name=site.name, out_features=rows)
+        joint = self._joint(site, members)
         return shared_input_profile(
             site.name,
             [self._profile(each, losses.get(each.name)) for each in members],
             replace(self._profile(joint, losses.get(site.name)), factored=True),
-            [each.out_features / rows for each in members],
+            [each.out_features / joint.out_features for each in members],
         )
+
+    def _joint(self, site: SharedInputSpec, members: Sequence[LayerSpec]) -> LayerSpec:
+        return replace(members[0], name=site.name, out_features=sum(each.out_features for each in members))
 
     def _mlp(
         self, site: MlpSpec, members: Sequence[LayerSpec], mlp_losses: Mapping[str, Sequence[WidthLosses]]
@@ -293,7 +328,7 @@ class RankBudget:
         )
 
     def _unreachable(self) -> str:
-        problem, targeted = self._problem({}), self._targeted
+        problem, targeted = self.problem({}), self._targeted
         # The two budgets differ by the cost of the layers that stay dense.
         minimum = problem.min_cost + self.budget - problem.budget
         largest = max(targeted - minimum, 0) * 1000 // self._base / 1000

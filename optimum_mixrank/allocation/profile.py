@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..decomposition.mlp import WidthLosses
 from .budget import NO_MLPS, RankBudget
 from .choice import LayerChoice
+from .problem import AllocationProblem
 
 
 NATS = "nats per image"
@@ -47,10 +48,14 @@ def profile_budgets(
     allocation: str,
     mlp_losses: Mapping[str, Sequence[WidthLosses]] = NO_MLPS,
 ) -> list[BudgetPoint]:
-    """Allocate ranks under each of several budgets for the same layers; see `RankBudget.allocate`."""
+    """Allocate ranks under each of several budgets, which differ in nothing but their ratio; see `RankBudget.allocate`."""
     points = []
+    problem: AllocationProblem | None = None
     for budget in budgets:
-        found = budget.allocate(losses, allocation, mlp_losses)
+        # The options are the same under all budgets, and take longer to list than to choose from.
+        known = budget.problem(losses, mlp_losses) if problem is None else problem
+        problem = replace(known, budget=budget.free_budget)
+        found = budget.solve(problem, allocation)
         values = budget.num_values(found.choices)
         points.append(BudgetPoint(budget.compression_ratio, budget.kept(found), found.loss, found.choices, values))
     return points

@@ -77,6 +77,9 @@ class MixRankConfig(QuantizationConfigMixin):
         interpolate_pos_encoding (`bool`): Whether position embeddings are interpolated, for images of another size than
             the model's configuration names.
         fisher_samples (`int`): Random probes per image, a backward pass each, for the Fisher information of `"kfac"`.
+        probed_images (`int`, *optional*): Number of calibration images on which the loss of one structure per layer and
+            block is measured, by which predicted losses are scaled; 0 takes them as they are. Has an effect with `"kfac"`
+            and compensation.
         target_modules (`str`, `list[str]`, *optional*): Layers to compress, as in PEFT: a regular expression that must
             match the whole name, or a list of names or their last parts, as in Transformers 4.x
             (`attention.attention.query`) or 5.x (`attention.q_proj`). Default: all linear layers of the encoder.
@@ -125,6 +128,7 @@ class MixRankConfig(QuantizationConfigMixin):
     output_names: str | list[str] | None = None
     interpolate_pos_encoding: bool = False
     fisher_samples: int = 1
+    probed_images: int = _BY_RECIPE
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)

@@ -14,6 +14,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "layout": "factors",
         "structures": ["rank"],
         "compensation": ["residual"],
+        "probed_images": 0,
         "min_rank_ratio": 0.1,
     },
     # One forward pass, closed form.
@@ -23,6 +24,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "layout": "pivoted",
         "structures": ["rank"],
         "compensation": [],
+        "probed_images": 0,
         "min_rank_ratio": 0.05,
     },
     "best": {
@@ -31,6 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "layout": "pivoted",
         "structures": ["rank", "shared", "width"],
         "compensation": ["sequential"],
+        "probed_images": 64,
         "min_rank_ratio": 0.05,
     },
 }

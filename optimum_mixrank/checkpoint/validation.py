@@ -38,6 +38,7 @@ def check_method(config: Any) -> None:
             f"structures={quote(structures)} is not a list of {', '.join(map(repr, STRUCTURES))}; ['rank'] "
             "factorizes every layer by itself."
         )
+    check_integer("probed_images", config.probed_images, 0)
     steps, known = config.compensation, tuple(COMPENSATORS)
     if not isinstance(steps, list):
         raise ValueError(f"compensation={quote(steps)} is not a list; give the steps in their order, or [] for none.")

@@ -42,6 +42,7 @@ FIELDS: dict[str, Field] = {
     "train_batch_size": Field("train-batch-size", int, "batch size of steps that train; default: 64"),
     "view_scale": Field("view-scale", float, "size of images to crop, relative to the model's input; default: 2"),
     "fisher_samples": Field("fisher-samples", int, "random probes per image for kfac; default: 1"),
+    "probed_images": Field("probed-images", int, "images on which predicted losses are measured; 0 for none"),
     "target_modules": Field("target-modules", list, "layers to compress; default: all linear layers of the encoder"),
     "exclude_modules": Field("exclude-modules", list, "layers not to compress"),
     "rank_pattern": Field("rank-pattern", json.loads, "ranks of individual layers, such as '{\"query\": 64}'"),

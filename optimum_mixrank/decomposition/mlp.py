@@ -39,6 +39,10 @@ class WidthLosses:
     first: Tensor
     second: Tensor
 
+    def scaled(self, factor: float) -> WidthLosses:
+        """Return the losses multiplied by a factor."""
+        return WidthLosses(self.width, self.width_loss * factor, self.first * factor, self.second * factor)
+
 
 @dataclass(frozen=True)
 class TwoSidedMlp:

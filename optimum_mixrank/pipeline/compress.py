@@ -36,6 +36,7 @@ from ..runtime.malloc import bounded_heap
 from ..runtime.phases import phase
 from .decompose import Decompositions, decompose, decompose_by_groups, factorize_layers
 from .memory import MemoryPlan, MemoryTask, agree_on_plan, estimate_memory
+from .probing import scale_losses
 from .run import CompressionRun
 from .unfinished import check_images
 
@@ -61,6 +62,8 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
         images, memory = _images_within_memory(run)
         learning = _prepare_compensation(run, images)
         decompositions, calibration = _decompose(run, images, memory)
+        if images and run.config.probed_images and run.metric.common_unit:
+            scale_losses(run, decompositions, calibration, images)
         allocated = _allocate(run, decompositions)
         model = run.model if run.inplace else copy.deepcopy(run.model)
         with _restored_on_failure(run, model) as untouched:

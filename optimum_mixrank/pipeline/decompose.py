@@ -115,6 +115,15 @@ class Decompositions:
         self.mlps |= {name: each if device is None else each.to(device) for name, each in other.mlps.items()}
         self.mlp_losses |= other.mlp_losses
 
+    def scale(self, factors: Mapping[str, float]) -> None:
+        """Multiply losses by factors, given by the names of layers and sites."""
+        for name, factor in factors.items():
+            if name in self.layers:
+                found = self.layers[name]
+                self.layers[name] = dataclasses.replace(found, energies=found.energies * factor)
+            else:
+                self.mlp_losses[name] = [each.scaled(factor) for each in self.mlp_losses[name]]
+
     def losses(self, metric: Metric) -> dict[str, np.ndarray]:
         """Return the losses of layers, single and joint, in a unit in which they can be added up."""
         return {
@@ -212,10 +221,8 @@ def factorize_layers(
         layout: How factors are stored; see `FactoredLayer`.
         processes: The processes that share the work.
     """
-    makers = {
-        place.target.name: place for place in (*_site_places(sites, choices), *_single_places(targets, sites, choices))
-    }
-    factory = _Factory(found, calibration, layout)
+    makers = {place.target.name: place for place in places_of(targets, sites, choices)}
+    factory = LayerFactory(found, calibration, layout)
     in_order = [place.target for place in makers.values()]
     for name, layer in make_layers(
         in_order, lambda target: factory.make(makers[target.name]), processes, "Factorizing"
@@ -225,7 +232,7 @@ def factorize_layers(
 
 
 @dataclass(frozen=True)
-class _Place:
+class ChosenLayer:
     """A layer, or a joint one, that is to be replaced; `mlp` is the one that it belongs to."""
 
     target: Target
@@ -238,44 +245,54 @@ class _Place:
         return 2 if self.mlp is not None and self.target is self.mlp.first and self.mlp.has_fused_gate else 1
 
 
-def _site_places(sites: Sequence[Site], choices: Mapping[str, LayerChoice]) -> Iterator[_Place]:
+def places_of(
+    targets: Sequence[Target], sites: Sequence[Site], choices: Mapping[str, LayerChoice]
+) -> list[ChosenLayer]:
+    """Return the layers to make for what has been chosen, by canonical name, for all targets."""
+    return [*_site_places(sites, choices), *_single_places(targets, sites, choices)]
+
+
+def _site_places(sites: Sequence[Site], choices: Mapping[str, LayerChoice]) -> Iterator[ChosenLayer]:
     for site in sites:
         choice = choices[site.layers[0].canonical_name]
         if isinstance(site, Mlp):
             for target, its in ((site.first, choice), (site.second, choices[site.second.canonical_name])):
                 if not its.is_dense:
-                    yield _Place(target, its, site)
+                    yield ChosenLayer(target, its, site)
         elif choice.shared:
-            yield _Place(site.joint, choice)
+            yield ChosenLayer(site.joint, choice)
 
 
 def _single_places(
     targets: Sequence[Target], sites: Sequence[Site], choices: Mapping[str, LayerChoice]
-) -> Iterator[_Place]:
+) -> Iterator[ChosenLayer]:
     in_mlps = {layer.name for site in sites if isinstance(site, Mlp) for layer in site.layers}
     for target in targets:
         choice = choices[target.canonical_name]
         if target.name not in in_mlps and not choice.shared and not choice.is_dense:
-            yield _Place(target, choice)
+            yield ChosenLayer(target, choice)
 
 
 @dataclass(frozen=True)
-class _Factory:
-    """Makes layers from decompositions."""
+class LayerFactory:
+    """Makes layers from decompositions, which are removed when they have been used unless `keep` is set."""
 
     found: Decompositions
     calibration: Calibration | None
     layout: str
+    keep: bool = False
 
-    def make(self, place: _Place) -> nn.Module:
+    def make(self, place: ChosenLayer) -> nn.Module:
         """Return the layer that has been chosen."""
         if place.mlp is not None:
             return self._part_of_mlp(place, place.mlp)
         assert place.choice.rank is not None  # dense layers are left out
-        A, B = self.found.layers.pop(place.target.canonical_name).factors(place.choice.rank)
+        name = place.target.canonical_name
+        found = self.found.layers[name] if self.keep else self.found.layers.pop(name)
+        A, B = found.factors(place.choice.rank)
         return factored_linear(place.target.module, A, B, self.layout, self._mean(place.target))
 
-    def _part_of_mlp(self, place: _Place, mlp: Mlp) -> nn.Module:
+    def _part_of_mlp(self, place: ChosenLayer, mlp: Mlp) -> nn.Module:
         decomposed, rank = self.found.mlps[mlp.name], place.choice.rank
         units = decomposed.units(place.choice.width or mlp.num_units)
         mean = self._mean(place.target)
