@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.hooks import hooks_removed_on_exit
-from ..runtime.outputs import PLAIN_CALL, ModelCall
+from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
 
 
 @dataclass
@@ -77,6 +77,7 @@ class SegmentReplay:
         batches: `pixel_values`, each `[batch, channels, height, width]`; iterated over once per segment.
         keep: How calls are stored.
         call: How the model is called.
+        keep_results: Whether to keep what the segment before the current one has returned, for `outputs`.
     """
 
     def __init__(
@@ -86,8 +87,10 @@ class SegmentReplay:
         batches: Iterable[Tensor],
         keep: Keep = in_memory,
         call: ModelCall = PLAIN_CALL,
+        keep_results: bool = False,
     ) -> None:
         self._model = model
+        self._keep_results = keep_results
         self._call = call
         self._segments = list(segments)
         self._batches = batches
@@ -95,6 +98,8 @@ class SegmentReplay:
         self._dtype = next(model.parameters()).dtype
         self._position = 0
         self._keep = keep
+        # What the segment before the current one has returned, by index of the batch.
+        self._results: dict[int, Any] = {}
         self.calls = [keep(index, self._capture(batch, 0)) for index, batch in enumerate(batches)]
 
     @property
@@ -117,9 +122,24 @@ class SegmentReplay:
             return False
         for index, batch in enumerate(self._batches):
             output = outputs[index] if index in outputs else self.calls[index](self.segment)
+            if self._keep_results:
+                self._results[index] = output
             self.calls[index] = self._keep(index, self._capture(batch, self._position + 1, output))
         self._position += 1
         return True
+
+    @torch.no_grad()
+    def outputs(self) -> list[ModelOutput]:
+        """Return the model's outputs for all batches, computed from the current segment on, on the CPU.
+
+        The replay must have been made with `keep_results`.
+        """
+        skipped = [self._model.get_submodule(name) for name in self._segments[: self._position]]
+        found = []
+        for index, batch in enumerate(self._batches):
+            with _returning(skipped, self._results.get(index)):
+                found.append(self._call(self._model, batch.to(self._device, self._dtype)).cpu())
+        return found
 
     def _capture(self, batch: Tensor, position: int, output: Any = None) -> Call:
         skipped = [self._model.get_submodule(name) for name in self._segments[:position]]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import starmap
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 
 from ..allocation.choice import LayerChoice
@@ -15,6 +16,8 @@ from ..calibration.result import Calibration
 from ..checkpoint.factorize import insert_layer
 from ..checkpoint.modeling import replace_module
 from ..compensation.held_out import model_outputs, output_error
+from ..compensation.segments import SegmentReplay, find_segments
+from ..runtime.forward import evaluation_mode
 from ..runtime.outputs import ModelOutput
 from ..runtime.phases import phase
 from .decompose import Decompositions, LayerFactory, places_of
@@ -31,16 +34,21 @@ def scale_losses(
     """Scale all curves of predicted losses by measured ones; return the factors by the names of layers and sites.
 
     The loss of a structure is the error of the model's output, see `output_error`, with that structure alone in the
-    original model and without compensation.
+    original model and without compensation. Each block is replayed from its own inputs, so that only it and the blocks
+    after it are run.
     """
     batches = _first(images, run.config.probed_images, run)
     probes = run.budget.probes(decompositions.losses(run.metric), decompositions.mlp_losses)
-    with phase("Measured losses") as measuring:
+    factory = LayerFactory(decompositions, calibration, "factors", keep=True)
+    scales: dict[str, float] = {}
+    with phase("Measured losses") as measuring, evaluation_mode(run.model):
         references = model_outputs(run.model, batches, run.config.model_call)
-        scales: dict[str, float] = {}
-        for probe in logging.tqdm(probes, desc="Measuring losses", unit="structure"):
-            error = _error(run, probe, decompositions, calibration, batches, references)
-            scales[probe.name] = min(max(error / probe.loss, SMALLEST_SCALE), LARGEST_SCALE)
+        bar = logging.tqdm(total=len(probes), desc="Measuring losses", unit="structure")
+        with bar:
+            for probe, outputs in _by_segment(run, probes, batches, references):
+                error = output_error(_outputs_with(run, probe, factory, outputs), references, run.processes)
+                scales[probe.name] = min(max(error / probe.loss, SMALLEST_SCALE), LARGEST_SCALE)
+                bar.update()
         measuring.add_detail(f"{len(probes)} structures")
     run.seconds["probe"] = measuring.seconds
     decompositions.scale(scales)
@@ -59,30 +67,47 @@ def _first(images: Sequence[Batch], count: int, run: CompressionRun) -> list[Ten
     return found
 
 
+def _by_segment(
+    run: CompressionRun, probes: Sequence[Probe], batches: Sequence[Tensor], references: Sequence[ModelOutput]
+) -> Iterator[tuple[Probe, Callable[[], list[ModelOutput]]]]:
+    """Yield the probes in forward order, with the function that returns the outputs of the model as it is then."""
+    call, names = run.config.model_call, {target.canonical_name: target.name for target in run.targets}
+    segments = find_segments(run.model, [target.name for target in run.targets])
+    replay = SegmentReplay(run.model, segments, batches, call=call, keep_results=True)
+    for segment in segments:
+        # Models with several stacks of blocks compute something else from the last output of one.
+        exact = all(starmap(_agree, zip(replay.outputs(), references, strict=True)))
+        exact = all(run.processes.gather(exact))
+        outputs = replay.outputs if exact else lambda: model_outputs(run.model, batches, call)
+        for probe in probes:
+            if names[next(iter(probe.choices))].startswith(f"{segment}."):
+                yield probe, outputs
+        replay.advance()
+
+
+def _agree(found: ModelOutput, reference: ModelOutput) -> bool:
+    pairs = list(zip(found.features, reference.features, strict=True))
+    if found.logits is not None and reference.logits is not None:
+        pairs.append((found.logits, reference.logits))
+    return all(torch.equal(a, b) or torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
+
+
 @torch.no_grad()
-def _error(
-    run: CompressionRun,
-    probe: Probe,
-    decompositions: Decompositions,
-    calibration: Calibration | None,
-    batches: Sequence[Tensor],
-    references: Sequence[ModelOutput],
-) -> float:
-    """Return the error of the original model with a single structure in it."""
+def _outputs_with(
+    run: CompressionRun, probe: Probe, factory: LayerFactory, outputs: Callable[[], list[ModelOutput]]
+) -> list[ModelOutput]:
+    """Return the outputs of the original model with a single structure in it."""
     choices: Mapping[str, LayerChoice] = {
         **{target.canonical_name: LayerChoice() for target in run.targets},
         **probe.choices,
     }
     places = places_of(run.targets, run.sites, choices)
-    factory = LayerFactory(decompositions, calibration, run.config.layout, keep=True)
-    layers: list[tuple[str, nn.Module]] = [
-        (layer.name, layer.module) for place in places for layer in place.target.layers
-    ]
-    try:
-        for place in places:
-            insert_layer(run.model, place.target, factory.make(place), place.chunks)
-        outputs = model_outputs(run.model, batches, run.config.model_call)
-    finally:
-        for name, module in layers:
-            replace_module(run.model, name, module)
-    return output_error(outputs, references, run.processes)
+    layers = [layer for place in places for layer in place.target.layers]
+    with run.processes.raise_on_all_ranks():
+        try:
+            for place in places:
+                insert_layer(run.model, place.target, factory.make(place).eval(), place.chunks)
+            return outputs()
+        finally:
+            for layer in layers:
+                replace_module(run.model, layer.name, layer.module)
