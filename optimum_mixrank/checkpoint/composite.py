@@ -62,18 +62,29 @@ def describe_factored_layers(model: PreTrainedModel, attach: Attach) -> None:
 
 
 def _under_names(model: PreTrainedModel, entries: Mapping[str, FactoredLayer]) -> dict[str, FactoredLayer]:
-    """Return entries in which layers that share a factor name each other as this model, not one of its parts, does."""
+    """Return entries in which layers that share a factor name each other as this model, not one of its parts, does.
+
+    Raises:
+        ValueError: if some of the layers that share a factor have been replaced, so that its rows have no owner.
+    """
     from .names import canonical_names
     from .shared import SharedLinear
 
     names = canonical_names(model)
     groups: dict[int, dict[int, str]] = {}
+    sizes: dict[int, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, SharedLinear):
             groups.setdefault(id(module.holder), {})[module.position] = names[name]
+            sizes[id(module.holder)] = len(module.members)
     found = dict(entries)
-    for group in groups.values():
+    for holder, group in groups.items():
         members = tuple(group[position] for position in sorted(group))
+        if len(members) != sizes[holder]:
+            raise ValueError(
+                f"{', '.join(members)} shared a factor with layers that this {type(model).__name__} no longer holds, and "
+                "cannot be saved without them. Make the model dense with `to_dense` before layers are replaced."
+            )
         found.update({name: replace(entries[name], members=members) for name in members})
     return found
 
