@@ -26,9 +26,10 @@ def mixed_model(layout="factors", factored=True, shared=True, model=None, chunks
         chunks: Number of stacked parts of the first layer of each MLP.
     """
     model = tiny_vit() if model is None else model
-    targets = [
-        Target(name, canonical, model.get_submodule(name)) for name, canonical in canonical_names(model).items()
-    ]
+    # The head of DINOv2 and the patch merging of Swin have as many inputs as MLPs have units.
+    others = ("classifier", "reduction")
+    names = {name: canonical for name, canonical in canonical_names(model).items() if not name.endswith(others)}
+    targets = [Target(name, canonical, model.get_submodule(name)) for name, canonical in names.items()]
     for target in targets:
         if target.module.in_features == 64:
             narrow = selected_columns(target.module, torch.arange(UNITS))
