@@ -1,5 +1,7 @@
 """Layers that some releases of Transformers stack on disk, where only one of them is compressed."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -9,9 +11,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2ForImageClassification
 
 from optimum_mixrank import MixRankConfig
-from optimum_mixrank.checkpoint.factorize import insert_layer, rank_map_of
+from optimum_mixrank.checkpoint.factorize import (
+    changed_layers,
+    entry_within,
+    insert_layer,
+    layer_of,
+    rank_map_of,
+    share_model,
+)
 from optimum_mixrank.checkpoint.names import Target, canonical_names
 from optimum_mixrank.checkpoint.quantizer import MixRankHfQuantizer, attach
+from optimum_mixrank.runtime.distributed import Processes
 
 
 IS_DIVIDED = int(transformers.__version__.split(".")[0]) >= 5
@@ -61,3 +71,30 @@ def test_gates_and_values_of_fewer_units(layout, tmp_path):
         torch.testing.assert_close(dense(pixels()).logits, expected, rtol=1e-4, atol=1e-4)
     shapes = {name: tensor.shape for name, tensor in swiglu().state_dict().items()}
     assert {name: tensor.shape for name, tensor in dense.state_dict().items()} == shapes
+
+
+class Other(Processes):
+    """A process that gets from the main one what this model holds."""
+
+    def __init__(self, model, targets):
+        super().__init__(index=1, count=2)
+        self.layers = [layer_of(model, target) for target in changed_layers(model, targets)]
+        self.dense = [target.module for target in changed_layers(model, targets)]
+        self.values = model.state_dict()
+
+    def broadcast(self, value, source=0):
+        return entry_within(self.layers[0], self.dense.pop(0))
+
+    def send(self, tensors, source, device=None):
+        return self.layers.pop(0).state_dict() if self.layers else {key: self.values[key] for key in tensors}
+
+
+def test_all_processes_know_what_is_stacked():
+    model, targets = mixed_model(model=swiglu(), chunks=1 if IS_DIVIDED else 2)
+    expected = rank_map_of(model, targets)
+    other = copy.deepcopy(model)
+    share_model(other, targets, Other(model, targets))
+    assert rank_map_of(other, targets) == expected
+    assert {entry.chunks for entry in expected.values()} == ({1} if IS_DIVIDED else {1, 2})
+    with torch.no_grad():
+        assert torch.equal(other(pixels()).logits, model(pixels()).logits)
