@@ -62,30 +62,44 @@ def describe_factored_layers(model: PreTrainedModel, attach: Attach) -> None:
 
 
 def _under_names(model: PreTrainedModel, entries: Mapping[str, FactoredLayer]) -> dict[str, FactoredLayer]:
-    """Return entries in which layers that share a factor name each other as this model, not one of its parts, does."""
+    """Return entries in which layers that share a factor name each other as this model, not one of its parts, does.
+
+    Raises:
+        ValueError: if some of the layers that share a factor have been replaced, so that its rows have no owner.
+    """
     from .names import canonical_names
     from .shared import SharedLinear
 
     names = canonical_names(model)
     groups: dict[int, dict[int, str]] = {}
+    sizes: dict[int, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, SharedLinear):
             groups.setdefault(id(module.holder), {})[module.position] = names[name]
+            sizes[id(module.holder)] = len(module.members)
     found = dict(entries)
-    for group in groups.values():
+    for holder, group in groups.items():
         members = tuple(group[position] for position in sorted(group))
+        if len(members) != sizes[holder]:
+            raise ValueError(
+                f"{', '.join(members)} shared a factor with layers that this {type(model).__name__} no longer holds, and "
+                "cannot be saved without them. Make the model dense with `to_dense` before layers are replaced."
+            )
         found.update({name: replace(entries[name], members=members) for name in members})
     return found
 
 
 def forget_compression(model: PreTrainedModel) -> None:
     """Remove every trace of compression from a dense model and the configurations of its parts."""
+    from .stacking import stack_again
+
+    stack_again(model)
     for each in model.modules():
         for name in ("hf_quantizer", "quantization_method"):
             # `hf_quantizer` is an attribute of every module that has been compressed or loaded by itself.
             if name in vars(each):
                 delattr(each, name)
-    for config in _configurations(model):
+    for config in configurations(model):
         if _settings(config) is not None:
             del config.quantization_config
     _drop_dtypes(model)
@@ -94,11 +108,11 @@ def forget_compression(model: PreTrainedModel) -> None:
 
 def _drop_dtypes(model: PreTrainedModel) -> None:
     """Drop the dtype that Transformers 4.57 notes in the configurations of parts, and cannot save."""
-    for config in _configurations(model):
+    for config in configurations(model):
         vars(config).pop("_pre_quantization_dtype", None)
 
 
-def _configurations(model: PreTrainedModel) -> list[Any]:
+def configurations(model: PreTrainedModel) -> list[Any]:
     """Return the configurations of a model and its parts, each once."""
     found: dict[int, Any] = {}
     waiting = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
@@ -122,6 +136,8 @@ def describe_on_saving(model_class: type[PreTrainedModel], attach: Attach) -> No
 
     Transformers calls nothing of a part when the whole is saved.
     """
+    from .stacking import stored_apart
+
     save = model_class.save_pretrained
     if getattr(save, _WRAPPED, False):
         return
@@ -131,7 +147,8 @@ def describe_on_saving(model_class: type[PreTrainedModel], attach: Attach) -> No
         # With an adapter on the factors, Transformers saves the adapter alone.
         if not getattr(self, "_hf_peft_config_loaded", False):
             describe_factored_layers(self, attach)
-        return save(self, *args, **kwargs)
+        with stored_apart(self):
+            return save(self, *args, **kwargs)
 
     setattr(save_pretrained, _WRAPPED, True)
     setattr(model_class, "save_pretrained", save_pretrained)  # noqa: B010 - mypy allows no plain assignment

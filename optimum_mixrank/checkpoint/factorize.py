@@ -190,8 +190,10 @@ def share_model(model: nn.Module, targets: Sequence[Target], processes: Processe
         return
     factored = changed_layers(model, targets)
     for target in factored:
-        layer = layer_of(model, target) if processes.is_main else None
-        insert_layer(model, target, _share_layer(layer, target.module, processes, 0))
+        present = layer_of(model, target)
+        narrow = narrow_from(present)
+        shared = _share_layer(present if processes.is_main else None, target.module, processes, 0)
+        insert_layer(model, target, shared, 1 if narrow is None else narrow[1])
     values = values_beside(model, [layer.name for target in factored for layer in target.layers])
     for name, tensor in processes.send(values, 0).items():
         values[name].copy_(tensor)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
+import transformers
 from torch import nn
 
 from ..runtime.formatting import quote, shorten
@@ -38,6 +39,14 @@ def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]
         raise ValueError(
             f"None of the {len(layers)} factored layers of the checkpoint exists in {type(model).__name__}; the first "
             f"is {quote(missing[0])}. The checkpoint belongs to another architecture."
+        )
+    parents = {canonical.rpartition(".")[0] for canonical in names} - {""}
+    renamed = [canonical for canonical in missing if canonical.rpartition(".")[0] in parents]
+    if renamed:
+        raise ValueError(
+            f"{type(model).__name__} has the other layers of {quote(renamed[0].rpartition('.')[0])}, but not "
+            f"{quote(renamed[0])}, which the checkpoint holds compressed. It belongs to another architecture, or "
+            f"to a release of Transformers that divides the layers otherwise than {transformers.__version__}; use that one."
         )
     if missing:
         logger.warning(

@@ -27,6 +27,12 @@ def narrow_from(layer: nn.Module) -> tuple[tuple[int, int], int] | None:
     return mark
 
 
+def forget_narrow(layer: nn.Module) -> None:
+    """Remove what `mark_narrow` has noted on a layer."""
+    if narrow_from(layer) is not None:
+        delattr(layer, _MARK)
+
+
 _MARK = "narrow_from"
 
 

@@ -132,6 +132,13 @@ class SharedLinear(GuardedLinear):
         names = ", ".join(name.rpartition(".")[2] for name in self.members)
         return f"in_features={self.in_features}, out_features={self.out_features}, shared by {names}"
 
+    def _replicate_for_data_parallel(self) -> SharedLinear:
+        # The copy on another device would refer to the holder on the first one.
+        raise NotImplementedError(
+            "Layers that share a factor cannot be copied to several GPUs by `nn.DataParallel`, which `Trainer` uses in a "
+            "single process. Start one process for each GPU with `torchrun`, or set `CUDA_VISIBLE_DEVICES=0`."
+        )
+
     def _outputs(self, input: Tensor, position: int) -> Tensor:
         """Return the outputs of the joint layer for all members."""
         state = _state(input, self.joint)
@@ -151,7 +158,8 @@ def _state(input: Tensor, joint: nn.Module) -> tuple[Any, ...]:
     if torch.compiler.is_compiling():
         # Nothing can change between the calls that are compiled together.
         return ()
-    tensors = (input, *joint.parameters())
+    # Offloaded parameters are other tensors on the meta device after every call.
+    tensors = (input, *(parameter for parameter in joint.parameters() if not parameter.is_meta))
     versions = tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
     device = input.device.type
     modes = (

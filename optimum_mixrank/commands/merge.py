@@ -21,6 +21,12 @@ example:
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """See `MixRankSubcommand`."""
         parser.add_argument("--model", required=True, help="compressed checkpoint: local folder or Hub id")
+        parser.add_argument(
+            "--keep-widths",
+            action="store_true",
+            help="keep MLPs that have lost units narrow, in place of filling them up with zeros; the checkpoint then "
+            "needs no plugin if all blocks have kept the same number of units",
+        )
         add_output_arguments(parser, "dense")
         add_hub_arguments(parser)
 
@@ -28,12 +34,18 @@ example:
         """See `MixRankSubcommand`."""
         args = self.args
         from ..checkpoint.dense import to_dense
+        from ..checkpoint.entries import compressed_layers
         from ..checkpoint.original import load_image_processor
         from ..checkpoint.saving import ORIGINAL, save_checkpoint, writable_directory
 
         writable_directory(args.output, args.overwrite, sources={ORIGINAL: [args.model]})
-        model = to_dense(load_checkpoint(args, args.model, complete=True))
+        model = to_dense(load_checkpoint(args, args.model, complete=True), args.keep_widths)
         image_processor = load_image_processor(args.model, hub_arguments(args))
         save_checkpoint(model, args.output, image_processor, dense=True, overwrite=args.overwrite)
-        values = {"output": str(args.output), "parameters": sum(each.numel() for each in model.parameters())}
-        return f"{values['parameters']:,} parameters: {args.output}", values
+        values = {
+            "output": str(args.output),
+            "parameters": sum(each.numel() for each in model.parameters()),
+            "needs_plugin": bool(compressed_layers(model)),
+        }
+        remark = " (needs the plugin: blocks differ in their numbers of units)" if values["needs_plugin"] else ""
+        return f"{values['parameters']:,} parameters: {args.output}{remark}", values

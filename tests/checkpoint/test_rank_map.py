@@ -8,7 +8,7 @@ from models import tiny_vit
 
 from optimum_mixrank import MixRankConfig
 from optimum_mixrank.checkpoint.loading import insert_factored_layers
-from optimum_mixrank.checkpoint.rank_map import FactoredLayer, decode_rows, encode_rows, parse_rank_map
+from optimum_mixrank.checkpoint.rank_map import FactoredLayer, decode_rows, encode_rows, parse_rank_map, stored_values
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_layout_may_be_left_out():
 
 @pytest.mark.parametrize(("layout", "values"), [("factors", 8 * 80), ("pivoted", 8 * 80 - 64)])
 def test_number_of_values(layout, values):
-    assert FactoredLayer(8, True, layout).num_values(32, 48) == values
+    assert stored_values(32, 48, 8, layout) == values
 
 
 @pytest.mark.parametrize("rank_map", [None, [], ["query"], "query", 3], ids=repr)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpoint.mixed import mixed_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -141,6 +142,15 @@ def test_merge(compressed, tmp_path):
     assert "quantization_config" not in config
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "dense")
     assert sum(parameter.numel() for parameter in model.parameters()) == values["model_parameters_before"]
+
+
+def test_merge_with_the_widths_as_they_are(tmp_path):
+    mixed_model()[0].save_pretrained(tmp_path / "mixed")
+    stdout, _ = cli("merge", "--json", "--model", tmp_path / "mixed", "--output", tmp_path / "out", "--keep-widths")
+    assert json.loads(stdout)["needs_plugin"] is False
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["intermediate_size"] == 40
+    assert "quantization_config" not in config
 
 
 def test_merge_refuses_a_checkpoint_with_holes(tmp_path):

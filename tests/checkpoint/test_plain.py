@@ -1,0 +1,77 @@
+"""Models with fewer units become ordinary models of a smaller configuration where there is one."""
+
+import json
+
+import pytest
+import torch
+from checkpoint.mixed import UNITS, mixed_model
+from models import pixels, tiny_deit, tiny_swin, tiny_vit
+from transformers import AutoModelForImageClassification
+
+from optimum_mixrank import to_dense
+from optimum_mixrank.checkpoint.entries import compressed_layers
+from optimum_mixrank.checkpoint.modeling import replace_module
+from optimum_mixrank.checkpoint.narrowing import widened
+from optimum_mixrank.checkpoint.plain import make_plain
+
+
+@pytest.mark.parametrize("family", [tiny_vit, tiny_deit], ids=["vit", "deit"])
+@pytest.mark.parametrize("layout", ["factors", "pivoted"])
+def test_equal_widths_are_a_smaller_configuration(family, layout, tmp_path):
+    model, _ = mixed_model(layout, model=family())
+    with torch.no_grad():
+        expected = model(pixels()).logits
+    dense = to_dense(model, keep_widths=True)
+    assert dense.config.intermediate_size == UNITS
+    assert not compressed_layers(dense)
+    dense.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    reloaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(reloaded(pixels()).logits, dense(pixels()).logits)
+        torch.testing.assert_close(dense(pixels()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["one block is wide", "swin"])
+def test_other_widths_stay_a_compressed_checkpoint_of_dense_layers(kind, tmp_path):
+    # The MLPs of Swin's first stage have 32 units and stay as they are; those of the second have 64 and keep 40.
+    model, _ = mixed_model(model=tiny_swin() if kind == "swin" else None, shared=kind != "swin")
+    if kind != "swin":
+        for name, layer in list(compressed_layers(model).items()):
+            if ".1." in name and getattr(layer, "narrow_from", None):
+                dense = layer if isinstance(layer, torch.nn.Linear) else layer.to_linear()
+                replace_module(model, name, widened(dense, *layer.narrow_from))
+    with torch.no_grad():
+        expected = model(pixels()).logits
+    config = model.config.to_dict()
+    config.pop("quantization_config")
+    dense = to_dense(model, keep_widths=True)
+    found = dense.config.to_dict()
+    found.pop("quantization_config")
+    assert found == config
+    dense.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert {entry["layout"] for entry in stored["rank_map"].values()} == {"dense"}
+    assert stored["layout_version"] == 2
+    reloaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(reloaded(pixels()).logits, dense(pixels()).logits)
+        torch.testing.assert_close(dense(pixels()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_fewer_units_they_are_dense():
+    model, _ = mixed_model()
+    for name, layer in list(compressed_layers(model).items()):
+        if getattr(layer, "narrow_from", None):
+            replace_module(model, name, torch.nn.Linear(*layer.narrow_from[0][::-1]))
+    dense = to_dense(model, keep_widths=True)
+    assert not compressed_layers(dense)
+    assert not hasattr(dense.config, "quantization_config")
+    assert not make_plain(dense)
+
+
+def test_factored_layers_are_no_smaller_configuration():
+    model, _ = mixed_model()
+    assert not make_plain(model)
+    assert model.config.intermediate_size == 64
+    assert compressed_layers(model)
