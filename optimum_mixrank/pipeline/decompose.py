@@ -27,9 +27,13 @@ from ..decomposition.mlp import TwoSidedMlp, WidthLosses, rows_of_units
 from ..decomposition.statistics import GRADIENT_STATISTICS
 from ..decomposition.width import UnitSelection
 from ..runtime.distributed import SINGLE_PROCESS, Processes
+from ..runtime.logging import get_logger
 from ..runtime.malloc import trim_heap
 from ..runtime.phases import phase
 from ..runtime.precision import to_float64
+
+
+logger = get_logger(__name__)
 
 
 def check_weights(targets: Sequence[Target]) -> None:
@@ -321,7 +325,7 @@ class LayerFactory:
 
 
 def _statistics(calibration: Calibration, target: Target) -> LayerStatistics:
-    if target.name not in calibration.layers and target.members:
+    if target.name not in calibration.layers and target.members and _larger_joint(calibration, target):
         return _of_larger_joint(calibration, target)
     if target.name not in calibration.layers:
         raise ValueError(
@@ -340,22 +344,50 @@ def _statistics(calibration: Calibration, target: Target) -> LayerStatistics:
     return statistics
 
 
-def _of_larger_joint(calibration: Calibration, target: Target) -> LayerStatistics:
-    """Return the statistics of a joint layer from those of one that has more members."""
+def priced_sites(sites: Sequence[Site], calibration: Calibration) -> list[Site]:
+    """Return the sites for which there are statistics, as there may not be in files of earlier versions."""
+    found = [site for site in sites if _is_priced(site, calibration)]
+    if len(found) < len(sites):
+        logger.warning(
+            f"The statistics do not say how {len(sites) - len(found)} of {len(sites)} groups of layers (such as query, key "
+            "and value) would fare with shared factors or fewer units. Each of their layers is factored by itself; "
+            "calibrate again for more accuracy."
+        )
+    return found
+
+
+def _is_priced(site: Site, calibration: Calibration) -> bool:
+    if isinstance(site, SharedInput):
+        return site.joint.name in calibration.layers or _larger_joint(calibration, site.joint) is not None
+    known = [calibration.layers.get(target.name) for target in (site.first, site.second)]
+    return all(
+        each is not None and each.gradient_moment is not None and each.input_covariance is not None for each in known
+    )
+
+
+def _larger_joint(calibration: Calibration, target: Target) -> tuple[str, list[str]] | None:
+    """Return the name of a joint layer in the statistics with all members of another one, and those of its parts."""
     wanted = [member.name for member in target.members]
     parent = wanted[0].rpartition(".")[0]
     for name, statistics in calibration.layers.items():
         parts = [f"{parent}.{part}" for part in name.rpartition(".")[2].split("+")]
-        moment = statistics.gradient_moment
-        if len(parts) > 1 and moment is not None and name.startswith(f"{parent}.") and set(wanted) <= set(parts):
-            sizes = [calibration.layers[part].gradient_moment.shape[0] for part in parts]  # type: ignore[union-attr]
-            rows = torch.arange(sum(sizes)).split(sizes)
-            chosen = torch.cat([rows[parts.index(each)] for each in wanted]).to(moment.device)
-            return dataclasses.replace(statistics, gradient_moment=moment[chosen][:, chosen])
-    raise ValueError(
-        f"The calibration holds no common statistics of {', '.join(map(repr, wanted))}; calibrate again with this "
-        "version, or compress with structures=['rank']."
-    )
+        is_joint = len(parts) > 1 and name.startswith(f"{parent}.") and statistics.gradient_moment is not None
+        if is_joint and set(wanted) <= set(parts):
+            return name, parts
+    return None
+
+
+def _of_larger_joint(calibration: Calibration, target: Target) -> LayerStatistics:
+    """Return the statistics of a joint layer from those of one that has more members."""
+    found = _larger_joint(calibration, target)
+    assert found is not None  # sites without statistics are left out
+    name, parts = found
+    statistics = calibration.layers[name]
+    moment = statistics.require(Statistic.GRADIENT_MOMENT)
+    sizes = [len(calibration.layers[part].require(Statistic.GRADIENT_MOMENT)) for part in parts]
+    rows = torch.arange(sum(sizes)).split(sizes)
+    chosen = torch.cat([rows[parts.index(member.name)] for member in target.members]).to(moment.device)
+    return dataclasses.replace(statistics, gradient_moment=moment[chosen][:, chosen])
 
 
 def _to(statistics: LayerStatistics, tensor: torch.Tensor) -> LayerStatistics:

@@ -34,12 +34,12 @@ def profile_model(
     calibration.check(shared_fingerprint(model, processes))
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     check_weights(targets)
+    statistics = calibration if metric.uses_data else None
     settings = [dataclasses.replace(config, compression_ratio=ratio) for ratio in sorted(ratios)]
-    sites = free_sites(model, config, targets, metric)
+    sites = free_sites(model, config, targets, metric, statistics)
     budgets = [rank_budget(model, each, targets, sites) for each in settings]
     for budget in budgets:
         budget.check()
-    statistics = calibration if metric.uses_data else None
     found = decompose(metric, targets, sites, statistics, budgets[0], processes)
     points = profile_budgets(budgets, found.losses(metric), config.allocation, found.mlp_losses)
     return RankProfile(points, NATS if metric.common_unit else NORMALISED)

@@ -20,7 +20,7 @@ from ..decomposition import METRICS, Metric
 from ..evaluation.flops import flops_per_image, tokens_per_image
 from ..runtime.distributed import Processes
 from ..runtime.journal import NO_JOURNAL, Journal
-from .decompose import check_weights
+from .decompose import check_weights, priced_sites
 from .images import ImageReader
 from .memory import MaxMemory
 
@@ -91,7 +91,7 @@ class CompressionRun:
             check_uses(reader.model, targets)
             check_weights(targets)
             metric = METRICS.create(config.metric)
-            sites = free_sites(reader.model, config, targets, metric)
+            sites = free_sites(reader.model, config, targets, metric, options.get("calibration"))
             budget = rank_budget(reader.model, config, targets, sites)
             budget.check()
             run = cls(reader.model, config, reader, metric, linears, targets, sites, budget, **options)
@@ -121,8 +121,14 @@ class CompressionRun:
         self.batches = self.reader.read(drawn, keep=bool(config.compensation))
 
 
-def free_sites(model: PreTrainedModel, config: MixRankConfig, targets: Sequence[Target], metric: Metric) -> list[Site]:
-    """Return the sites among the layers that the user has given neither rank nor ratio.
+def free_sites(
+    model: PreTrainedModel,
+    config: MixRankConfig,
+    targets: Sequence[Target],
+    metric: Metric,
+    calibration: Calibration | None = None,
+) -> list[Site]:
+    """Return the sites among the layers that the user has given neither rank nor ratio, if statistics cover them.
 
     Raises:
         ValueError: if the configuration asks for structures that its metric cannot compare.
@@ -138,7 +144,8 @@ def free_sites(model: PreTrainedModel, config: MixRankConfig, targets: Sequence[
         **match_values(targets, config.ratio_pattern, "ratio_pattern"),
     }
     free = [target for target in targets if target.canonical_name not in given]
-    return find_sites(model, free, together, config.model_call)
+    sites = find_sites(model, free, together, config.model_call)
+    return sites if calibration is None else priced_sites(sites, calibration)
 
 
 def site_specs(sites: Sequence[Site]) -> list[SiteSpec]:

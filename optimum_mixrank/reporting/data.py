@@ -56,6 +56,14 @@ class LayerReport:
         object.__setattr__(self, "shape_after", tuple(self.shape_after or self.shape))
         object.__setattr__(self, "members", tuple(self.members))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values, without an unchanged shape and without members where there are none."""
+        content = {**dataclasses.asdict(self), "shape": list(self.shape)}
+        del content["shape_after"], content["members"]
+        if self.shape_after != self.shape and self.shape_after is not None:
+            content["shape_after"] = list(self.shape_after)
+        return {**content, "members": list(self.members)} if self.members else content
+
     @property
     def kept(self) -> float:
         """Share of the stored values that is left."""
@@ -151,7 +159,7 @@ class ReportData:
     def to_dict(self) -> dict[str, Any]:
         """Return the report with its ratios as JSON values; `from_dict` is the exact inverse."""
         content = dataclasses.asdict(self)
-        content["layers"] = [{**layer, "shape": list(layer["shape"])} for layer in content["layers"]]
+        content["layers"] = [layer.to_dict() for layer in self.layers]
         ratios = {name: getattr(self, name) for name in _RATIOS}
         return {**ratios, **content}
 

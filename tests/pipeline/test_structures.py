@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -123,13 +124,16 @@ def test_statistics_serve_for_other_ratios_structures_and_patterns():
         )
 
 
-def test_statistics_of_single_layers_do_not_serve_for_sites():
+def test_statistics_of_single_layers_serve_for_single_layers():
     compressor = MixRankCompressor(tiny_vit())
     calibration = compressor.calibrate(IMAGES, "kfac", structures=["rank"])
     config = MixRankConfig(**{**SETTINGS, "compensation": []})
-    with pytest.raises(ValueError, match=r"no common statistics of .*query.*structures=\['rank'\]|q_proj"):
-        compressor.compress(config, calibration=calibration)
-    compressor.compress(dataclasses.replace(config, structures=["rank"]), calibration=calibration)
+    with patch("optimum_mixrank.pipeline.decompose.logger.warning") as warning:
+        found = compressor.compress(config, calibration=calibration)
+    assert "do not say how 4 of 4 groups of layers" in warning.call_args.args[0]
+    alone = compressor.compress(dataclasses.replace(config, structures=["rank"]), calibration=calibration)
+    expected = alone.config.quantization_config.rank_map
+    assert found.config.quantization_config.rank_map == expected
 
 
 def test_structures_need_losses_in_one_unit():
