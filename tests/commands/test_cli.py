@@ -5,46 +5,31 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 from commands.calling import cli, process
-from datasets import load_dataset
-from models import tiny_vit
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from shipped import DATA, MODEL, ROOT, write_few_images, write_tiny_model
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.commands.fields import FIELDS, configuration
 
 
-SHIPPED = Path(__file__).parent.parent.parent / "examples" / "fashion_mnist"
-GOLDEN = Path(__file__).parent.parent / "golden"
-MODEL, DATA = str(SHIPPED / "model"), str(SHIPPED / "data")
+GOLDEN = ROOT / "tests" / "golden"
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """A folder with 96 calibration and 400 test images."""
-    folder = tmp_path_factory.mktemp("few")
-    (folder / "data").mkdir()
-    for split, count in {"calibration": 96, "test": 400}.items():
-        images = load_dataset(DATA, split=split).select(range(count))
-        images.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    return folder
+    return write_few_images(tmp_path_factory.mktemp("few"))
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A tiny model for the same images."""
-    folder = tmp_path_factory.mktemp("tiny")
-    labels = AutoConfig.from_pretrained(MODEL).id2label
-    tiny_vit(image_size=28, patch_size=7, num_labels=len(labels), id2label=labels).save_pretrained(folder)
-    AutoImageProcessor.from_pretrained(MODEL).save_pretrained(folder)
-    return folder
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
