@@ -1,17 +1,32 @@
-"""Threads: several test processes at once must not fight for the cores. Property tests: the same examples every time."""
+"""What holds for all tests: threads, examples of property tests, and pages of reports without pictures."""
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Before torch is imported, here and in the processes that tests start.
+    # Several test processes at once must not fight for the cores. Before torch is imported, here and in the processes
+    # that tests start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# A machine under load is slow, which is no fault of the code.
+# The same examples every time. A machine under load is slow, which is no fault of the code.
 settings.register_profile(
     "mixrank", max_examples=50, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("mixrank")
+
+_WITH_PICTURES = {"reporting", "docs"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pages_without_pictures(request):
+    """Drawing takes longer than compressing and saving a tiny model; commands that tests start as programs do draw."""
+    if request.path.parent.name in _WITH_PICTURES:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("optimum_mixrank.reporting.html.draw_pictures", lambda *reports: [])
+        yield
