@@ -1,5 +1,6 @@
 """What holds for all tests: threads, examples of property tests, and pages of reports without pictures."""
 
+import functools
 import os
 
 import pytest
@@ -30,3 +31,12 @@ def pages_without_pictures(request):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("optimum_mixrank.reporting.html.draw_pictures", lambda *reports: [])
         yield
+
+
+@pytest.fixture
+def short_residuals(monkeypatch):
+    """A few steps of "residual", for tests in which it does not matter how well they end."""
+    from optimum_mixrank.compensation.layerwise.residual import ResidualCompensator
+
+    short = functools.partialmethod(ResidualCompensator.__init__, steps=60)
+    monkeypatch.setattr(ResidualCompensator, "__init__", short)

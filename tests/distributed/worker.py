@@ -22,8 +22,11 @@ def main() -> None:
     # The models of the cases are made before the processes are connected, after which Transformers writes files in one
     # process only.
     cases = {module: importlib.import_module(f"distributed.{module}") for module in modules}
+    from optimum_mixrank.reporting import html
     from optimum_mixrank.runtime.distributed import find_processes
 
+    # Drawing takes longer than compressing.
+    html.draw_pictures = lambda *reports: []
     processes = find_processes()
     found = {module: run(cases[module], processes, folder / module) for module in modules}
     (folder / f"{processes.index}.json").write_text(json.dumps(found))

@@ -1,7 +1,6 @@
 """A run that is cut off continues from where it was and ends with the same result, bit by bit."""
 
 import copy
-import functools
 import gc
 import shutil
 import subprocess
@@ -15,7 +14,6 @@ from models import tiny_swin, tiny_vit
 from optimum_mixrank import MixRankCompressor
 from optimum_mixrank.calibration.result import Calibration
 from optimum_mixrank.compensation.compensator import ActivationStorage
-from optimum_mixrank.compensation.layerwise.residual import ResidualCompensator
 from optimum_mixrank.compensation.layerwise.spilling import Spill
 from optimum_mixrank.pipeline.memory import plan_memory
 from optimum_mixrank.pipeline.unfinished import discard
@@ -84,9 +82,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_after_any_entry(case, cut_off, tmp_path, monkeypatch):
-    few = functools.partialmethod(ResidualCompensator.__init__, steps=20)
-    monkeypatch.setattr(ResidualCompensator, "__init__", few)
+@pytest.mark.usefixtures("short_residuals")
+def test_after_any_entry(case, cut_off, tmp_path):
     expected = compress(tmp_path / "undisturbed", **CASES[case])
     out, run = tmp_path / "out", tmp_path / "out.unfinished"
     entries = cut_off(10**6, before=False)
