@@ -1,4 +1,4 @@
-"""What holds for all tests: threads, examples of property tests, and pages of reports without pictures."""
+"""What holds for all tests: threads, who runs what, examples of property tests, and reports without pictures."""
 
 import functools
 import os
@@ -19,7 +19,21 @@ settings.register_profile(
 )
 settings.load_profile("mixrank")
 
-_WITH_PICTURES = {"reporting", "docs"}
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of a file share its fixtures, and those of `distributed` a start of several processes: keep them together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return "distributed" if "/distributed/" in file else file
+
+    return ByFile(config, log)
+
+
+_WITH_PICTURES = {"reporting"}
 
 
 @pytest.fixture(autouse=True, scope="module")
