@@ -69,12 +69,14 @@ def case_of_one_batch(processes, folder):
     return compress("of_one_batch", processes, folder, source=[images(9)], compensation=["sequential"])
 
 
-# Enough steps to find out whether they are the same in all processes.
-ResidualCompensator.__init__ = functools.partialmethod(ResidualCompensator.__init__, steps=50)
-
-
 def case_residual(processes, folder):
-    return compress("residual", processes, folder, compensation=["residual"], metric="second_moment")
+    original = ResidualCompensator.__init__
+    # Enough steps to find out whether they are the same in all processes.
+    ResidualCompensator.__init__ = functools.partialmethod(original, steps=50)
+    try:
+        return compress("residual", processes, folder, compensation=["residual"], metric="second_moment")
+    finally:
+        ResidualCompensator.__init__ = original
 
 
 def case_training(processes, folder):
