@@ -1,7 +1,7 @@
 """Checkpoints written under one release of Transformers must load under another.
 
-    python .ci/exchange.py write FOLDER     # under one release
-    python .ci/exchange.py check FOLDER     # under another one (or the same)
+    python .ci/exchange.py write FOLDER       # under one release
+    python .ci/exchange.py check FOLDER …     # under another one (or the same)
 
 `check` asks for bit-identical logits for ViT and DeiT; for Swin, whose dense model itself differs between the releases,
 for a difference no larger than the dense model's, within a factor of four.
@@ -71,4 +71,5 @@ def check(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"write": write, "check": check}[sys.argv[1]](Path(sys.argv[2]))
+    for each in sys.argv[2:]:
+        {"write": write, "check": check}[sys.argv[1]](Path(each))

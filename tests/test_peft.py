@@ -21,11 +21,20 @@ TARGETS = {
 }
 
 
-@pytest.fixture(params=[(family, layout) for family in FAMILIES for layout in LAYOUT_NAMES], ids="-".join)
-def checkpoint(request, tmp_path):
+CASES = [(family, layout) for family in FAMILIES for layout in LAYOUT_NAMES]
+INITIALIZATIONS = {
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+}
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def checkpoint(request, tmp_path_factory):
     family, layout = request.param
-    compressed(FAMILIES[family](), layout).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    folder = tmp_path_factory.mktemp("base")
+    compressed(FAMILIES[family](), layout).save_pretrained(folder)
+    return folder
 
 
 def load(folder):
@@ -50,16 +59,16 @@ def train(model):
     return model
 
 
-@pytest.mark.parametrize(
-    ("targets", "options"),
-    [
-        *((targets, {}) for targets in TARGETS.values()),
-        (TARGETS["factors"], {"use_dora": True}),
-        (TARGETS["factors"], {"init_lora_weights": "pissa"}),
-        (TARGETS["factors"], {"init_lora_weights": "olora"}),
-    ],
-    ids=[*TARGETS, "dora", "pissa", "olora"],
-)
+def adapters():
+    for case in CASES:
+        for name, targets in TARGETS.items():
+            yield pytest.param(case, targets, {}, id=f"{'-'.join(case)}-{name}")
+    for case in (("vit", "factors"), ("swin", "pivoted")):
+        for name, options in INITIALIZATIONS.items():
+            yield pytest.param(case, TARGETS["factors"], options, id=f"{'-'.join(case)}-{name}")
+
+
+@pytest.mark.parametrize(("checkpoint", "targets", "options"), adapters(), indirect=["checkpoint"])
 def test_attach_train_save_load_merge(checkpoint, tmp_path, targets, options):
     base = load(checkpoint)
     expected, layers = logits(base), factored(base)

@@ -5,40 +5,41 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from checkpoint.mixed import mixed_model
+from commands.calling import cli, process
 from safetensors.torch import load_file, save_file
+from shipped import DATA, MODEL, ROOT, write_few_images, write_tiny_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.commands.fields import FIELDS, configuration
 
 
-SHIPPED = Path(__file__).parent.parent.parent / "examples" / "fashion_mnist"
-GOLDEN = Path(__file__).parent.parent / "golden"
-MODEL, DATA = str(SHIPPED / "model"), str(SHIPPED / "data")
-
-
-def cli(*arguments, code=0):
-    """Run `optimum-cli mixrank …` in its own process; return stdout and stderr."""
-    program = "from optimum.commands.optimum_cli import main; main()"
-    command = [sys.executable, "-c", program, "mixrank", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == code, result.stderr
-    return result.stdout, result.stderr
+GOLDEN = ROOT / "tests" / "golden"
 
 
 @pytest.fixture(scope="module")
-def compressed(tmp_path_factory):
+def few(tmp_path_factory):
+    return write_few_images(tmp_path_factory.mktemp("few"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def compressed(few, tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "out"
-    stdout, stderr = cli(
-        *("compress", "--model", MODEL, "--dataset", DATA, "--split", "calibration", "--num-samples", 128),
+    stdout, stderr = process(
+        *("compress", "--model", MODEL, "--dataset", few, "--split", "calibration", "--num-samples", 128),
         *("--ratio", 0.5, "--recipe", "fast", "--output", out, "--json"),
-        *("--evaluate-on", DATA, "--evaluate-split", "test", "--batch-size", 128),
+        *("--evaluate-on", few, "--evaluate-split", "test", "--batch-size", 128),
     )
     return out, json.loads(stdout), stderr
 
@@ -50,32 +51,33 @@ def test_compress_writes_a_checkpoint_and_a_report(compressed):
     assert values["removed_of_model"] >= 0.5 and 0.8 < values["evaluation"]["top1"] < 1
     assert f"{values['evaluation']['kl']:.4f} nats" in (out / "report.html").read_text()
     assert (out / "ranks.png").stat().st_size > 1000 and (out / "preprocessor_config.json").exists()
-    # A line per phase, and no progress bars outside a terminal.
-    phases = [line.partition(":")[0] for line in stderr.splitlines()]
+    # Warnings, a line per phase, and no progress bars outside a terminal.
+    warning, *lines = stderr.splitlines()
+    assert warning == "num_samples=128, but the dataset holds 96 images; all of them are used."
+    phases = [line.partition(":")[0] for line in lines]
     assert phases == ["Calibrated", "Decomposed", "Allocated", "Factorized", "Evaluated", "Saved"]
 
 
 @pytest.mark.parametrize(
     ("option", "wanted", "unwanted"),
     [
-        pytest.param((), ["Factorized: ", "all of them are used"], ["Profiled", "[transformers]"], id="default"),
-        pytest.param(("--quiet",), [], ["\n"], id="quiet"),
-        pytest.param(("--verbose",), ["Factorized: ", "Profiled: ", "Configuration saved in"], [], id="verbose"),
+        pytest.param("--quiet", [], ["\n"], id="quiet"),
+        pytest.param("--verbose", ["Factorized: ", "Profiled: ", "Configuration saved in"], [], id="verbose"),
     ],
 )
-def test_levels_of_messages(tmp_path, option, wanted, unwanted):
-    stdout, stderr = cli(
-        *("compress", "--model", MODEL, "--dataset", DATA, "--split", "test", "--num-samples", 5000),
-        *("--metric", "svd", "--compensation", "none", "--output", tmp_path / "out", "--json", *option),
+def test_levels_of_messages(few, tiny, tmp_path, option, wanted, unwanted):
+    stdout, stderr = process(
+        *("compress", "--model", tiny, "--dataset", few, "--split", "test", "--num-samples", 5000),
+        *("--metric", "svd", "--compensation", "none", "--output", tmp_path / "out", "--json", option),
     )
     assert json.loads(stdout)["settings"]["metric"] == "svd"
     assert all(text in stderr for text in wanted) and not any(text in stderr for text in unwanted)
 
 
-def test_checkpoints_are_stored_in_the_dtype_of_the_original(tmp_path):
-    original, dataset = tmp_path / "original", ("--evaluate-on", DATA, "--evaluate-split", "test")
-    AutoModelForImageClassification.from_pretrained(MODEL, dtype=torch.bfloat16).save_pretrained(original)
-    AutoImageProcessor.from_pretrained(MODEL).save_pretrained(original)
+def test_checkpoints_are_stored_in_the_dtype_of_the_original(few, tiny, tmp_path):
+    original, dataset = tmp_path / "original", ("--evaluate-on", few, "--evaluate-split", "test")
+    AutoModelForImageClassification.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(original)
+    AutoImageProcessor.from_pretrained(tiny).save_pretrained(original)
     common = (
         "--model",
         original,
@@ -103,9 +105,9 @@ def test_checkpoints_are_stored_in_the_dtype_of_the_original(tmp_path):
     )
 
 
-def test_compress_says_where_its_files_are(tmp_path):
+def test_compress_says_where_its_files_are(tiny, tmp_path):
     out = tmp_path / "out"
-    stdout, _ = cli("compress", "--model", MODEL, "--metric", "svd", "--compensation", "none", "--output", out)
+    stdout, _ = cli("compress", "--model", tiny, "--metric", "svd", "--compensation", "none", "--output", out)
     assert stdout.splitlines()[-1] == f"The same as a web page: {out / 'report.html'}"
     assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
 
@@ -119,10 +121,10 @@ def test_inspect(compressed):
     assert shown["report"]["layers"] == values["layers"]
 
 
-def test_evaluate_agrees_with_the_report(compressed):
+def test_evaluate_agrees_with_the_report(compressed, few):
     out, values, _ = compressed
     stdout, _ = cli(
-        *("evaluate", "--model", out, "--reference", MODEL, "--dataset", DATA, "--split", "test", "--json"),
+        *("evaluate", "--model", out, "--reference", MODEL, "--dataset", few, "--split", "test", "--json"),
         *("--batch-size", 128),
     )
     assert json.loads(stdout)["top1"] == pytest.approx(values["evaluation"]["top1"])
@@ -227,9 +229,9 @@ def test_benchmark_refuses_before_work_starts(compressed, arguments, message):
     assert "Error: " in stderr and message in stderr and "Traceback" not in stderr
 
 
-def test_plan_keeps_and_reuses_statistics(tmp_path):
+def test_plan_keeps_and_reuses_statistics(tiny, tmp_path):
     statistics = tmp_path / "statistics.safetensors"
-    common = ("plan", "--model", MODEL, "--ratios", 0.4, 0.6, "--statistics", statistics, "--json")
+    common = ("plan", "--model", tiny, "--ratios", 0.4, 0.6, "--statistics", statistics, "--json")
     first, _ = cli(*common, "--dataset", DATA, "--split", "calibration", "--num-samples", 64)
     again, _ = cli(*common, "--plot", tmp_path / "profile.png")
     assert json.loads(first) == json.loads(again)
@@ -237,9 +239,9 @@ def test_plan_keeps_and_reuses_statistics(tmp_path):
     assert (tmp_path / "profile.png").exists()
 
 
-def test_compress_reuses_the_statistics_of_plan(tmp_path):
+def test_compress_reuses_the_statistics_of_plan(tiny, tmp_path):
     statistics = tmp_path / "statistics.safetensors"
-    model = ("--model", MODEL, "--metric", "second_moment", "--statistics", statistics, "--quiet")
+    model = ("--model", tiny, "--metric", "second_moment", "--statistics", statistics, "--quiet")
     images = ("--dataset", DATA, "--split", "calibration", "--num-samples", 64)
     cli("plan", *model, *images, "--ratios", 0.5)
     written = statistics.read_bytes()
@@ -257,6 +259,13 @@ def test_compress_reuses_the_statistics_of_plan(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.fixture(scope="module")
+def statistics(tiny, tmp_path_factory):
+    images = [torch.rand(4, 3, 28, 28)]
+    calibration = MixRankCompressor.from_pretrained(tiny).calibrate(images, ["second_moment", "kfac"])
+    return calibration.save(tmp_path_factory.mktemp("statistics") / "statistics.safetensors")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -268,21 +277,17 @@ def test_compress_reuses_the_statistics_of_plan(tmp_path):
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_unusable_statistics_are_refused(tmp_path, arguments, message):
-    statistics = tmp_path / "statistics.safetensors"
-    compressor = MixRankCompressor.from_pretrained(MODEL)
-    size = compressor.model.config.image_size
-    compressor.calibrate([torch.rand(4, 3, size, size)], ["second_moment", "kfac"]).save(statistics)
+def test_unusable_statistics_are_refused(tiny, statistics, tmp_path, arguments, message):
     options = {"--statistics": statistics, "--metric": "second_moment", "--compensation": "none"}
     options.update(zip(arguments[::2], arguments[1::2], strict=True))
     given = [each for pair in options.items() for each in pair]
-    _, stderr = cli("compress", "--model", MODEL, *given, "--output", tmp_path / "out", code=1)
+    _, stderr = cli("compress", "--model", tiny, *given, "--output", tmp_path / "out", code=1)
     assert message in stderr and "Traceback" not in stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_plan_without_images_for_a_metric_that_needs_none():
-    stdout, _ = cli("plan", "--model", MODEL, "--metric", "svd", "--ratios", 0.4, 0.6, "--json")
+def test_plan_without_images_for_a_metric_that_needs_none(tiny):
+    stdout, _ = cli("plan", "--model", tiny, "--metric", "svd", "--ratios", 0.4, 0.6, "--json")
     assert [point["ratio"] for point in json.loads(stdout)["points"]] == [0.4, 0.6]
 
 
@@ -300,7 +305,9 @@ def test_plan_without_images_for_a_metric_that_needs_none():
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_errors_are_one_sentence_without_traceback(tmp_path, arguments, message):
+def test_errors_are_one_sentence_without_traceback(tmp_path, monkeypatch, arguments, message):
+    # Where there is no network, asking the Hub takes half a minute.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     defaults = {"--model": MODEL, "--dataset": DATA, "--split": "calibration", "--output": tmp_path / "out"}
     defaults.update({arguments[0]: arguments[1]})
     _, stderr = cli("compress", *(each for pair in defaults.items() for each in pair), code=1)
@@ -309,8 +316,13 @@ def test_errors_are_one_sentence_without_traceback(tmp_path, arguments, message)
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    _, stderr = cli("compress", "--model", MODEL, "--output", tmp_path / "out", "--ratio", 7, "--debug", code=1)
+    _, stderr = process("compress", "--model", MODEL, "--output", tmp_path / "out", "--ratio", 7, "--debug", code=1)
     assert "Traceback" in stderr
+
+
+def test_an_error_ends_the_program(tmp_path):
+    stdout, stderr = process("compress", "--model", MODEL, "--output", tmp_path / "out", "--ratio", 1.5, code=1)
+    assert stderr.startswith("Error: compression_ratio=1.5") and stderr.count("\n") == 1 and not stdout
 
 
 def test_missing_images_are_named(tmp_path):
@@ -329,11 +341,11 @@ def test_options_of_a_dataset_that_is_not_named():
         assert configuration(SimpleNamespace(**args | {"dataset": "images"})).dataset == "images"
 
 
-def test_a_file_of_fields(tmp_path):
+def test_a_file_of_fields(tiny, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("metric: svd\ncompensation: []\ncompression_ratio: 0.3\nratio_pattern: {query: 0}\n")
     stdout, _ = cli(
-        "compress", "--model", MODEL, "--config", file, "--ratio", 0.4, "--output", tmp_path / "out", "--json"
+        "compress", "--model", tiny, "--config", file, "--ratio", 0.4, "--output", tmp_path / "out", "--json"
     )
     settings = json.loads(stdout)["settings"]
     assert settings["metric"] == "svd" and settings["compression_ratio"] == 0.4

@@ -51,6 +51,7 @@ def test_every_step_lowers_the_error_and_keeps_the_budget(step, family, layout, 
 
 
 @pytest.mark.parametrize("step", STEPS)
+@pytest.mark.usefixtures("short_residuals")
 def test_modes_hooks_and_trainability_are_as_before(step):
     original = FAMILIES["vit"]()
     original.train()
@@ -67,6 +68,7 @@ def test_modes_hooks_and_trainability_are_as_before(step):
 
 
 @pytest.mark.parametrize("step", STEPS)
+@pytest.mark.usefixtures("short_residuals")
 def test_the_same_seed_gives_the_same_model(step):
     first, _ = compress(FAMILIES["vit"](), settings(step))
     second, _ = compress(FAMILIES["vit"](), settings(step))
@@ -76,6 +78,7 @@ def test_the_same_seed_gives_the_same_model(step):
 
 
 @pytest.mark.parametrize("step", STEPS)
+@pytest.mark.usefixtures("short_residuals")
 def test_swin_and_models_without_a_head(step):
     original = FAMILIES["swin"]().swin
     compressed, report = compress(original, settings(step, metric="second_moment"))
@@ -86,6 +89,7 @@ def test_swin_and_models_without_a_head(step):
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("short_residuals")
 def test_half_precision(step, dtype):
     original = FAMILIES["vit"]().to(dtype)
     compressed, report = compress(original, settings(step, metric="second_moment"), 256)

@@ -5,9 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 WORKER = Path(__file__).parent / "worker.py"
-COUNTS = (1, 2, 3)
+SEVERAL = (pytest.param(2, marks=pytest.mark.slow), 3)
+COUNTS = (1, *SEVERAL)
+MODULES = ("calibration_cases", "compression_cases", "resuming_cases", "error_cases")
+"""In this order: after errors, the processes are in step, but the Accelerator has been made several times."""
 
 
 def launcher(count):
@@ -25,9 +30,28 @@ def launch(count, *arguments, environment):
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
-def run_cases(cases, count, folder, environment):
-    """Return the results of all cases in every process, in the order of the processes."""
-    folder.mkdir()
-    result = launch(count, WORKER, cases, folder, environment=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return [json.loads((folder / f"{index}.json").read_text()) for index in range(count)]
+class Results(dict):
+    """By number of processes, the results of all cases in every process; each number is started once, when needed."""
+
+    def __init__(self, folder, environment):
+        super().__init__()
+        self.folder, self.environment = folder, environment
+
+    def __missing__(self, count):
+        folder = self.folder / str(count)
+        folder.mkdir()
+        result = launch(count, WORKER, folder, *MODULES, environment=self.environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+        self[count] = [json.loads((folder / f"{index}.json").read_text()) for index in range(count)]
+        return self[count]
+
+
+class ResultsOfModule(dict):
+    """The part of `Results` that a module of cases has."""
+
+    def __init__(self, results, module):
+        super().__init__()
+        self.results, self.module = results, module
+
+    def __missing__(self, count):
+        return [each[self.module] for each in self.results[count]]

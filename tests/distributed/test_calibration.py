@@ -6,7 +6,7 @@ multiplies. The sums and the merging are in float64.
 
 import pytest
 from distributed import calibration_cases
-from distributed.launching import COUNTS, run_cases
+from distributed.launching import COUNTS, SEVERAL, ResultsOfModule
 from safetensors.torch import load_file
 
 
@@ -14,12 +14,11 @@ CASES = [name.removeprefix("case_") for name in vars(calibration_cases) if name.
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, environment):
-    folder = tmp_path_factory.mktemp("calibration")
-    return {count: run_cases("calibration_cases", count, folder / str(count), environment) for count in COUNTS}
+def found(results):
+    return ResultsOfModule(results, "calibration_cases")
 
 
-@pytest.mark.parametrize("count", COUNTS[1:])
+@pytest.mark.parametrize("count", SEVERAL)
 @pytest.mark.parametrize("case", CASES)
 def test_all_processes_have_the_statistics_of_one(found, case, count):
     [alone] = (each[case] for each in found[1])

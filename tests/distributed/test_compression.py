@@ -7,19 +7,18 @@ are for what comes of these rounding errors.
 import pytest
 import torch
 from distributed import compression_cases
-from distributed.launching import COUNTS, run_cases
+from distributed.launching import COUNTS, SEVERAL, ResultsOfModule
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 
 CASES = [name.removeprefix("case_") for name in vars(compression_cases) if name.startswith("case_")]
-SEVERAL = pytest.mark.parametrize("count", COUNTS[1:])
+in_several = pytest.mark.parametrize("count", SEVERAL)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, environment):
-    folder = tmp_path_factory.mktemp("compression")
-    return {count: run_cases("compression_cases", count, folder / str(count), environment) for count in COUNTS}
+def found(results):
+    return ResultsOfModule(results, "compression_cases")
 
 
 def ranks(result):
@@ -30,7 +29,7 @@ def energies(result):
     return [layer["kept_energy"] for layer in result["report"]["layers"] if layer["kept_energy"] is not None]
 
 
-@SEVERAL
+@in_several
 @pytest.mark.parametrize("case", CASES)
 def test_all_processes_hold_the_same_model_and_report(found, case, count):
     first = found[count][0][case]
@@ -41,7 +40,7 @@ def test_all_processes_hold_the_same_model_and_report(found, case, count):
             assert each[case][what] == first[what]
 
 
-@SEVERAL
+@in_several
 @pytest.mark.parametrize("case", CASES)
 def test_the_model_is_that_of_one_process(found, case, count):
     [alone], together = (each[case] for each in found[1]), found[count][0][case]
@@ -70,7 +69,7 @@ def test_the_model_is_that_of_one_process(found, case, count):
         assert together["evaluation"][name] == (value if value is None else pytest.approx(value, rel=1e-4, abs=1e-9))
 
 
-@SEVERAL
+@in_several
 def test_in_float64_nothing_but_the_order_of_sums_differs(found, count):
     """In float32, products about the shift of each process's first batch round differently."""
     [alone], together = (
@@ -82,7 +81,7 @@ def test_in_float64_nothing_but_the_order_of_sums_differs(found, count):
     torch.testing.assert_close(values["logits"], expected["logits"], rtol=1e-8, atol=1e-8)
 
 
-@SEVERAL
+@in_several
 def test_the_checkpoint_opens_with_plain_transformers(found, count):
     file = found[count][0]["closed_form"]["file"]
     model = AutoModelForImageClassification.from_pretrained(file.removesuffix(".safetensors"))

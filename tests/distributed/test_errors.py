@@ -1,13 +1,12 @@
 """An error in one process is raised in all, and none is left waiting."""
 
 import pytest
-from distributed.launching import COUNTS, run_cases
+from distributed.launching import COUNTS, SEVERAL, ResultsOfModule
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, environment):
-    folder = tmp_path_factory.mktemp("errors")
-    return {count: run_cases("error_cases", count, folder / str(count), environment) for count in COUNTS}
+def found(results):
+    return ResultsOfModule(results, "error_cases")
 
 
 ANYWHERE = {
@@ -38,7 +37,7 @@ def test_errors_are_those_of_one_process(found, case, count):
         assert ANYWHERE[case] in each[case]["error"]
 
 
-@pytest.mark.parametrize("count", COUNTS[1:])
+@pytest.mark.parametrize("count", SEVERAL)
 @pytest.mark.parametrize("case", AMONG_SEVERAL)
 def test_errors_that_occur_only_among_several_processes(found, case, count):
     for each in found[count]:
@@ -59,7 +58,9 @@ def test_an_accelerator_may_be_made_later(found, count):
         assert each["work_then_an_accelerator"]["num_images"] == [12, 12]
 
 
-def test_nothing_was_written(found, tmp_path_factory):
-    for folder in tmp_path_factory.getbasetemp().glob("errors*/*"):
-        assert [file.name for file in (folder / "full").iterdir()] == ["notes.txt"]
-        assert not (folder / "new").exists()
+@pytest.mark.parametrize("count", COUNTS)
+def test_nothing_was_written(found, results, count):
+    assert found[count]
+    folder = results.folder / str(count) / "error_cases"
+    assert [file.name for file in (folder / "full").iterdir()] == ["notes.txt"]
+    assert not (folder / "new").exists()

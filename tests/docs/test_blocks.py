@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from docs.blocks import PAGES, blocks_of
 from docs.stand_ins import STARTS, lay_out
 from optimum.commands.optimum_cli import main as optimum_cli
@@ -63,7 +64,10 @@ def workplace(request, tmp_path, monkeypatch):
     for registry in (METRICS, ALLOCATORS, COMPENSATORS):
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     torch.manual_seed(0)
+    # A page may make an Accelerator of another precision than earlier tests did.
+    AcceleratorState._reset_state()
     yield request.param
+    AcceleratorState._reset_state()
     logging.enable_progress_bar()
     torch.compiler.reset()
 

@@ -82,6 +82,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("short_residuals")
 def test_after_any_entry(case, cut_off, tmp_path):
     expected = compress(tmp_path / "undisturbed", **CASES[case])
     out, run = tmp_path / "out", tmp_path / "out.unfinished"

@@ -14,6 +14,7 @@ def spread(values, centred):
 
 
 @pytest.mark.parametrize(("family", "step"), [("vit", "sequential"), ("vit", "residual"), ("swin", "residual")])
+@pytest.mark.usefixtures("short_residuals")
 def test_reported_errors_are_those_of_the_outputs_of_layers(family, step):
     original, compressed, result, pixels = run(family, step)
     assert result["kept"]

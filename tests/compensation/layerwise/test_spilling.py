@@ -59,6 +59,7 @@ def test_a_replay_from_disk_equals_that_from_memory(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["vit", "swin"])
 @pytest.mark.parametrize("step", ["sequential", "residual"])
+@pytest.mark.usefixtures("short_residuals")
 def test_a_compression_with_activations_on_disk_is_the_same_bit_by_bit(family, step, monkeypatch, tmp_path):
     settings = config(compensation=[step])
     model = FAMILIES[family]()
