@@ -201,7 +201,7 @@ def test_probes_without_gradients_are_refused_unless_stored():
         ("metric", "svdd", "is unknown; choose one of 'svd', 'diagonal', 'mean_input', 'second_moment', 'kfac'"),
         ("metric", ["svd"], "is unknown; choose one of"),
         ("allocation", "best", "is unknown; choose one of"),
-        ("recipe", "worst", "is unknown; choose one of 'paper', 'fast', 'best'"),
+        ("recipe", "worst", "is unknown; choose one of 'paper', 'paper_second_moment', 'fast', 'best'"),
         ("compensation", "sequential", r"is not a list; give the steps in their order, or \[\] for none"),
         ("compensation", ["blocks", "blocks"], "names 'blocks' twice; raise `epochs` to train longer"),
         ("compensation", ["sequentially"], "has an unknown step; choose among 'sequential'"),
