@@ -53,6 +53,13 @@ def config(request):
     return MixRankConfig(**copy.deepcopy(request.param))
 
 
+def test_a_checkpoint_by_the_name_that_meant_the_second_moment_opens_as_it_was_made(warnings):
+    stored = {**FULL, "metric": "second_moment", "fisher_samples": 1, "compensation": ["residual"]}
+    config = MixRankConfig.from_dict(copy.deepcopy(stored))
+    assert (config.recipe, config.metric) == ("paper", "second_moment")
+    assert not warnings.records
+
+
 @pytest.fixture
 def warnings(caplog, monkeypatch):
     """Messages of the library's logger, which does not propagate by default."""
