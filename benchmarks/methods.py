@@ -40,6 +40,7 @@ METHODS: dict[str, dict] = {
     "asvd-like": {"metric": "diagonal", **ONE_SHOT},
     "second moment": {"metric": "second_moment", **ONE_SHOT},
     "paper": {"recipe": "paper"},
+    "paper, second moment": {"recipe": "paper_second_moment"},
     "fast": {"recipe": "fast"},
     "kfac, uniform": {"metric": "kfac", **ONE_SHOT},
     "kfac": {"metric": "kfac", "allocation": "global", "layout": "factors", "compensation": []},

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--model", default="facebook/deit-base-patch16-224", help="local folder or Hub id")
     parser.add_argument("--dataset", default=HUB_ID, help=f"local folder; default: {HUB_ID} on the Hub")
     parser.add_argument("--ratio", type=float, default=0.5, help="fraction of parameters to remove; default 0.5")
-    parser.add_argument("--recipe", default="best", help="best (default), fast or paper")
+    parser.add_argument("--recipe", default="best", help="best (default), fast, paper or paper_second_moment")
     parser.add_argument("--num-samples", type=int, default=1024, help="calibration images; default 1024")
     parser.add_argument("--test-samples", type=int, help="validation images; default: all 50,000")
     parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass of a process; default 64")

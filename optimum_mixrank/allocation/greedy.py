@@ -21,7 +21,9 @@ class GreedyAllocator(Allocator):
     it. The layer whose loss at `r'` is the lowest shrinks to it; ties go to the earlier layer. After the last step the
     search goes on with `τ = N_target` until the budget is met; then `spend_remainder` spends the remainder.
 
-    The schedule has `max_steps` steps and the time constant `gamma`, in steps.
+    The schedule has `max_steps` steps and the time constant `gamma`, in steps. Where this goes beyond the paper: a layer
+    that never shrinks stays dense, which is exact and costs no more than its break-even rank; the paper says nothing about
+    the remainder, nor about a budget that is not met after the last step.
     """
 
     name = "greedy"

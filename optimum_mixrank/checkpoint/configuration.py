@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 Scope = Literal["model", "targets"]
-Recipe = Literal["best", "fast", "paper"]
+Recipe = Literal["best", "fast", "paper", "paper_second_moment"]
 Metric = Literal["svd", "diagonal", "mean_input", "second_moment", "kfac"]
 Allocation = Literal["uniform", "greedy", "global"]
 Layout = Literal["factors", "pivoted"]
@@ -47,7 +47,8 @@ class MixRankConfig(QuantizationConfigMixin):
         compression_scope (`str`): What the ratio refers to: `"model"`, all parameters of the model, as in the paper's
             headline; `"targets"`, the weights of the targeted layers alone.
         recipe (`str`): Named choice of `metric`, `allocation`, `layout`, `structures`, `compensation` and `min_rank_ratio`:
-            `"best"`, `"fast"` (one forward pass, closed form) or `"paper"`. Each of them can be overridden.
+            `"best"`, `"fast"` (one forward pass, closed form), `"paper"` (arXiv 2402.06004) or `"paper_second_moment"`
+            (the same with that metric). Each of them can be overridden.
         metric (`str`, *optional*): How the error of a layer is measured: `"svd"`, `"diagonal"`, `"mean_input"` (the
             paper's representative input), `"second_moment"` or `"kfac"` (predicted loss of the whole model). See
             `optimum_mixrank.decomposition`.

@@ -6,9 +6,17 @@ from typing import Any
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # Activation-aware decomposition, gradual greedy ranks and trained low-rank residuals (arXiv 2402.06004), with the
-    # full second moment in place of the mean input, which loses far more.
+    # Decomposition on the mean input, gradual greedy ranks and trained low-rank residuals (arXiv 2402.06004).
     "paper": {
+        "metric": "mean_input",
+        "allocation": "greedy",
+        "layout": "factors",
+        "structures": ["rank"],
+        "compensation": ["residual"],
+        "min_rank_ratio": 0.1,
+    },
+    # The same with all directions of the inputs in place of those of their mean over images.
+    "paper_second_moment": {
         "metric": "second_moment",
         "allocation": "greedy",
         "layout": "factors",

@@ -29,7 +29,7 @@ class Field(NamedTuple):
 FIELDS: dict[str, Field] = {
     "compression_ratio": Field("ratio", float, "fraction of parameters to remove, in (0, 1); default: 0.5"),
     "compression_scope": Field("scope", str, "what the ratio refers to: model (default) or targets"),
-    "recipe": Field("recipe", str, "best (default), fast or paper; sets metric, allocation, layout and so on"),
+    "recipe": Field("recipe", str, "best (default), fast, paper or paper_second_moment; sets metric and so on"),
     "metric": Field("metric", str, "kfac, second_moment, mean_input, diagonal or svd"),
     "allocation": Field("allocation", str, "global, greedy or uniform"),
     "layout": Field("layout", str, "pivoted or factors"),

@@ -14,7 +14,8 @@ class MeanInputMetric(Metric):
     """Output error on the representative input `X̄`, `‖(W - Ŵ)(X̄ - μ)ᵀ‖²_F / tokens` (arXiv 2402.06004).
 
     `X̄`, `[tokens, in_features]`, is the mean of the layer's inputs over images. It spans at most as many directions as
-    there are tokens; in all others the weight itself is approximated.
+    there are tokens; in all others the weight itself is approximated. The paper has no `μ`: here a layer's bias absorbs the
+    mean of its error, so that no rank is spent on it. A layer without bias is decomposed on `X̄` itself, as in the paper.
     """
 
     name = "mean_input"

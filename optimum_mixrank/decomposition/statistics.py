@@ -63,7 +63,10 @@ class Statistic(str, Enum):
 GRADIENT_STATISTICS = frozenset(
     {Statistic.GRADIENT_MOMENT, Statistic.INPUT_GRADIENT_MOMENT, Statistic.GRADIENT_ENERGY}
 )
-"""Statistics computed from gradients. Compensation needs these too; only decomposition needs the others."""
+"""Statistics computed from gradients."""
+
+COMPENSATION_STATISTICS = GRADIENT_STATISTICS | {Statistic.REPRESENTATIVE_INPUT}
+"""Statistics that compensation needs too; only decomposition needs the others."""
 
 
 @dataclass(frozen=True)

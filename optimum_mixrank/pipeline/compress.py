@@ -178,8 +178,8 @@ def _decompose(
             sites=run.sites,
         )
         groups = [run.targets] if memory is None else _groups(run.targets, memory)
-        keep_gradients = bool(config.compensation)
-        found, calibration, seconds = decompose_by_groups(metric, groups, run.sites, run.budget, task, keep_gradients)
+        to_compensate = bool(config.compensation)
+        found, calibration, seconds = decompose_by_groups(metric, groups, run.sites, run.budget, task, to_compensate)
     else:
         start = time.perf_counter()
         found = decompose(metric, run.targets, run.sites, calibration, run.budget, run.processes)

@@ -24,7 +24,7 @@ from ..checkpoint.narrowing import linear_like, selected_rows
 from ..checkpoint.rank_map import FactoredLayer, break_even
 from ..decomposition import Decomposition, KfacMetric, LayerStatistics, Metric, Statistic
 from ..decomposition.mlp import TwoSidedMlp, WidthLosses, rows_of_units
-from ..decomposition.statistics import GRADIENT_STATISTICS
+from ..decomposition.statistics import COMPENSATION_STATISTICS
 from ..decomposition.width import UnitSelection
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.logging import get_logger
@@ -405,7 +405,7 @@ def decompose_by_groups(
     sites: Sequence[Site],
     budget: RankBudget,
     task: CalibrationTask,
-    keep_gradients: bool,
+    to_compensate: bool,
 ) -> tuple[Decompositions, Calibration, float]:
     """Calibrate and decompose group by group, so that only the statistics of one group are held at a time.
 
@@ -417,7 +417,7 @@ def decompose_by_groups(
         sites: Those that are decided together; all layers of a site belong to the same group.
         budget: As for `decompose`.
         task: Collects the statistics.
-        keep_gradients: Whether later steps need the Fisher information; means are always kept.
+        to_compensate: Whether to keep what compensation needs of the statistics; means are always kept.
 
     Returns:
         The decompositions, the statistics that later steps need, and the seconds spent decomposing.
@@ -437,7 +437,7 @@ def decompose_by_groups(
         found = decompose(metric, group, inside, part, budget, task.processes)
         seconds += time.perf_counter() - start
         decompositions.update(found, device)
-        kept = GRADIENT_STATISTICS if keep_gradients else frozenset()
+        kept = COMPENSATION_STATISTICS if to_compensate else frozenset()
         layers = {name: statistics.only(kept, device) for name, statistics in part.layers.items()}
         parts.append(dataclasses.replace(part, layers=layers))
         # Free their memory before the next pass.

@@ -22,7 +22,7 @@ from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.names import Target
 from ..checkpoint.rank_map import break_even
 from ..compensation.compensator import IN_MEMORY, MAX_CACHED_OUTPUT_BYTES, ActivationStorage
-from ..decomposition.statistics import GRADIENT_STATISTICS, Statistic
+from ..decomposition.statistics import COMPENSATION_STATISTICS, GRADIENT_STATISTICS, Statistic
 from ..runtime.distributed import Processes
 from ..runtime.formatting import format_bytes
 from ..runtime.logging import get_logger
@@ -153,9 +153,9 @@ def plan_memory(
     groups = split_layers(size.layers, passes)
     steps, batch = task.config.compensation, min(task.batch_size, task.num_images)
     images = (HOST, size.pixels * (task.num_images if steps else 0))
-    gradients = {name: required & GRADIENT_STATISTICS for name, required in task.required.items()}
+    needed_again = {name: required & COMPENSATION_STATISTICS for name, required in task.required.items()}
     joints = joint_layers(task.sites)
-    kept = statistics_bytes(size.layers, gradients if steps else {}, joints)
+    kept = statistics_bytes(size.layers, needed_again if steps else {}, joints)
     collected = max((statistics_bytes(group, task.required, joints) for group in groups), default=0)
     # Hidden units are chosen from these, and solved for, until the layers are made.
     in_mlps = {layer.name for site in task.sites if isinstance(site, Mlp) for layer in site.layers}

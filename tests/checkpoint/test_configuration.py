@@ -54,6 +54,13 @@ def config(request):
     return MixRankConfig(**copy.deepcopy(request.param))
 
 
+def test_a_checkpoint_by_the_name_that_meant_the_second_moment_opens_as_it_was_made(warnings):
+    stored = {**FULL, "metric": "second_moment", "fisher_samples": 1, "compensation": ["residual"]}
+    config = MixRankConfig.from_dict(copy.deepcopy(stored))
+    assert (config.recipe, config.metric) == ("paper", "second_moment")
+    assert not warnings.records
+
+
 @pytest.fixture
 def warnings(caplog, monkeypatch):
     """Messages of the library's logger, which does not propagate by default."""
@@ -202,7 +209,7 @@ def test_probes_without_gradients_are_refused_unless_stored():
         ("metric", "svdd", "is unknown; choose one of 'svd', 'diagonal', 'mean_input', 'second_moment', 'kfac'"),
         ("metric", ["svd"], "is unknown; choose one of"),
         ("allocation", "best", "is unknown; choose one of"),
-        ("recipe", "worst", "is unknown; choose one of 'paper', 'fast', 'best'"),
+        ("recipe", "worst", "is unknown; choose one of 'paper', 'paper_second_moment', 'fast', 'best'"),
         ("compensation", "sequential", r"is not a list; give the steps in their order, or \[\] for none"),
         ("compensation", ["blocks", "blocks"], "names 'blocks' twice; raise `epochs` to train longer"),
         ("compensation", ["sequentially"], "has an unknown step; choose among 'sequential'"),

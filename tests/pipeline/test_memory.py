@@ -88,6 +88,16 @@ def test_statistics_take_what_was_estimated(make, metric):
     assert {layer.tokens for layer in size.layers} == {s.num_tokens // 2 for s in layers.values()}
 
 
+def test_compensation_keeps_the_representative_input():
+    settings = task("mean_input", compensation=["residual"])
+    needed = {name: required - {Statistic.INPUT_MEAN} for name, required in settings.required.items()}
+    held = [
+        plan_memory(SIZE, each).phases["factorize"][HOST]
+        for each in (settings, dataclasses.replace(settings, required={}))
+    ]
+    assert held[0] - held[1] == pytest.approx(statistics_bytes(SIZE.layers, needed), abs=1)
+
+
 def test_a_probe_leaves_the_model_alone():
     model = tiny_vit().train()
     size = probe_model(model, encoder_linears(model), with_gradients=True)

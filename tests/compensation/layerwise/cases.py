@@ -15,7 +15,8 @@ SEED = 5
 def run(family, step, **changes):
     """Return both models, the result of the step, and the images it learned from with their mirror images."""
     original = FAMILIES[family]()
-    settings = config(compensation=[step], metric="second_moment", layout="factors", seed=SEED, **changes)
+    fields = {"compensation": [step], "metric": "second_moment", "layout": "factors", "seed": SEED}
+    settings = config(**{**fields, **changes})
     compressor = MixRankCompressor(original)
     batches = list(images(256).split(32))
     compressed = compressor.compress(settings, batches)
