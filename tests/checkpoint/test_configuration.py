@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_mixrank import MixRankConfig
-from optimum_mixrank.checkpoint.rank_map import LAYOUT_VERSION, FactoredLayer
+from optimum_mixrank.checkpoint.rank_map import MIXED_VERSION, FactoredLayer
 from optimum_mixrank.runtime.formatting import quote
 
 
@@ -22,6 +22,7 @@ FULL = {
     "metric": "svd",
     "allocation": "uniform",
     "layout": "factors",
+    "structures": ["rank", "width"],
     "compensation": [],
     "held_out_ratio": 0.2,
     "fisher_samples": 3,
@@ -248,7 +249,7 @@ def test_probes_without_gradients_are_refused_unless_stored():
         ("rank_pattern", {3: 4}, "is not a dict with layer names"),
         ("ratio_pattern", None, "is not a dict with layer names"),
         ("rank_map", ["query"], None),
-        ("layout_version", LAYOUT_VERSION + 1, "is unknown to optimum-mixrank .* which reads version 1"),
+        ("layout_version", MIXED_VERSION + 1, "is unknown to optimum-mixrank .* which reads versions 1 and 2"),
         ("layout_version", None, "is unknown to optimum-mixrank"),
     ],
     ids=lambda value: None if isinstance(value, str) and " " in value else quote(value, 40),
@@ -320,7 +321,7 @@ def test_known_stored_keys_warn_of_nothing(config, warnings):
     assert not warnings.records
 
 
-@pytest.mark.parametrize("version", [LAYOUT_VERSION + 1, 0, "1", None], ids=repr)
+@pytest.mark.parametrize("version", [MIXED_VERSION + 1, 0, "1", None], ids=repr)
 def test_unknown_layout_version_is_refused(config, version):
     stored = {**config.to_dict(), "layout_version": version, "library_version": "9.0", "later_field": 1}
     with pytest.raises(ValueError) as error:
