@@ -27,6 +27,11 @@ def narrow_from(layer: nn.Module) -> tuple[tuple[int, int], int] | None:
     return mark
 
 
+def forget_narrow(layer: nn.Module) -> None:
+    """Remove what `mark_narrow` has noted on a layer: it is an ordinary one."""
+    delattr(layer, _MARK)
+
+
 _MARK = "narrow_from"
 
 

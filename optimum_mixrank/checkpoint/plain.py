@@ -1,0 +1,86 @@
+"""Narrow dense models that an ordinary configuration describes, so that their checkpoints need no plugin."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .composite import forget_compression
+from .entries import compressed_layers
+from .narrowing import forget_narrow, narrow_from
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def make_plain(model: PreTrainedModel) -> bool:
+    """Make a compressed model an ordinary one if another `intermediate_size` or `mlp_ratio` describes it.
+
+    That is the case if its only compressed layers are dense ones with fewer units, and all MLPs have lost the same share of
+    them. The model's class is built without weights from the changed configuration, and every shape compared.
+
+    Args:
+        model: Its configuration is changed in place; its weights stay as they are.
+
+    Returns:
+        Whether the model is an ordinary one now. If not, it is left as it was.
+    """
+    layers = compressed_layers(model)
+    if not layers or not all(isinstance(layer, nn.Linear) for layer in layers.values()):
+        return False
+    expected = _shapes(model)
+    for position, name, value in _candidates(model, layers.values()):
+        if _shapes_with(model, position, name, value) == expected:
+            setattr(_configurations(model.config)[position], name, value)
+            for layer in layers.values():
+                forget_narrow(layer)
+            forget_compression(model)
+            return True
+    return False
+
+
+def _candidates(model: PreTrainedModel, layers: Iterable[nn.Module]) -> Iterator[tuple[int, str, Any]]:
+    """Yield settings that may describe the widths: position of the configuration, name of its field and value."""
+    pairs = set()
+    for layer in layers:
+        narrow = narrow_from(layer)
+        assert narrow is not None and isinstance(layer, nn.Linear)  # as `make_plain` has checked
+        present = (layer.out_features, layer.in_features)
+        pairs |= {(now, before) for now, before in zip(present, narrow[0], strict=True) if now != before}
+    for position, config in enumerate(_configurations(model.config)):
+        size, ratio = (getattr(config, name, None) for name in ("intermediate_size", "mlp_ratio"))
+        for now, before in sorted(pairs):
+            if isinstance(size, int):
+                yield position, "intermediate_size", now
+            if isinstance(ratio, int | float):
+                value = ratio * now / before
+                # Multiplied by the width of the model and rounded down, it has to give the number of units.
+                yield from ((position, "mlp_ratio", each) for each in (value, math.nextafter(value, math.inf)))
+
+
+def _shapes_with(model: PreTrainedModel, position: int, name: str, value: Any) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes of a model of this class with a changed configuration; None if it cannot be built."""
+    config = copy.deepcopy(model.config)
+    setattr(_configurations(config)[position], name, value)
+    try:
+        with torch.device("meta"):
+            return _shapes(type(model)(config))
+    except Exception:
+        # Whatever a class objects to in a configuration that was only tried: the model stays a compressed one.
+        return None
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _configurations(config: Any) -> list[Any]:
+    """Return a configuration of Transformers and those inside it, always in the same order."""
+    parts = [value for value in vars(config).values() if hasattr(value, "model_type")]
+    return [config, *(each for part in parts for each in _configurations(part))]
