@@ -166,7 +166,10 @@ def whole_mlp_lost(tensors, rank_map, config):
         (move(JOINT, JOINT.replace("joint", "other")), f"lacks .*'{JOINT}'"),
         (move(JOINT, JOINT.removesuffix(".joint")), "The checkpoint holds factor_.* which shares its factors"),
         (move(JOINT, JOINT.replace("query", "key")), f"lacks .*'{JOINT}'"),
-        (change_tensor(f"{JOINT}.factor_b.weight", lambda each: each[1:]), f"factor_b.weight .*'{JOINT}' is stored with"),
+        (
+            change_tensor(f"{JOINT}.factor_b.weight", lambda each: each[1:]),
+            f"factor_b.weight .*'{JOINT}' is stored with",
+        ),
         (change_tensor(f"{JOINT}.factor_a.weight", torch.Tensor.int), f"'{JOINT}' is stored as"),
         (change_map(LAYER, rank=4), f"'{JOINT}' is stored with shape"),
         (change_map(LAYER, bias=False), "bias"),
@@ -310,7 +313,9 @@ def test_stored_tensors(tmp_path_factory, name, kind, choice):
         st.none(),
         st.booleans(),
         st.integers(-2, 40),
-        st.sampled_from([10**30, "factors", "pivoted", "ff", "0", "f" * 5000, "\x1b[31m" * 1000, [1], {"a": 1}, 0.5, [5, 16]]),
+        st.sampled_from(
+            [10**30, "factors", "pivoted", "ff", "0", "f" * 5000, "\x1b[31m" * 1000, [1], {"a": 1}, 0.5, [5, 16]]
+        ),
         st.text(max_size=5),
     ),
 )

@@ -111,7 +111,9 @@ def test_models_without_narrow_layers_become_plain_dense_ones():
 
 def test_an_error_leaves_the_model_as_it_was():
     model = mixed(tiny_vit())
-    layer = next(module for name, module in model.named_modules() if name.endswith("1.mlp.fc2") or "1.output.dense" in name)
+    layer = next(
+        module for name, module in model.named_modules() if name.endswith("1.mlp.fc2") or "1.output.dense" in name
+    )
     layer.factor_b = nn.Sequential(layer.factor_b)
     layer.factor_b.weight = None
     before = dict(model.named_modules())
