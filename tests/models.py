@@ -81,6 +81,45 @@ def compressed(model, layout, **changes) -> PreTrainedModel:
     return MixRankCompressor(model).compress(MixRankConfig(**settings), [pixels(16)], inplace=True)
 
 
+def mixed(model, layout="factors") -> PreTrainedModel:
+    """A tiny model of mixed structure, made in place and without images.
+
+    In each block query, key and value share their first factor; the MLPs have lost every third hidden unit, and in every
+    second block what is left of them is factored. All other layers are dense.
+    """
+    from optimum_mixrank import MixRankConfig
+    from optimum_mixrank.calibration.sites import SharedInput, find_sites
+    from optimum_mixrank.calibration.targets import find_targets
+    from optimum_mixrank.checkpoint.factorize import insert_layer, rank_map_of
+    from optimum_mixrank.checkpoint.narrowing import selected_columns, selected_rows
+    from optimum_mixrank.checkpoint.quantizer import MixRankHfQuantizer, attach
+    from optimum_mixrank.checkpoint.rank_map import layout_version
+
+    targets = find_targets(model)
+    sites = find_sites(model, targets, ["shared", "width"])
+    for position, site in enumerate(sites):
+        if isinstance(site, SharedInput):
+            insert_layer(model, site.joint, _truncated(site.joint.module, layout))
+            continue
+        units = torch.tensor([unit for unit in range(site.num_units) if unit % 3])
+        narrow = selected_rows(site.first.module, units), selected_columns(site.second.module, units)
+        for target, layer in zip((site.first, site.second), narrow, strict=True):
+            insert_layer(model, target, _truncated(layer, layout) if position % 4 == 3 else layer)
+    rank_map = rank_map_of(model, targets)
+    entries = {name: entry.to_dict() for name, entry in rank_map.items()}
+    config = MixRankConfig(layout=layout, rank_map=entries, layout_version=layout_version(rank_map.values()))
+    attach(model, MixRankHfQuantizer(config, pre_quantized=True))
+    return model
+
+
+def _truncated(dense, layout):
+    from optimum_mixrank.checkpoint.factorize import factored_linear
+
+    U, S, V = torch.linalg.svd(dense.weight.detach().double(), full_matrices=False)
+    rank = len(S) // 2
+    return factored_linear(dense, S[:rank, None] * V[:rank], U[:, :rank], layout)
+
+
 def pixels(count=4, seed=0) -> torch.Tensor:
     """Random images, `[count, 3, 32, 32]`."""
     return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))

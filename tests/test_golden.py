@@ -1,4 +1,4 @@
-"""Checkpoints and statistics that an earlier version has written are read as they were meant; see `golden/make.py`."""
+"""Checkpoints, reports and statistics of earlier versions are read as they were meant; see `golden/make*.py`."""
 
 import hashlib
 import json
@@ -17,13 +17,15 @@ from optimum_mixrank.reporting import CompressionReport
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("vit", "deit", "swin")
 LAYOUTS = ("factors", "pivoted")
-CHECKPOINTS = [f"{family}/{layout}" for family in FAMILIES for layout in LAYOUTS]
+RANK_ALONE = [f"{family}/{layout}" for family in FAMILIES for layout in LAYOUTS]
+MIXED = [f"mixed/{family}/{layout}" for family in ("vit", "swin") for layout in LAYOUTS]
+CHECKPOINTS = RANK_ALONE + MIXED
 STATISTICS = json.loads((GOLDEN / "statistics.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def expected():
-    return load_file(GOLDEN / "expected.safetensors")
+    return load_file(GOLDEN / "expected.safetensors") | load_file(GOLDEN / "mixed/expected.safetensors")
 
 
 @pytest.fixture(params=CHECKPOINTS)
@@ -64,7 +66,7 @@ def test_everything_is_there(expected):
     assert sorted(STATISTICS) == sorted(
         path.relative_to(GOLDEN).as_posix() for path in GOLDEN.glob("*/statistics-*.safetensors")
     )
-    entries = [entry for name in CHECKPOINTS for entry in stored_config(GOLDEN / name)["rank_map"].values()]
+    entries = [entry for name in RANK_ALONE for entry in stored_config(GOLDEN / name)["rank_map"].values()]
     assert {(entry["layout"], entry["bias"]) for entry in entries} == {(a, b) for a in LAYOUTS for b in (True, False)}
 
 
@@ -78,7 +80,7 @@ def test_a_checkpoint_has_its_tensors_and_logits(checkpoint, expected):
     stored = load_file(GOLDEN / checkpoint / "model.safetensors")
     assert contents(model.state_dict()) == contents(stored)
     factored = [module for module in model.modules() if isinstance(module, FactoredLinear)]
-    assert {module.layout for module in factored} == {checkpoint.split("/")[1]}
+    assert {module.layout for module in factored} == {checkpoint.split("/")[-1]}
     assert_same_logits(model, checkpoint, expected)
 
 
@@ -101,12 +103,17 @@ def test_a_configuration_is_read_in_full(checkpoint):
     assert {name: layer.to_dict() for name, layer in config.factored_layers.items()} == stored["rank_map"]
 
 
+@pytest.mark.parametrize("checkpoint", RANK_ALONE)
 def test_a_report_is_read_in_full(checkpoint):
     stored = json.loads((GOLDEN / checkpoint / "mixrank_report.json").read_text())
     report = CompressionReport.load(GOLDEN / checkpoint)
     content = report.to_dict()
     assert stored.keys() <= content.keys()
-    assert {name: content[name] for name in stored} == stored
+    assert {name: value for name, value in content.items() if name in stored and name != "layers"} == {
+        name: value for name, value in stored.items() if name != "layers"
+    }
+    for found, layer in zip(content["layers"], stored["layers"], strict=True):
+        assert layer.items() <= found.items()
     rank_map = stored_config(GOLDEN / checkpoint)["rank_map"]
     ranks = {layer.name: layer.rank for layer in report.layers if layer.rank is not None}
     assert ranks == {name: entry["rank"] for name, entry in rank_map.items()}
@@ -134,7 +141,9 @@ def test_statistics_can_be_used(name):
     compressor = MixRankCompressor.from_pretrained(GOLDEN / family / "original")
     if not calibration.layers.keys() <= {layer for layer, _ in compressor.model.named_modules()}:
         pytest.skip("statistics name the modules of the line of Transformers that they were taken with")
-    config = MixRankConfig(compression_ratio=0.4, compression_scope="targets", metric=metric, compensation=[])
+    config = MixRankConfig(
+        compression_ratio=0.4, compression_scope="targets", metric=metric, structures=["rank"], compensation=[]
+    )
     model = compressor.compress(config, calibration=calibration)
     assert any(isinstance(module, FactoredLinear) for module in model.modules())
     report = {layer.name: layer for layer in compressor.report.layers}

@@ -45,3 +45,11 @@ def test_no_package_is_imported_that_a_dense_checkpoint_does_without(name, dense
     compressed = packages(modules_after_loading(name))
     assert compressed - packages(modules_after_loading(dense, plugin=False)) <= {"optimum_mixrank"}
     assert not compressed & {"datasets", "evaluate", "matplotlib", "pandas", "pyarrow", "aiohttp"}
+
+
+@pytest.mark.parametrize("name", ["vit/factors", "swin/pivoted", "mixed/vit/factors", "mixed/swin/pivoted"])
+@pytest.mark.parametrize("loader", ["AutoModelForImageClassification", "AutoModel"])
+def test_without_the_plugin_loading_fails(name, loader):
+    code = LOAD.replace("AutoModelForImageClassification", loader)
+    result = subprocess.run([sys.executable, "-c", code, str(GOLDEN / name)], capture_output=True, text=True)
+    assert result.returncode != 0 and "size" in result.stderr and "mismatch" in result.stderr

@@ -119,7 +119,7 @@ def attach(model: PreTrainedModel, quantizer: MixRankHfQuantizer) -> None:
 
     from .composite import describe_on_saving
 
-    describe_on_saving(PreTrainedModel, _attach_configuration)
+    describe_on_saving(PreTrainedModel, attach_configuration)
     model.hf_quantizer = quantizer
     model.quantization_method = QUANT_METHOD
     config = quantizer.quantization_config
@@ -133,5 +133,6 @@ def attach(model: PreTrainedModel, quantizer: MixRankHfQuantizer) -> None:
             settings._is_quantized = False
 
 
-def _attach_configuration(model: PreTrainedModel, config: MixRankConfig) -> None:
+def attach_configuration(model: PreTrainedModel, config: MixRankConfig) -> None:
+    """Do the same with a configuration."""
     attach(model, MixRankHfQuantizer(config, pre_quantized=True))

@@ -163,7 +163,7 @@ def _parse_entry(name: object, stored: object) -> FactoredLayer:
         raise ValueError(
             f"rank_map entry {quote(name)}: chunks={quote(chunks)} is not an integer from 1 to {MAX_CHUNKS}."
         )
-    if (shape is None) != (dense_shape is None) or (shape is None and chunks > 1):
+    if (shape is None) != (dense_shape is None) or (shape is None and (chunks > 1 or layout == DENSE)):
         raise ValueError(f"rank_map entry {quote(name)}: `shape`, `dense_shape` and `chunks` belong together.")
     if shape is not None and dense_shape is not None and not _fits(shape, dense_shape, chunks):
         raise ValueError(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .command import MixRankSubcommand, add_hub_arguments, hub_arguments
+
+
+if TYPE_CHECKING:
+    from ..checkpoint.rank_map import FactoredLayer
 
 
 class InspectCommand(MixRankSubcommand):
@@ -47,11 +51,21 @@ examples:
         try:
             report = CompressionReport.load(contents.folder)
         except FileNotFoundError:
-            lines = [
-                f"{shorten(name)}: rank {layer.rank}, {layer.layout}" for name, layer in config.factored_layers.items()
-            ]
+            lines = [f"{shorten(name)}: {_described(layer)}" for name, layer in config.factored_layers.items()]
             text = "\n".join([*lines, "", "There is no report of the compression."])
         else:
             values["report"] = report.to_dict()
             text = format_table(report)
         return f"{text}\n\n{values['stored_values']:,} stored values, {values['bytes_on_disk']:,} bytes", values
+
+
+def _described(layer: FactoredLayer) -> str:
+    """Describe what a layer has become, as in `rank 8, pivoted, shared by query, key, value`."""
+    from ..runtime.formatting import shorten
+
+    parts = [layer.layout] if layer.rank is None else [f"rank {layer.rank}", layer.layout]
+    if layer.members is not None:
+        parts.append(f"shared by {', '.join(shorten(name.rpartition('.')[2]) for name in layer.members)}")
+    if layer.shape is not None and layer.dense_shape is not None:
+        parts.append(f"{list(layer.shape)} of {list(layer.dense_shape)}")
+    return ", ".join(parts)

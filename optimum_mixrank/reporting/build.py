@@ -143,7 +143,7 @@ def build_report(outcome: Outcome) -> CompressionReport:
         },
         predicted_loss=sum(predicted) if outcome.predicted else None,
         model_name=_name(model),
-        profile=_budgets(outcome.profile, outcome.linears, original.parameters),
+        profile=_budgets(outcome),
         loss_unit=outcome.profile.unit,
         compensation=[dataclasses.asdict(result) for result in outcome.compensation],
         seconds={step: round(value, 3) for step, value in outcome.seconds.items()},
@@ -223,13 +223,27 @@ def _name(model: PreTrainedModel) -> str:
     return (Path(name).name if is_local_path(name) else name) or type(model).__name__
 
 
-def _budgets(profile: RankProfile, linears: Sequence[Target], parameters: int) -> list[dict[str, Any]]:
-    targeted = {linear.canonical_name: math.prod(linear.shape) for linear in linears}
+def _budgets(outcome: Outcome) -> list[dict[str, Any]]:
+    targeted = {linear.canonical_name: math.prod(linear.shape) for linear in outcome.linears}
     return [
         {
             "compression_ratio": point.ratio,
-            "model_parameters": parameters - sum(targeted[name] for name in point.choices) + point.num_values,
+            "model_parameters": outcome.original.parameters
+            - sum(targeted[name] for name in point.choices)
+            + point.num_values
+            - _removed_biases(outcome.sites, point.choices),
             "loss": point.loss,
         }
-        for point in profile.points
+        for point in outcome.profile.points
     ]
+
+
+def _removed_biases(sites: Sequence[Site], choices: Mapping[str, LayerChoice]) -> int:
+    """Return how many biases the removed hidden units take with them."""
+    removed = 0
+    for site in sites:
+        width = choices[site.second.canonical_name].width if isinstance(site, Mlp) else None
+        if isinstance(site, Mlp) and width is not None:
+            rows = sum(each.module.out_features for each in site.first.layers if each.module.bias is not None)
+            removed += rows - rows * width // site.num_units
+    return removed

@@ -18,10 +18,11 @@ from optimum_mixrank.checkpoint.rank_map import FactoredLayer
 
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-EXPECTED = load_file(GOLDEN / "expected.safetensors")
+EXPECTED = load_file(GOLDEN / "expected.safetensors") | load_file(GOLDEN / "mixed/expected.safetensors")
 LAYER = "encoder.layer.0.attention.attention.key"
 FACTOR = f"vit.{LAYER}.factor_a.weight"
-CHECKPOINTS = ["vit/factors", "vit/pivoted", "swin/pivoted"]
+MIXED = ["mixed/vit/factors", "mixed/swin/pivoted"]
+CHECKPOINTS = ["vit/factors", "vit/pivoted", "swin/pivoted", *MIXED]
 
 
 def damaged(folder, name, change=lambda tensors, rank_map, config: None):
@@ -126,6 +127,83 @@ def test_a_dense_weight_beside_the_factors_is_refused(name, tmp_path):
         load(damaged(tmp_path, name, dense_weight))
 
 
+JOINT = "encoder.layer.0.attention.attention.query.joint"
+NARROW = "encoder.layer.0.intermediate.dense"
+
+
+def change_tensor(key, change):
+    def apply(tensors, rank_map, config):
+        tensors[f"vit.{key}"] = change(tensors[f"vit.{key}"]).contiguous()
+
+    return apply
+
+
+def move(name, new):
+    def apply(tensors, rank_map, config):
+        for key in [key for key in tensors if f".{name}." in key]:
+            tensors[key.replace(name, new)] = tensors.pop(key)
+
+    return apply
+
+
+def change_map(name, **changes):
+    def apply(tensors, rank_map, config):
+        for entry in (rank_map[name], *(rank_map[each] for each in rank_map[name].get("members", []))):
+            entry.update(changes)
+
+    return apply
+
+
+def whole_mlp_lost(tensors, rank_map, config):
+    for part in ("intermediate", "output"):
+        del rank_map[f"encoder.layer.0.{part}.dense"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, *_: tensors.pop(f"vit.{JOINT}.factor_a.weight"), f"lacks .*factor_a.weight of '{JOINT}'"),
+        (move(JOINT, JOINT.replace("joint", "other")), f"lacks .*'{JOINT}'"),
+        (move(JOINT, JOINT.removesuffix(".joint")), "The checkpoint holds factor_.* which shares its factors"),
+        (move(JOINT, JOINT.replace("query", "key")), f"lacks .*'{JOINT}'"),
+        (
+            change_tensor(f"{JOINT}.factor_b.weight", lambda each: each[1:]),
+            f"factor_b.weight .*'{JOINT}' is stored with",
+        ),
+        (change_tensor(f"{JOINT}.factor_a.weight", torch.Tensor.int), f"'{JOINT}' is stored as"),
+        (change_map(LAYER, rank=4), f"'{JOINT}' is stored with shape"),
+        (change_map(LAYER, bias=False), "bias"),
+        (change_map(LAYER, rank=999), "has rank 999"),
+        (lambda tensors, rank_map, _: rank_map.pop(LAYER), "shares its first factor with .*does not agree"),
+        (lambda tensors, *_: tensors.pop(f"vit.{NARROW}.weight"), f"lacks .*weight of '{NARROW}'"),
+        (change_tensor(f"{NARROW}.weight", lambda each: each[1:]), f"weight .*'{NARROW}' is stored with shape"),
+        (change_tensor(f"{NARROW}.bias", lambda each: each[1:]), f"bias .*'{NARROW}' is stored with shape"),
+        (change_tensor(f"{NARROW}.weight", torch.Tensor.int), f"'{NARROW}' is stored as"),
+        (change_tensor(f"{NARROW}.weight", lambda each: each[:0, 0]), f"'{NARROW}' is stored"),
+        (change_map(NARROW, shape=[20, 16]), f"'{NARROW}' is stored with shape"),
+        (change_map(NARROW, dense_shape=[40, 16]), f"'{NARROW}' was made for a layer of shape"),
+        (change_map(NARROW, shape=[33, 16], dense_shape=[34, 16]), f"'{NARROW}' was made for a layer of shape"),
+        (lambda tensors, rank_map, config: config.update(intermediate_size=48), "was made for a layer of shape"),
+    ],
+)
+@pytest.mark.parametrize("ignore", [False, True], ids=["", "ignore_mismatched_sizes"])
+def test_damaged_layers_of_mixed_structure_are_refused(change, message, ignore, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load(damaged(tmp_path, "mixed/vit/factors", change), ignore_mismatched_sizes=ignore)
+
+
+def test_narrow_layers_without_their_entries_are_refused(tmp_path):
+    with pytest.raises((RuntimeError, ValueError), match="mismatch|size"):
+        load(damaged(tmp_path, "mixed/vit/factors", whole_mlp_lost))
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_shards_of_mixed_structure(name, tmp_path):
+    load(GOLDEN / name).save_pretrained(tmp_path, max_shard_size="2KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 5
+    assert_same(load(tmp_path), name)
+
+
 def test_missing_pivots_are_refused(tmp_path):
     folder = damaged(tmp_path, "vit/pivoted", lambda tensors, rank_map, config: rank_map[LAYER].pop("pivots"))
     with pytest.raises(ValueError, match=f"'{LAYER}' names no pivots"):
@@ -209,7 +287,9 @@ def test_stored_tensors(tmp_path_factory, name, kind, choice):
 
     def change(tensors, rank_map, config):
         nonlocal hit
-        keys = sorted(key for key in tensors if ".factor_" in key)
+        keys = sorted(
+            key for key, tensor in tensors.items() if tensor.numel() and any(f".{layer}." in key for layer in layers)
+        )
         hit = keys[choice % len(keys)]
         DAMAGES[kind](tensors, hit)
 
@@ -228,12 +308,14 @@ def test_stored_tensors(tmp_path_factory, name, kind, choice):
 @given(
     name=st.sampled_from(CHECKPOINTS),
     choice=st.integers(0, 100),
-    field=st.sampled_from(["rank", "bias", "layout", "pivots", "other"]),
+    field=st.sampled_from(["rank", "bias", "layout", "pivots", "members", "shape", "dense_shape", "chunks", "other"]),
     value=st.one_of(
         st.none(),
         st.booleans(),
         st.integers(-2, 40),
-        st.sampled_from([10**30, "factors", "pivoted", "ff", "0", "f" * 5000, "\x1b[31m" * 1000, [1], {"a": 1}, 0.5]),
+        st.sampled_from(
+            [10**30, "factors", "pivoted", "ff", "0", "f" * 5000, "\x1b[31m" * 1000, [1], {"a": 1}, 0.5, [5, 16]]
+        ),
         st.text(max_size=5),
     ),
 )
@@ -251,7 +333,7 @@ def test_rank_maps(tmp_path_factory, name, choice, field, value):
         model = load(folder)
     except ValueError as error:
         assert len(str(error)) < 1000 and "\x1b" not in str(error)
-        assert "rank_map entry" in str(error) or "rank map" in str(error) or "pivots" in str(error)
+        assert any(each in str(error) for each in ("rank_map entry", "rank map", "pivots", "shares"))
     else:
         # Other rows of the same number are another checkpoint, which is as good as this one.
         if field != "pivots":

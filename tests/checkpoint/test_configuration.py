@@ -22,7 +22,7 @@ FULL = {
     "metric": "svd",
     "allocation": "uniform",
     "layout": "factors",
-    "structures": ["shared"],
+    "structures": ["rank", "width"],
     "compensation": [],
     "held_out_ratio": 0.2,
     "fisher_samples": 3,
