@@ -3,8 +3,9 @@
     python .ci/exchange.py write FOLDER       # under one release
     python .ci/exchange.py check FOLDER …     # under another one (or the same)
 
-There are dense models, compressed ones, and ones with layers that share a factor and narrow MLPs. `check` asks for bit-identical logits for ViT and DeiT; for Swin, whose dense model itself differs between the releases,
-for a difference no larger than the dense model's, within a factor of four.
+There are dense models, compressed ones, and ones with layers that share a factor and narrow MLPs. `check` asks for
+bit-identical logits for ViT and DeiT; for Swin, whose dense model itself differs between the releases, for a difference no
+larger than the dense model's, within a factor of four.
 """
 
 import sys
