@@ -22,6 +22,7 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
 
 def config(**changes) -> MixRankConfig:
     settings = {"compression_ratio": 0.5, "compression_scope": "targets", "metric": "kfac", "layout": "pivoted"}
+    settings["structures"] = ["rank"]
     return MixRankConfig(**{**settings, **changes})
 
 
