@@ -148,12 +148,17 @@ class MixRankConfig(QuantizationConfigMixin):
 
     def __post_init__(self) -> None:
         validation.check_choice("recipe", self.recipe, tuple(RECIPES))
-        if self.structures is None and (self.rank_map or self.metric not in (None, RECIPES[self.recipe]["metric"])):
+        if self.structures is None and not self._can_mix():
             self.structures = ["rank"]
         for field_name, value in RECIPES[self.recipe].items():
             if getattr(self, field_name) is None:
                 setattr(self, field_name, copy.copy(value))
         self.validate()
+
+    def _can_mix(self) -> bool:
+        """Return whether the structures of the recipe fit the fields that were given."""
+        same_metric = self.metric in (None, RECIPES[self.recipe]["metric"])
+        return same_metric and not self.rank_map and "residual" not in (self.compensation or ())
 
     def validate(self) -> None:
         """Check every field on its own and against the others; called on construction.

@@ -114,6 +114,12 @@ def check_steps(config: Any) -> None:
             f"compensation={quote(steps)}: a layer-wise step ('sequential' or 'residual') recomputes every layer from the "
             "original and discards what comes before it. Put one of them first, or none."
         )
+    first = COMPENSATORS[steps[0]] if steps else None
+    if "width" in config.structures and first is not None and first.starts_anew and not first.chooses_units:
+        raise ValueError(
+            f"compensation={quote(steps)}: {quote(steps[0])} cannot choose the hidden units that an MLP keeps; use "
+            "'sequential', or structures without 'width'."
+        )
     for step in steps:
         if steps.count(step) > 1:
             raise ValueError(f"compensation={quote(steps)} names {quote(step)} twice; raise `epochs` to train longer.")

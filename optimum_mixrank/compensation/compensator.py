@@ -131,6 +131,7 @@ class Compensator(ABC):
         shares_images: Whether each process works on its own share of the images and exchanges its results through
             `task.processes`. Otherwise every process gets all images and does the same work.
         uses_high_resolution: Whether it uses `task.high_resolution`; only a compensator that shares images may.
+        chooses_units: Whether it can choose the hidden units that an MLP keeps; needed of a step that starts anew.
         starts_anew: Whether it computes every layer afresh from the original, so that it has to be the first step.
     """
 
@@ -138,6 +139,7 @@ class Compensator(ABC):
     shares_images: ClassVar[bool] = False
     uses_high_resolution: ClassVar[bool] = False
     starts_anew: ClassVar[bool] = False
+    chooses_units: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

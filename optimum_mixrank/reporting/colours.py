@@ -8,6 +8,9 @@ INK, GRID, PAPER = "#2c3e50", "#e5e7e9", "#fefefe"
 
 FACTORED, DENSE, EXCLUDED, BREAK_EVEN = "#3b75af", "#f0a04b", "#d5d8dc", "#b03a2e"
 
+SHARED, WIDTH = "#2b8a78", "#d3c8ec"
+"""Ranks of layers with a common first factor; what is left of hidden units."""
+
 SERIES = ("#3a76b1", "#c2661a", "#2f8f5b", "#8a5bb5", "#c2416b", "#1c8594", "#8c6239", "#6b7785")
 """Kinds of layers, in forward order."""
 
@@ -19,6 +22,8 @@ ON_DARK = {
     DENSE: "#94601f",
     EXCLUDED: "#454e59",
     BREAK_EVEN: "#ff9184",
+    SHARED: "#3a9d8a",
+    WIDTH: "#463c63",
 }
 ON_DARK.update(
     zip(SERIES, ("#6ba6dd", "#f0a04b", "#5cc58a", "#bb98e3", "#f2819f", "#4fc0cf", "#cba57d", "#a3adb8"), strict=True)

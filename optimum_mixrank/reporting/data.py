@@ -71,8 +71,25 @@ class LayerReport:
 
     @property
     def rank_text(self) -> str:
-        """The rank as tables show it: a number, `dense` or `excluded`."""
-        return str(self.rank) if self.rank is not None else "dense" if self.targeted else "excluded"
+        """The rank as tables show it: a number, `65 shared` with other layers, `dense` or `excluded`."""
+        if self.rank is None:
+            return "dense" if self.targeted else "excluded"
+        return f"{self.rank} shared" if self.members else str(self.rank)
+
+    def shape_text(self, times: str = "x") -> str:
+        """Return the shape as tables show it, `1536 x 384`; `896 of 1536 x 384` where hidden units were removed."""
+        after = self.shape_after or self.shape
+        sizes = [
+            str(before) if before == now else f"{now} of {before}"
+            for before, now in zip(self.shape, after, strict=True)
+        ]
+        return f" {times} ".join(sizes)
+
+    @property
+    def kept_units(self) -> float:
+        """Share of the hidden units that are left of those that its MLP had; 1 for other layers."""
+        before, after = self.shape, self.shape_after or self.shape
+        return min(now / size for size, now in zip(before, after, strict=True))
 
 
 @dataclass(frozen=True)

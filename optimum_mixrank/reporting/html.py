@@ -138,7 +138,7 @@ def _steps(report: ReportData) -> list[dict[str, Any]]:
 def _row(layer: LayerReport, name: str, predicted: float | None) -> Row:
     share = layer.predicted_loss / predicted if layer.predicted_loss is not None and predicted else None
     cells = (
-        f"{layer.shape[0]} × {layer.shape[1]}",
+        layer.shape_text("×"),
         layer.rank_text,
         "" if layer.kept_energy is None else format_percent(layer.kept_energy, 2),
         "" if share is None else format_percent(share),

@@ -73,9 +73,14 @@ def draw_pictures(report: ReportData, others: Sequence[ReportData] = ()) -> list
 
 
 def _describe_layer(layer: LayerReport) -> str:
+    narrow = f"{format_percent(layer.kept_units)} of the hidden units" if layer.kept_units < 1 else ""
     if layer.rank is None:
-        return f"{layer.name}: {'stayed dense' if layer.targeted else 'excluded'}"
-    details = [f"rank {layer.rank} of {min(layer.shape)}"]
+        kind = "dense" if narrow else "stayed dense" if layer.targeted else "excluded"
+        return f"{layer.name}: {', '.join(filter(None, (kind, narrow)))}"
+    details = [f"rank {layer.rank} of {min(layer.shape)}", narrow]
+    if layer.members:
+        details.append(f"first factor shared by {len(layer.members)} layers")
+    details = [detail for detail in details if detail]
     if layer.kept_energy is not None:
         details.append(f"{format_percent(layer.kept_energy, 2)} of its energy")
     if layer.predicted_loss is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.rank_map import break_even
 from ..checkpoint.replacing import RANKS_NAME as RANKS_NAME
 from ..runtime.formatting import format_count
-from .colours import BREAK_EVEN, DENSE, EXCLUDED, FACTORED, GRID, INK, PAPER
+from .colours import BREAK_EVEN, DENSE, EXCLUDED, FACTORED, GRID, INK, PAPER, SHARED, WIDTH
 from .data import LayerReport, ReportData
 from .depth import depths_of, kinds_of, label_depth
 
@@ -36,6 +36,9 @@ STYLE = {
 
 _NARROWEST_LABELLED = 12
 """Width in points that a bar needs to be labelled with its rank, upright if necessary."""
+
+_MOST_IN_A_ROW = 4
+"""Entries of the legend that fit into one row of the narrowest picture."""
 
 _FORMATS = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 
@@ -100,7 +103,8 @@ def draw_ranks(report: ReportData, title: str | None = None) -> Figure:
         figure.suptitle(title, fontsize=12, fontweight="bold", color=INK, y=1 - 0.18 / height)
     # Without a title it goes to the left, where it is visible before the picture is scrolled.
     _add_legend(figure, report.layers, y=1 - head / height, left=title is None)
-    top = 1 - (head + 0.43) / height
+    second_row = 0.2 if len(_handles(report.layers)) > _MOST_IN_A_ROW else 0.0
+    top = 1 - (head + 0.43 + second_row) / height
     figure.subplots_adjust(left=1.95 / width, right=1 - 0.3 / width, top=top, bottom=0.55 / height)
     return figure
 
@@ -114,12 +118,15 @@ def _draw_kind(axes: Axes, label: str, layers: Sequence[tuple[int, LayerReport]]
         axes.hlines(limit, depth - 0.42, depth + 0.42, color=BREAK_EVEN, linewidth=1.3, zorder=3)
         share, text, colour = 1.0, "excl.", EXCLUDED
         if layer.rank is not None:
-            share, text, colour = layer.rank / full, str(layer.rank), FACTORED
+            share, text, colour = layer.rank / full, str(layer.rank), SHARED if layer.members else FACTORED
         elif layer.targeted:
             text, colour = "dense", DENSE
         hatch = "////" if colour == EXCLUDED else None
         (bar,) = axes.bar(depth, share, width=0.72, color=colour, hatch=hatch, edgecolor=PAPER, linewidth=0, zorder=2)
         bar.set_gid(layer.name)
+        if layer.kept_units < 1:
+            # Behind the rank, and wider, so that both are seen whichever is higher.
+            axes.bar(depth, layer.kept_units, width=0.86, color=WIDTH, linewidth=0, zorder=1)
         if room >= _NARROWEST_LABELLED:
             _write_on_bar(axes, depth, share, text, light=layer.rank is not None, upright=len(text) * 5.4 > room)
     axes.set_ylim(0, 1.08)
@@ -165,21 +172,31 @@ def _shapes(layers: Sequence[LayerReport]) -> list[str]:
     return shapes if len(shapes) == 1 else [f"{shapes[0]} …", shapes[-1]]
 
 
-def _add_legend(figure: Figure, layers: Sequence[LayerReport], y: float, left: bool) -> None:
+def _handles(layers: Sequence[LayerReport]) -> list[Any]:
+    """Return the entries of the legend."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles: list[Any] = [Patch(color=FACTORED, label="rank, share of full rank")]
+    if any(layer.members for layer in layers):
+        handles.append(Patch(color=SHARED, label="rank of a shared first factor"))
+    if any(layer.kept_units < 1 for layer in layers):
+        handles.append(Patch(color=WIDTH, label="hidden units kept"))
     if any(layer.rank is None and layer.targeted for layer in layers):
         handles.append(Patch(color=DENSE, label="stayed dense"))
     if any(layer.rank is None and not layer.targeted for layer in layers):
         handles.append(Patch(facecolor=EXCLUDED, hatch="////", edgecolor=PAPER, label="excluded, dense"))
     handles.append(Line2D([], [], color=BREAK_EVEN, linewidth=1.3, label="break-even rank"))
+    return handles
+
+
+def _add_legend(figure: Figure, layers: Sequence[LayerReport], y: float, left: bool) -> None:
+    handles = _handles(layers)
     figure.legend(
         handles=handles,
         loc="upper left" if left else "upper center",
         bbox_to_anchor=(0.01 if left else 0.5, y),
-        ncols=len(handles),
+        ncols=len(handles) if len(handles) <= _MOST_IN_A_ROW else _MOST_IN_A_ROW - 1,
         frameon=False,
         fontsize=8,
     )

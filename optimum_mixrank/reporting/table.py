@@ -45,7 +45,7 @@ def dtype_change(report: ReportData) -> str:
 def _layer_row(layer: LayerReport, name: str) -> tuple[str, ...]:
     return (
         name,
-        f"{layer.shape[0]} x {layer.shape[1]}",
+        layer.shape_text(),
         layer.rank_text,
         "" if layer.kept_energy is None else f"{layer.kept_energy:.2%}",
         f"{layer.parameters_before:,}",

@@ -32,6 +32,7 @@ class SequentialCompensator(LayerwiseCompensator):
     name = "sequential"
     description = "Solving in sequence"
     residual_targets = True
+    chooses_units = True
 
     def __init__(self, ridge: float = 0.03, damping: float = 0.03) -> None:
         self.ridge = ridge
