@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..allocation.choice import LayerChoice
 from ..allocation.profile import BudgetPoint
+
+
+def _structures(choices: Collection[LayerChoice]) -> list[str]:
+    """Describe what other structures than factors of their own the layers have."""
+    shared = sum(choice.shared for choice in choices)
+    narrow = sum(choice.width is not None for choice in choices)
+    found = [f"{shared} of {len(choices)} layers share a first factor"] if shared else []
+    return [*found, f"{narrow} have fewer hidden units"] if narrow else found
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,9 @@ class RankProfile:
 
     def __str__(self) -> str:
         lines = [f"{'ratio':>7}  {'kept':>7}  predicted loss ({self.unit})"]
-        lines += [f"{point.ratio:>7.1%}  {point.kept:>7.1%}  {point.loss:.4g}" for point in self.points]
+        for point in self.points:
+            line = f"{point.ratio:>7.1%}  {point.kept:>7.1%}  {point.loss:.4g}"
+            lines.append(", ".join([line, *_structures(point.choices.values())]))
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> Path:
