@@ -62,7 +62,9 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
         images, memory = _images_within_memory(run)
         learning = _prepare_compensation(run, images)
         decompositions, calibration = _decompose(run, images, memory)
-        if images and run.config.probed_images and run.metric.common_unit:
+        # Some processes may have no images.
+        measured = run.config.probed_images > 0 and run.metric.common_unit and any(run.processes.gather(bool(images)))
+        if measured:
             scale_losses(run, decompositions, calibration, images)
         allocated = _allocate(run, decompositions)
         model = run.model if run.inplace else copy.deepcopy(run.model)
