@@ -14,6 +14,9 @@ SHARED, WIDTH = "#2b8a78", "#d3c8ec"
 SERIES = ("#3a76b1", "#c2661a", "#2f8f5b", "#8a5bb5", "#c2416b", "#1c8594", "#8c6239", "#6b7785")
 """Kinds of layers, in forward order."""
 
+UNITS = SERIES[3]
+"""Numbers of hidden units."""
+
 ON_DARK = {
     INK: "#e3e8ee",
     GRID: "#323a44",

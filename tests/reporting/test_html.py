@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 from models import pixels, tiny_swin, tiny_vit
-from reporting.reports import layer, report, swin_report, vit_report
+from reporting.reports import layer, mixed_report, report, swin_report, vit_report
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.reporting import HTML_NAME, CompressionReport
@@ -138,7 +138,31 @@ def test_everything_of_the_report_stands_in_the_page():
     assert ["calibrate", "12.3 s"] in rows
 
 
-@pytest.mark.parametrize("render", [full_page, lambda: swin_report().to_html()], ids=["full", "swin"])
+def test_shared_factors_and_hidden_units():
+    page = Page(mixed_report().to_html())
+    for words in (
+        "pairs of thin factors, layers with the same input may share the first of them, and MLPs have fewer hidden units",
+        "hidden units 300 of 512, in 2 MLPs",
+        "share first factors 3 layers in 1 group",
+        "rank of a shared first factor",
+        "the box around a bar is as high as the share of them that is left",
+        "encoder.layer.0.attention.attention.query: rank 40 of 64, first factor shared by 3 layers",
+        "encoder.layer.0.intermediate.dense: rank 30 of 64, 78.1 % of the hidden units",
+        "encoder.layer.1.output.dense: dense, 39.1 % of the hidden units",
+    ):
+        assert words in page.text
+    rows = {row[0]: row for table in page.tables for row in table}
+    assert rows["0.attention.attention.query"][1:3] == ["64 × 64", "40 shared"]
+    assert rows["1.output.dense"][1:3] == ["64 × 100 of 256", "dense"]
+    plain = Page(swin_report().to_html())
+    assert "pairs of thin factors; made by" in plain.text and "hidden units" not in plain.text
+
+
+@pytest.mark.parametrize(
+    "render",
+    [full_page, lambda: swin_report().to_html(), lambda: mixed_report().to_html()],
+    ids=["full", "swin", "mixed"],
+)
 def test_nothing_is_loaded_and_no_script_runs(render):
     page = Page(render())
     assert not {"script", "link", "img", "image", "iframe", "object", "embed", "base", "a"} & set(page.tags)
