@@ -7,11 +7,9 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from .composite import forget_compression
 from .entries import compressed_layers
-from .modeling import FactoredLinear, replace_module
+from .modeling import FactoredLinear
 from .narrowing import mark_narrow, narrow_from, widened
-from .plain import make_plain
 from .shared import SharedLinear
 
 
@@ -23,24 +21,19 @@ def to_dense(model: PreTrainedModel, keep_widths: bool = False) -> PreTrainedMod
 
     Args:
         model: The compressed model.
-        keep_widths: Whether MLPs that have lost units stay narrow, in place of getting zeros for them. If all blocks have
-            kept the same number, the configuration says so, and the checkpoint needs no plugin. Otherwise it stays a
-            compressed one, whose layers are ordinary `nn.Linear` modules.
+        keep_widths: Whether MLPs that have lost hidden units keep their present width, and with it fewer parameters. The
+            checkpoint then needs no plugin only if a plain configuration describes the widths; see `make_plain`.
 
     Raises:
-        ValueError: if the model holds no factored layer, or an adapter or a quantizer has replaced a factor.
+        ValueError: if the model holds no compressed layer, or an adapter or a quantizer has replaced a factor.
     """
     if not compressed_layers(model):
         raise ValueError(f"This {type(model).__name__} holds no factored layer: it is dense already.")
-    if not keep_widths:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not keep_widths or quantizer is None:
+        # Without a quantizer Transformers raises its own error.
         return model.dequantize()
-    for name, module in dense_layers(model, keep_widths=True).items():
-        replace_module(model, name, module)
-    if not compressed_layers(model):
-        forget_compression(model)
-    else:
-        make_plain(model)
-    return model
+    return cast("PreTrainedModel", quantizer.dequantize(model, keep_widths=True))
 
 
 def dense_layers(model: nn.Module, keep_widths: bool = False) -> dict[str, nn.Linear]:

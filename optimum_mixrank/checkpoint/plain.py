@@ -1,16 +1,16 @@
-"""Models with narrower MLPs that are ordinary models of a smaller configuration."""
+"""Narrow dense models that an ordinary configuration describes, so that their checkpoints need no plugin."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..runtime.logging import get_logger
-from .composite import configurations, forget_compression
+from .composite import forget_compression
 from .entries import compressed_layers
 from .narrowing import forget_narrow, narrow_from
 
@@ -19,83 +19,68 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-logger = get_logger(__name__)
-
-
 def make_plain(model: PreTrainedModel) -> bool:
-    """Make a model an ordinary one of a smaller configuration, whose checkpoint needs no plugin, where that is possible.
+    """Make a compressed model an ordinary one if another `intermediate_size` or `mlp_ratio` describes it.
 
-    It is possible if all compressed layers are dense ones with fewer units, and `intermediate_size` or `mlp_ratio` can
-    say so: all blocks must have kept the same number of units, and the class of the model, built from the new
-    configuration, must have exactly the present shapes.
+    That is the case if its only compressed layers are dense ones with fewer units, and all MLPs have lost the same share of
+    them. The model's class is built without weights from the changed configuration, and every shape compared.
 
     Args:
-        model: Changed in place, but only if the result is True.
+        model: Its configuration is changed in place; its weights stay as they are.
 
     Returns:
-        Whether the model is an ordinary one now.
+        Whether the model is an ordinary one now. If not, it is left as it was.
     """
-    layers = list(compressed_layers(model).values())
-    if not layers or not all(type(layer) is nn.Linear for layer in layers):
+    layers = compressed_layers(model)
+    if not layers or not all(isinstance(layer, nn.Linear) for layer in layers.values()):
         return False
-    units = _units(layers)
-    if units is None or not any(_describes(model, *change) for change in _changes(model, units)):
-        return False
-    for layer in layers:
-        forget_narrow(layer)
-    forget_compression(model)
-    return True
-
-
-def _units(layers: list[nn.Module]) -> int | None:
-    """Return how many hidden units every MLP has kept, or None if their numbers differ."""
-    kept = set()
-    for layer in layers:
-        narrow = narrow_from(layer)
-        assert narrow is not None and isinstance(layer, nn.Linear)  # as its callers have found
-        (rows, _), chunks = narrow
-        # The first layers of an MLP have lost outputs, the second one has lost inputs.
-        kept.add(layer.out_features // chunks if layer.out_features < rows else layer.in_features)
-    return kept.pop() if len(kept) == 1 else None
-
-
-def _changes(model: PreTrainedModel, units: int) -> Iterator[tuple[Any, str, int | float]]:
-    """Return configurations of the model and its parts, with a field of each and a value that might describe its MLPs."""
-    for config in configurations(model):
-        fields = config.to_dict()
-        if isinstance(fields.get("intermediate_size"), int):
-            yield config, "intermediate_size", units
-        width = fields.get("hidden_size", fields.get("embed_dim"))
-        if isinstance(fields.get("mlp_ratio"), int | float) and isinstance(width, int) and width > 0:
-            if units % width == 0:
-                yield config, "mlp_ratio", units // width
-            # Classes round down, and those with a SwiGLU keep two thirds.
-            yield config, "mlp_ratio", units / width
-            yield config, "mlp_ratio", (units + 0.5) / width
-            yield config, "mlp_ratio", 1.5 * units / width
-
-
-def _describes(model: PreTrainedModel, config: Any, field: str, value: int | float) -> bool:
-    """Change a field of a configuration if the class of the model then has the shapes of this one."""
-    before = getattr(config, field)
-    try:
-        setattr(config, field, value)
-        if _shapes_of(model.config, type(model)) == _shapes(model):
+    expected = _shapes(model)
+    for position, name, value in _candidates(model, layers.values()):
+        if _shapes_with(model, position, name, value) == expected:
+            setattr(_configurations(model.config)[position], name, value)
+            for layer in layers.values():
+                forget_narrow(layer)
+            forget_compression(model)
             return True
-    except Exception as error:
-        # Whatever stops the class from being built, this is no configuration for it.
-        logger.debug(f"{type(model).__name__} cannot be built with {field}={value}: {error}")
-    object.__setattr__(config, field, before)
     return False
 
 
-def _shapes_of(config: Any, model_class: type[PreTrainedModel]) -> dict[str, torch.Size]:
-    """Return the shapes of a model of this class as it would be made from the configuration's file."""
-    fields = copy.deepcopy(config).to_dict()
-    fields.pop("quantization_config", None)
-    with torch.device("meta"):
-        return _shapes(model_class(type(config).from_dict(fields)))
+def _candidates(model: PreTrainedModel, layers: Iterable[nn.Module]) -> Iterator[tuple[int, str, Any]]:
+    """Yield settings that may describe the widths: position of the configuration, name of its field and value."""
+    pairs = set()
+    for layer in layers:
+        narrow = narrow_from(layer)
+        assert narrow is not None and isinstance(layer, nn.Linear)  # as `make_plain` has checked
+        present = (layer.out_features, layer.in_features)
+        pairs |= {(now, before) for now, before in zip(present, narrow[0], strict=True) if now != before}
+    for position, config in enumerate(_configurations(model.config)):
+        size, ratio = (getattr(config, name, None) for name in ("intermediate_size", "mlp_ratio"))
+        for now, before in sorted(pairs):
+            if isinstance(size, int):
+                yield position, "intermediate_size", now
+            if isinstance(ratio, int | float):
+                value = ratio * now / before
+                # Multiplied by the width of the model and rounded down, it has to give the number of units.
+                yield from ((position, "mlp_ratio", each) for each in (value, math.nextafter(value, math.inf)))
 
 
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+def _shapes_with(model: PreTrainedModel, position: int, name: str, value: Any) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes of a model of this class with a changed configuration; None if it cannot be built."""
+    config = copy.deepcopy(model.config)
+    setattr(_configurations(config)[position], name, value)
+    try:
+        with torch.device("meta"):
+            return _shapes(type(model)(config))
+    except Exception:
+        # Whatever a class objects to in a configuration that was only tried: the model stays a compressed one.
+        return None
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _configurations(config: Any) -> list[Any]:
+    """Return a configuration of Transformers and those inside it, always in the same order."""
+    parts = [value for value in vars(config).values() if hasattr(value, "model_type")]
+    return [config, *(each for part in parts for each in _configurations(part))]

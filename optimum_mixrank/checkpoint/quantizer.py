@@ -87,21 +87,26 @@ class MixRankHfQuantizer(HfQuantizer):
             type(self).compress(model, self.quantization_config)
         return model
 
-    def dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+    def dequantize(self, model: PreTrainedModel, dtype: Any = None, keep_widths: bool = False) -> PreTrainedModel:
         """Turn a model, in place, into a dense one without any trace of compression; `model.dequantize()` calls this.
 
         Args:
             model: The compressed model.
             dtype: Dtype of the result; default: that of the model.
+            keep_widths: See `to_dense`.
         """
-        from .composite import forget_compression
+        from .composite import describe_factored_layers, forget_compression
         from .dense import dense_layers
         from .modeling import replace_module
+        from .plain import make_plain
 
         # All products before the first replacement, so that an error leaves the model as it was.
-        for name, module in dense_layers(model).items():
+        for name, module in dense_layers(model, keep_widths).items():
             replace_module(model, name, module)
-        forget_compression(model)
+        if not keep_widths:
+            forget_compression(model)
+        elif not make_plain(model):
+            describe_factored_layers(model, attach_configuration)
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

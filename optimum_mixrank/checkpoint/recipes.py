@@ -13,6 +13,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "layout": "factors",
         "structures": ["rank"],
         "compensation": ["residual"],
+        "probed_images": 0,
         "min_rank_ratio": 0.1,
     },
     # The same with all directions of the inputs in place of those of their mean over images.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,9 @@ class RankProfile:
 
     def __str__(self) -> str:
         lines = [f"{'ratio':>7}  {'kept':>7}  predicted loss ({self.unit})"]
-        lines += [f"{point.ratio:>7.1%}  {point.kept:>7.1%}  {point.loss:.4g}" for point in self.points]
+        for point in self.points:
+            line = f"{point.ratio:>7.1%}  {point.kept:>7.1%}  {point.loss:.4g}"
+            lines.append(", ".join([line, *_structures(point.choices.values())]))
         for point in self.points:
             note = "; * one first factor for several layers" if _any_shared(point) else ""
             lines += ["", f"Ranks at ratio {point.ratio:.1%}{note}", *block_table(point.choices)]
@@ -81,6 +83,14 @@ class RankProfile:
                 axes.set(xlabel="parameters removed (%)")
             figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
         return path
+
+
+def _structures(choices: Collection[LayerChoice]) -> list[str]:
+    """Describe what other structures than factors of their own the layers have."""
+    shared = sum(choice.shared for choice in choices)
+    narrow = sum(choice.width is not None for choice in choices)
+    found = [f"{shared} of {len(choices)} layers share a first factor"] if shared else []
+    return [*found, f"{narrow} have fewer hidden units"] if narrow else found
 
 
 def _any_shared(point: BudgetPoint) -> bool:

@@ -78,6 +78,17 @@ def test_the_plot_says_what_layers_become(tmp_path):
         assert f">{words}</text>" in text
 
 
+def test_other_structures_are_counted():
+    choices = {
+        "query": LayerChoice(9, shared=True),
+        "key": LayerChoice(9, shared=True),
+        "fc1": LayerChoice(None, width=20),
+        "fc2": LayerChoice(5, width=20),
+    }
+    line = str(RankProfile([BudgetPoint(0.5, 0.5, 0.1, choices)], "nats per image")).splitlines()[1]
+    assert line == "  50.0%    50.0%  0.1, 2 of 4 layers share a first factor, 2 have fewer hidden units"
+
+
 def test_the_suffix_gives_the_format_of_the_plot(tmp_path):
     assert PROFILE.plot(tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
     assert PROFILE.plot(str(tmp_path / "profile.svg")).read_text().lstrip().startswith("<?xml")
