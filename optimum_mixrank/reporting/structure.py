@@ -46,12 +46,15 @@ def hidden_units(layers: Sequence[LayerReport]) -> str:
 
 def describe_encoder(layers: Sequence[LayerReport]) -> str:
     """Say in a part of a sentence what compression has made of the encoder."""
-    parts = ["linear layers of the encoder are pairs of thin factors"]
+    parts = []
+    if any(layer.rank is not None for layer in layers):
+        parts.append("linear layers of the encoder are pairs of thin factors")
     if shared_factors(layers):
         parts.append("layers with the same input may share the first of them")
     if hidden_units(layers):
         parts.append("MLPs have fewer hidden units")
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}, and {parts[-1]}"
+    *others, last = parts or ["all layers of the encoder are dense"]
+    return f"{', '.join(others)}, and {last}" if others else last
 
 
 class _Decided(NamedTuple):

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -76,8 +77,7 @@ def test_the_table_of_recipes_is_complete():
         cells = [cell.strip().strip("`") for cell in row.split("|")]
         assert cells == [
             *(fields[key] for key in ("metric", "allocation", "layout")),
-            str(fields["compensation"]).replace("'", '"'),
-            str(fields["min_rank_ratio"]),
+            *(json.dumps(fields[key]) for key in ("structures", "compensation", "probed_images", "min_rank_ratio")),
         ]
 
 

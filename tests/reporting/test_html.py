@@ -154,6 +154,8 @@ def test_shared_factors_and_hidden_units():
     rows = {row[0]: row for table in page.tables for row in table}
     assert rows["0.attention.attention.query"][1:3] == ["64 × 64", "40 shared"]
     assert rows["1.output.dense"][1:3] == ["64 × 100 of 256", "dense"]
+    narrow = report([each for each in mixed_report().layers if each.rank is None])
+    assert "MLPs have fewer hidden units; made by" in Page(narrow.to_html()).text
     plain = Page(swin_report().to_html())
     assert "pairs of thin factors; made by" in plain.text and "hidden units" not in plain.text
 
