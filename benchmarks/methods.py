@@ -34,7 +34,8 @@ from optimum_mixrank.runtime.formatting import format_percent
 
 SHIPPED = Path(__file__).parent.parent / "examples" / "fashion_mnist"
 
-ONE_SHOT = {"allocation": "uniform", "layout": "factors", "compensation": []}
+RANKS = {"structures": ["rank"], "probed_images": 0}
+ONE_SHOT = {"allocation": "uniform", "layout": "factors", "compensation": [], **RANKS}
 METHODS: dict[str, dict] = {
     "svd": {"metric": "svd", **ONE_SHOT},
     "asvd-like": {"metric": "diagonal", **ONE_SHOT},
@@ -43,31 +44,35 @@ METHODS: dict[str, dict] = {
     "paper, second moment": {"recipe": "paper_second_moment"},
     "fast": {"recipe": "fast"},
     "kfac, uniform": {"metric": "kfac", **ONE_SHOT},
-    "kfac": {"metric": "kfac", "allocation": "global", "layout": "factors", "compensation": []},
-    "kfac, pivoted": {"metric": "kfac", "allocation": "global", "layout": "pivoted", "compensation": []},
+    "kfac": {"metric": "kfac", "allocation": "global", "layout": "factors", "compensation": [], **RANKS},
+    "kfac, pivoted": {"metric": "kfac", "allocation": "global", "layout": "pivoted", "compensation": [], **RANKS},
     "kfac, sequential": {
         "metric": "kfac",
         "allocation": "global",
         "layout": "factors",
         "compensation": ["sequential"],
+        **RANKS,
     },
     "kfac, pivoted, sequential": {
         "metric": "kfac",
         "allocation": "global",
         "layout": "pivoted",
         "compensation": ["sequential"],
+        **RANKS,
     },
     "kfac, pivoted, sequential, blocks": {
         "metric": "kfac",
         "allocation": "global",
         "layout": "pivoted",
         "compensation": ["sequential", "blocks"],
+        **RANKS,
     },
     "kfac, pivoted, sequential, distillation": {
         "metric": "kfac",
         "allocation": "global",
         "layout": "pivoted",
         "compensation": ["sequential", "distillation"],
+        **RANKS,
     },
     "best": {"recipe": "best"},
 }

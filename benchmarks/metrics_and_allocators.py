@@ -54,6 +54,7 @@ def main() -> None:
                     metric=metric,
                     allocation=allocation,
                     layout="factors",
+                    structures=["rank"],
                     compensation=[],
                     min_rank_ratio=0.1,
                 )

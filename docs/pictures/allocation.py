@@ -14,7 +14,7 @@ from optimum_mixrank.calibration.result import Calibration
 from optimum_mixrank.calibration.targets import find_targets
 from optimum_mixrank.checkpoint.rank_map import stored_values
 from optimum_mixrank.decomposition import METRICS
-from optimum_mixrank.pipeline.decompose import allocation_losses, decompose_layers
+from optimum_mixrank.pipeline.decompose import Decompositions, decompose_layers
 from optimum_mixrank.reporting.colours import BREAK_EVEN, GRID, INK, SERIES
 
 
@@ -41,7 +41,7 @@ def calibrated() -> tuple[MixRankCompressor, MixRankConfig, Calibration]:
     logging.disable_progress_bar()
     compressor = MixRankCompressor.from_pretrained(SHIPPED / "model")
     images = compressor.get_calibration_dataset(SHIPPED / "data", split="calibration")
-    config = MixRankConfig(compression_ratio=0.6)
+    config = MixRankConfig(compression_ratio=0.6, structures=["rank"])
     return compressor, config, compressor.calibrate(images, config.metric)
 
 
@@ -49,7 +49,7 @@ def draw() -> Figure:
     """Draw the curves of four layers with their ranks at `compression_ratio=0.6`."""
     compressor, config, calibration = calibrated()
     metric, targets = METRICS.create(config.metric), find_targets(compressor.model)
-    losses = allocation_losses(metric, decompose_layers(metric, targets, calibration, config.layout))
+    losses = Decompositions(decompose_layers(metric, targets, calibration, config.layout)).losses(metric)
     (point,) = compressor.profile(calibration, config, [config.compression_ratio]).points
     costs, gains = {}, {}
     for target in targets:
