@@ -41,7 +41,10 @@ def draw_layer(axes: Axes, depth: int, layer: LayerReport, product: tuple[int, i
     limit = box * break_even(*product, layout) / full
     share, text, colour = box, "excl.", EXCLUDED
     if layer.rank is not None:
-        share, text, colour = box * layer.rank / full, str(layer.rank), SHARED if layer.members else FACTORED
+        share, text, colour = box * layer.rank / full, str(layer.rank), FACTORED
+        if layer.members:
+            # The star tells them apart without colours.
+            text, colour = f"{text}*", SHARED
     elif layer.targeted:
         text, colour = "dense", DENSE
     hatch = "////" if colour == EXCLUDED else None

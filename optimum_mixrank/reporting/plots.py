@@ -45,9 +45,10 @@ def plot_ranks(report: ReportData, path: str | Path) -> Path:
 
     A bar shows the rank as a share of the full rank `min(m, n)` and is labelled with it. A line across the bar marks
     the layout's break-even rank, from which on factors are no smaller than the dense weight. Dense and excluded layers
-    have full bars in colours of their own, and so have the ranks of layers that share their first factor. Where hidden
-    units of an MLP were removed, a box as high as the share that is left, with their number above it, holds the bar: the
-    height of the box is the full rank of what is left. Layers are of one kind if their names differ only in numbers.
+    have full bars in colours of their own, and so have the ranks of layers that share their first factor, which also have
+    a star. Where hidden units of an MLP were removed, a box as high as the share that is left, with their number above it,
+    holds the bar: the height of the box is the full rank of what is left. Layers are of one kind if their names differ
+    only in numbers.
 
     Args:
         report: The report to draw.
@@ -129,7 +130,7 @@ def _handles(layers: Sequence[LayerReport]) -> list[Any]:
 
     handles: list[Any] = [Patch(color=FACTORED, label="rank, share of full rank")]
     if any(layer.members for layer in layers):
-        handles.append(Patch(color=SHARED, label="rank of a shared first factor"))
+        handles.append(Patch(color=SHARED, label="* rank of a shared first factor"))
     if any(layer.kept_units < 1 for layer in layers):
         handles.append(Patch(color=WIDTH, label="hidden units kept, number above"))
     if any(layer.rank is None and layer.targeted for layer in layers):

@@ -12,7 +12,7 @@ from reporting.reports import layer, mixed_report, report, swin_report, vit_repo
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.reporting import HTML_NAME, CompressionReport
-from optimum_mixrank.reporting.colours import BREAK_EVEN, FACTORED, INK, ON_DARK, PAPER, SERIES
+from optimum_mixrank.reporting.colours import BREAK_EVEN, FACTORED, INK, ON_DARK, PAPER, SERIES, SHARED, UNITS, WIDTH
 from optimum_mixrank.reporting.parameter_plots import wilson_interval
 from optimum_mixrank.runtime.formatting import format_count
 
@@ -217,9 +217,12 @@ def test_contrast(dark):
         return ON_DARK[colour] if dark else colour
 
     assert contrast(shown(INK), shown(PAPER)) > 4.5
-    for colour in (FACTORED, BREAK_EVEN, *SERIES):
+    for colour in (FACTORED, SHARED, BREAK_EVEN, *SERIES):
         assert contrast(shown(colour), shown(PAPER)) > 3
-    assert contrast("#ffffff", shown(FACTORED)) > 4
+    assert min(contrast("#ffffff", shown(colour)) for colour in (FACTORED, SHARED)) > 4
+    assert contrast(shown(UNITS), shown(PAPER)) > 4.5
+    # Numbers and lines stand in boxes of hidden units too.
+    assert contrast(shown(INK), shown(WIDTH)) > 4.5 and contrast(shown(BREAK_EVEN), shown(WIDTH)) > 3
 
 
 def contrast(*colours):

@@ -63,6 +63,7 @@ def test_shared_factors_and_hidden_units(layout, of_three, of_one):
     )
     assert (shared.get_height(), alone.get_height()) == (40 / 64, 20 / 64)
     assert shared.get_facecolor() != alone.get_facecolor()
+    assert [text.get_text() for text in query.texts][:2] == ["40*", "20"]
     # A factor for three layers breaks even later than one for each.
     assert [line.get_segments()[0][0][1] for line in query.collections] == [of_three / 64, of_one / 64]
 
@@ -74,7 +75,7 @@ def test_shared_factors_and_hidden_units(layout, of_three, of_one):
     assert bars["encoder.layer.1.output.dense"].get_height() == boxes[1].get_height() == 100 / 256
     assert "dense" in {text.get_text() for text in second.texts}
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert {"rank of a shared first factor", "hidden units kept, number above", "dense"} <= labels
+    assert {"* rank of a shared first factor", "hidden units kept, number above", "dense"} <= labels
 
 
 def test_no_bar_is_higher_than_its_full_rank_where_few_rows_share_a_large_factor():
