@@ -99,7 +99,7 @@ def test_gradients_of_the_input_are_those_of_the_output_through_the_weight(singu
 def test_calibration_delivers_it_and_leaves_the_model_alone(model):
     model.train()
     images = pixels(6)
-    calibration = MixRankCompressor(model).calibrate([images], "kfac")
+    calibration = MixRankCompressor(model).calibrate([images], "kfac", structures=["rank"])
     for name, statistics in calibration.layers.items():
         layer = model.get_submodule(name)
         size = min(layer.out_features, layer.in_features)
@@ -112,8 +112,8 @@ def test_calibration_delivers_it_and_leaves_the_model_alone(model):
         assert eigenvalues[0] >= -1e-5 * eigenvalues[-1]
     assert model.training and not images.requires_grad
     assert all(parameter.requires_grad for parameter in model.parameters())
-    again = MixRankCompressor(model).calibrate([images], "kfac")
-    other = MixRankCompressor(model).calibrate([images], "kfac", seed=1)
+    again = MixRankCompressor(model).calibrate([images], "kfac", structures=["rank"])
+    other = MixRankCompressor(model).calibrate([images], "kfac", seed=1, structures=["rank"])
     name = next(iter(calibration.layers))
     assert torch.equal(again.layers[name].gradient_moment, calibration.layers[name].gradient_moment)
     assert not torch.equal(other.layers[name].gradient_moment, calibration.layers[name].gradient_moment)

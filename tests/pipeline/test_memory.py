@@ -8,7 +8,9 @@ import torch
 from models import pixels, tiny_swin, tiny_vit
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank.calibration.sites import find_sites
 from optimum_mixrank.calibration.targets import encoder_linears
+from optimum_mixrank.calibration.task import joint_layers, required_statistics
 from optimum_mixrank.compensation.compensator import ActivationStorage
 from optimum_mixrank.compensation.segments import SegmentReplay, find_segments
 from optimum_mixrank.decomposition import METRICS, Statistic
@@ -74,7 +76,7 @@ def test_statistics_take_what_was_estimated(make, metric):
     targets = encoder_linears(model)
     size = probe_model(model, targets, with_gradients=metric == "kfac")
     required = {target.name: METRICS.create(metric).required_statistics(*target.shape) for target in targets}
-    layers = MixRankCompressor(model).calibrate([pixels(2)], metric).layers
+    layers = MixRankCompressor(model).calibrate([pixels(2)], metric, structures=["rank"]).layers
     tensors = {
         id(tensor): tensor.numel() * tensor.element_size()
         for statistics in layers.values()
@@ -96,6 +98,35 @@ def test_compensation_keeps_the_representative_input():
         for each in (settings, dataclasses.replace(settings, required={}))
     ]
     assert held[0] - held[1] == pytest.approx(statistics_bytes(SIZE.layers, needed), abs=1)
+
+
+@pytest.mark.parametrize("make", [tiny_vit, tiny_swin])
+def test_statistics_of_sites_take_what_was_estimated(make):
+    model = make()
+    targets = encoder_linears(model)
+    sites = find_sites(model, targets, ["shared", "width"])
+    size = probe_model(model, targets, with_gradients=True)
+    required = required_statistics([METRICS.create("kfac")], targets, sites)
+    layers = MixRankCompressor(model).calibrate([pixels(2)], "kfac").layers
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for statistics in layers.values()
+        for tensor in (getattr(statistics, statistic.value) for statistic in Statistic)
+        if tensor is not None
+    }
+    assert sum(storages.values()) == statistics_bytes(size.layers, required, joint_layers(sites))
+
+
+def test_layers_of_a_site_are_calibrated_in_the_same_pass():
+    compressor = MixRankCompressor(tiny_vit())
+    plan = compressor.memory_plan(MixRankConfig(compression_scope="targets"), num_images=8)
+    sites = find_sites(compressor.model, encoder_linears(compressor.model), ["shared", "width"])
+    least = compressor.memory_plan(
+        MixRankConfig(compression_scope="targets", compensation=[]), num_images=8, max_memory=plan.peak("host") - 1
+    )
+    for site in sites:
+        names = {layer.name for layer in site.layers}
+        assert sum(bool(names & set(group)) for group in least.groups) == 1
 
 
 def test_a_probe_leaves_the_model_alone():

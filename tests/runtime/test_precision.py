@@ -69,7 +69,8 @@ def test_statistics_of_mixed_precision(accelerator):
 
 @pytest.mark.parametrize("accelerator", ["bf16", "fp16"], indirect=True)
 def test_compression_in_mixed_precision(accelerator):
-    settings = config(compensation=STEPS, epochs=2, learning_rate=1e-3, train_batch_size=16)
+    # Small differences may change the structure that is chosen, and with it everything else.
+    settings = config(compensation=STEPS, epochs=2, learning_rate=1e-3, train_batch_size=16, structures=["rank"])
     expected = MixRankCompressor(tiny_vit())
     expected.compress(settings, batches(128))
     compressor = MixRankCompressor(tiny_vit(), accelerator=accelerator)
