@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ PICTURE_FORMATS = (".png", ".svg", ".pdf")
 class PlanCommand(MixRankSubcommand):
     """Predict the loss at several budgets."""
 
-    description = """Show ranks and predicted losses at several budgets, without compressing anything.
+    description = """Show predicted losses and what every block becomes at several budgets, without compressing.
 
 example:
   optimum-cli mixrank plan --model facebook/deit-base-patch16-224 --dataset path/to/images --ratios 0.4 0.5 0.6 0.7 \\
@@ -64,4 +63,4 @@ example:
         profile = compressor.profile(calibration, config, args.ratios)
         if args.plot is not None and compressor.processes.is_main:
             profile.plot(args.plot)
-        return str(profile), dataclasses.asdict(profile)
+        return str(profile), profile.to_dict()

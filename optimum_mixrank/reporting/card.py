@@ -13,6 +13,7 @@ from ..runtime.files import is_local_path
 from ..runtime.logging import get_logger
 from ..runtime.version import __version__
 from .data import ReportData
+from .structure import describe_encoder
 from .table import format_table
 
 
@@ -66,9 +67,8 @@ def _text(original: str, model_class: str, report: ReportData) -> str:
     lines = [
         f"# {original}, {report.removed_of_model:.0%} smaller",
         "",
-        f"`{original}` {CARD_MARK} {__version__}: every linear layer of the encoder is a pair of thin "
-        "factors, chosen so that the model's output changes least. The method builds on "
-        "[arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
+        f"`{original}` {CARD_MARK} {__version__}: {describe_encoder(report.layers)}, chosen so that the model's output "
+        "changes least. The method builds on [arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
         "",
         "## Use",
         "",

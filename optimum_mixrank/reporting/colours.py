@@ -8,11 +8,14 @@ INK, GRID, PAPER = "#2c3e50", "#e5e7e9", "#fefefe"
 
 FACTORED, DENSE, EXCLUDED, BREAK_EVEN = "#3b75af", "#f0a04b", "#d5d8dc", "#b03a2e"
 
-SHARED, WIDTH = "#2b8a78", "#d3c8ec"
+SHARED, WIDTH = "#23796a", "#d3c8ec"
 """Ranks of layers with a common first factor; what is left of hidden units."""
 
 SERIES = ("#3a76b1", "#c2661a", "#2f8f5b", "#8a5bb5", "#c2416b", "#1c8594", "#8c6239", "#6b7785")
 """Kinds of layers, in forward order."""
+
+UNITS = SERIES[3]
+"""Numbers of hidden units."""
 
 ON_DARK = {
     INK: "#e3e8ee",
@@ -22,7 +25,7 @@ ON_DARK = {
     DENSE: "#94601f",
     EXCLUDED: "#454e59",
     BREAK_EVEN: "#ff9184",
-    SHARED: "#3a9d8a",
+    SHARED: "#2a7d6e",
     WIDTH: "#463c63",
 }
 ON_DARK.update(

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
-
-from .data import LayerReport
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def depths_of(layers: Sequence[LayerReport]) -> dict[str, int]:
+class Named(Protocol):
+    """Anything with the name of a layer, such as a `LayerReport`."""
+
+    @property
+    def name(self) -> str:
+        """The canonical name of the layer."""
+
+
+Layer = TypeVar("Layer", bound=Named)
+
+
+def depths_of(layers: Sequence[Named]) -> dict[str, int]:
     """Return the position of every layer on the depth axis: the number of its block, counted over all stages.
 
     A layer that belongs to a stage rather than to a block, such as the reduction of Swin's patch merging, shares the
@@ -30,9 +39,9 @@ def depths_of(layers: Sequence[LayerReport]) -> dict[str, int]:
     return depths
 
 
-def kinds_of(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
+def kinds_of(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
     """Group layers whose names differ only in numbers; each group is labelled by its shortest unique name ending."""
-    groups: dict[tuple[str, ...], list[LayerReport]] = {}
+    groups: dict[tuple[str, ...], list[Layer]] = {}
     for layer in layers:
         groups.setdefault(_split(layer.name)[0], []).append(layer)
     return {_shortest_suffix(kind, list(groups)): members for kind, members in groups.items()}
@@ -52,14 +61,20 @@ def _shortest_suffix(kind: tuple[str, ...], kinds: Sequence[tuple[str, ...]]) ->
     return ".".join(kind)
 
 
-def label_depth(axes: Axes, layers: Sequence[LayerReport], depths: Mapping[str, int], room: float) -> None:
+def block_labels(layers: Sequence[Named], depths: Mapping[str, int]) -> dict[int, str]:
+    """Return the number of the block at every position, `stage.block` if there are stages."""
+    labels: dict[int, str] = {}
+    for layer in layers:
+        labels.setdefault(depths[layer.name], ".".join(map(str, _split(layer.name)[1])))
+    return labels
+
+
+def label_depth(axes: Axes, layers: Sequence[Named], depths: Mapping[str, int], room: float) -> None:
     """Number the blocks along the horizontal axis; `room` is the width of a block in points.
 
     Where blocks are narrow, only some of them are numbered.
     """
-    labels: dict[int, str] = {}
-    for layer in layers:
-        labels.setdefault(depths[layer.name], ".".join(map(str, _split(layer.name)[1])))
+    labels = block_labels(layers, depths)
     step = 1 + int(max(map(len, labels.values())) * 5 // room)
     shown = range(0, len(labels), step)
     axes.set_xticks(shown, [labels[slot] for slot in shown], fontsize=8)

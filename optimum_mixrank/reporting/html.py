@@ -13,6 +13,7 @@ from .colours import ON_DARK
 from .data import LayerReport, ReportData
 from .inline_svg import css_variable
 from .pictures import draw_pictures
+from .structure import describe_encoder, hidden_units, shared_factors
 from .table import common_prefix, count_values, dtype_change
 
 
@@ -50,6 +51,7 @@ def render_html(report: ReportData, others: Sequence[ReportData] = (), theme: st
         light={css_variable(colour): colour for colour in ON_DARK},
         dark={css_variable(colour): on_dark for colour, on_dark in ON_DARK.items()},
         model=report.model_name or "A model",
+        became=describe_encoder(report.layers),
         removed=format_percent(report.removed_of_model),
         version=report.environment.get("optimum-mixrank"),
         headlines=_headlines(report) + _measured(report.evaluation or {}),
@@ -94,6 +96,10 @@ def _headlines(report: ReportData) -> list[Headline]:
     if report.flops_before is not None and report.flops_after is not None:
         note = f"of {format_count(report.flops_before)} ({format_change(report.flops_before, report.flops_after)})"
         figures.append(Headline("FLOPs per image", format_count(report.flops_after), note))
+    if hidden_units(report.layers):
+        figures.append(Headline("hidden units", *hidden_units(report.layers).split(" ", 1)))
+    if shared_factors(report.layers):
+        figures.append(Headline("share first factors", *shared_factors(report.layers).split(" ", 1)))
     if report.predicted_loss is not None:
         loss = f"{report.predicted_loss:.3g} nats"
         figures.append(Headline("predicted loss", loss, "per image, before compensation"))

@@ -12,6 +12,7 @@ from .depth_plots import draw_kept_energy, draw_predicted_loss
 from .inline_svg import inline_svg, picture_style
 from .parameter_plots import draw_accuracy, draw_loss, measured
 from .plots import draw_ranks
+from .structure import hidden_units, product_shapes, shared_factors
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,7 @@ def draw_pictures(report: ReportData, others: Sequence[ReportData] = ()) -> list
                 draw_ranks(report) if report.layers else None,
                 _describe_ranks,
                 "Ranks",
-                "The rank of every layer as a share of its full rank. From the break-even rank on, factors are no "
-                "smaller than the dense weight.",
+                _caption_of_ranks(report),
             ),
             (
                 draw_kept_energy(report),
@@ -64,7 +64,8 @@ def draw_pictures(report: ReportData, others: Sequence[ReportData] = ()) -> list
             ),
         ]
         names = ("ranks", "energy", "predicted", "loss", "accuracy")
-        tooltips = {layer.name: _describe_layer(layer) for layer in report.layers}
+        products = product_shapes(report.layers)
+        tooltips = {layer.name: _describe_layer(layer, products[layer.name]) for layer in report.layers}
         return [
             Picture(inline_svg(figure, name, title, describe(reports), tooltips), title, caption, name == "ranks")
             for name, (figure, describe, title, caption) in zip(names, drawn, strict=True)
@@ -72,12 +73,27 @@ def draw_pictures(report: ReportData, others: Sequence[ReportData] = ()) -> list
         ]
 
 
-def _describe_layer(layer: LayerReport) -> str:
+def _caption_of_ranks(report: ReportData) -> str:
+    sentences = [
+        "The rank of every layer as a share of its full rank. From the break-even rank on, factors are no smaller than "
+        "the dense weight."
+    ]
+    if shared_factors(report.layers):
+        sentences.append("Layers of a block that share their first factor have one rank.")
+    if hidden_units(report.layers):
+        sentences.append(
+            "Where hidden units were removed, the box around a bar is as high as the share of them that is left, and a "
+            "bar that fills it has the full rank of what is left."
+        )
+    return " ".join(sentences)
+
+
+def _describe_layer(layer: LayerReport, product: tuple[int, int]) -> str:
     narrow = f"{format_percent(layer.kept_units)} of the hidden units" if layer.kept_units < 1 else ""
     if layer.rank is None:
         kind = "dense" if narrow else "stayed dense" if layer.targeted else "excluded"
         return f"{layer.name}: {', '.join(filter(None, (kind, narrow)))}"
-    details = [f"rank {layer.rank} of {min(layer.shape)}", narrow]
+    details = [f"rank {layer.rank} of {min(product)}", narrow]
     if layer.members:
         details.append(f"first factor shared by {len(layer.members)} layers")
     details = [detail for detail in details if detail]
@@ -94,10 +110,14 @@ def _describe_ranks(reports: Sequence[ReportData]) -> str:
     dense = sum(layer.rank is None and layer.targeted for layer in layers)
     excluded = sum(not layer.targeted for layer in layers)
     spread = f" with ranks from {min(ranks)} to {max(ranks)}" if ranks else ""
-    return (
-        f"Of {len(layers)} layers {len(ranks)} are factored{spread}, {dense} stayed dense and {excluded} are "
-        "excluded. The table of layers has every rank."
-    )
+    sentences = [
+        f"Of {len(layers)} layers {len(ranks)} are factored{spread}, {dense} are dense and {excluded} excluded."
+    ]
+    if shared_factors(layers):
+        sentences.append(f"{shared_factors(layers)} share their first factor.")
+    if hidden_units(layers):
+        sentences.append(f"Hidden units kept: {hidden_units(layers)}.")
+    return " ".join([*sentences, "The table of layers has every rank."])
 
 
 def _describe_energy(reports: Sequence[ReportData]) -> str:

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.rank_map import break_even
 from ..checkpoint.replacing import RANKS_NAME as RANKS_NAME
 from ..runtime.formatting import format_count
-from .colours import BREAK_EVEN, DENSE, EXCLUDED, FACTORED, GRID, INK, PAPER, SHARED, WIDTH
+from .bars import TOP, TOP_WITH_UNITS, draw_layer, finish_row
+from .colours import BREAK_EVEN, DENSE, EXCLUDED, FACTORED, INK, PAPER, SHARED, WIDTH
 from .data import LayerReport, ReportData
 from .depth import depths_of, kinds_of, label_depth
+from .structure import product_shapes
 
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 STYLE = {
@@ -34,21 +34,21 @@ STYLE = {
 }
 """matplotlib settings for drawing and saving."""
 
-_NARROWEST_LABELLED = 12
-"""Width in points that a bar needs to be labelled with its rank, upright if necessary."""
-
-_MOST_IN_A_ROW = 4
-"""Entries of the legend that fit into one row of the narrowest picture."""
+_LETTERS_PER_INCH = 13
+"""Letters of the legend that fit into an inch."""
 
 _FORMATS = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 
 
 def plot_ranks(report: ReportData, path: str | Path) -> Path:
-    """Draw the rank of every layer over depth, one row per kind of layer.
+    """Draw what every layer has become over depth, one row per kind of layer and one column per block.
 
     A bar shows the rank as a share of the full rank `min(m, n)` and is labelled with it. A line across the bar marks
     the layout's break-even rank, from which on factors are no smaller than the dense weight. Dense and excluded layers
-    have full bars in colours of their own. Layers are of one kind if their names differ only in numbers.
+    have full bars in colours of their own, and so have the ranks of layers that share their first factor, which also have
+    a star. Where hidden units of an MLP were removed, a box as high as the share that is left, with their number above it,
+    holds the bar: the height of the box is the full rank of what is left. Layers are of one kind if their names differ
+    only in numbers.
 
     Args:
         report: The report to draw.
@@ -91,85 +91,36 @@ def draw_ranks(report: ReportData, title: str | None = None) -> Figure:
     kinds = kinds_of(report.layers)
     num_slots = max(depths.values()) + 1
     width = min(max(2.6 + 0.42 * num_slots, 7.0), 24.0)
+    handles = _handles(report.layers)
+    letters = sum(len(handle.get_label()) + 6 for handle in handles)
+    columns = len(handles) if letters <= _LETTERS_PER_INCH * width else 3
     head = 0.42 if title else 0.08
-    height = 1.33 + head + 0.95 * len(kinds)
+    legend = 0.23 + 0.2 * -(-len(handles) // columns)
+    tops = [TOP_WITH_UNITS if any(layer.kept_units < 1 for layer in layers) else TOP for layers in kinds.values()]
+    height = 0.9 + head + legend + 0.95 * sum(tops) / TOP
     figure = Figure(figsize=(width, height), dpi=150)
-    rows = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0].tolist()
+    rows = figure.subplots(len(kinds), 1, sharex=True, squeeze=False, height_ratios=tops)[:, 0].tolist()
     room = 72 * (width - 2.6) / num_slots
-    for axes, (label, layers) in zip(rows, kinds.items(), strict=True):
-        _draw_kind(axes, label, [(depths[layer.name], layer) for layer in layers], room, layout)
+    shapes = product_shapes(report.layers)
+    for axes, top, (label, layers) in zip(rows, tops, kinds.items(), strict=True):
+        for layer in layers:
+            draw_layer(axes, depths[layer.name], layer, shapes[layer.name], layout, room)
+        finish_row(axes, label, layers, top)
     label_depth(rows[-1], report.layers, depths, room)
     if title:
         figure.suptitle(title, fontsize=12, fontweight="bold", color=INK, y=1 - 0.18 / height)
-    # Without a title it goes to the left, where it is visible before the picture is scrolled.
-    _add_legend(figure, report.layers, y=1 - head / height, left=title is None)
-    second_row = 0.2 if len(_handles(report.layers)) > _MOST_IN_A_ROW else 0.0
-    top = 1 - (head + 0.43 + second_row) / height
+    figure.legend(
+        handles=handles,
+        # Without a title it goes to the left, where it is visible before the picture is scrolled.
+        loc="upper center" if title else "upper left",
+        bbox_to_anchor=(0.5 if title else 0.01, 1 - head / height),
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+    )
+    top = 1 - (head + legend) / height
     figure.subplots_adjust(left=1.95 / width, right=1 - 0.3 / width, top=top, bottom=0.55 / height)
     return figure
-
-
-def _draw_kind(axes: Axes, label: str, layers: Sequence[tuple[int, LayerReport]], room: float, layout: str) -> None:
-    """Draw one row of bars with their break-even lines; `room` is the width of a slot in points."""
-    for depth, layer in layers:
-        m, n = layer.shape
-        full = min(m, n)
-        limit = break_even(m, n, layout) / full
-        axes.hlines(limit, depth - 0.42, depth + 0.42, color=BREAK_EVEN, linewidth=1.3, zorder=3)
-        share, text, colour = 1.0, "excl.", EXCLUDED
-        if layer.rank is not None:
-            share, text, colour = layer.rank / full, str(layer.rank), SHARED if layer.members else FACTORED
-        elif layer.targeted:
-            text, colour = "dense", DENSE
-        hatch = "////" if colour == EXCLUDED else None
-        (bar,) = axes.bar(depth, share, width=0.72, color=colour, hatch=hatch, edgecolor=PAPER, linewidth=0, zorder=2)
-        bar.set_gid(layer.name)
-        if layer.kept_units < 1:
-            # Behind the rank, and wider, so that both are seen whichever is higher.
-            axes.bar(depth, layer.kept_units, width=0.86, color=WIDTH, linewidth=0, zorder=1)
-        if room >= _NARROWEST_LABELLED:
-            _write_on_bar(axes, depth, share, text, light=layer.rank is not None, upright=len(text) * 5.4 > room)
-    axes.set_ylim(0, 1.08)
-    axes.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"], fontsize=7)
-    axes.grid(axis="y", color=GRID, linewidth=0.7, zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(length=2, colors=INK)
-    lines = [label, *_shapes([layer for _, layer in layers])]
-    for position, line in enumerate(lines):
-        # One line at a time: SVG cannot right-align several lines in the reader's font.
-        axes.annotate(
-            line,
-            xy=(0, 0.5),
-            xytext=(-33, 11 * ((len(lines) - 1) / 2 - position)),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            fontsize=8,
-        )
-
-
-def _write_on_bar(axes: Axes, depth: int, share: float, text: str, light: bool, upright: bool) -> None:
-    """Label a bar at its top end, or above it if it is too short, so that no label meets a break-even line."""
-    inside = share > (0.36 if upright else 0.2)
-    # The break-even line crosses the full bars of dense layers; their label goes below it.
-    head = share if light else 0.3
-    axes.text(
-        depth,
-        head - 0.04 if inside else head + 0.04,
-        text,
-        ha="center",
-        va="top" if inside else "bottom",
-        rotation=90 if upright else 0,
-        fontsize=7.5,
-        color="white" if inside and light else INK,
-        zorder=4,
-    )
-
-
-def _shapes(layers: Sequence[LayerReport]) -> list[str]:
-    shapes = list(dict.fromkeys(f"{layer.shape[0]} x {layer.shape[1]}" for layer in layers))
-    return shapes if len(shapes) == 1 else [f"{shapes[0]} …", shapes[-1]]
 
 
 def _handles(layers: Sequence[LayerReport]) -> list[Any]:
@@ -179,24 +130,12 @@ def _handles(layers: Sequence[LayerReport]) -> list[Any]:
 
     handles: list[Any] = [Patch(color=FACTORED, label="rank, share of full rank")]
     if any(layer.members for layer in layers):
-        handles.append(Patch(color=SHARED, label="rank of a shared first factor"))
+        handles.append(Patch(color=SHARED, label="* rank of a shared first factor"))
     if any(layer.kept_units < 1 for layer in layers):
-        handles.append(Patch(color=WIDTH, label="hidden units kept"))
+        handles.append(Patch(color=WIDTH, label="hidden units kept, number above"))
     if any(layer.rank is None and layer.targeted for layer in layers):
-        handles.append(Patch(color=DENSE, label="stayed dense"))
+        handles.append(Patch(color=DENSE, label="dense"))
     if any(layer.rank is None and not layer.targeted for layer in layers):
         handles.append(Patch(facecolor=EXCLUDED, hatch="////", edgecolor=PAPER, label="excluded, dense"))
     handles.append(Line2D([], [], color=BREAK_EVEN, linewidth=1.3, label="break-even rank"))
     return handles
-
-
-def _add_legend(figure: Figure, layers: Sequence[LayerReport], y: float, left: bool) -> None:
-    handles = _handles(layers)
-    figure.legend(
-        handles=handles,
-        loc="upper left" if left else "upper center",
-        bbox_to_anchor=(0.01 if left else 0.5, y),
-        ncols=len(handles) if len(handles) <= _MOST_IN_A_ROW else _MOST_IN_A_ROW - 1,
-        frameon=False,
-        fontsize=8,
-    )

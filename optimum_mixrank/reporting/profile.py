@@ -1,27 +1,34 @@
-"""Predicted loss over budgets, as lines of text and as a picture."""
+"""Structures and predicted losses over budgets, as lines of text and as a picture."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..allocation.choice import LayerChoice
 from ..allocation.profile import BudgetPoint
+from .colours import DENSE, FACTORED, SHARED, WIDTH
+from .structure import block_table
 
 
-def _structures(choices: Collection[LayerChoice]) -> list[str]:
-    """Describe what other structures than factors of their own the layers have."""
-    shared = sum(choice.shared for choice in choices)
-    narrow = sum(choice.width is not None for choice in choices)
-    found = [f"{shared} of {len(choices)} layers share a first factor"] if shared else []
-    return [*found, f"{narrow} have fewer hidden units"] if narrow else found
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_BECOMES: dict[str, tuple[str, Callable[[LayerChoice], bool]]] = {
+    "fewer hidden units": (WIDTH, lambda choice: choice.width is not None),
+    "a shared first factor": (SHARED, lambda choice: choice.shared),
+    "factors of its own": (FACTORED, lambda choice: choice.rank is not None),
+    "dense": (DENSE, lambda choice: True),
+}
+"""What a layer becomes, and its colour; the first that applies."""
 
 
 @dataclass(frozen=True)
 class RankProfile:
-    """Ranks and predicted losses for several budgets.
+    """Structures and predicted losses for several budgets.
 
     Attributes:
         points: The budgets by ascending ratio.
@@ -36,10 +43,20 @@ class RankProfile:
         for point in self.points:
             line = f"{point.ratio:>7.1%}  {point.kept:>7.1%}  {point.loss:.4g}"
             lines.append(", ".join([line, *_structures(point.choices.values())]))
+        for point in self.points:
+            note = "; * one first factor for several layers" if _any_shared(point) else ""
+            lines += ["", f"Ranks at ratio {point.ratio:.1%}{note}", *block_table(point.choices)]
         return "\n".join(lines)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the profile as JSON values, with the ranks of every budget beside its structures."""
+        content = asdict(self)
+        for point, values in zip(self.points, content["points"], strict=True):
+            values["ranks"] = point.ranks
+        return content
+
     def plot(self, path: str | Path) -> Path:
-        """Draw the predicted loss and the mean rank of every kind of layer over the budgets.
+        """Draw over the budgets: the predicted loss, the mean rank of every kind of layer, and what layers become.
 
         Layers are of one kind if their names differ only in numbers.
 
@@ -55,21 +72,60 @@ class RankProfile:
 
         path = Path(path).expanduser()
         removed = [100 * point.ratio for point in self.points]
-        kinds: dict[str, list[str]] = {}
-        for name in self.points[0].ranks:
-            kinds.setdefault(re.sub(r"\d+", "*", name).split("*.")[-1], []).append(name)
         with rc_context({"svg.hashsalt": "mixrank", "font.size": 9}):
-            figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
-            left, right = figure.subplots(1, 2)
+            figure = Figure(figsize=(14, 4), dpi=150, layout="constrained")
+            left, middle, right = figure.subplots(1, 3)
             left.plot(removed, [point.loss for point in self.points], marker="o", color="#3b75af")
-            left.set(xlabel="parameters removed (%)", ylabel=f"predicted loss ({self.unit})", ylim=(0, None))
-            for kind, names in kinds.items():
-                means = []
-                for point in self.points:
-                    ranks = [rank for name in names if (rank := point.ranks[name]) is not None]
-                    means.append(sum(ranks) / len(ranks) if ranks else float("nan"))
-                right.plot(removed, means, marker=".", label=kind)
-            right.set(xlabel="parameters removed (%)", ylabel="mean rank of the factored layers", ylim=(0, None))
-            right.legend(fontsize=7)
+            left.set(ylabel=f"predicted loss ({self.unit})", ylim=(0, None))
+            _draw_mean_ranks(middle, removed, self.points)
+            _draw_structures(right, removed, self.points)
+            for axes in (left, middle, right):
+                axes.set(xlabel="parameters removed (%)")
             figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
         return path
+
+
+def _structures(choices: Collection[LayerChoice]) -> list[str]:
+    """Describe what other structures than factors of their own the layers have."""
+    shared = sum(choice.shared for choice in choices)
+    narrow = sum(choice.width is not None for choice in choices)
+    found = [f"{shared} of {len(choices)} layers share a first factor"] if shared else []
+    return [*found, f"{narrow} have fewer hidden units"] if narrow else found
+
+
+def _any_shared(point: BudgetPoint) -> bool:
+    return any(choice.shared for choice in point.choices.values())
+
+
+def _draw_mean_ranks(axes: Axes, removed: Sequence[float], points: Sequence[BudgetPoint]) -> None:
+    kinds: dict[str, list[str]] = {}
+    for name in points[0].choices:
+        kinds.setdefault(re.sub(r"\d+", "*", name).split("*.")[-1], []).append(name)
+    for kind, names in kinds.items():
+        means = []
+        for point in points:
+            ranks = [rank for name in names if (rank := point.choices[name].rank) is not None]
+            means.append(sum(ranks) / len(ranks) if ranks else float("nan"))
+        axes.plot(removed, means, marker=".", label=kind)
+    axes.set(ylabel="mean rank of the factored layers", ylim=(0, None))
+    axes.legend(fontsize=7)
+
+
+def _draw_structures(axes: Axes, removed: Sequence[float], points: Sequence[BudgetPoint]) -> None:
+    """Draw a bar for every budget, divided by what layers become."""
+    bottom = [0.0] * len(points)
+    became = [[_structure(choice) for choice in point.choices.values()] for point in points]
+    positions = range(len(points))
+    for label, (colour, _) in _BECOMES.items():
+        shares = [100 * names.count(label) / max(len(names), 1) for names in became]
+        if any(shares):
+            axes.bar(positions, shares, bottom=bottom, color=colour, width=0.8, label=label)
+        bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
+    axes.set_xticks(positions, [f"{ratio:g}" for ratio in removed])
+    # Room for the legend above the bars.
+    axes.set(ylabel="layers (%)", ylim=(0, 125), yticks=range(0, 101, 20))
+    axes.legend(fontsize=7, ncols=2, loc="upper center")
+
+
+def _structure(choice: LayerChoice) -> str:
+    return next(label for label, (_, applies) in _BECOMES.items() if applies(choice))

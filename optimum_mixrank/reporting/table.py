@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..runtime.formatting import format_bytes, format_count
 from .data import LayerReport, ReportData
+from .structure import hidden_units, shared_factors
 
 
 _HEADER = ("layer", "out x in", "rank", "energy", "before", "after", "kept")
@@ -94,6 +95,11 @@ def _summary(report: ReportData) -> list[str]:
         _fact("  removed of the targeted layers", f"{report.removed_of_targets:.2%}"),
         _fact("  kept of all encoder linears", f"{report.kept_of_encoder:.2%}"),
     ]
+    structures = {
+        "Shared first factors": shared_factors(report.layers),
+        "Hidden units kept": hidden_units(report.layers),
+    }
+    lines += [_fact(label, text) for label, text in structures.items() if text]
     if report.flops_before is not None and report.flops_after is not None:
         lines.append(_change("FLOPs per image", report.flops_before, report.flops_after))
     if report.bytes_on_disk_after is not None:
@@ -104,7 +110,7 @@ def _summary(report: ReportData) -> list[str]:
         tokens = report.calibration.get("num_tokens", 0)
         lines.append(_fact("Calibration", f"{images:,} images ({broken:,} broken ones left out), {tokens:,} tokens"))
     if report.predicted_loss is not None:
-        lines.append(_fact("Predicted loss of the ranks", f"{report.predicted_loss:.4g} nats per image"))
+        lines.append(_fact("Predicted loss", f"{report.predicted_loss:.4g} nats per image"))
     for step in report.compensation:
         change = f"held-out error {step['error_before']:.4g} -> {step['error_after']:.4g}"
         lines.append(_fact(f"Compensation {step['name']}", f"{change}, {'kept' if step['kept'] else 'not kept'}"))

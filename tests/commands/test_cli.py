@@ -112,6 +112,31 @@ def test_compress_says_where_its_files_are(tiny, tmp_path):
     assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
+def test_plan_shows_the_structure_of_every_block(tiny, few):
+    images = ("--dataset", few, "--split", "calibration", "--num-samples", 32)
+    settings = ("--scope", "targets", "--ratios", 0.5, "--quiet")
+    values = json.loads(cli("plan", "--model", tiny, *images, *settings, "--json")[0])
+    text, _ = cli("plan", "--model", tiny, *images, *settings)
+    [point] = values["points"]
+    assert any(choice["width"] for choice in point["choices"].values())
+    blocks = [line.split("  ") for line in text[text.index("Ranks at ratio 50.0%") :].splitlines()[2:]]
+    assert len(blocks) == len({name.split(".")[2] for name in point["choices"]})
+    for choice in point["choices"].values():
+        wanted = "dense" if choice["rank"] is None else f"{choice['rank']}{'*' if choice['shared'] else ''}"
+        wanted += f", {choice['width']} units" if choice["width"] else ""
+        assert any(wanted in (cell.strip() for cell in cells) for cells in blocks)
+    assert point["ranks"] == {name: choice["rank"] for name, choice in point["choices"].items()}
+
+
+def test_inspect_without_a_report_describes_every_layer(tmp_path):
+    mixed_model()[0].save_pretrained(tmp_path / "mixed")
+    text, _ = cli("inspect", tmp_path / "mixed")
+    assert "There is no report of the compression." in text
+    assert "attention.query: rank 8, factors, shared by query, key, value" in text
+    assert "0.intermediate.dense: dense, [40, 32] of [64, 32]" in text
+    assert "0.output.dense: rank 8, factors, [32, 40] of [32, 64]" in text
+
+
 def test_inspect(compressed):
     out, values, _ = compressed
     text, _ = cli("inspect", out)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from models import tiny_deit, tiny_swin, tiny_vit
+from models import mixed, tiny_deit, tiny_swin, tiny_vit
 from torch import nn
 
 from optimum_mixrank import LowRankLinear, MixRankCompressor, MixRankConfig
@@ -38,6 +38,16 @@ def test_factored_layer():
     name = next(name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 64)
     replace_module(model, name, LowRankLinear(32, 64, rank=5))
     assert vit_flops(17) - flops_per_image(model) == 2 * 17 * (32 * 64 - 5 * (32 + 64))
+
+
+@pytest.mark.parametrize(("layout", "saved"), [("factors", 0), ("pivoted", 16**2)])
+def test_a_shared_factor_counts_once_and_removed_units_do_not_count(layout, saved):
+    model = mixed(tiny_vit(), layout)
+    shared = 16 * (3 * 32 + 32) - saved  # query, key and value as one layer
+    narrow = 2 * 42 * 32  # of 64 units, every third is removed
+    factored = 2 * (16 * (42 + 32) - saved)
+    removed = 2 * 3 * 32**2 - 2 * shared + 2 * 2 * 64 * 32 - narrow - factored
+    assert vit_flops(17) - flops_per_image(model) == 2 * 17 * removed
 
 
 def test_rectangular_images():

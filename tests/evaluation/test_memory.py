@@ -1,5 +1,6 @@
+import pytest
 import torch
-from models import pixels, tiny_vit
+from models import mixed, pixels, tiny_vit
 from torch import nn
 
 from optimum_mixrank import LowRankLinear
@@ -32,6 +33,15 @@ def test_activations_grow_with_the_batch_and_the_model_is_left_as_it_was():
     assert model.training
     half = activation_bytes(tiny_vit().half(), {"pixel_values": pixels(4).half()})
     assert 0 < half < sizes[2]
+
+
+@pytest.mark.parametrize("layout", ["factors", "pivoted"])
+def test_shared_factors_and_narrow_layers(layout):
+    dense, model = tiny_vit(), mixed(tiny_vit(), layout)
+    assert weight_bytes(model) < weight_bytes(dense)
+    # The joint outputs of query, key and value live as long as theirs together.
+    inputs = {"pixel_values": pixels(4)}
+    assert activation_bytes(model, inputs) <= 1.25 * activation_bytes(dense, inputs)
 
 
 def test_bytes_of_weights():

@@ -1,5 +1,7 @@
 """Reports of compressions that never took place."""
 
+from dataclasses import replace
+
 from optimum_mixrank.reporting import CompressionReport, LayerReport
 
 
@@ -33,6 +35,27 @@ def vit_report(depth=12, width=768, **changes):
     layers[2] = layer(layers[2].name, layers[2].shape, None)
     layers[-1] = layer(layers[-1].name, layers[-1].shape, None, targeted=False)
     return report(layers, **changes)
+
+
+def mixed_report(layout="pivoted", width=64, **changes):
+    """Two blocks whose MLPs keep 200 and 100 of 256 units.
+
+    In the first, query, key and value share a factor; in the second, the second layer of the MLP is dense.
+    """
+    made = []
+    for index, units in enumerate((200, 100)):
+        prefix = f"encoder.layer.{index}"
+        names = [f"{prefix}.{name}" for name in LINEARS]
+        members = tuple(names[:3]) if index == 0 else ()
+        for name in names[:4]:
+            shared = members if name in members else ()
+            rank = 40 if shared else 20
+            made.append(replace(layer(name, (width, width), rank), members=shared))
+        made.append(replace(layer(names[4], (4 * width, width), 30), shape_after=(units, width)))
+        made.append(
+            replace(layer(names[5], (width, 4 * width), 10 if index == 0 else None), shape_after=(width, units))
+        )
+    return report(made, settings={"layout": layout}, **changes)
 
 
 def swin_report(depths=(2, 2, 6, 2), width=96, **changes):

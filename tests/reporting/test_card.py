@@ -3,8 +3,10 @@
 import pytest
 from huggingface_hub import ModelCard
 from models import pixels, tiny_swin, tiny_vit
+from reporting.reports import mixed_report, vit_report
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank.reporting.card import model_card
 
 
 CONFIG = {"recipe": "fast", "compression_ratio": 0.3}
@@ -55,3 +57,10 @@ def test_a_broken_card_of_the_original_does_not_stop_the_save(tmp_path, content,
     compressor.compress(MixRankConfig(**CONFIG), [pixels(8)], save_directory=tmp_path / "out")
     assert "license" not in ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
     assert "cannot be read" in caplog.text
+
+
+def test_says_what_the_encoder_has_become():
+    model = tiny_vit()
+    plain, narrow = (model_card(model, make()).text for make in (vit_report, mixed_report))
+    assert "linear layers of the encoder are pairs of thin factors, chosen so that" in plain
+    assert "may share the first of them, and MLPs have fewer hidden units, chosen so that" in narrow

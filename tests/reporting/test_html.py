@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 
 import pytest
 from models import pixels, tiny_swin, tiny_vit
-from reporting.reports import layer, report, swin_report, vit_report
+from reporting.reports import layer, mixed_report, report, swin_report, vit_report
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.reporting import HTML_NAME, CompressionReport
-from optimum_mixrank.reporting.colours import BREAK_EVEN, FACTORED, INK, ON_DARK, PAPER, SERIES
+from optimum_mixrank.reporting.colours import BREAK_EVEN, FACTORED, INK, ON_DARK, PAPER, SERIES, SHARED, UNITS, WIDTH
 from optimum_mixrank.reporting.parameter_plots import wilson_interval
 from optimum_mixrank.runtime.formatting import format_count
 
@@ -138,7 +138,33 @@ def test_everything_of_the_report_stands_in_the_page():
     assert ["calibrate", "12.3 s"] in rows
 
 
-@pytest.mark.parametrize("render", [full_page, lambda: swin_report().to_html()], ids=["full", "swin"])
+def test_shared_factors_and_hidden_units():
+    page = Page(mixed_report().to_html())
+    for words in (
+        "pairs of thin factors, layers with the same input may share the first of them, and MLPs have fewer hidden units",
+        "hidden units 300 of 512, in 2 MLPs",
+        "share first factors 3 layers in 1 group",
+        "rank of a shared first factor",
+        "the box around a bar is as high as the share of them that is left",
+        "encoder.layer.0.attention.attention.query: rank 40 of 64, first factor shared by 3 layers",
+        "encoder.layer.0.intermediate.dense: rank 30 of 64, 78.1 % of the hidden units",
+        "encoder.layer.1.output.dense: dense, 39.1 % of the hidden units",
+    ):
+        assert words in page.text
+    rows = {row[0]: row for table in page.tables for row in table}
+    assert rows["0.attention.attention.query"][1:3] == ["64 × 64", "40 shared"]
+    assert rows["1.output.dense"][1:3] == ["64 × 100 of 256", "dense"]
+    narrow = report([each for each in mixed_report().layers if each.rank is None])
+    assert "MLPs have fewer hidden units; made by" in Page(narrow.to_html()).text
+    plain = Page(swin_report().to_html())
+    assert "pairs of thin factors; made by" in plain.text and "hidden units" not in plain.text
+
+
+@pytest.mark.parametrize(
+    "render",
+    [full_page, lambda: swin_report().to_html(), lambda: mixed_report().to_html()],
+    ids=["full", "swin", "mixed"],
+)
 def test_nothing_is_loaded_and_no_script_runs(render):
     page = Page(render())
     assert not {"script", "link", "img", "image", "iframe", "object", "embed", "base", "a"} & set(page.tags)
@@ -191,9 +217,12 @@ def test_contrast(dark):
         return ON_DARK[colour] if dark else colour
 
     assert contrast(shown(INK), shown(PAPER)) > 4.5
-    for colour in (FACTORED, BREAK_EVEN, *SERIES):
+    for colour in (FACTORED, SHARED, BREAK_EVEN, *SERIES):
         assert contrast(shown(colour), shown(PAPER)) > 3
-    assert contrast("#ffffff", shown(FACTORED)) > 4
+    assert min(contrast("#ffffff", shown(colour)) for colour in (FACTORED, SHARED)) > 4
+    assert contrast(shown(UNITS), shown(PAPER)) > 4.5
+    # Numbers and lines stand in boxes of hidden units too.
+    assert contrast(shown(INK), shown(WIDTH)) > 4.5 and contrast(shown(BREAK_EVEN), shown(WIDTH)) > 3
 
 
 def contrast(*colours):

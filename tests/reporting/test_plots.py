@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from reporting.reports import layer, report, swin_report, vit_report
+from reporting.reports import layer, mixed_report, report, swin_report, vit_report
 
 import optimum_mixrank
-from optimum_mixrank.reporting import plot_ranks
+from optimum_mixrank.reporting import LayerReport, plot_ranks
+from optimum_mixrank.reporting.plots import draw_ranks
 
 
 REPORTS = {
     "vit": vit_report,
     "swin": swin_report,
+    "mixed": mixed_report,
     "deep": lambda: vit_report(depth=60),
     "one-layer": lambda: report([layer("encoder.fc", (4, 4), 1)]),
     "all-dense": lambda: report([layer(f"encoder.layer.{i}.fc", (4, 4), None) for i in range(2)]),
@@ -41,6 +43,60 @@ def test_svg_says_every_rank_and_the_parameters(tmp_path):
     for words in ("dense", "excl.", "break-even rank", "query", "intermediate.dense", "768 x 768", "block"):
         assert words in text
     assert f"{made.removed_of_model:.1%} of the model removed" in text
+
+
+def bars_of(axes):
+    """Bars by the name of their layer, and boxes of hidden units in the order of blocks."""
+    named = {patch.get_gid(): patch for patch in axes.patches if patch.get_gid()}
+    return named, [patch for patch in axes.patches if not patch.get_gid()]
+
+
+@pytest.mark.parametrize(("layout", "of_three", "of_one"), [("pivoted", 64, 64), ("factors", 48, 32)])
+def test_shared_factors_and_hidden_units(layout, of_three, of_one):
+    figure = draw_ranks(mixed_report(layout))
+    query, _, _, _, first, second = figure.axes
+    bars, boxes = bars_of(query)
+    assert not boxes
+    shared, alone = (
+        bars["encoder.layer.0.attention.attention.query"],
+        bars["encoder.layer.1.attention.attention.query"],
+    )
+    assert (shared.get_height(), alone.get_height()) == (40 / 64, 20 / 64)
+    assert shared.get_facecolor() != alone.get_facecolor()
+    assert [text.get_text() for text in query.texts][:2] == ["40*", "20"]
+    # A factor for three layers breaks even later than one for each.
+    assert [line.get_segments()[0][0][1] for line in query.collections] == [of_three / 64, of_one / 64]
+
+    bars, boxes = bars_of(first)
+    assert [box.get_height() for box in boxes] == [200 / 256, 100 / 256]
+    assert [bar.get_height() for bar in bars.values()] == [200 / 256 * 30 / 64, 100 / 256 * 30 / 64]
+    assert {"200", "100", "30"} <= {text.get_text() for text in first.texts}
+    bars, boxes = bars_of(second)
+    assert bars["encoder.layer.1.output.dense"].get_height() == boxes[1].get_height() == 100 / 256
+    assert "dense" in {text.get_text() for text in second.texts}
+    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"* rank of a shared first factor", "hidden units kept, number above", "dense"} <= labels
+
+
+def test_no_bar_is_higher_than_its_full_rank_where_few_rows_share_a_large_factor():
+    # Key and value of grouped queries have fewer rows than the rank of the common factor.
+    names = tuple(f"encoder.layer.0.{part}" for part in ("query", "key"))
+    layers = [
+        LayerReport(name, (rows, 64), 40, 0.9, True, rows * 64, 1000, members=names)
+        for name, rows in zip(names, (64, 16), strict=True)
+    ]
+    for axes in draw_ranks(report(layers)).axes:
+        assert all(bar.get_height() == 40 / 64 for bar in bars_of(axes)[0].values())
+
+
+def test_the_legend_fits_beside_few_blocks(tmp_path):
+    made = mixed_report()
+    layers = [*made.layers[:-1], layer("encoder.layer.1.output.dense", (4, 4), None, targeted=False)]
+    figure = draw_ranks(report([*layers, layer("encoder.layer.2.output.dense", (4, 4), None)]))
+    figure.savefig(tmp_path / "ranks.png")
+    frame, page = figure.legends[0].get_window_extent(), figure.bbox
+    assert page.x0 <= frame.x0 and frame.x1 <= page.x1
+    assert frame.y0 >= figure.axes[0].get_window_extent().y1
 
 
 def test_swin_has_stages_and_its_reduction(tmp_path):

@@ -1,5 +1,7 @@
 """How a profile of budgets is shown."""
 
+import json
+
 from optimum_mixrank.allocation.choice import LayerChoice
 from optimum_mixrank.allocation.profile import BudgetPoint
 from optimum_mixrank.reporting.profile import RankProfile
@@ -19,7 +21,61 @@ def test_a_line_per_budget():
         "  ratio     kept  predicted loss (nats per image)",
         "  20.0%    79.0%  0.0125",
         "  40.0%    58.0%  0.25",
+        "",
+        "Ranks at ratio 20.0%",
+        "block    fc1  fc2",
+        "    0  dense   12",
+        "",
+        "Ranks at ratio 40.0%",
+        "block  fc1  fc2",
+        "    0    9    6",
     ]
+
+
+def test_blocks_show_shared_factors_and_hidden_units():
+    choices = {}
+    for block, shared in enumerate((True, False)):
+        for part in ("query", "key"):
+            choices[f"layer.{block}.{part}"] = LayerChoice(7 + block, shared=shared)
+        choices[f"layer.{block}.fc1"] = LayerChoice(12, width=40 if block else None)
+        choices[f"layer.{block}.fc2"] = LayerChoice(None, width=40 if block else None)
+    profile = RankProfile([BudgetPoint(0.5, 0.4, 1.0, choices)], "nats per image")
+    assert str(profile).splitlines()[3:] == [
+        "Ranks at ratio 50.0%; * one first factor for several layers",
+        "block  query  key           fc1              fc2",
+        "    0     7*   7*            12            dense",
+        "    1      8    8  12, 40 units  dense, 40 units",
+    ]
+    [point] = json.loads(json.dumps(profile.to_dict()))["points"]
+    assert point["ranks"]["layer.1.fc1"] == 12 and point["ranks"]["layer.1.fc2"] is None
+    assert point["choices"]["layer.0.query"] == {"rank": 7, "shared": True, "width": None, "loss": 0.0}
+
+
+def test_blocks_of_stages():
+    names = ("stages.0.blocks.0.fc", "stages.0.blocks.1.fc", "stages.0.reduction", "stages.1.blocks.0.fc")
+    point = BudgetPoint(0.5, 0.4, 1.0, {name: LayerChoice(3) for name in names})
+    lines = str(RankProfile([point], "nats per image")).splitlines()[4:]
+    assert [line.split() for line in lines] == [
+        ["block", "fc", "reduction"],
+        ["0.0", "3"],
+        ["0.1", "3", "3"],
+        ["1.0", "3"],
+    ]
+
+
+def test_the_plot_says_what_layers_become(tmp_path):
+    import matplotlib
+
+    choices = [LayerChoice(2, shared=True), LayerChoice(2, width=5), LayerChoice(2), LayerChoice()]
+    named = {f"layer.{index}.fc": choice for index, choice in enumerate(choices)}
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        text = (
+            RankProfile([BudgetPoint(0.5, 0.4, 1.0, named)], "nats per image")
+            .plot(tmp_path / "profile.svg")
+            .read_text()
+        )
+    for words in ("fewer hidden units", "a shared first factor", "factors of its own", "dense"):
+        assert f">{words}</text>" in text
 
 
 def test_other_structures_are_counted():
@@ -29,7 +85,7 @@ def test_other_structures_are_counted():
         "fc1": LayerChoice(None, width=20),
         "fc2": LayerChoice(5, width=20),
     }
-    [_, line] = str(RankProfile([BudgetPoint(0.5, 0.5, 0.1, choices)], "nats per image")).splitlines()
+    line = str(RankProfile([BudgetPoint(0.5, 0.5, 0.1, choices)], "nats per image")).splitlines()[1]
     assert line == "  50.0%    50.0%  0.1, 2 of 4 layers share a first factor, 2 have fewer hidden units"
 
 

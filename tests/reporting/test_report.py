@@ -3,6 +3,7 @@ import json
 import os
 
 import pytest
+from reporting.reports import mixed_report
 
 from optimum_mixrank.reporting import REPORT_NAME, CompressionReport, LayerReport
 
@@ -157,3 +158,17 @@ def test_values_that_json_does_not_know():
         make_report(settings={"dtype": object()})
     with pytest.raises(ValueError, match="evaluation of a report must not hold NaN or Inf"):
         make_report(evaluation={"kl": float("nan")})
+
+
+def test_structures_survive_json_and_reports_of_earlier_versions_have_none():
+    made = mixed_report()
+    content = json.loads(json.dumps(made.to_dict()))
+    assert CompressionReport.from_dict(content) == made
+    assert content["layers"][4]["shape_after"] == [200, 64]
+    for each in content["layers"]:
+        each.pop("shape_after", None)
+        each.pop("members", None)
+    earlier = CompressionReport.from_dict(content)
+    assert {layer.rank_text for layer in earlier.layers} == {"40", "20", "30", "10", "dense"}
+    assert all(layer.shape_after == layer.shape and layer.kept_units == 1 for layer in earlier.layers)
+    assert all("members" not in layer for layer in earlier.to_dict()["layers"])

@@ -1,5 +1,5 @@
 import pytest
-from reporting.reports import layer, report, swin_report, vit_report
+from reporting.reports import layer, mixed_report, report, swin_report, vit_report
 
 from optimum_mixrank.reporting import format_table
 
@@ -22,7 +22,21 @@ def test_every_layer_has_a_line_with_its_figures(make):
         assert cells == [str(each.shape[0]), "x", str(each.shape[1]), rank, *energy, *sizes]
 
 
-@pytest.mark.parametrize("make", [vit_report, swin_report], ids=["vit", "swin"])
+def test_shared_factors_and_hidden_units():
+    text = format_table(mixed_report())
+    rows = {line.split()[0]: line for line in table_lines(text)}
+    assert " 64 x 64  40 shared  " in rows["0.attention.attention.query"]
+    assert " 64 x 64         20  " in rows["1.attention.attention.query"]
+    assert " 200 of 256 x 64  " in rows["0.intermediate.dense"]
+    assert " 64 x 100 of 256      dense  " in rows["1.output.dense"]
+    facts = text.splitlines()
+    assert "Shared first factors             3 layers in 1 group" in facts
+    assert "Hidden units kept                300 of 512, in 2 MLPs" in facts
+    plain = format_table(vit_report())
+    assert "Shared first" not in plain and "Hidden units" not in plain
+
+
+@pytest.mark.parametrize("make", [vit_report, swin_report, mixed_report], ids=["vit", "swin", "mixed"])
 def test_fits_a_terminal_and_is_aligned(make):
     lines = format_table(make()).splitlines()
     assert max(map(len, lines)) <= 100
