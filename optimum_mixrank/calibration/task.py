@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..checkpoint.names import Target
-from ..decomposition import Metric, Statistic
+from ..decomposition import KfacMetric, Metric, Statistic
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.formatting import format_count
 from ..runtime.journal import NO_JOURNAL, Journal
@@ -39,7 +39,8 @@ def required_statistics(
             *(
                 metric.required_statistics(*target.shape)
                 for metric in metrics
-                if metric not in priced or target.name not in together
+                # K-FAC finds all that it needs among the statistics of sites.
+                if not isinstance(metric, KfacMetric) or target.name not in together
             )
         )
         for target in targets

@@ -34,7 +34,7 @@ from ..reporting.profile import RankProfile
 from ..runtime.files import is_local_path
 from ..runtime.malloc import bounded_heap
 from ..runtime.phases import phase
-from .decompose import Decompositions, decompose, decompose_by_groups, factorize_layers
+from .decompose import Decompositions, decompose, decompose_by_groups, factorize_layers, with_joints
 from .memory import MemoryPlan, MemoryTask, agree_on_plan, estimate_memory
 from .probing import scale_losses
 from .run import CompressionRun
@@ -161,6 +161,8 @@ def _decompose(
     """Decompose all layers with the given statistics or those of the images; return both."""
     config, metric = run.config, run.metric
     calibration = run.calibration if metric.uses_data else None
+    if calibration is not None:
+        calibration = with_joints(calibration, run.sites)
     if run.calibration is not None:
         check_statistics(run.calibration, run.fingerprint, run.batches, to_read=not config.compensation)
     if metric.uses_data and calibration is None:

@@ -297,7 +297,9 @@ class LayerFactory:
         return factored_linear(place.target.module, A, B, self.layout, self._mean(place.target))
 
     def _part_of_mlp(self, place: ChosenLayer, mlp: Mlp) -> nn.Module:
-        decomposed, rank = self.found.mlps[mlp.name], place.choice.rank
+        # After several passes the statistics are on the host.
+        device = to_float64(place.target.module.weight[:0]).device
+        decomposed, rank = self.found.mlps[mlp.name].to(device), place.choice.rank
         units = decomposed.units(place.choice.width or mlp.num_units)
         mean = self._mean(place.target)
         if place.target is mlp.first:
@@ -325,8 +327,6 @@ class LayerFactory:
 
 
 def _statistics(calibration: Calibration, target: Target) -> LayerStatistics:
-    if target.name not in calibration.layers and target.members and _larger_joint(calibration, target):
-        return _of_larger_joint(calibration, target)
     if target.name not in calibration.layers:
         raise ValueError(
             f"The calibration holds no statistics of layer {target.name!r}; calibrate with the same target_modules and "
@@ -363,6 +363,14 @@ def _is_priced(site: Site, calibration: Calibration) -> bool:
     return all(
         each is not None and each.gradient_moment is not None and each.input_covariance is not None for each in known
     )
+
+
+def with_joints(calibration: Calibration, sites: Sequence[Site]) -> Calibration:
+    """Return statistics that name the joint layers of all sites, also those with fewer members than were calibrated."""
+    joints = [site.joint for site in sites if isinstance(site, SharedInput)]
+    missing = [joint for joint in joints if joint.name not in calibration.layers and _larger_joint(calibration, joint)]
+    found = {joint.name: _of_larger_joint(calibration, joint) for joint in missing}
+    return dataclasses.replace(calibration, layers={**calibration.layers, **found}) if found else calibration
 
 
 def _larger_joint(calibration: Calibration, target: Target) -> tuple[str, list[str]] | None:

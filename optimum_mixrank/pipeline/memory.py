@@ -162,8 +162,9 @@ def plan_memory(
     mlps = statistics_bytes([layer for layer in size.layers if layer.name in in_mlps], task.required, joints)
     found = sum(_decomposition_bytes(layer.shape, task.config.layout) for layer in size.layers)
     # A pass holds its own statistics beside the results of earlier passes; the last pass holds the most.
-    left = (store, (found + kept) * (1 - 1 / passes))
-    own = found if passes == 1 else (found + kept) / passes
+    left = (store, (found + kept + mlps) * (1 - 1 / passes))
+    # The Fisher information of MLPs is damped in a copy.
+    own = found + mlps if passes == 1 else (found + kept + 2 * mlps) / passes
     decomposing = (compute, max((_decomposition_workspace(layer.shape) for layer in size.layers), default=0))
     copies = int(not task.inplace or bool(steps)) * size.weights
     phases: dict[str, Parts] = {}

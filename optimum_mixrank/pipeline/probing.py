@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import starmap
 
@@ -17,6 +19,7 @@ from ..checkpoint.factorize import insert_layer
 from ..checkpoint.modeling import replace_module
 from ..compensation.held_out import model_outputs, output_error
 from ..compensation.segments import SegmentReplay, find_segments
+from ..runtime.distributed import Processes
 from ..runtime.forward import evaluation_mode
 from ..runtime.outputs import ModelOutput
 from ..runtime.phases import phase
@@ -24,8 +27,10 @@ from .decompose import Decompositions, LayerFactory, places_of
 from .run import CompressionRun
 
 
-SMALLEST_SCALE, LARGEST_SCALE = 0.1, 100.0
-"""Measured losses outside of these multiples of the predicted ones are noise, or far from where a curve can be trusted."""
+_ENTRY = "scales"
+
+MOST = 30.0
+"""How far a factor may be from the median of all; what lies beyond is noise, or far from where a curve can be trusted."""
 
 
 def scale_losses(
@@ -35,9 +40,13 @@ def scale_losses(
 
     The loss of a structure is the error of the model's output, see `output_error`, with that structure alone in the
     original model and without compensation. Each block is replayed from its own inputs, so that only it and the blocks
-    after it are run.
+    after it are run. The factors are kept in the journal, so that a run that is resumed chooses the same structures.
     """
-    batches = _first(images, run.config.probed_images, run)
+    known = _saved(run)
+    if known is not None:
+        decompositions.scale(known)
+        return known
+    batches = _first(images, run.config.probed_images, run.processes)
     probes = run.budget.probes(decompositions.losses(run.metric), decompositions.mlp_losses)
     factory = LayerFactory(decompositions, calibration, "factors", keep=True)
     scales: dict[str, float] = {}
@@ -47,24 +56,48 @@ def scale_losses(
         with bar:
             for probe, outputs in _by_segment(run, probes, batches, references):
                 error = output_error(_outputs_with(run, probe, factory, outputs), references, run.processes)
-                scales[probe.name] = min(max(error / probe.loss, SMALLEST_SCALE), LARGEST_SCALE)
+                scales[probe.name] = error / probe.loss
                 bar.update()
         measuring.add_detail(f"{len(probes)} structures")
     run.seconds["probe"] = measuring.seconds
+    names = [*decompositions.layers, *decompositions.mlp_losses]
+    scales = run.processes.broadcast(_bounded(scales, names))
+    with run.processes.raise_on_all_ranks():
+        run.journal.save(_ENTRY, {}, {"scales": scales}, shared=True)
     decompositions.scale(scales)
     return scales
 
 
-def _first(images: Sequence[Batch], count: int, run: CompressionRun) -> list[Tensor]:
-    """Return this process's share of the first images."""
-    left = -(-count // run.processes.count)
-    found = []
-    for batch in images:
-        if left <= 0:
-            break
-        found.append(batch.pixel_values[:left])
-        left -= len(found[-1])
-    return found
+def _saved(run: CompressionRun) -> dict[str, float] | None:
+    """Return the factors that an interrupted run has measured, or None."""
+    with run.processes.raise_on_all_ranks():
+        entry = run.journal.load(_ENTRY, shared=True)
+    if not all(run.processes.gather(entry is not None)) or entry is None:
+        return None
+    return dict(entry.values["scales"])
+
+
+def _bounded(scales: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Return factors for all curves: those that were not measured get the median, and none is too far from it.
+
+    Losses of features are measured in another unit than they are predicted in, so that only ratios of factors matter.
+    """
+    finite = [scale for scale in scales.values() if math.isfinite(scale) and scale > 0]
+    middle = statistics.median(finite) if finite else 1.0
+    found = {name: scales.get(name, middle) for name in names}
+    # A structure with which the model overflows loses the most.
+    found = {name: scale if math.isfinite(scale) else MOST * middle for name, scale in found.items()}
+    return {name: min(max(scale, middle / MOST), MOST * middle) for name, scale in found.items()}
+
+
+def _first(images: Sequence[Batch], count: int, processes: Processes) -> list[Tensor]:
+    """Return this process's share of the first images of all, in the order of their batches."""
+    gathered = processes.gather({batch.index: batch.num_images for batch in images})
+    sizes = {index: size for each in gathered for index, size in each.items()}
+    starts, start = {}, 0
+    for index in sorted(sizes):
+        starts[index], start = start, start + sizes[index]
+    return [batch.pixel_values[: count - starts[batch.index]] for batch in images if starts[batch.index] < count]
 
 
 def _by_segment(

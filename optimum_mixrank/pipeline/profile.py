@@ -11,7 +11,7 @@ from ..calibration.targets import find_targets
 from ..checkpoint.configuration import MixRankConfig
 from ..decomposition import METRICS
 from ..reporting.profile import RankProfile
-from .decompose import check_weights, decompose
+from .decompose import check_weights, decompose, with_joints
 from .images import ImageReader
 from .run import free_sites, rank_budget, shared_fingerprint
 
@@ -40,6 +40,7 @@ def profile_model(
     budgets = [rank_budget(model, each, targets, sites) for each in settings]
     for budget in budgets:
         budget.check()
-    found = decompose(metric, targets, sites, statistics, budgets[0], processes)
+    known = statistics if statistics is None else with_joints(statistics, sites)
+    found = decompose(metric, targets, sites, known, budgets[0], processes)
     points = profile_budgets(budgets, found.losses(metric), config.allocation, found.mlp_losses)
     return RankProfile(points, NATS if metric.common_unit else NORMALISED)

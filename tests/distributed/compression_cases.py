@@ -80,7 +80,9 @@ def case_residual(processes, folder):
 
 
 def case_training(processes, folder):
-    return compress("training", processes, folder, compensation=["sequential", "blocks", "distillation"])
+    # A step whose gain is small may be kept by one number of processes and not by another, as the best structure may be.
+    steps = ["sequential", "blocks", "distillation"]
+    return compress("training", processes, folder, compensation=steps, structures=["rank"], probed_images=0)
 
 
 def case_training_of_features(processes, folder):

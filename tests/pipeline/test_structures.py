@@ -11,6 +11,8 @@ from transformers import Dinov2Config, Dinov2ForImageClassification
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig, to_dense
 from optimum_mixrank.checkpoint.shared import SharedLinear
+from optimum_mixrank.compensation.layerwise.sequential import SequentialCompensator
+from optimum_mixrank.pipeline.probing import MOST, _bounded
 
 
 def gated():
@@ -41,7 +43,7 @@ ALL = ["rank", "shared", "width"]
         (tiny_deit, ["rank", "width"]),
         (tiny_swin, ALL),
         (gated, ALL),
-        (gated, ["width"]),
+        (gated, ["shared", "width"]),
     ],
 )
 def test_structures_from_images_to_a_checkpoint(make, structures, tmp_path):
@@ -162,3 +164,29 @@ def test_measured_losses_scale_predicted_ones():
     plain, _ = compress(tiny_vit(), compensation=["sequential"], probed_images=0)
     assert "probe" not in plain.report.seconds
     assert plain.report.predicted_loss != compressor.report.predicted_loss
+
+
+def test_factors_of_curves_are_bounded_around_their_median():
+    found = _bounded(
+        {"a": 2.0, "b": 3.0, "c": 4.0, "d": 1e6, "e": 1e-9, "f": float("nan")}, ["a", "b", "d", "e", "f", "g"]
+    )
+    assert found == {"a": 2.0, "b": 3.0, "d": 3.0 * MOST, "e": 3.0 / MOST, "f": 3.0 * MOST, "g": 3.0}
+    assert _bounded({}, ["a"]) == {"a": 1.0}
+
+
+def test_gate_and_value_share_no_factor_unless_that_is_asked_for():
+    compressor, compressed = compress(gated(), structures=["rank", "width"], compensation=[])
+    assert not any(isinstance(module, SharedLinear) for module in compressed.modules())
+    assert all(layer.shape == layer.shape_after for layer in compressor.report.layers)
+
+
+def test_statistics_of_more_layers_give_those_of_fewer_to_the_sequential_step():
+    compressor = MixRankCompressor(tiny_vit())
+    calibration = compressor.calibrate(IMAGES, "kfac")
+    config = MixRankConfig(**{**SETTINGS, "rank_pattern": {"query": 8}, "structures": ["shared", "rank"]})
+    with patch.object(
+        SequentialCompensator, "_fisher", autospec=True, side_effect=SequentialCompensator._fisher
+    ) as fisher:
+        compressor.compress(config, IMAGES, calibration=calibration)
+    places = [call.args[1] for call in fisher.call_args_list]
+    assert all(place.statistics is not None and place.statistics.has_gradients for place in places)

@@ -181,9 +181,11 @@ class LayerwiseCompensator(Compensator):
         for target in mlp.layers:
             replace_module(task.model, target.name, target.module)
         following = next(name for name, target in run.inside.items() if target.name == second.target.name)
-        pairs = _accumulate(run, [group, [following]], outputs)
-        for place, layer in kept.items():
-            insert_layer(task.model, place.target, layer, place.chunks)
+        try:
+            pairs = _accumulate(run, [group, [following]], outputs)
+        finally:
+            for place, layer in kept.items():
+                insert_layer(task.model, place.target, layer, place.chunks)
         moments = _moments(second, pairs, None)
         units[mlp.name] = self.choose_units(second, moments.inputs, moments.targets)
         return pairs
