@@ -35,7 +35,8 @@ _RUN = "run"
 
 _LOCK = "lock"
 
-_ENTRY = rf"(run|images|scales|compensated|statistics-[0-9a-f]{{8}}|step\d+-[\w-]+|{ACTIVATIONS}[\w-]+)(\.\d+)?\.safetensors"
+_NAMES = rf"run|images|scales|compensated|statistics-[0-9a-f]{{8}}|step\d+-[\w-]+|{ACTIVATIONS}[\w-]+"
+_ENTRY = rf"({_NAMES})(\.\d+)?\.safetensors"
 
 _OURS = re.compile(rf"{_ENTRY}|\.{_ENTRY}-[a-z0-9_]{{8}}|{_LOCK}")
 """Names of all files of a run, and of temporary ones."""
