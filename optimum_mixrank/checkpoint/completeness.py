@@ -102,8 +102,10 @@ def refuse_missing_factors(model: nn.Module) -> None:
             for module_name, (canonical, module) in _linear_layers(model).items()
             if _is_ours(module)
             for name, parameter in module.named_parameters()
-            # The empty `weight` holds no value that could be wrong.
-            if parameter.numel() and _is_missing(f"{module_name}.{name}", parameter, listed)
+            # The empty `weight` holds no value that could be wrong; a joint layer is looked at by itself.
+            if parameter.numel()
+            and not name.startswith("joint.")
+            and _is_missing(f"{module_name}.{name}", parameter, listed)
         ]
         if missing:
             raise ValueError(

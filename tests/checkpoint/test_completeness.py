@@ -188,7 +188,9 @@ def whole_mlp_lost(tensors, rank_map, config):
 )
 @pytest.mark.parametrize("ignore", [False, True], ids=["", "ignore_mismatched_sizes"])
 def test_damaged_layers_of_mixed_structure_are_refused(change, message, ignore, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    # Transformers 4.57 takes tensors of another size for missing ones if it is to ignore them.
+    ignored = f"{message}|do not fit: .*'({JOINT}|{NARROW})'"
+    with pytest.raises(ValueError, match=ignored if ignore else message):
         load(damaged(tmp_path, "mixed/vit/factors", change), ignore_mismatched_sizes=ignore)
 
 
