@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import starmap
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +23,14 @@ from ..compensation.held_out import model_outputs, output_error
 from ..compensation.segments import SegmentReplay, find_segments
 from ..runtime.distributed import Processes
 from ..runtime.forward import evaluation_mode
+from ..runtime.logging import get_logger
 from ..runtime.outputs import ModelOutput
 from ..runtime.phases import phase
 from .decompose import Decompositions, LayerFactory, places_of
 from .run import CompressionRun
 
+
+logger = get_logger(__name__)
 
 _ENTRY = "scales"
 
@@ -106,16 +111,32 @@ def _by_segment(
     """Yield the probes in forward order, with the function that returns the outputs of the model as it is then."""
     call, names = run.config.model_call, {target.canonical_name: target.name for target in run.targets}
     segments = find_segments(run.model, [target.name for target in run.targets])
-    replay = SegmentReplay(run.model, segments, batches, call=call, keep_results=True)
+    replay = _if_possible(lambda: SegmentReplay(run.model, segments, batches, call=call, keep_results=True))
     for segment in segments:
+        found = None if replay is None else _if_possible(replay.outputs)
         # Models with several stacks of blocks compute something else from the last output of one.
-        exact = all(starmap(_agree, zip(replay.outputs(), references, strict=True)))
-        exact = all(run.processes.gather(exact))
-        outputs = replay.outputs if exact else lambda: model_outputs(run.model, batches, call)
+        exact = found is not None and all(starmap(_agree, zip(found, references, strict=True)))
+        if all(run.processes.gather(exact)) and replay is not None:
+            outputs = replay.outputs
+        else:
+            outputs = partial(model_outputs, run.model, batches, call)
         for probe in probes:
             if names[next(iter(probe.choices))].startswith(f"{segment}."):
                 yield probe, outputs
-        replay.advance()
+        if replay is not None and _if_possible(replay.advance) is None:
+            replay = None
+
+
+Found = TypeVar("Found")
+
+
+def _if_possible(function: Callable[[], Found]) -> Found | None:
+    """Return what a function returns, or None if blocks cannot be replayed: then whole models are run."""
+    try:
+        return function()
+    except Exception as error:
+        logger.debug(f"Blocks are not replayed, since that fails ({type(error).__name__}: {error}).")
+        return None
 
 
 def _agree(found: ModelOutput, reference: ModelOutput) -> bool:

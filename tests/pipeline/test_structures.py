@@ -190,3 +190,10 @@ def test_statistics_of_more_layers_give_those_of_fewer_to_the_sequential_step():
         compressor.compress(config, IMAGES, calibration=calibration)
     places = [call.args[1] for call in fisher.call_args_list]
     assert all(place.statistics is not None and place.statistics.has_gradients for place in places)
+
+
+def test_whole_models_are_run_where_blocks_cannot_be_replayed():
+    compressor, _ = compress(tiny_vit(), compensation=["distillation"], epochs=1)
+    with patch("optimum_mixrank.pipeline.probing.SegmentReplay", side_effect=RuntimeError("several stacks")):
+        other, _ = compress(tiny_vit(), compensation=["distillation"], epochs=1)
+    assert [layer.rank for layer in other.report.layers] == [layer.rank for layer in compressor.report.layers]
