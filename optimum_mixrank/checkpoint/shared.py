@@ -15,9 +15,9 @@ from .rank_map import FactoredLayer, decode_rows
 
 
 class _Result(NamedTuple):
-    """The joint outputs for an input, the state that they were computed in, and the members that have not taken theirs."""
+    """The joint outputs, the tensors and the state that they were computed from, and the members that wait for theirs."""
 
-    input: Tensor
+    tensors: tuple[Tensor, ...]
     state: tuple[Any, ...]
     output: Tensor
     waiting: frozenset[int]
@@ -141,34 +141,42 @@ class SharedLinear(GuardedLinear):
 
     def _outputs(self, input: Tensor, position: int) -> Tensor:
         """Return the outputs of the joint layer for all members."""
-        state = _state(input, self.joint)
+        tensors, state = _tensors(input, self.joint), _state(input, self.joint)
         known = self._memo.result
-        if known is not None and known.input is input and known.state == state and position in known.waiting:
+        if known is not None and position in known.waiting and _same(known.tensors, tensors) and known.state == state:
             output, waiting = known.output, known.waiting - {position}
         else:
             output = self.joint(input)
             waiting = frozenset(range(len(self.members))) - {position}
         # Assigned at once, so that another thread sees a whole result; if it replaces this one, only time is lost.
-        self._memo.result = _Result(input, state, output, waiting) if waiting else None
+        self._memo.result = _Result(tensors, state, output, waiting) if waiting else None
         return output
 
 
-def _state(input: Tensor, joint: nn.Module) -> tuple[Any, ...]:
-    """Return all on which the outputs depend besides the values of the input."""
+def _tensors(input: Tensor, joint: nn.Module) -> tuple[Tensor, ...]:
+    """Return the tensors from which the outputs are computed; the id of one that is gone could be given again."""
     if torch.compiler.is_compiling():
         # Nothing can change between the calls that are compiled together.
-        return ()
+        return (input,)
     # Offloaded parameters are other tensors on the meta device after every call.
-    tensors = (input, *(parameter for parameter in joint.parameters() if not parameter.is_meta))
+    return (input, *(parameter for parameter in joint.parameters() if not parameter.is_meta))
+
+
+def _same(known: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+    return len(known) == len(tensors) and all(one is other for one, other in zip(known, tensors, strict=True))
+
+
+def _state(input: Tensor, joint: nn.Module) -> tuple[Any, ...]:
+    """Return all on which the outputs depend besides the identity of tensors."""
+    if torch.compiler.is_compiling():
+        return ()
+    tensors = _tensors(input, joint)
     versions = tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
     device = input.device.type
-    modes = (
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled(device),
-        torch.get_autocast_dtype(device),
-        joint.training,
-    )
-    return (*map(id, tensors), *versions, *modes)
+    # Some devices, such as the meta device, know no autocast.
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else None
+    return (*versions, torch.is_grad_enabled(), autocast, dtype, joint.training)
 
 
 def share(joint: FactoredLinear, sizes: Sequence[int], members: Sequence[str]) -> list[SharedLinear]:

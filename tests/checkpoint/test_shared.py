@@ -81,6 +81,10 @@ def test_what_has_changed_is_computed_anew(change):
         assert found.requires_grad == (change != "grad")
 
 
+def test_shapes_are_found_on_the_meta_device():
+    assert Attention().to("meta")(torch.randn(3, 10, device="meta")).shape == (3, 18)
+
+
 def test_threads_with_inputs_of_their_own_get_their_own_outputs():
     model = Attention()
     wrong = []
