@@ -8,6 +8,7 @@ alone, as through an activation or the product of a gate and a value.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ..checkpoint.names import Target, joint_target
 from ..checkpoint.narrowing import selected_columns, selected_rows
 from ..decomposition.mlp import rows_of_units
 from ..runtime.forward import activation_gradients, black_image, evaluation_mode
-from ..runtime.hooks import hooks_removed_on_exit
+from ..runtime.hooks import group_by_tensor, hooks_removed_on_exit
 from ..runtime.logging import get_logger
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
 
@@ -149,17 +150,10 @@ class _Trace:
 
     def groups(self) -> list[list[Target]]:
         """Return the layers that are called once; those called one after another with the same tensor form a group."""
-        names = [target.name for target, _, _ in self.calls]
-        groups: list[list[Target]] = []
-        last: Tensor | None = None
-        for target, tensor, _ in self.calls:
-            if names.count(target.name) == 1:
-                if tensor is last:
-                    groups[-1].append(target)
-                else:
-                    groups.append([target])
-            last = tensor
-        return groups
+        counts = Counter(target.name for target, _, _ in self.calls)
+        groups = group_by_tensor((target, tensor) for target, tensor, _ in self.calls)
+        once = [[target for target in group if counts[target.name] == 1] for group in groups]
+        return [group for group in once if group]
 
     def input_of(self, target: Target) -> Tensor:
         return next(tensor for each, tensor, _ in self.calls if each is target)

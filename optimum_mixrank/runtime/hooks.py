@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Key = TypeVar("Key")
 
 
 @contextmanager
@@ -24,6 +26,19 @@ def hooks_removed_on_exit(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def group_by_tensor(calls: Iterable[tuple[Key, Tensor]]) -> list[list[Key]]:
+    """Return the keys of calls, in their order; those called one after another with the very same tensor form a group."""
+    groups: list[list[Key]] = []
+    last: Tensor | None = None
+    for key, tensor in calls:
+        if tensor is last:
+            groups[-1].append(key)
+        else:
+            groups.append([key])
+        last = tensor
+    return groups
 
 
 class OutputListener(ABC):

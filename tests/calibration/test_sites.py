@@ -15,8 +15,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from optimum_mixrank.calibration.sites import Mlp, SharedInput, find_sites
+from optimum_mixrank.calibration.sites import Mlp, SharedInput, _recorded, find_sites
 from optimum_mixrank.calibration.targets import encoder_linears
+from optimum_mixrank.checkpoint.names import Target
 
 
 SIZES = {
@@ -128,3 +129,22 @@ def test_the_model_is_left_as_it_was():
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_layer_that_is_called_twice_joins_no_group():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.twice, self.last = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            y = self.first(x)
+            self.twice(y), self.twice(y)
+            return self.last(y)
+
+    model = Twice()
+    targets = [Target(name, name, module) for name, module in model.named_children()]
+    with _recorded(targets) as trace:
+        model(torch.randn(2, 4))
+    # The last layer sees the input of the one that is left out, not that of the first.
+    assert [[target.name for target in group] for group in trace.groups()] == [["first"], ["last"]]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
+from ...runtime.hooks import group_by_tensor
 from ..segments import Call, record_calls
 from .residual_writes import find_residual_writes
 
@@ -45,12 +46,4 @@ def group_by_input(segment: nn.Module, call: Call, names: Sequence[str]) -> list
                 f"Layer {name!r} is called {called.count(name)} times in a forward pass, so it cannot be solved in "
                 "sequence. Leave it out with exclude_modules, or leave layer-wise steps out of compensation."
             )
-    groups: list[list[str]] = []
-    last: Tensor | None = None
-    for name, tensor in calls:
-        if tensor is last:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-        last = tensor
-    return groups
+    return group_by_tensor(calls)
