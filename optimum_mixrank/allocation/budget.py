@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
-import torch
 
 from ..checkpoint.rank_map import break_even, stored_values
 from ..decomposition.mlp import WidthLosses
@@ -171,8 +170,7 @@ class RankBudget:
                 for name in site.members:
                     del specs[name]
             else:
-                joint = self._profile(self._joint(site, members), losses.get(site.name))
-                found += probe_of(replace(joint, factored=True), share, site.members)
+                found += probe_of(self._joint(site, members, losses), share, site.members)
         for layer in specs.values():
             found += probe_of(self._profile(layer, losses.get(layer.name)), share)
         return found
@@ -186,14 +184,14 @@ class RankBudget:
         layers = {layer.name: layer for layer in self.layers}
         total = 0
         for site in self.sites:
+            choice = choices[site.members[0]]
+            if not (isinstance(site, MlpSpec) or choice.shared):
+                continue
             specs = [layers.pop(name) for name in site.members]
             if isinstance(site, MlpSpec):
                 total += self._values_of_mlp(specs, [choices[each.name] for each in specs])
-            elif choices[site.members[0]].shared:
-                rows = sum(each.out_features for each in specs)
-                total += self._values(rows, specs[0].in_features, choices[site.members[0]].rank)
             else:
-                total += sum(self._values(s.out_features, s.in_features, choices[s.name].rank) for s in specs)
+                total += self._values(sum(each.out_features for each in specs), specs[0].in_features, choice.rank)
         return total + sum(self._values(s.out_features, s.in_features, choices[s.name].rank) for s in layers.values())
 
     def _values_of_mlp(self, specs: Sequence[LayerSpec], choices: Sequence[LayerChoice]) -> int:
@@ -244,16 +242,20 @@ class RankBudget:
     def _shared_input(
         self, site: SharedInputSpec, members: Sequence[LayerSpec], losses: Mapping[str, np.ndarray]
     ) -> SiteProfile:
-        joint = self._joint(site, members)
+        joint = self._joint(site, members, losses)
         return shared_input_profile(
             site.name,
             [self._profile(each, losses.get(each.name)) for each in members],
-            replace(self._profile(joint, losses.get(site.name)), factored=True),
+            joint,
             [each.out_features / joint.out_features for each in members],
         )
 
-    def _joint(self, site: SharedInputSpec, members: Sequence[LayerSpec]) -> LayerSpec:
-        return replace(members[0], name=site.name, out_features=sum(each.out_features for each in members))
+    def _joint(
+        self, site: SharedInputSpec, members: Sequence[LayerSpec], losses: Mapping[str, np.ndarray]
+    ) -> LayerProfile:
+        rows = sum(each.out_features for each in members)
+        spec = replace(members[0], name=site.name, out_features=rows)
+        return replace(self._profile(spec, losses.get(site.name)), factored=True)
 
     def _mlp(
         self, site: MlpSpec, members: Sequence[LayerSpec], mlp_losses: Mapping[str, Sequence[WidthLosses]]
@@ -272,12 +274,7 @@ class RankBudget:
         """Return the smallest and the largest width of an MLP, before any data is seen."""
         (rows, n), (m, units) = first, second
         return [
-            WidthLosses(
-                width,
-                0.0,
-                torch.zeros(min(rows // units * width, n) + 1, dtype=torch.float64),
-                torch.zeros(min(m, width) + 1, dtype=torch.float64),
-            )
+            WidthLosses.zero(width, (rows // units * width, n), (m, width))
             for width in sorted({self.smallest_width(units), units})
         ]
 

@@ -28,6 +28,11 @@ class LayerChoice:
         return self.rank is None and self.width is None
 
 
+def ranks_of(choices: Mapping[str, LayerChoice]) -> dict[str, int | None]:
+    """Return ranks by canonical name; None where a layer is dense, though perhaps narrower."""
+    return {name: choice.rank for name, choice in choices.items()}
+
+
 @dataclass(frozen=True)
 class Allocation:
     """What has been decided for all layers.
@@ -44,5 +49,5 @@ class Allocation:
 
     @property
     def ranks(self) -> dict[str, int | None]:
-        """Ranks by canonical name; None where a layer is dense, though perhaps narrower."""
-        return {name: choice.rank for name, choice in self.choices.items()}
+        """See `ranks_of`."""
+        return ranks_of(self.choices)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..decomposition.mlp import WidthLosses
 from .budget import NO_MLPS, RankBudget
-from .choice import LayerChoice
+from .choice import LayerChoice, ranks_of
 from .problem import AllocationProblem
 
 
@@ -38,8 +38,8 @@ class BudgetPoint:
 
     @property
     def ranks(self) -> dict[str, int | None]:
-        """Ranks by canonical name; None where a layer is dense, though perhaps narrower."""
-        return {name: choice.rank for name, choice in self.choices.items()}
+        """See `ranks_of`."""
+        return ranks_of(self.choices)
 
 
 def profile_budgets(
@@ -47,15 +47,17 @@ def profile_budgets(
     losses: Mapping[str, np.ndarray],
     allocation: str,
     mlp_losses: Mapping[str, Sequence[WidthLosses]] = NO_MLPS,
+    problem: AllocationProblem | None = None,
 ) -> list[BudgetPoint]:
-    """Allocate ranks under each of several budgets, which differ in nothing but their ratio; see `RankBudget.allocate`."""
+    """Allocate ranks under each of several budgets, which differ in nothing but their ratio; see `RankBudget.allocate`.
+
+    `problem` is that of any of these budgets, if it is known: the options are the same under all of them, and take longer
+    to list than to choose from.
+    """
     points = []
-    problem: AllocationProblem | None = None
     for budget in budgets:
-        # The options are the same under all budgets, and take longer to list than to choose from.
-        known = budget.problem(losses, mlp_losses) if problem is None else problem
-        problem = replace(known, budget=budget.free_budget)
-        found = budget.solve(problem, allocation)
+        problem = problem or budget.problem(losses, mlp_losses)
+        found = budget.solve(replace(problem, budget=budget.free_budget), allocation)
         values = budget.num_values(found.choices)
         points.append(BudgetPoint(budget.compression_ratio, budget.kept(found), found.loss, found.choices, values))
     return points

@@ -58,19 +58,18 @@ NewProfile = Callable[[str, int, int, "np.ndarray | None"], LayerProfile]
 
 
 def shared_input_profile(
-    name: str, members: Sequence[LayerProfile], joint: LayerProfile | None, shares: Sequence[float]
+    name: str, members: Sequence[LayerProfile], joint: LayerProfile, shares: Sequence[float]
 ) -> SiteProfile:
     """Return the profile of layers that see the same input: factored each by itself, or with one first factor for all.
 
     Args:
         name: Name of the site.
         members: The layers.
-        joint: All of them as one layer; None if they may not share a factor.
+        joint: All of them as one layer.
         shares: Share of each layer in the loss of the joint one, adding up to 1.
     """
     candidates = list(_separately(members))
-    for rank in () if joint is None else joint.candidate_ranks:
-        assert joint is not None
+    for rank in joint.candidate_ranks:
         loss = joint.loss(rank)
         option = tuple(LayerChoice(rank, shared=True, loss=loss * share) for share in shares)
         candidates.append(_Candidate(joint.cost(rank), loss, option))
@@ -102,15 +101,12 @@ def mlp_profile(
             new_profile(f"{name}, first", rows // units * each.width, n, each.first.numpy()),
             new_profile(f"{name}, second", m, each.width, each.second.numpy()),
         ]
-        for option in combine([(profile.option_costs, profile.option_losses) for profile in pair]):
-            ranks = [profile.options[index] for profile, index in zip(pair, option, strict=True)]
-            costs = [int(profile.option_costs[index]) for profile, index in zip(pair, option, strict=True)]
-            tails = [float(profile.option_losses[index]) for profile, index in zip(pair, option, strict=True)]
-            shared = len(first_names) > 1 and ranks[0] is not None
-            first = LayerChoice(ranks[0], shared, width, tails[0] / len(first_names))
-            second = LayerChoice(ranks[1], False, width, tails[1] + each.width_loss)
-            loss = tails[0] + tails[1] + each.width_loss
-            candidates.append(_Candidate(sum(costs), loss, (*[first] * len(first_names), second)))
+        for found in _separately(pair):
+            first, second = found.option
+            shared = len(first_names) > 1 and first.rank is not None
+            parts = [LayerChoice(first.rank, shared, width, first.loss / len(first_names))] * len(first_names)
+            last = LayerChoice(second.rank, False, width, second.loss + each.width_loss)
+            candidates.append(_Candidate(found.cost, found.loss + each.width_loss, (*parts, last)))
     dense = sum(new_profile(name, *shape, None).dense_cost for shape in shapes)
     return _profile(name, [*first_names, second_name], candidates, dense)
 

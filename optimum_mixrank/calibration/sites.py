@@ -74,7 +74,7 @@ class Mlp:
     @property
     def layers(self) -> tuple[Target, ...]:
         """All layers of the model that belong to it, in the order of their calls."""
-        return (*(self.first.members or (self.first,)), self.second)
+        return (*self.first.layers, self.second)
 
     @property
     def num_units(self) -> int:
@@ -85,6 +85,10 @@ class Mlp:
     def has_fused_gate(self) -> bool:
         """Whether gates and values of all hidden units are the outputs of one layer."""
         return not self.first.members and self.first.module.out_features == 2 * self.num_units
+
+    def chunks_of(self, target: Target) -> int:
+        """Return the number of stacked parts of the outputs of one of its layers that lose the same units."""
+        return 2 if target.name == self.first.name and self.has_fused_gate else 1
 
 
 Site = SharedInput | Mlp

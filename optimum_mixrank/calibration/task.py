@@ -32,8 +32,8 @@ def required_statistics(
         targets: The layers.
         sites: Layers that a metric with a common unit prices together; joint layers are named like their `Target`.
     """
-    priced = [metric for metric in metrics if metric.common_unit] if sites else []
-    together = {layer.name for site in sites for layer in site.layers} if priced else set()
+    priced = sites if any(metric.common_unit for metric in metrics) else ()
+    together = {layer.name for site in priced for layer in site.layers}
     required = {
         target.name: frozenset[Statistic]().union(
             *(
@@ -45,7 +45,7 @@ def required_statistics(
         )
         for target in targets
     }
-    for site in sites if priced else ():
+    for site in priced:
         for target in (site.joint,) if isinstance(site, SharedInput) else (site.first, site.second):
             required[target.name] = required.get(target.name, frozenset()) | _OF_SITES
     return {name: statistics for name, statistics in required.items() if statistics}

@@ -114,13 +114,19 @@ def _drop_dtypes(model: PreTrainedModel) -> None:
 
 def configurations(model: PreTrainedModel) -> list[Any]:
     """Return the configurations of a model and its parts, each once."""
+    own = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    return list({id(each): each for config in own for each in nested_configurations(config)}.values())
+
+
+def nested_configurations(config: Any) -> list[Any]:
+    """Return a configuration of Transformers and those inside it, each once, in the order of their fields."""
     found: dict[int, Any] = {}
-    waiting = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    waiting = [config]
     while waiting:
-        config = waiting.pop()
-        if id(config) not in found and isinstance(config, _configuration_class()):
-            found[id(config)] = config
-            waiting += vars(config).values()
+        each = waiting.pop(0)
+        if id(each) not in found and isinstance(each, _configuration_class()):
+            found[id(each)] = each
+            waiting += vars(each).values()
     return list(found.values())
 
 

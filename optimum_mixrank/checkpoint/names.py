@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import transformers
 from torch import nn
@@ -71,26 +72,40 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
+def saving_conversions(model: nn.Module) -> list[Any]:
+    """Return how this release of Transformers converts parameters of a model that it saves; 4.x does not.
+
+    Raises:
+        RuntimeError: if this release keeps its tables elsewhere.
+    """
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return []
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming  # noqa: F401 - needed wherever there are conversions
+    except ImportError as error:
+        raise RuntimeError(
+            f"Transformers {transformers.__version__} renames parameters in a way that this version of optimum-mixrank "
+            "does not know. Upgrade with `pip install --upgrade optimum-mixrank`."
+        ) from error
+    # Changes of the prefix hold for loading alone; early releases of 5.x have none.
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    return [each for each in found if type(each).__name__ != "PrefixChange"]
+
+
 def _renaming_to_disk(model: nn.Module) -> Callable[[str], str]:
     """Return how this release of Transformers renames parameters when it saves them; 4.x does not.
 
     Raises:
         RuntimeError: if this release keeps its tables elsewhere, since names would be wrong without them.
     """
-    if int(transformers.__version__.split(".")[0]) < 5:
+    transforms = saving_conversions(model)
+    if not transforms:
         return lambda name: name
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings
-    except ImportError as error:
-        raise RuntimeError(
-            f"Transformers {transformers.__version__} renames parameters in a way that this version of optimum-mixrank "
-            "does not know. Upgrade with `pip install --upgrade optimum-mixrank`."
-        ) from error
+    # Where there are conversions, `saving_conversions` has found their module.
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings
+
     # The same steps in the same order as in `revert_weight_conversion`, which `save_pretrained` calls.
-    transforms = get_model_conversion_mapping(model, add_legacy=False)
-    # Changes of the prefix hold for loading alone; early releases of 5.x have none.
-    transforms = [each for each in transforms if type(each).__name__ != "PrefixChange"]
     unknown = {type(each).__name__ for each in transforms if not isinstance(each, WeightRenaming | WeightConverter)}
     if unknown:
         raise RuntimeError(

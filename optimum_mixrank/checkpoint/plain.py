@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .composite import forget_compression
+from .composite import forget_compression, nested_configurations
 from .entries import compressed_layers
 from .narrowing import forget_narrow, narrow_from
 
@@ -37,7 +37,7 @@ def make_plain(model: PreTrainedModel) -> bool:
     expected = _shapes(model)
     for position, name, value in _candidates(model, layers.values()):
         if _shapes_with(model, position, name, value) == expected:
-            setattr(_configurations(model.config)[position], name, value)
+            setattr(nested_configurations(model.config)[position], name, value)
             for layer in layers.values():
                 forget_narrow(layer)
             forget_compression(model)
@@ -53,7 +53,7 @@ def _candidates(model: PreTrainedModel, layers: Iterable[nn.Module]) -> Iterator
         assert narrow is not None and isinstance(layer, nn.Linear)  # as `make_plain` has checked
         present = (layer.out_features, layer.in_features)
         pairs |= {(now, before) for now, before in zip(present, narrow[0], strict=True) if now != before}
-    for position, config in enumerate(_configurations(model.config)):
+    for position, config in enumerate(nested_configurations(model.config)):
         size, ratio = (getattr(config, name, None) for name in ("intermediate_size", "mlp_ratio"))
         for now, before in sorted(pairs):
             if isinstance(size, int):
@@ -67,7 +67,7 @@ def _candidates(model: PreTrainedModel, layers: Iterable[nn.Module]) -> Iterator
 def _shapes_with(model: PreTrainedModel, position: int, name: str, value: Any) -> dict[str, tuple[int, ...]] | None:
     """Return the shapes of a model of this class with a changed configuration; None if it cannot be built."""
     config = copy.deepcopy(model.config)
-    setattr(_configurations(config)[position], name, value)
+    setattr(nested_configurations(config)[position], name, value)
     try:
         with torch.device("meta"):
             return _shapes(type(model)(config))
@@ -78,9 +78,3 @@ def _shapes_with(model: PreTrainedModel, position: int, name: str, value: Any) -
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _configurations(config: Any) -> list[Any]:
-    """Return a configuration of Transformers and those inside it, always in the same order."""
-    parts = [value for value in vars(config).values() if hasattr(value, "model_type")]
-    return [config, *(each for part in parts for each in _configurations(part))]

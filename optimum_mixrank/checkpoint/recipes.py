@@ -5,27 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 
+# Decomposition on the mean input, gradual greedy ranks and trained low-rank residuals (arXiv 2402.06004).
+_PAPER: dict[str, Any] = {
+    "metric": "mean_input",
+    "allocation": "greedy",
+    "layout": "factors",
+    "structures": ["rank"],
+    "compensation": ["residual"],
+    "probed_images": 0,
+    "min_rank_ratio": 0.1,
+}
+
 RECIPES: dict[str, dict[str, Any]] = {
-    # Decomposition on the mean input, gradual greedy ranks and trained low-rank residuals (arXiv 2402.06004).
-    "paper": {
-        "metric": "mean_input",
-        "allocation": "greedy",
-        "layout": "factors",
-        "structures": ["rank"],
-        "compensation": ["residual"],
-        "probed_images": 0,
-        "min_rank_ratio": 0.1,
-    },
+    "paper": _PAPER,
     # The same with all directions of the inputs in place of those of their mean over images.
-    "paper_second_moment": {
-        "metric": "second_moment",
-        "allocation": "greedy",
-        "layout": "factors",
-        "structures": ["rank"],
-        "compensation": ["residual"],
-        "probed_images": 0,
-        "min_rank_ratio": 0.1,
-    },
+    "paper_second_moment": {**_PAPER, "metric": "second_moment"},
     # One forward pass, closed form.
     "fast": {
         "metric": "second_moment",

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .modeling import FactoredLinear, GuardedLinear
 from .narrowing import linear_like
-from .rank_map import FactoredLayer, decode_rows
+from .pivoted import PivotedLinear
+from .rank_map import FactoredLayer
 
 
 class _Result(NamedTuple):
@@ -104,11 +105,10 @@ class SharedLinear(GuardedLinear):
         A pivot row counts for the member that it belongs to. All members together have those of the joint layer.
         """
         joint = self.factored
-        if joint.layout != "pivoted":
+        if not isinstance(joint, PivotedLinear):
             own = self.out_features * joint.rank
             return own if self.position else own + joint.rank * joint.in_features
-        pivots = decode_rows(joint.entry.pivots or "0")
-        own_pivots = sum(self.rows.start <= row < self.rows.stop for row in pivots)
+        own_pivots = sum(self.rows.start <= row < self.rows.stop for row in joint.pivots)
         return own_pivots * joint.in_features + (self.out_features - own_pivots) * joint.rank
 
     @property

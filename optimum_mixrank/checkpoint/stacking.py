@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import transformers
 from torch import nn
 
 from .modeling import GuardedLinear
+from .names import saving_conversions
 
 
 _CONVERSIONS = "_weight_conversions"
@@ -26,7 +26,7 @@ def stored_apart(model: nn.Module) -> Iterator[None]:
     """
     layers = {name: isinstance(each, GuardedLinear) for name, each in model.named_modules() if _is_linear(each)}
     known = vars(model).get(_CONVERSIONS)
-    conversions = _conversions(model) if known is None and any(layers.values()) else known or []
+    conversions = saving_conversions(model) if known is None and any(layers.values()) else known or []
     kept = [each for each in conversions if not _mixes(each, layers)]
     if len(kept) == len(conversions):
         yield
@@ -50,24 +50,15 @@ def stack_again(model: nn.Module) -> None:
     if known is None:
         return
     stacked = {str(each.source_patterns) for each in known}
-    lacking = [each for each in _conversions(model) if _is_stacking(each) and str(each.source_patterns) not in stacked]
+    lacking = [
+        each for each in saving_conversions(model) if _is_stacking(each) and str(each.source_patterns) not in stacked
+    ]
     if lacking:
         setattr(model, _CONVERSIONS, [*known, *lacking])
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | GuardedLinear)
-
-
-def _conversions(model: nn.Module) -> list[Any]:
-    """Return how a model that was not loaded would be saved; Transformers 4.x stacks nothing."""
-    if int(transformers.__version__.split(".")[0]) < 5:
-        return []
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    found = get_model_conversion_mapping(model, add_legacy=False)
-    # As Transformers itself does for such models.
-    return [each for each in found if type(each).__name__ != "PrefixChange"]
 
 
 def _mixes(conversion: Any, layers: dict[str, bool]) -> bool:

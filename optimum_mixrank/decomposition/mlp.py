@@ -39,6 +39,12 @@ class WidthLosses:
     first: Tensor
     second: Tensor
 
+    @classmethod
+    def zero(cls, width: int, first_shape: tuple[int, int], second_shape: tuple[int, int]) -> WidthLosses:
+        """Return the losses of layers of these shapes before any data is seen."""
+        first, second = (torch.zeros(min(shape) + 1, dtype=torch.float64) for shape in (first_shape, second_shape))
+        return cls(width, 0.0, first, second)
+
     def scaled(self, factor: float) -> WidthLosses:
         """Return the losses multiplied by a factor."""
         return WidthLosses(self.width, self.width_loss * factor, self.first * factor, self.second * factor)
@@ -134,16 +140,7 @@ class TwoSidedMlp:
 
     def units(self, width: int) -> Tensor:
         """Return the units that are kept at a width, ascending; all if none has to go."""
-        everything = torch.arange(self.num_units, device=self.second_weight.device)
-        if width >= self.num_units:
-            return everything
-        kept = self.selection.kept(width)
-        # Units without any use are not selected; they fill up.
-        missing = width - len(kept)
-        if missing > 0:
-            unused = everything[~torch.isin(everything, kept)]
-            kept = torch.cat([kept, unused[:missing]]).sort().values
-        return kept
+        return self.selection.filled(width, self.num_units)
 
     def narrowed_second(self, units: Tensor) -> Tensor:
         """Return the second layer for some of the units, `W₂'`, `[m, units]`."""

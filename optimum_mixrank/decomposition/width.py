@@ -54,6 +54,13 @@ class UnitSelection:
         kept = self.directions[:, :width]
         return kept @ kept.T
 
+    def filled(self, width: int, num_units: int) -> Tensor:
+        """Return `width` of all units, ascending: the first of the order, and useless ones if there are not as many."""
+        kept = self.order[:width]
+        everything = torch.arange(num_units, device=kept.device)
+        unused = everything[~torch.isin(everything, kept)]
+        return torch.cat([kept, unused[: width - len(kept)]]).sort().values
+
     def kept(self, width: int) -> Tensor:
         """Return the first `width` units, ascending."""
         return self.order[:width].sort().values

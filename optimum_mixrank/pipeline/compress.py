@@ -229,10 +229,11 @@ def _allocate(run: CompressionRun, decompositions: Decompositions) -> _Allocated
     with phase("Allocated") as allocating:
         losses = decompositions.losses(run.metric)
         mlp_losses = dict(decompositions.mlp_losses)
-        allocation = run.processes.broadcast(run.budget.allocate(losses, run.config.allocation, mlp_losses))
+        problem = run.budget.problem(losses, mlp_losses)
+        allocation = run.processes.broadcast(run.budget.solve(problem, run.config.allocation))
         allocating.add_detail(_rank_range(allocation.ranks))
     with phase("Profiled", logging.DEBUG) as profiling:
-        profile = profile_budgets(_around(run.budget), losses, run.config.allocation, mlp_losses)
+        profile = profile_budgets(_around(run.budget), losses, run.config.allocation, mlp_losses, problem)
     run.seconds.update(allocate=allocating.seconds, profile=profiling.seconds)
     return _Allocated(losses, mlp_losses, allocation.choices, profile)
 

@@ -246,7 +246,7 @@ class ChosenLayer:
     @property
     def chunks(self) -> int:
         """Number of stacked parts of its outputs that lose the same units."""
-        return 2 if self.mlp is not None and self.target is self.mlp.first and self.mlp.has_fused_gate else 1
+        return 1 if self.mlp is None else self.mlp.chunks_of(self.target)
 
 
 def places_of(

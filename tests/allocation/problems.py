@@ -1,4 +1,4 @@
-"""Small random allocation problems, and slow references for them."""
+"""Small allocation problems, many of them random, and slow references for them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ import itertools
 import numpy as np
 
 from optimum_mixrank.allocation import AllocationProblem, LayerProfile
+from optimum_mixrank.allocation.specs import LayerSpec
+
+
+TOWER = [
+    LayerSpec("query", 32, 32),
+    LayerSpec("key", 32, 32),
+    LayerSpec("value", 32, 32),
+    LayerSpec("output", 32, 32),
+    LayerSpec("fc1", 64, 32),
+    LayerSpec("fc2", 32, 64),
+]
+"""The linear layers of a block of width 32."""
 
 
 def tail_losses(rng: np.random.Generator, rank: int, scale: float = 1.0) -> np.ndarray:

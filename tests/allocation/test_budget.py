@@ -5,6 +5,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from allocation.problems import TOWER
 
 from optimum_mixrank.allocation import ALLOCATORS
 from optimum_mixrank.allocation.budget import RankBudget
@@ -12,14 +13,6 @@ from optimum_mixrank.allocation.specs import LayerSpec
 
 
 ALLOCATIONS = sorted(ALLOCATORS)
-TOWER = [
-    LayerSpec("query", 32, 32),
-    LayerSpec("key", 32, 32),
-    LayerSpec("value", 32, 32),
-    LayerSpec("output", 32, 32),
-    LayerSpec("fc1", 64, 32),
-    LayerSpec("fc2", 32, 64),
-]
 TARGETED = 4 * 1024 + 2 * 2048
 
 

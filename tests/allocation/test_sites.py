@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from allocation.problems import TOWER
 
 from optimum_mixrank.allocation.budget import RankBudget
 from optimum_mixrank.allocation.specs import LayerSpec, MlpSpec, SharedInputSpec
@@ -10,14 +11,6 @@ from optimum_mixrank.checkpoint.rank_map import stored_values
 from optimum_mixrank.decomposition.mlp import WidthLosses
 
 
-LAYERS = [
-    LayerSpec("query", 32, 32),
-    LayerSpec("key", 32, 32),
-    LayerSpec("value", 32, 32),
-    LayerSpec("output", 32, 32),
-    LayerSpec("fc1", 64, 32),
-    LayerSpec("fc2", 32, 64),
-]
 SHARED = SharedInputSpec("query+key+value", ("query", "key", "value"))
 MLP = MlpSpec("fc1 > fc2", ("fc1",), "fc2")
 
@@ -30,8 +23,7 @@ def falling(size, speed=0.1, total=1.0):
 
 def losses(joint=2.0, **speeds):
     found = {
-        layer.name: falling(min(layer.out_features, layer.in_features), speeds.get(layer.name, 0.1))
-        for layer in LAYERS
+        layer.name: falling(min(layer.out_features, layer.in_features), speeds.get(layer.name, 0.1)) for layer in TOWER
     }
     return {**found, SHARED.name: falling(32, total=joint)}
 
@@ -51,7 +43,7 @@ def mlp_losses(widths, width_loss):
 
 
 def make_budget(ratio=0.5, sites=(SHARED, MLP), **changes):
-    return RankBudget(LAYERS, 10_000, ratio, "targets", layout="pivoted", sites=sites, **changes)
+    return RankBudget(TOWER, 10_000, ratio, "targets", layout="pivoted", sites=sites, **changes)
 
 
 def allocate(budget, joint=2.0, width_loss=0.1, allocation="global"):
@@ -62,10 +54,10 @@ def allocate(budget, joint=2.0, width_loss=0.1, allocation="global"):
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
 @pytest.mark.parametrize("layout", ["factors", "pivoted"])
 def test_the_budget_is_kept_and_what_is_kept_is_counted(allocation, ratio, layout):
-    budget = RankBudget(LAYERS, 10_000, ratio, "targets", layout=layout, sites=(SHARED, MLP))
+    budget = RankBudget(TOWER, 10_000, ratio, "targets", layout=layout, sites=(SHARED, MLP))
     budget.check()
     found = allocate(budget, allocation=allocation)
-    assert list(found.choices) == [layer.name for layer in LAYERS]
+    assert list(found.choices) == [layer.name for layer in TOWER]
     # Each stored value costs one.
     assert budget.num_values(found.choices) == found.cost <= budget.budget
     assert budget.kept(found) <= 1 - ratio
@@ -153,7 +145,7 @@ def test_gate_and_value_lose_the_same_units():
 
 
 def test_prices():
-    layers = [LayerSpec(each.name, each.out_features, each.in_features, price=10) for each in LAYERS]
+    layers = [LayerSpec(each.name, each.out_features, each.in_features, price=10) for each in TOWER]
     dear = RankBudget(layers, 10_000, 0.5, "targets", layout="pivoted", sites=(SHARED, MLP))
     found = allocate(dear)
     assert found.cost == 10 * dear.num_values(found.choices)

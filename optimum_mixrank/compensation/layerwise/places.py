@@ -52,7 +52,7 @@ class Place:
     @property
     def chunks(self) -> int:
         """Number of stacked parts of its outputs that lose the same units."""
-        return 2 if self.is_first and self.mlp is not None and self.mlp.has_fused_gate else 1
+        return 1 if self.mlp is None else self.mlp.chunks_of(self.target)
 
     @property
     def is_first(self) -> bool:

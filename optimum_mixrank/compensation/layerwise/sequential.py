@@ -53,11 +53,8 @@ class SequentialCompensator(LayerwiseCompensator):
     def choose_units(self, place: Place, hidden_moment: Tensor, target_moment: Tensor) -> Tensor:
         """See `LayerwiseCompensator.choose_units`; those that the targets need most, under the Fisher information."""
         root = lower_root(self._fisher(place).moment)
-        chosen = select_units(hidden_moment, root.T @ target_moment, place.width).order
-        unused = torch.ones(len(hidden_moment), dtype=torch.bool, device=chosen.device)
-        unused[chosen] = False
-        # Units without any use are not selected; they fill up.
-        return torch.cat([chosen, unused.nonzero()[:, 0][: place.width - len(chosen)]]).sort().values
+        selection = select_units(hidden_moment, root.T @ target_moment, place.width)
+        return selection.filled(place.width, len(hidden_moment))
 
     def _fisher(self, place: Place) -> OutputFisher:
         weight, statistics = to_float64(place.target.module.weight), place.statistics
