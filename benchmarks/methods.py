@@ -75,6 +75,7 @@ METHODS: dict[str, dict] = {
         **RANKS,
     },
     "best": {"recipe": "best"},
+    "distilled": {"recipe": "distilled"},
 }
 """Configurations by the name of the method: the baselines, then ours with one step more each."""
 

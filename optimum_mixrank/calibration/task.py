@@ -68,7 +68,7 @@ class CalibrationTask:
     Attributes:
         fingerprint: Fingerprint of the model; see `fingerprint_model`.
         batches: The images of this process.
-        decoded: The same batches, if they have been decoded already.
+        decoded: Those of these batches that are used, if they have been decoded already.
         fisher_samples: Probes per image for the Fisher information; `seed` is their seed.
         journal: Where complete statistics are kept for a run that is resumed.
         images_known: Whether the journal is known to belong to the bytes of these images.
@@ -98,12 +98,15 @@ class CalibrationTask:
         batches = self.batches
         names = {target.name for target in targets}
         sites = [site for site in self.sites if names.issuperset(layer.name for layer in site.layers)]
+        total = batches.num_images
+        if self.decoded is not None:
+            total = sum(self.processes.gather(sum(batch.num_images for batch in self.decoded)))
         with phase("Calibrated") as calibrating:
             layers, num_images = collect_statistics(
                 self.model,
                 batches if self.decoded is None else self.decoded,
                 required_statistics(self.metrics, targets, sites),
-                batches.num_images,
+                total,
                 fisher_samples=self.fisher_samples,
                 seed=self.seed,
                 processes=self.processes,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 Scope = Literal["model", "targets"]
-Recipe = Literal["best", "fast", "paper", "paper_second_moment"]
+Recipe = Literal["best", "distilled", "fast", "paper", "paper_second_moment"]
 Metric = Literal["svd", "diagonal", "mean_input", "second_moment", "kfac"]
 Allocation = Literal["uniform", "greedy", "global"]
 Layout = Literal["factors", "pivoted"]
@@ -46,9 +46,10 @@ class MixRankConfig(QuantizationConfigMixin):
         compression_ratio (`float`): Fraction of the parameters to **remove**, in (0, 1).
         compression_scope (`str`): What the ratio refers to: `"model"`, all parameters of the model, as in the paper's
             headline; `"targets"`, the weights of the targeted layers alone.
-        recipe (`str`): Named choice of `metric`, `allocation`, `layout`, `structures`, `compensation` and `min_rank_ratio`:
-            `"best"`, `"fast"` (one forward pass, closed form), `"paper"` (arXiv 2402.06004) or `"paper_second_moment"`
-            (the same with that metric). Each of them can be overridden.
+        recipe (`str`): Named choice of the fields from `metric` to `min_rank_ratio` that are optional: `"best"`,
+            `"distilled"` (the same, then distillation; for a few thousand images or more), `"fast"` (one forward pass,
+            closed form), `"paper"` (arXiv 2402.06004) or `"paper_second_moment"` (the same with that metric). Each of
+            these fields can be overridden.
         metric (`str`, *optional*): How the error of a layer is measured: `"svd"`, `"diagonal"`, `"mean_input"` (the
             paper's representative input), `"second_moment"` or `"kfac"` (predicted loss of the whole model). See
             `optimum_mixrank.decomposition`.
@@ -81,6 +82,9 @@ class MixRankConfig(QuantizationConfigMixin):
         probed_images (`int`, *optional*): Number of calibration images on which the loss of one structure per layer and
             block is measured, by which predicted losses are scaled; 0 takes them as they are. Has an effect with `"kfac"`
             and compensation.
+        closed_form_images (`int`, *optional*): About how many of the calibration images statistics and layer-wise steps
+            use, in whole batches spread over all of them; steps that train use all. Default: by the recipe. Has an effect
+            with compensation.
         target_modules (`str`, `list[str]`, *optional*): Layers to compress, as in PEFT: a regular expression that must
             match the whole name, or a list of names or their last parts, as in Transformers 4.x
             (`attention.attention.query`) or 5.x (`attention.q_proj`). Default: all linear layers of the encoder.
@@ -99,7 +103,7 @@ class MixRankConfig(QuantizationConfigMixin):
             differ where layers see different numbers of tokens, as in Swin.
         dataset (`str`, *optional*): Folder of images, parquet file or Hub id of the calibration images, for compressing
             while loading: `from_pretrained(id, quantization_config=MixRankConfig(dataset=...))`.
-        num_samples (`int`): Number of calibration images to draw from a named dataset.
+        num_samples (`int`, *optional*): Number of calibration images to draw from a named dataset.
         seed (`int`): Seed of that draw and of all random numbers of the compression.
         rank_map (`dict[str, dict]`): The factored layers by canonical name (relative to the base model, as on disk),
             each `{"rank": int, "bias": bool, "layout": str}`. Written by the compressor; do not set it by hand.
@@ -130,6 +134,7 @@ class MixRankConfig(QuantizationConfigMixin):
     interpolate_pos_encoding: bool = False
     fisher_samples: int = 1
     probed_images: int = _BY_RECIPE
+    closed_form_images: int | None = _BY_RECIPE
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -140,7 +145,7 @@ class MixRankConfig(QuantizationConfigMixin):
     max_rank_ratio: float | None = None
     cost: Cost = "parameters"
     dataset: str | None = None
-    num_samples: int = 512
+    num_samples: int = _BY_RECIPE
     seed: int = 42
     rank_map: dict[str, dict[str, Any]] = field(default_factory=dict)
     layout_version: int = LAYOUT_VERSION
@@ -158,7 +163,8 @@ class MixRankConfig(QuantizationConfigMixin):
     def _can_mix(self) -> bool:
         """Return whether the structures of the recipe fit the fields that were given."""
         same_metric = self.metric in (None, RECIPES[self.recipe]["metric"])
-        return same_metric and not self.rank_map and "residual" not in (self.compensation or ())
+        steps = self.compensation if isinstance(self.compensation, list) else []
+        return same_metric and not self.rank_map and "residual" not in steps
 
     def validate(self) -> None:
         """Check every field on its own and against the others; called on construction.

@@ -39,6 +39,8 @@ def check_method(config: Any) -> None:
             "factorizes every layer by itself."
         )
     check_integer("probed_images", config.probed_images, 0)
+    if config.closed_form_images is not None:
+        check_integer("closed_form_images", config.closed_form_images, 1)
     steps, known = config.compensation, tuple(COMPENSATORS)
     if not isinstance(steps, list):
         raise ValueError(f"compensation={quote(steps)} is not a list; give the steps in their order, or [] for none.")

@@ -29,7 +29,7 @@ class Field(NamedTuple):
 FIELDS: dict[str, Field] = {
     "compression_ratio": Field("ratio", float, "fraction of parameters to remove, in (0, 1); default: 0.5"),
     "compression_scope": Field("scope", str, "what the ratio refers to: model (default) or targets"),
-    "recipe": Field("recipe", str, "best (default), fast, paper or paper_second_moment; sets metric and so on"),
+    "recipe": Field("recipe", str, "best (default), distilled, fast, paper or paper_second_moment"),
     "metric": Field("metric", str, "kfac, second_moment, mean_input, diagonal or svd"),
     "allocation": Field("allocation", str, "global, greedy or uniform"),
     "layout": Field("layout", str, "pivoted or factors"),
@@ -43,6 +43,9 @@ FIELDS: dict[str, Field] = {
     "view_scale": Field("view-scale", float, "size of images to crop, relative to the model's input; default: 2"),
     "fisher_samples": Field("fisher-samples", int, "random probes per image for kfac; default: 1"),
     "probed_images": Field("probed-images", int, "images on which predicted losses are measured; 0 for none"),
+    "closed_form_images": Field(
+        "closed-form-images", int, "images for statistics and layer-wise steps; default: all, 2048 of distilled"
+    ),
     "target_modules": Field("target-modules", list, "layers to compress; default: all linear layers of the encoder"),
     "exclude_modules": Field("exclude-modules", list, "layers not to compress"),
     "rank_pattern": Field("rank-pattern", json.loads, "ranks of individual layers, such as '{\"query\": 64}'"),
@@ -57,7 +60,7 @@ FIELDS: dict[str, Field] = {
     "interpolate_pos_encoding": Field("interpolate-pos-encoding", bool, "for images of another size than the model's"),
     "cost": Field("cost", str, "what the budget counts: parameters (default) or flops"),
     "dataset": Field("dataset", str, "images: local folder, parquet file or folder, or Hub id"),
-    "num_samples": Field("num-samples", int, "number of calibration images to draw; default: 512"),
+    "num_samples": Field("num-samples", int, "number of calibration images to draw; default: 512, 10000 of distilled"),
     "seed": Field("seed", int, "seed of all random numbers; default: 42"),
 }
 """Options by the field they set."""

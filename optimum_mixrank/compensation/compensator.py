@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation.choice import LayerChoice
+from ..calibration.images.subsets import spread_batches
 from ..calibration.sites import Site
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.names import Target
@@ -82,6 +83,14 @@ class CompensationTask:
     def all_images(self) -> Tensor:
         """Return the images to learn from of all processes, in the order of their batches; every process calls this."""
         return self._collect(self.numbers or range(len(self.batches)), self.batches)
+
+    def images_to_solve_from(self) -> list[Tensor]:
+        """Return those of `batches` that layer-wise steps learn from; every process calls this."""
+        numbers = self.numbers or range(len(self.batches))
+        own = dict(zip(numbers, self.batches, strict=True))
+        sizes = {number: len(batch) for number, batch in own.items()}
+        chosen = spread_batches(sizes, self.config.closed_form_images, self.processes)
+        return [own[number] for number in chosen if number in own]
 
     def all_high_resolution(self) -> Tensor | None:
         """Return the images of `all_images` at a higher resolution, in float16, or None if there are none."""

@@ -18,6 +18,7 @@ from ..allocation.budget import RankBudget
 from ..allocation.choice import LayerChoice
 from ..allocation.profile import NATS, NORMALISED, BudgetPoint, profile_budgets
 from ..calibration.images.batches import Batch, ImageBatches
+from ..calibration.images.subsets import spread_batches
 from ..calibration.result import Calibration
 from ..calibration.task import CalibrationTask, required_statistics
 from ..checkpoint.configuration import MixRankConfig
@@ -171,7 +172,7 @@ def _decompose(
             model=run.model,
             fingerprint=run.fingerprint,
             batches=run.batches,
-            decoded=images if config.compensation else None,
+            decoded=_for_statistics(run, images) if config.compensation else None,
             metrics=[metric],
             fisher_samples=config.fisher_samples,
             seed=config.seed,
@@ -191,6 +192,12 @@ def _decompose(
     run.seconds["calibrate"] = 0.0 if calibration is None else calibration.seconds
     run.seconds["decompose"] = seconds
     return found, calibration
+
+
+def _for_statistics(run: CompressionRun, images: Sequence[Batch]) -> list[Batch]:
+    sizes = {batch.index: batch.num_images for batch in images}
+    chosen = set(spread_batches(sizes, run.config.closed_form_images, run.processes))
+    return [batch for batch in images if batch.index in chosen]
 
 
 def _groups(targets: Sequence[Target], memory: MemoryPlan) -> list[list[Target]]:

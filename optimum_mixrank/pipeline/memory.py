@@ -178,7 +178,8 @@ def plan_memory(
     phases["decompose"] = [images, (compute, collected), left, (store, own), decomposing]
     phases["factorize"] = [images, (store, kept + found + mlps), (compute, copies), decomposing]
     if LAYERWISE & set(steps):
-        views = task.num_images * (2 if task.config.mirror else 1)
+        solved_from = min(task.num_images, task.config.closed_form_images or task.num_images)
+        views = solved_from * (2 if task.config.mirror else 1)
         phases["compensate"] = [
             images,
             (store, kept),

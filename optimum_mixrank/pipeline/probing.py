@@ -16,12 +16,12 @@ from transformers.utils import logging
 from ..allocation.choice import LayerChoice
 from ..allocation.probes import Probe
 from ..calibration.images.batches import Batch
+from ..calibration.images.subsets import spread_images
 from ..calibration.result import Calibration
 from ..checkpoint.factorize import insert_layer
 from ..checkpoint.modeling import replace_module
 from ..compensation.held_out import model_outputs, output_error
 from ..compensation.segments import SegmentReplay, find_segments
-from ..runtime.distributed import Processes
 from ..runtime.forward import evaluation_mode
 from ..runtime.logging import get_logger
 from ..runtime.outputs import ModelOutput
@@ -51,7 +51,7 @@ def scale_losses(
     if known is not None:
         decompositions.scale(known)
         return known
-    batches = _first(images, run.config.probed_images, run.processes)
+    batches = spread_images(images, run.config.probed_images, run.processes)
     probes = run.budget.probes(decompositions.losses(run.metric), decompositions.mlp_losses)
     factory = LayerFactory(decompositions, calibration, "factors", keep=True)
     scales: dict[str, float] = {}
@@ -93,16 +93,6 @@ def _bounded(scales: Mapping[str, float], names: Sequence[str]) -> dict[str, flo
     # A structure with which the model overflows loses the most.
     found = {name: scale if math.isfinite(scale) else MOST * middle for name, scale in found.items()}
     return {name: min(max(scale, middle / MOST), MOST * middle) for name, scale in found.items()}
-
-
-def _first(images: Sequence[Batch], count: int, processes: Processes) -> list[Tensor]:
-    """Return this process's share of the first images of all, in the order of their batches."""
-    gathered = processes.gather({batch.index: batch.num_images for batch in images})
-    sizes = {index: size for each in gathered for index, size in each.items()}
-    starts, start = {}, 0
-    for index in sorted(sizes):
-        starts[index], start = start, start + sizes[index]
-    return [batch.pixel_values[: count - starts[batch.index]] for batch in images if starts[batch.index] < count]
 
 
 def _by_segment(

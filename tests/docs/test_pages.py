@@ -77,7 +77,8 @@ def test_the_table_of_recipes_is_complete():
         assert cells == [
             *(fields[key] for key in ("metric", "allocation", "layout")),
             *(str(fields[key]).replace("'", '"') for key in ("structures", "compensation")),
-            *(str(fields[key]) for key in ("probed_images", "min_rank_ratio")),
+            *(str(fields[key]) for key in ("probed_images", "min_rank_ratio", "num_samples")),
+            str(fields["closed_form_images"] or "all"),
         ]
 
 

@@ -96,12 +96,13 @@ class LayerwiseCompensator(Compensator):
         bar = logging.tqdm(total=len(layers), desc=self.description, unit="layer")
         store = spilled(task.storage.on_disk, task.journal.directory, task.processes.index)
         with bar, evaluation_mode(task.original), evaluation_mode(task.model), store as keep:
-            batches = _WithMirrored(task.batches) if task.config.mirror else task.batches
+            images = task.images_to_solve_from()
+            batches = _WithMirrored(images) if task.config.mirror else images
             with task.processes.raise_on_all_ranks():
                 original = SegmentReplay(task.original, segments, batches, keep["original"], call)
                 compressed = SegmentReplay(task.model, segments, batches, keep["compressed"], call)
                 # The structure is the same for all images.
-                probed = [batch[:PROBED_IMAGES] for batch in task.batches[:1]]
+                probed = [batch[:PROBED_IMAGES] for batch in images[:1]]
                 probe = SegmentReplay(task.original, segments, probed, call=call)
             progress, places = _resume(task), find_places(task)
             for position, segment in enumerate(segments):
