@@ -33,6 +33,7 @@ from ..decomposition.mlp import WidthLosses
 from ..reporting.build import Outcome, build_report, measure
 from ..reporting.profile import RankProfile
 from ..runtime.files import is_local_path
+from ..runtime.logging import get_logger
 from ..runtime.malloc import bounded_heap
 from ..runtime.phases import phase
 from .decompose import Decompositions, decompose, decompose_by_groups, factorize_layers, with_joints
@@ -46,6 +47,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..reporting import CompressionReport
+
+
+logger = get_logger(__name__)
+
+ENOUGH_TO_TRAIN = 2000
+"""Of fewer images, the recipe that trains says that they are few."""
 
 
 def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
@@ -146,6 +153,11 @@ def _decode(run: CompressionRun) -> list[Batch]:
         run.batches.merge_across_processes()
         total = sum(run.processes.gather(sum(batch.num_images for batch in images)))
         decoding.add_detail(f"{total:,} images")
+    if run.config.recipe == "distilled" and total < ENOUGH_TO_TRAIN:
+        logger.warning(
+            f"recipe='distilled' trains on {total:,} images, which is few: it gains most from {ENOUGH_TO_TRAIN:,} or more. "
+            "Give more images, which need no labels, or use recipe='best', which is faster."
+        )
     check_images(run.journal, run.batches.fingerprint, run.processes)
     return images
 
