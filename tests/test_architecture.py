@@ -27,7 +27,7 @@ ROOMS = [
 PUBLIC_MODULES = ["profile"]
 """Beside the rooms: modules that give public names a short path, and hold nothing else."""
 
-MARKERS = ["__init__.py", "py.typed"]
+MARKERS = ["__init__.py", "__main__.py", "py.typed"]
 
 
 @cache

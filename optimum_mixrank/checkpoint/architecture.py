@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from ..runtime.files import is_local_path
 from ..runtime.formatting import quote, shorten
+from .rank_map import QUANT_METHOD
 
 
 _REMEDY = (
@@ -27,15 +33,61 @@ def read_config(path: str | Path, hub_kwargs: dict[str, Any]) -> Any:
         OSError: if there is no such checkpoint.
         ValueError: if its `config.json` cannot be understood.
     """
+    check_exists(path)
     try:
         return AutoConfig.from_pretrained(path, **hub_kwargs)
-    except (OSError, ImportError):
+    except ImportError:
         raise
+    except OSError as error:
+        near = "" if Path(path).expanduser().exists() else _similar_folders(str(path))
+        if not near:
+            raise
+        raise OSError(f"{error} There is no local folder {str(path)!r} either; {near}") from error
     except Exception as error:
         reason = shorten(" ".join(str(error).split()) or type(error).__name__, 600)
         raise ValueError(
             f"The config.json of {str(path)!r} cannot be read: {_odd_field(path, hub_kwargs) or reason}"
         ) from error
+
+
+def is_compressed_checkpoint(path: str | Path, hub_kwargs: dict[str, Any]) -> bool:
+    """Return whether a checkpoint was compressed by this library.
+
+    Raises:
+        OSError, ValueError: as `read_config`.
+    """
+    stored = getattr(read_config(path, hub_kwargs), "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    return method == QUANT_METHOD
+
+
+def check_exists(path: str | Path) -> None:
+    """Check that a name is that of a folder, or could be one on the Hub.
+
+    Raises:
+        FileNotFoundError: if it is neither; the message lists folders with similar names.
+    """
+    name = str(path)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return
+    if not folder.exists() and not isinstance(path, Path) and not is_local_path(name):
+        with suppress(HFValidationError):
+            validate_repo_id(name)
+            return
+    found = "is a file" if folder.exists() else "does not exist"
+    if not folder.parent.is_dir():
+        found += f", nor does the folder {str(folder.parent)!r}"
+    hint = _similar_folders(name) or "give a folder with a config.json, or a Hub id."
+    raise FileNotFoundError(f"The model {name!r} {found}; {hint}")
+
+
+def _similar_folders(name: str) -> str:
+    """Return a question that names the folders beside a missing one whose names are similar; empty if there are none."""
+    folder = Path(name).expanduser()
+    siblings = sorted(each.name for each in folder.parent.iterdir() if each.is_dir()) if folder.parent.is_dir() else []
+    near = [repr(str(Path(name).parent / each)) for each in difflib.get_close_matches(folder.name, siblings, n=3)]
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def _odd_field(path: str | Path, hub_kwargs: dict[str, Any]) -> str | None:

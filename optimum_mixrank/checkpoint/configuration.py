@@ -247,7 +247,9 @@ def _suggesting_names(init: Callable[..., None]) -> Callable[..., None]:
         known = [f.name for f in dataclasses.fields(self)]
         for name in kwargs:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
+                close = [each for each in known if each.endswith(f"_{name}")] or difflib.get_close_matches(
+                    name, known, n=1
+                )
                 hint = f"did you mean `{close[0]}`?" if close else f"known are: {', '.join(known)}."
                 raise TypeError(f"MixRankConfig has no argument `{name}`; {hint}")
         init(self, *args, **kwargs)

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum.commands.base import BaseOptimumCLICommand
 
+from .hub import add_hub_arguments, hub_arguments
+from .parsing import CommandParser, printable
+
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +58,7 @@ class MixRankSubcommand(BaseOptimumCLICommand):
 
     def parse_args(self, parser: ArgumentParser) -> None:
         """See `BaseOptimumCLICommand`."""
+        CommandParser.adopt(parser)
         parser.formatter_class = RawDescriptionHelpFormatter
         parser.description = self.description
         self.add_arguments(parser)
@@ -91,11 +95,15 @@ class MixRankSubcommand(BaseOptimumCLICommand):
                 with suppress(ValueError):
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(GRACE_SECONDS)
-            print(f"Error: {_sentence(error)}", file=sys.stderr)
+            from .wording import in_words_of_the_command_line
+
+            message = in_words_of_the_command_line(_sentence(error))
+            print(printable(f"Error: {message}", sys.stderr), file=sys.stderr)
             sys.exit(FAILED)
         disconnect()
         if index == 0:
-            print(json.dumps(values, indent=2, ensure_ascii=False) if self.args.json else text)
+            result = json.dumps(values, indent=2, ensure_ascii=False) if self.args.json else text
+            print(printable(result, sys.stdout))
 
     def _set_verbosity(self, is_main: bool) -> None:
         import datasets
@@ -147,14 +155,20 @@ def reading_arguments(args: Any) -> dict[str, Any]:
 def open_compressor(args: Any, model: str) -> MixRankCompressor:
     """Return the compressor of a named model, on the device and in the dtype of the options."""
     from ..pipeline.compressor import MixRankCompressor
+
+    return MixRankCompressor.from_pretrained(
+        model, dtype=args.dtype, device=place_of(args), auto_class=named_auto_class(args), **hub_arguments(args)
+    )
+
+
+def place_of(args: Any) -> str | torch.device:
+    """Return the device of the options, or the one that this process has."""
     from ..runtime.distributed import find_processes
 
     # Each of several processes has its own GPU, which "cuda" then refers to.
     processes = find_processes()
-    device = args.device or (default_device() if processes.is_single else processes.device)
-    return MixRankCompressor.from_pretrained(
-        model, dtype=args.dtype, device=device, auto_class=named_auto_class(args), **hub_arguments(args)
-    )
+    device: str | torch.device = args.device or (default_device() if processes.is_single else processes.device)
+    return device
 
 
 def load_checkpoint(
@@ -188,21 +202,3 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def add_hub_arguments(parser: ArgumentParser, runs_code: bool = True) -> None:
-    """Declare the options of checkpoints that may come from the Hub."""
-    add = parser.add_argument_group("Hub").add_argument
-    add("--revision", help="branch, tag or commit of the model")
-    add("--token", help="access token; not needed after `hf auth login`")
-    add("--cache-dir", help="folder for downloads")
-    if runs_code:
-        named = "class to open the checkpoint with: one of Transformers, or package.module.Class; default: the one it names"
-        add("--auto-class", metavar="CLASS", help=named)
-        add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
-
-
-def hub_arguments(args: Any) -> dict[str, Any]:
-    """Return the options of `add_hub_arguments` that were given, as arguments of `from_pretrained`."""
-    names = ("revision", "token", "cache_dir", "trust_remote_code")
-    return {name: getattr(args, name) for name in names if getattr(args, name, None)}

@@ -146,8 +146,16 @@ def check_images(config: MixRankConfig, reuse: bool) -> None:
     from ..decomposition import METRICS
 
     if config.dataset is None and (config.compensation or (METRICS[config.metric].uses_data and not reuse)):
-        others = "--statistics of an earlier run" if reuse else "--metric svd"
-        raise ValueError(f"--dataset is missing: name a folder of images, or use {others} --compensation none.")
+        if reuse:
+            raise ValueError(
+                "--dataset is missing: name a folder of images, or add --compensation none to use --statistics alone, "
+                "which loses more accuracy."
+            )
+        raise ValueError(
+            "--dataset is missing: name a folder of images, which need no labels. Without any there is only --metric svd "
+            "--compensation none, which hardly ever keeps a usable model: at half of the parameters, a ViT-S falls from "
+            "87.4 % to 10 % top-1."
+        )
 
 
 def dtype_to_save(args: Any) -> torch.dtype | None:
@@ -161,7 +169,8 @@ def dtype_to_save(args: Any) -> torch.dtype | None:
     try:
         dtype = parse_dtype(args.save_dtype)
     except ValueError as error:
-        raise ValueError(f"--save-{error}") from None
+        message = str(error).replace(f"dtype={args.save_dtype!r}", f"--save-dtype {args.save_dtype}", 1)
+        raise ValueError(message) from None
     if dtype != "auto":
         return dtype
     # From the files, because a loaded model has the dtype that it was loaded in.

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import ArgumentParser
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .command import MixRankSubcommand, add_model_arguments, hub_arguments, open_compressor, reading_arguments
+from .command import (
+    MixRankSubcommand,
+    add_model_arguments,
+    load_checkpoint,
+    open_compressor,
+    place_of,
+    reading_arguments,
+)
+from .hub import hub_arguments
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..pipeline.compressor import MixRankCompressor
 
 
 class EvaluateCommand(MixRankSubcommand):
@@ -16,6 +30,8 @@ class EvaluateCommand(MixRankSubcommand):
 
 example:
   optimum-cli mixrank evaluate --model out --reference facebook/deit-base-patch16-224 --dataset path/to/labelled/images
+
+Two compressed checkpoints can be compared in the same way.
 """
     shares_work = True
 
@@ -24,7 +40,7 @@ example:
         """See `MixRankSubcommand`."""
         add = parser.add_argument
         add("--model", required=True, help="compressed (or any) checkpoint: local folder or Hub id")
-        add("--reference", required=True, help="the original: local folder or Hub id")
+        add("--reference", required=True, help="the original, or what else to compare with: local folder or Hub id")
         add("--dataset", required=True, help="images, with labels if accuracy is to be measured")
         add("--split", help="default: validation, test, or the only one")
         add("--image-column", help="default: the only image column")
@@ -37,17 +53,32 @@ example:
 
     def execute(self) -> tuple[str, dict[str, Any]]:
         """See `MixRankSubcommand`."""
+        from ..reporting.table import evaluation_lines
+
         args = self.args
-        compressor = open_compressor(args, args.reference)
-        original = compressor.model
-        model = type(original).from_pretrained(args.model, dtype=original.dtype, **hub_arguments(args))
+        compressor, model = self._models()
         names = ("split", "image_column", "label_column", "num_samples", "seed")
         settings = {name: getattr(args, name) for name in (*names, "output_names", "interpolate_pos_encoding")}
-        model = model.to(original.device)
         result = compressor.evaluate(model, args.dataset, **settings, **reading_arguments(args))
         values = {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
-        text = "\n".join(
-            f"{name:<16}{value:.4g}" if isinstance(value, float) else f"{name:<16}{value:,}"
-            for name, value in values.items()
-        )
-        return text, values
+        return "\n".join(evaluation_lines(values)), values
+
+    def _models(self) -> tuple[MixRankCompressor, PreTrainedModel]:
+        """Return the compressor of the reference, and the model."""
+        from ..checkpoint.architecture import is_compressed_checkpoint
+        from ..checkpoint.original import load_image_processor, parse_dtype
+        from ..pipeline.compressor import MixRankCompressor
+
+        args, hub = self.args, hub_arguments(self.args)
+        if not is_compressed_checkpoint(args.reference, hub):
+            compressor = open_compressor(args, args.reference)
+        elif not is_compressed_checkpoint(args.model, hub):
+            raise ValueError(
+                f"--reference {args.reference!r} is compressed and --model {args.model!r} is not: swap the two."
+            )
+        else:
+            reference = load_checkpoint(args, args.reference, parse_dtype(args.dtype)).to(place_of(args))
+            compressor = MixRankCompressor(reference, load_image_processor(args.reference, hub))
+        original = compressor.model
+        model = type(original).from_pretrained(args.model, dtype=original.dtype, **hub)
+        return compressor, model.to(original.device)

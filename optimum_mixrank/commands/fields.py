@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .command import hub_arguments
+from ..checkpoint.recipes import RECIPES
+from .hub import hub_arguments
+from .parsing import fraction, merged, pattern
 
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Field(NamedTuple):
 
 
 FIELDS: dict[str, Field] = {
-    "compression_ratio": Field("ratio", float, "fraction of parameters to remove, in (0, 1); default: 0.5"),
+    "compression_ratio": Field("ratio", fraction, "fraction of parameters to remove, in (0, 1); default: 0.5"),
     "compression_scope": Field("scope", str, "what the ratio refers to: model (default) or targets"),
     "recipe": Field("recipe", str, "best (default), distilled, fast, paper or paper_second_moment"),
     "metric": Field("metric", str, "kfac, second_moment, mean_input, diagonal or svd"),
@@ -48,8 +49,8 @@ FIELDS: dict[str, Field] = {
     ),
     "target_modules": Field("target-modules", list, "layers to compress; default: all linear layers of the encoder"),
     "exclude_modules": Field("exclude-modules", list, "layers not to compress"),
-    "rank_pattern": Field("rank-pattern", json.loads, "ranks of individual layers, such as '{\"query\": 64}'"),
-    "ratio_pattern": Field("ratio-pattern", json.loads, "ratios of individual layers, such as '{\"query\": 0.5}'"),
+    "rank_pattern": Field("rank-pattern", pattern, "ranks of individual layers, such as query=64"),
+    "ratio_pattern": Field("ratio-pattern", pattern, "ratios of individual layers, such as query=0.5"),
     "rank_multiple": Field("rank-multiple", int, "ranks are multiples of this; default: 1"),
     "min_rank": Field("min-rank", int, "smallest rank; default: 1"),
     "min_rank_ratio": Field("min-rank-ratio", float, "smallest rank as a share of the break-even rank"),
@@ -68,9 +69,11 @@ FIELDS: dict[str, Field] = {
 _ARGUMENTS: dict[Callable[[str], Any], dict[str, Any]] = {
     list: {"nargs": "+"},
     bool: {"action": BooleanOptionalAction},
-    json.loads: {"type": json.loads, "metavar": "JSON"},
+    pattern: {"type": pattern, "nargs": "+", "metavar": "NAME=VALUE"},
 }
 """Arguments of `add_argument` by type, where that is more than the type."""
+
+_PATTERNS = tuple(name for name, field in FIELDS.items() if field.type is pattern)
 
 
 def add_field_arguments(parser: ArgumentParser) -> None:
@@ -82,8 +85,12 @@ def add_field_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("method").add_argument
     add("--config", type=Path, help="YAML or JSON file with fields of MixRankConfig; options override it")
     for name, field in FIELDS.items():
-        arguments = _ARGUMENTS.get(field.type, {"type": field.type})
-        add(f"--{field.option}", dest=name, default=None, help=field.help, **arguments)
+        arguments = dict(_ARGUMENTS.get(field.type, {"type": field.type}))
+        if name == "recipe":
+            arguments["choices"] = tuple(RECIPES)
+        # The name in Python is accepted too.
+        options = dict.fromkeys((field.option, name.replace("_", "-")))
+        add(*(f"--{option}" for option in options), dest=name, default=None, help=field.help, **arguments)
 
 
 def configuration(args: Any) -> MixRankConfig:
@@ -97,6 +104,7 @@ def configuration(args: Any) -> MixRankConfig:
 
     fields = {} if args.config is None else _read(args.config)
     fields.update({name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None})
+    fields.update({name: merged(fields[name]) for name in _PATTERNS if isinstance(fields.get(name), list)})
     if fields.get("compensation") == ["none"]:
         fields["compensation"] = []
     for name in ("target_modules", "exclude_modules"):

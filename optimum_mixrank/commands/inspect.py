@@ -18,14 +18,15 @@ class InspectCommand(MixRankSubcommand):
     description = """Show the settings, ranks and sizes of a compressed checkpoint without loading its weights.
 
 examples:
-  optimum-cli mixrank inspect out
-  optimum-cli mixrank inspect someone/deit-base-mixrank --json
+  optimum-cli mixrank inspect --model out
+  optimum-cli mixrank inspect --model someone/deit-base-mixrank --json
 """
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """See `MixRankSubcommand`."""
-        parser.add_argument("checkpoint", help="local folder or Hub id")
+        parser.add_argument("checkpoint", nargs="?", help="the same as --model")
+        parser.add_argument("--model", help="local folder or Hub id")
         add_hub_arguments(parser, runs_code=False)
 
     def execute(self) -> tuple[str, dict[str, Any]]:
@@ -36,7 +37,9 @@ examples:
         from ..reporting import REPORT_NAME, CompressionReport, format_table
         from ..runtime.formatting import shorten
 
-        name = self.args.checkpoint
+        name = self.args.model or self.args.checkpoint
+        if name is None or None not in (self.args.model, self.args.checkpoint):
+            raise ValueError("Name one checkpoint: optimum-cli mixrank inspect --model CHECKPOINT.")
         contents = contents_of(name, [REPORT_NAME], **hub_arguments(self.args))
         stored = read_json(contents.folder / "config.json")
         content = stored.get("quantization_config") if isinstance(stored, dict) else None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from ..runtime.version import __version__
 from .benchmark import BenchmarkCommand
 from .compress import CompressCommand
 from .evaluate import EvaluateCommand
 from .inspect import InspectCommand
 from .merge import MergeCommand
+from .parsing import CommandParser
 from .plan import PlanCommand
 
 
@@ -16,6 +20,9 @@ class MixRankCommand(BaseOptimumCLICommand):
     """`optimum-cli mixrank`."""
 
     COMMAND = CommandInfo("mixrank", "Compress Vision Transformers by activation-aware mixed-rank factorization.")
+    DESCRIPTION = """Make Vision Transformers smaller, given a folder of images without labels.
+
+Start with `compress`; `inspect`, `evaluate` and `benchmark` show what came out."""
     SUBCOMMANDS = (
         CommandInfo("compress", "Compress a model, given a folder of images.", CompressCommand),
         CommandInfo("plan", "Predict the loss at several budgets, without compressing.", PlanCommand),
@@ -26,3 +33,11 @@ class MixRankCommand(BaseOptimumCLICommand):
         ),
         CommandInfo("merge", "Turn a compressed checkpoint into a dense one that needs no plugin.", MergeCommand),
     )
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """See `BaseOptimumCLICommand`."""
+        CommandParser.adopt(parser)
+        parser.formatter_class = RawDescriptionHelpFormatter
+        parser.description = MixRankCommand.DESCRIPTION
+        parser.add_argument("--version", action="version", version=f"optimum-mixrank {__version__}")

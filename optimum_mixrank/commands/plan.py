@@ -8,6 +8,7 @@ from typing import Any
 
 from .command import MixRankSubcommand, add_model_arguments, open_compressor
 from .fields import add_field_arguments, calibration_images, configuration
+from .parsing import fraction
 from .statistics import add_statistics_argument, has_statistics, read_statistics, take_statistics
 
 
@@ -32,7 +33,7 @@ example:
         add("--model", required=True, help="local folder or Hub id")
         add_statistics_argument(parser)
         ratios = "fractions of parameters to remove; default: 0.3 0.4 0.5 0.6 0.7"
-        add("--ratios", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help=ratios)
+        add("--ratios", type=fraction, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help=ratios)
         add("--plot", type=Path, help="plot to write: .png, .svg or .pdf")
         add_model_arguments(parser)
         add_field_arguments(parser)

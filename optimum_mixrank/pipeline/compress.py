@@ -37,6 +37,7 @@ from ..runtime.logging import get_logger
 from ..runtime.malloc import bounded_heap
 from ..runtime.phases import phase
 from .decompose import Decompositions, decompose, decompose_by_groups, factorize_layers, with_joints
+from .fidelity import measure_fidelity
 from .memory import MemoryPlan, MemoryTask, agree_on_plan, estimate_memory
 from .probing import scale_losses
 from .run import CompressionRun
@@ -79,6 +80,7 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
         with _restored_on_failure(run, model) as untouched:
             _factorize(run, model, decompositions, allocated.choices, calibration)
             results = _compensate(run, untouched, model, calibration, learning, memory, allocated.choices)
+            fidelity = measure_fidelity(run, model, learning)
             # Compensation may have chosen new pivots.
             rank_map = rank_map_of(model, run.targets)
             warn_of_other_layouts(rank_map, run.config.layout)
@@ -102,6 +104,7 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
                 profile=RankProfile(allocated.profile, NATS if run.metric.common_unit else NORMALISED),
                 processes=run.processes,
                 memory={} if memory is None else memory.record(),
+                fidelity=fidelity,
             )
         )
     # All processes get the timings of the main one.

@@ -121,6 +121,8 @@ class ReportData:
         memory: If a limit was set, the main process's estimate of what is needed besides the original:
             `estimated_bytes` by place (`host`, `device`), `disk_bytes` of activations on the disk, `passes` over the
             images for statistics, and `not_counted`, the steps that the estimate leaves out. Empty without a limit.
+        fidelity: Comparison with the original on images that were at hand: `num_images`, whether they are `held_out`,
+            `agreement` and `kl`, or `feature_error`. Empty without images.
 
     Raises:
         TypeError: if settings and the like hold anything but JSON values.
@@ -147,6 +149,7 @@ class ReportData:
     memory: Mapping[str, Any] = field(default_factory=dict)
     dtype_on_disk_before: str | None = None
     dtype_on_disk_after: str | None = None
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))

@@ -15,6 +15,7 @@ from .inline_svg import css_variable
 from .pictures import draw_pictures
 from .structure import describe_encoder, hidden_units, shared_factors
 from .table import common_prefix, count_values, dtype_change
+from .verdict import verdict
 
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def render_html(report: ReportData, others: Sequence[ReportData] = (), theme: st
         became=describe_encoder(report.layers),
         removed=format_percent(report.removed_of_model),
         version=report.environment.get("optimum-mixrank"),
-        headlines=_headlines(report) + _measured(report.evaluation or {}),
+        verdict=verdict(report),
+        headlines=_measured(report.evaluation or {}) + _headlines(report),
         evaluated=report.evaluation is not None,
         pictures=draw_pictures(report, others),
         steps=_steps(report),

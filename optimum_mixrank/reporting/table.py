@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..runtime.formatting import format_bytes, format_count
 from .data import LayerReport, ReportData
 from .structure import hidden_units, shared_factors
+from .verdict import verdict
 
 
 _HEADER = ("layer", "out x in", "rank", "energy", "before", "after", "kept")
@@ -34,7 +37,7 @@ def format_table(report: ReportData, width: int = 100) -> str:
     table = [*head, rule, *body, rule, *foot]
     if prefix:
         table.insert(0, _shortened(f"Names below {prefix.removesuffix('.')}", width))
-    return "\n".join([*table, "", *_summary(report), *_evaluation(report)])
+    return "\n".join([*table, "", *_summary(report), *_evaluation(report), *_verdict(report, width)])
 
 
 def dtype_change(report: ReportData) -> str:
@@ -125,10 +128,12 @@ def _summary(report: ReportData) -> list[str]:
 
 
 def _evaluation(report: ReportData) -> list[str]:
-    evaluation = report.evaluation
-    if evaluation is None:
-        return []
-    lines = ["", f"Evaluation on {evaluation.get('num_images', 0):,} images"]
+    return [] if report.evaluation is None else ["", *evaluation_lines(report.evaluation)]
+
+
+def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
+    """Return the lines of an evaluation, given as the fields of `EvaluationResult`."""
+    lines = [f"Evaluation on {evaluation.get('num_images', 0):,} images"]
     for name in ("top1", "top5"):
         after, before = evaluation.get(name), evaluation.get(f"reference_{name}")
         if after is None:
@@ -144,6 +149,14 @@ def _evaluation(report: ReportData) -> list[str]:
         if evaluation.get(name) is not None:
             lines.append(_fact(label, f"{evaluation[name]:{form}}{unit}"))
     return lines
+
+
+def _verdict(report: ReportData, width: int) -> list[str]:
+    found = verdict(report)
+    if found is None:
+        return []
+    first, *others = textwrap.wrap(str(found), width - len(_fact("", "")))
+    return ["", _fact("Verdict", first), *(_fact("", line) for line in others)]
 
 
 def _change(label: str, before: int, after: int) -> str:

@@ -141,6 +141,11 @@ class ImageBatches:
         return enlarged
 
     @property
+    def is_repeatable(self) -> bool:
+        """Whether the number of batches is known and they can be iterated over again."""
+        return self._rows is not None or (isinstance(self._source, DataLoader) and self._source.batch_size is not None)
+
+    @property
     def num_own_images(self) -> int | None:
         """Number of images of this process, including broken ones; None if it cannot be known in advance."""
         if self.num_images is None or self._processes.is_single:

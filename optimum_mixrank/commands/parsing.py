@@ -1,0 +1,128 @@
+"""Options as people type them: what was probably meant, with the command's own usage, on any terminal."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from typing import Any
+
+
+ALIASES = {
+    "--calibration-data": "--dataset",
+    "--calibration-dataset": "--dataset",
+    "--data": "--dataset",
+    "--images": "--dataset",
+    "--model-id": "--model",
+    "--model-name-or-path": "--model",
+    "--nsamples": "--num-samples",
+    "--out": "--output",
+    "--output-dir": "--output",
+    "--save-directory": "--output",
+}
+"""What neighbouring tools call these options."""
+
+_ASCII = str.maketrans(
+    {"…": "...", "–": "-", "−": "-", "×": "x", "‖": "||", "±": "+-", "“": '"', "”": '"', "’": "'", "\u00a0": " "}
+)
+
+
+class CommandParser(ArgumentParser):
+    """The parser of a command; `adopt` turns one that Optimum has made into one."""
+
+    @classmethod
+    def adopt(cls, parser: ArgumentParser) -> None:
+        """Give a parser the methods of this class; Optimum makes the parsers of all commands itself."""
+        parser.__class__ = cls
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse unknown options here, where those of the command are known."""
+        words = sys.argv[1:] if args is None else list(args)
+        # Before a missing option is complained about, which was perhaps misspelt.
+        unknown = [word for word in words if word.startswith("--") and not self._is_option(word.partition("=")[0])]
+        if unknown and self._subparsers is None:
+            self.error(self._unknown(unknown[0]))
+        found, surplus = super().parse_known_args(args, namespace)
+        if surplus:
+            self.error(self._unknown(surplus[0]))
+        return found, surplus
+
+    def error(self, message: str) -> Any:
+        """End the program with one sentence and the shortest form of the command."""
+        required = [action for action in self._actions if action.required]
+        usage = [self.prog, *(f"{action.option_strings[0]} {_value(action)}" for action in required), "[options]"]
+        text = message[:1].upper() + message[1:]
+        self.exit(2, f"Error: {text}\nUsage: {' '.join(usage)}\nAll options: {self.prog} --help\n")
+
+    def _is_option(self, name: str) -> bool:
+        known = [each for action in self._actions for each in action.option_strings]
+        # argparse accepts unique beginnings of names.
+        return name == "--" or any(each.startswith(name) for each in known)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            close = difflib.get_close_matches(str(value), map(str, action.choices), n=1)
+            meant = f"did you mean {close[0]}?" if close else f"choose among {', '.join(map(str, action.choices))}."
+            raise argparse.ArgumentError(action if action.option_strings else None, f"{value!r} is unknown; {meant}")
+
+    def _unknown(self, argument: str) -> str:
+        option = argument.partition("=")[0]
+        if not option.startswith("-"):
+            return f"{argument!r} belongs to no option."
+        known = [each for action in self._actions for each in action.option_strings]
+        meant = ALIASES.get(option)
+        close = [meant] if meant in known else difflib.get_close_matches(option, known, n=1, cutoff=0.7)
+        return f"there is no option {option}{f'; did you mean {close[0]}?' if close else '.'}"
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse prints help and errors through this method.
+        stream = sys.stderr if file is None else file
+        super()._print_message(printable(message, stream), stream)
+
+
+def printable(text: str, stream: Any) -> str:
+    """Return a text with characters that the encoding of a stream lacks replaced by similar ones."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
+    return text
+
+
+def fraction(text: str) -> float:
+    """Return the number of an option that is a fraction, in (0, 1)."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; 0.6 removes 60 %.") from None
+    if 0 < value < 1:
+        return value
+    meant = f": did you mean {value / 100:g}?" if 1 < value < 100 else "; 0.6 removes 60 %."
+    raise argparse.ArgumentTypeError(f"{text} is not in (0, 1){meant}")
+
+
+def pattern(text: str) -> dict[str, Any]:
+    """Return values by the name of a layer, from `NAME=NUMBER` or a JSON object."""
+    name, equals, value = text.rpartition("=")
+    try:
+        found = json.loads(text) if text.lstrip().startswith("{") else {name: json.loads(value)} if equals else None
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict) or not all(found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither NAME=NUMBER, such as query=64, nor a JSON object, such as '{{\"query\": 64}}'."
+        )
+    return found
+
+
+def merged(patterns: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the values of several patterns; the first one for a name wins, as in the configuration."""
+    return {name: value for each in reversed(patterns) for name, value in each.items()}
+
+
+def _value(action: argparse.Action) -> str:
+    return str(action.metavar or (action.dest or "").upper())

@@ -1,0 +1,73 @@
+"""How far the compressed model is from the original on images, which the verdict of a report rests on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.images.subsets import spread_batches
+from ..compensation.held_out import model_outputs, output_error
+from ..compensation.run import CompensationImages
+from ..runtime.fidelity import agreement
+from ..runtime.outputs import ModelOutput
+from ..runtime.phases import phase
+from .run import CompressionRun
+
+
+NUM_IMAGES = 256
+"""About how many calibration images are used where none are held out."""
+
+
+def measure_fidelity(run: CompressionRun, model: nn.Module, images: CompensationImages | None) -> dict[str, Any]:
+    """Compare a compressed model with the original, on held-out images or, if there are none, on calibration images.
+
+    Args:
+        run: The compression.
+        model: The compressed model.
+        images: The images for compensation, if there is any.
+
+    Returns:
+        `num_images`, `held_out`, and `agreement` and `kl` as in `EvaluationResult`, or `feature_error` for models without
+        one softmax; an error that is not finite is None. Empty if there are no images that can be read again.
+    """
+    call, held_out = run.config.model_call, images is not None
+    with phase("Compared with the original") as comparing:
+        with run.processes.raise_on_all_ranks():
+            batches = list(images.held_out) if images is not None else _calibration_images(run)
+            references = images.references if images is not None else model_outputs(run.model, batches, call)
+            outputs = model_outputs(model, batches, call)
+        if run.batches is not None and images is None:
+            run.batches.merge_across_processes()
+        count = sum(run.processes.gather(sum(map(len, batches))))
+        if count == 0:
+            return {}
+        found: dict[str, Any] = {"num_images": count, "held_out": held_out}
+        error: float | None = output_error(outputs, references, run.processes)
+        error = error if error is not None and math.isfinite(error) else None
+        if any(run.processes.gather(any(output.logits is not None for output in outputs))):
+            found.update(agreement=sum(run.processes.gather(_agreeing(outputs, references))) / count, kl=error)
+        else:
+            found["feature_error"] = error
+        comparing.add_detail(f"{count:,} images")
+    return found
+
+
+def _calibration_images(run: CompressionRun) -> list[Tensor]:
+    """Return some of this process's calibration images, spread over all; none if they cannot be read again."""
+    batches = run.batches
+    if batches is None or not batches.is_repeatable:
+        return []
+    size = run.reader.batch_size
+    sizes = {run.processes.index + position * run.processes.count: size for position in range(len(batches))}
+    chosen = set(spread_batches(sizes, NUM_IMAGES, run.processes))
+    return [batch.pixel_values for batch in batches if batch.index in chosen]
+
+
+def _agreeing(outputs: Sequence[ModelOutput], references: Sequence[ModelOutput]) -> int:
+    pairs = zip(outputs, references, strict=True)
+    same = [agreement(b.logits, a.logits) for a, b in pairs if a.logits is not None and b.logits is not None]
+    return int(torch.cat(same).sum()) if same else 0

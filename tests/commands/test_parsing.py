@@ -1,0 +1,102 @@
+"""What people type, and what they are told."""
+
+import io
+import re
+import subprocess
+import sys
+from argparse import ArgumentTypeError
+
+import pytest
+from commands.calling import cli, process
+
+from optimum_mixrank import __version__
+from optimum_mixrank.commands.parsing import CommandParser, fraction, merged, pattern, printable
+
+
+def compress(*arguments, code=2):
+    return cli("compress", "--model", "m", "--output", "o", *arguments, code=code)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rato", "0.5"), "There is no option --rato; did you mean --ratio?"),
+        (("--output-dir", "out"), "There is no option --output-dir; did you mean --output?"),
+        (("--calibration-data=images",), "There is no option --calibration-data; did you mean --dataset?"),
+        (("--xyzzy",), "There is no option --xyzzy.\n"),
+        (("stray",), "'stray' belongs to no option."),
+        (("--ratio", "30"), "30 is not in (0, 1): did you mean 0.3?"),
+        (("--ratio", "half"), "'half' is not a number; 0.6 removes 60 %."),
+        (("--recipe", "bset"), "'bset' is unknown; did you mean best?"),
+        (("--rank-pattern", "query:64"), "'query:64' is neither NAME=NUMBER, such as query=64, nor a JSON object"),
+        (("--epochs", "many"), "invalid int value: 'many'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_answered_in_three_lines(arguments, message):
+    error = compress(*arguments)
+    assert message in error
+    assert error.startswith("Error: ") and error.count("\n") == 3
+    assert "\nUsage: optimum-cli mixrank compress --model MODEL --output OUTPUT [options]\n" in error
+    assert error.endswith("All options: optimum-cli mixrank compress --help\n")
+
+
+def test_a_misspelt_option_comes_before_a_missing_one():
+    assert "did you mean --model?" in cli("compress", "--modl", "m", code=2)[1]
+    assert "required: --output" in cli("compress", "--model", "m", code=2)[1]
+
+
+def test_a_misspelt_command_is_recognised():
+    assert "'cmpress' is unknown; did you mean compress?" in cli("cmpress", code=2)[1]
+
+
+def test_budgets_of_a_plan_are_checked_at_once():
+    assert "30 is not in (0, 1): did you mean 0.3?" in cli("plan", "--model", "m", "--ratios", 30, 50, code=2)[1]
+
+
+def test_version():
+    assert cli("--version")[0] == f"optimum-mixrank {__version__}\n"
+
+
+def test_the_package_runs_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "optimum_mixrank", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "Make Vision Transformers smaller" in result.stdout
+    assert result.stdout.split("}")[0] == process("--help")[0].split("}")[0]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("command", ["compress", "plan", "evaluate", "benchmark", "inspect", "merge"])
+def test_help_prints_on_every_terminal(command, encoding, monkeypatch):
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", file)
+    parser = CommandParser(prog="x", description="out … × ‖ ±")
+    with pytest.raises(SystemExit, match="0"):
+        parser.parse_args(["--help"])
+    file.flush()
+    text = file.buffer.getvalue().decode(encoding)
+    assert ("out … × ‖ ±" if encoding == "utf-8" else "out ...") in text and command
+
+
+def test_characters_of_another_encoding_are_replaced_by_similar_ones():
+    class Ascii:
+        encoding = "ascii"
+
+    assert printable("a × b … “c” ‖ é", Ascii) == 'a x b ... "c" || ?'
+    assert printable("plain", Ascii) == "plain"
+    assert printable("a × b", io.StringIO()) == "a × b"
+
+
+def test_patterns():
+    assert pattern("query=64") == {"query": 64} and pattern("a.b=0.5") == {"a.b": 0.5}
+    assert pattern('{"query": 64, "key": 8}') == {"query": 64, "key": 8}
+    assert merged([{"a": 1}, {"b": 2}, {"a": 3}]) == {"a": 1, "b": 2}
+    for text in ("query", "=3", "query=", "query=many", "[1]", "{"):
+        with pytest.raises(ArgumentTypeError, match="is neither NAME=NUMBER"):
+            pattern(text)
+
+
+def test_fractions():
+    assert fraction("0.25") == 0.25
+    for text in ("0", "1", "-3", "250", "nan", "inf"):
+        with pytest.raises(ArgumentTypeError, match=re.escape(f"{text} is not in (0, 1); 0.6 removes")):
+            fraction(text)
