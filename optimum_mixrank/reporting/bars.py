@@ -50,7 +50,8 @@ def draw_layer(axes: Axes, depth: int, layer: LayerReport, product: tuple[int, i
     hatch = "////" if colour == EXCLUDED else None
     (bar,) = axes.bar(depth, share, width=0.72, color=colour, hatch=hatch, edgecolor=PAPER, linewidth=0, zorder=2)
     bar.set_gid(layer.name)
-    axes.hlines(limit, depth - _REACH, depth + _REACH, color=BREAK_EVEN, linewidth=1.3, zorder=3)
+    if limit < box:
+        axes.hlines(limit, depth - _REACH, depth + _REACH, color=BREAK_EVEN, linewidth=1.3, zorder=3)
     if box < 1:
         # Wider than the bar, so that it is seen where the bar fills it.
         axes.bar(depth, box, width=2 * _REACH, color=WIDTH, linewidth=0, zorder=1)

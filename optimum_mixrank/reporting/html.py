@@ -46,7 +46,7 @@ def render_html(report: ReportData, others: Sequence[ReportData] = (), theme: st
     if theme is not None and theme not in THEMES:
         names = ", ".join(map(repr, THEMES))
         raise ValueError(f"theme={theme!r} is unknown; choose one of {names}, or None to follow the reader's system.")
-    prefix = common_prefix([layer.name for layer in report.layers])
+    prefix, errors = common_prefix([layer.name for layer in report.layers]), _layer_errors(report)
     return _template().render(
         theme=theme,
         light={css_variable(colour): colour for colour in ON_DARK},
@@ -61,7 +61,8 @@ def render_html(report: ReportData, others: Sequence[ReportData] = (), theme: st
         pictures=draw_pictures(report, others),
         steps=_steps(report),
         prefix=prefix.removesuffix("."),
-        rows=[_row(layer, layer.name.removeprefix(prefix), report.predicted_loss) for layer in report.layers],
+        rows=[_row(layer, prefix, report, errors) for layer in report.layers],
+        repaired=bool(errors),
         totals=_totals(report),
         settings=_as_text(report.settings),
         environment=_as_text(report.environment),
@@ -137,24 +138,38 @@ def _steps(report: ReportData) -> list[dict[str, Any]]:
             "after": f"{step['error_after']:.4g}",
             "change": format_change(step["error_before"], step["error_after"]),
             "bars": [round(100 * step[f"error_{when}"] / largest, 1) for when in ("before", "after")],
-            "details": _as_text(step.get("details", {})),
+            "details": _as_text(
+                {name: value for name, value in step.get("details", {}).items() if name != "layer_errors"}
+            ),
         }
         for step in report.compensation
     ]
 
 
-def _row(layer: LayerReport, name: str, predicted: float | None) -> Row:
+def _layer_errors(report: ReportData) -> Mapping[str, float]:
+    """Return the relative errors of layers after the last layer-wise step that was kept."""
+    steps = [
+        step["details"]["layer_errors"]
+        for step in report.compensation
+        if step["kept"] and "layer_errors" in step["details"]
+    ]
+    return steps[-1] if steps else {}
+
+
+def _row(layer: LayerReport, prefix: str, report: ReportData, errors: Mapping[str, float]) -> Row:
+    predicted = report.predicted_loss
     share = layer.predicted_loss / predicted if layer.predicted_loss is not None and predicted else None
     cells = (
         layer.shape_text("×"),
         layer.rank_text,
         "" if layer.kept_energy is None else format_percent(layer.kept_energy, 2),
         "" if share is None else format_percent(share),
+        *([f"{errors[layer.name]:.3g}" if layer.name in errors else ""] if errors else []),
         f"{layer.parameters_before:,}",
         f"{layer.parameters_after:,}",
         format_percent(layer.kept),
     )
-    return Row(name, cells)
+    return Row(layer.name.removeprefix(prefix), cells)
 
 
 def _totals(report: ReportData) -> list[Row]:
@@ -165,7 +180,8 @@ def _totals(report: ReportData) -> list[Row]:
     for name, layers in groups.items():
         factored, before, after = count_values(layers)
         kept = format_percent(after / before) if before else ""
-        rows.append(Row(name, ("", factored, "", "", f"{before:,}", f"{after:,}", kept)))
+        gap = [""] * (3 if _layer_errors(report) else 2)
+        rows.append(Row(name, ("", factored, *gap, f"{before:,}", f"{after:,}", kept)))
     return rows
 
 

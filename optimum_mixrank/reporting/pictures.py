@@ -11,7 +11,7 @@ from .data import LayerReport, ReportData
 from .depth_plots import draw_kept_energy, draw_predicted_loss
 from .inline_svg import inline_svg, picture_style
 from .parameter_plots import draw_accuracy, draw_loss, measured
-from .plots import draw_ranks
+from .plots import draw_ranks, has_break_even
 from .structure import hidden_units, product_shapes, shared_factors
 
 
@@ -74,10 +74,9 @@ def draw_pictures(report: ReportData, others: Sequence[ReportData] = ()) -> list
 
 
 def _caption_of_ranks(report: ReportData) -> str:
-    sentences = [
-        "The rank of every layer as a share of its full rank. From the break-even rank on, factors are no smaller than "
-        "the dense weight."
-    ]
+    sentences = ["The rank of every layer as a share of its full rank."]
+    if has_break_even(report):
+        sentences.append("From the break-even rank on, factors are no smaller than the dense weight.")
     if shared_factors(report.layers):
         sentences.append("Layers of a block that share their first factor have one rank.")
     if hidden_units(report.layers):

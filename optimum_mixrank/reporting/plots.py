@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.rank_map import break_even
 from ..checkpoint.replacing import RANKS_NAME as RANKS_NAME
 from ..runtime.formatting import format_count
 from .bars import TOP, TOP_WITH_UNITS, draw_layer, finish_row
@@ -43,12 +44,12 @@ _FORMATS = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 def plot_ranks(report: ReportData, path: str | Path) -> Path:
     """Draw what every layer has become over depth, one row per kind of layer and one column per block.
 
-    A bar shows the rank as a share of the full rank `min(m, n)` and is labelled with it. A line across the bar marks
-    the layout's break-even rank, from which on factors are no smaller than the dense weight. Dense and excluded layers
-    have full bars in colours of their own, and so have the ranks of layers that share their first factor, which also have
-    a star. Where hidden units of an MLP were removed, a box as high as the share that is left, with their number above it,
-    holds the bar: the height of the box is the full rank of what is left. Layers are of one kind if their names differ
-    only in numbers.
+    A bar shows the rank as a share of the full rank `min(m, n)` and is labelled with it. Where it is below full rank, a line
+    across the bar marks the layout's break-even rank, from which on factors are no smaller than the dense weight. Dense and
+    excluded layers have full bars in colours of their own, and so have the ranks of layers that share their first factor,
+    which also have a star. Where hidden units of an MLP were removed, a box as high as the share that is left, with their
+    number above it, holds the bar: the height of the box is the full rank of what is left. Layers are of one kind if their
+    names differ only in numbers.
 
     Args:
         report: The report to draw.
@@ -91,7 +92,8 @@ def draw_ranks(report: ReportData, title: str | None = None) -> Figure:
     kinds = kinds_of(report.layers)
     num_slots = max(depths.values()) + 1
     width = min(max(2.6 + 0.42 * num_slots, 7.0), 24.0)
-    handles = _handles(report.layers)
+    shapes = product_shapes(report.layers)
+    handles = _handles(report.layers, has_break_even(report))
     letters = sum(len(handle.get_label()) + 6 for handle in handles)
     columns = len(handles) if letters <= _LETTERS_PER_INCH * width else 3
     head = 0.42 if title else 0.08
@@ -101,7 +103,6 @@ def draw_ranks(report: ReportData, title: str | None = None) -> Figure:
     figure = Figure(figsize=(width, height), dpi=150)
     rows = figure.subplots(len(kinds), 1, sharex=True, squeeze=False, height_ratios=tops)[:, 0].tolist()
     room = 72 * (width - 2.6) / num_slots
-    shapes = product_shapes(report.layers)
     for axes, top, (label, layers) in zip(rows, tops, kinds.items(), strict=True):
         for layer in layers:
             draw_layer(axes, depths[layer.name], layer, shapes[layer.name], layout, room)
@@ -123,7 +124,13 @@ def draw_ranks(report: ReportData, title: str | None = None) -> Figure:
     return figure
 
 
-def _handles(layers: Sequence[LayerReport]) -> list[Any]:
+def has_break_even(report: ReportData) -> bool:
+    """Return whether factors of less than full rank can be as large as the dense weight; pivoted ones never are."""
+    layout = str(report.settings.get("layout", "factors"))
+    return any(break_even(*shape, layout) < min(shape) for shape in product_shapes(report.layers).values())
+
+
+def _handles(layers: Sequence[LayerReport], with_break_even: bool) -> list[Any]:
     """Return the entries of the legend."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -137,5 +144,6 @@ def _handles(layers: Sequence[LayerReport]) -> list[Any]:
         handles.append(Patch(color=DENSE, label="dense"))
     if any(layer.rank is None and not layer.targeted for layer in layers):
         handles.append(Patch(facecolor=EXCLUDED, hatch="////", edgecolor=PAPER, label="excluded, dense"))
-    handles.append(Line2D([], [], color=BREAK_EVEN, linewidth=1.3, label="break-even rank"))
+    if with_break_even:
+        handles.append(Line2D([], [], color=BREAK_EVEN, linewidth=1.3, label="break-even rank"))
     return handles
