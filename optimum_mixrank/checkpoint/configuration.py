@@ -160,6 +160,19 @@ class MixRankConfig(QuantizationConfigMixin):
                 setattr(self, field_name, copy.copy(value))
         self.validate()
 
+    def __repr__(self) -> str:
+        """Show what was asked for: the fields that differ from those of the recipe, and how many layers are factored."""
+        usual = type(self)(recipe=self.recipe)
+        names = [each.name for each in dataclasses.fields(self) if each.name not in ("quant_method", "rank_map")]
+        always = ("compression_ratio", "recipe")
+        shown = {name: getattr(self, name) for name in names}
+        parts = [
+            f"{name}={value!r}" for name, value in shown.items() if name in always or value != getattr(usual, name)
+        ]
+        if self.rank_map:
+            parts.append(f"rank_map=<{len(self.rank_map)} layers>")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
     def _can_mix(self) -> bool:
         """Return whether the structures of the recipe fit the fields that were given."""
         same_metric = self.metric in (None, RECIPES[self.recipe]["metric"])

@@ -44,7 +44,7 @@ _FORMATS = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 def plot_ranks(report: ReportData, path: str | Path) -> Path:
     """Draw what every layer has become over depth, one row per kind of layer and one column per block.
 
-    A bar shows the rank as a share of the full rank `min(m, n)` and is labelled with it. Where it is below full rank, a line
+    A bar shows the rank as a share of the full rank `min(m, n)` and is labelled with it. Where it is below that, a line
     across the bar marks the layout's break-even rank, from which on factors are no smaller than the dense weight. Dense and
     excluded layers have full bars in colours of their own, and so have the ranks of layers that share their first factor,
     which also have a star. Where hidden units of an MLP were removed, a box as high as the share that is left, with their

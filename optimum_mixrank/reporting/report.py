@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 from ..checkpoint.replacing import HTML_NAME as HTML_NAME
 from .data import ReportData, file_in, write_text
 from .html import render_html
+from .table import format_table
+from .verdict import verdict
 
 
 class CompressionReport(ReportData):
     """The report of a compression; `ReportData` describes its fields."""
+
+    def __repr__(self) -> str:
+        found = verdict(self)
+        parts = [
+            f"{self.model_name or 'a model'}: {self.model_parameters_before:,} -> {self.model_parameters_after:,} values",
+            f"{sum(layer.rank is not None for layer in self.layers)} of {len(self.layers)} layers factored",
+            *([] if found is None else [str(found)]),
+        ]
+        return f"<{type(self).__name__} {'; '.join(parts)}>"
+
+    def __str__(self) -> str:
+        return format_table(self)
+
+    def _repr_html_(self) -> str:
+        """Show the page in a notebook, in a frame of its own so that neither changes the other's style."""
+        return f'<iframe srcdoc="{escape(self.to_html())}" style="width: 100%; height: 40rem; border: 0"></iframe>'
 
     def to_html(self, others: Sequence[CompressionReport] = (), theme: str | None = None) -> str:
         """Return the report as one HTML page with pictures, which loads nothing and runs no script.

@@ -102,9 +102,14 @@ def test_round_trip_through_the_config_of_a_model(config, tmp_path):
     assert MixRankConfig.from_dict(stored) == config
 
 
-def test_repr_shows_all_fields(config):
-    text = repr(config)
-    assert "MixRankConfig" in text
+def test_repr_shows_what_differs_from_the_recipe():
+    assert repr(MixRankConfig()) == "MixRankConfig(compression_ratio=0.5, recipe='best')"
+    config = MixRankConfig(recipe="fast", compression_ratio=0.6, seed=7, rank_map=copy.deepcopy(FULL["rank_map"]))
+    assert repr(config) == ("MixRankConfig(compression_ratio=0.6, recipe='fast', seed=7, rank_map=<1 layers>)")
+
+
+def test_json_shows_all_fields(config):
+    text = config.to_json_string(use_diff=False)
     assert all(f'"{field.name}"' in text for field in dataclasses.fields(config))
 
 

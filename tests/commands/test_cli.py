@@ -57,7 +57,15 @@ def test_compress_writes_a_checkpoint_and_a_report(compressed):
     warning, *lines = stderr.splitlines()
     assert warning == "num_samples=128, but the dataset holds 96 images; all of them are used."
     phases = [line.partition(":")[0] for line in lines]
-    assert phases == ["Calibrated", "Decomposed", "Allocated", "Factorized", "Evaluated", "Saved"]
+    assert phases == [
+        "Calibrated",
+        "Decomposed",
+        "Allocated",
+        "Factorized",
+        "Compared with the original",
+        "Evaluated",
+        "Saved",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,8 @@ def test_nothing_is_loaded_and_no_script_runs(render):
 def test_every_picture_has_words_in_its_place():
     made = full_report()
     page = Page(full_page())
-    assert len(page.pictures) == 5
+    # Two accuracies need no picture.
+    assert len(page.pictures) == 4 and len(Page(made.to_html(others=[made])).pictures) == 5
     for picture in page.pictures:
         assert picture["role"] == "img"
         for identity in picture["aria-labelledby"].split():
@@ -402,3 +403,15 @@ def test_a_share_lies_in_its_interval():
         for share in (0.0, 1 / count, 1.0):
             low, high = wilson_interval(share, count)
             assert 0 <= low <= share <= high <= 1
+
+
+def test_errors_after_repair_are_a_column_of_the_table():
+    made = full_report()
+    names = [layer.name for layer in made.layers]
+    errors = {name: round(0.01 * (position + 1), 2) for position, name in enumerate(names[:-1])}
+    details = {"layers": len(errors), "layer_errors": errors}
+    step = {"name": "sequential", "kept": True, "error_before": 0.2, "error_after": 0.1, "details": details}
+    page = dataclasses.replace(made, compensation=[step]).to_html()
+    assert "layer errors" not in page and "error after repair" in page
+    assert "<td>0.03</td>" in page
+    assert "error after repair" not in dataclasses.replace(made, compensation=[{**step, "kept": False}]).to_html()

@@ -3,9 +3,9 @@ import json
 import os
 
 import pytest
-from reporting.reports import mixed_report
+from reporting.reports import mixed_report, vit_report
 
-from optimum_mixrank.reporting import REPORT_NAME, CompressionReport, LayerReport
+from optimum_mixrank.reporting import REPORT_NAME, CompressionReport, LayerReport, format_table
 
 
 def layer(name="encoder.layer.0.query", shape=(8, 8), rank=2, kept_energy=0.75, targeted=True):
@@ -172,3 +172,10 @@ def test_structures_survive_json_and_reports_of_earlier_versions_have_none():
     assert {layer.rank_text for layer in earlier.layers} == {"40", "20", "30", "10", "dense"}
     assert all(layer.shape_after == layer.shape and layer.kept_units == 1 for layer in earlier.layers)
     assert all("members" not in layer for layer in earlier.to_dict()["layers"])
+
+
+def test_a_report_is_short_where_it_is_not_asked_for_its_table():
+    made = vit_report()
+    assert len(repr(made).splitlines()) == 1 and "layers factored" in repr(made)
+    assert str(made) == format_table(made)
+    assert made._repr_html_().startswith('<iframe srcdoc="&lt;!DOCTYPE html&gt;')
