@@ -25,7 +25,7 @@ LARGEST_SEED = 2**64 - 1
 def check_method(config: Any) -> None:
     """Check what is to be removed, and by which method."""
     ratio = config.compression_ratio
-    is_percentage = isinstance(ratio, int | float) and 1 < ratio < 100
+    is_percentage = isinstance(ratio, int | float) and 5 <= ratio < 100
     meant = f"Did you mean {ratio / 100:g}? " if is_percentage else ""
     remedy = f"{meant}It is the fraction of parameters to remove: 0.6 removes 60 %."
     _check_number("compression_ratio", config.compression_ratio, "(0, 1)", remedy)

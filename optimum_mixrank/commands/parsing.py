@@ -101,7 +101,7 @@ def fraction(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number; 0.6 removes 60 %.") from None
     if 0 < value < 1:
         return value
-    meant = f": did you mean {value / 100:g}?" if 1 < value < 100 else "; 0.6 removes 60 %."
+    meant = f": did you mean {value / 100:g}?" if 5 <= value < 100 else "; 0.6 removes 60 %."
     raise argparse.ArgumentTypeError(f"{text} is not in (0, 1){meant}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.images.subsets import spread_batches
+from ..calibration.images.subsets import spread_batches, spread_images
 from ..compensation.held_out import model_outputs, output_error
 from ..compensation.run import CompensationImages
 from ..runtime.fidelity import agreement
@@ -58,12 +58,18 @@ def measure_fidelity(run: CompressionRun, model: nn.Module, images: Compensation
 
 def _calibration_images(run: CompressionRun) -> list[Tensor]:
     """Return some of this process's calibration images, spread over all; none if they cannot be read again."""
-    batches = run.batches
-    if batches is None or not batches.is_repeatable:
+    batches, processes = run.batches, run.processes
+    if batches is None:
         return []
-    size = run.reader.batch_size
-    sizes = {run.processes.index + position * run.processes.count: size for position in range(len(batches))}
-    chosen = set(spread_batches(sizes, NUM_IMAGES, run.processes))
+    if batches.is_in_memory:
+        # Its own images alone: an error in reading must not leave the other processes waiting.
+        return spread_images(list(batches), -(-NUM_IMAGES // processes.count))
+    try:
+        count = len(batches)
+    except TypeError:  # a stream
+        return []
+    sizes = {processes.index + position * processes.count: run.reader.batch_size for position in range(count)}
+    chosen = set(spread_batches(sizes, NUM_IMAGES, processes))
     return [batch.pixel_values for batch in batches if batch.index in chosen]
 
 

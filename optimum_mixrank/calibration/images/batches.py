@@ -141,9 +141,9 @@ class ImageBatches:
         return enlarged
 
     @property
-    def is_repeatable(self) -> bool:
-        """Whether the number of batches is known and they can be iterated over again."""
-        return self._rows is not None or (isinstance(self._source, DataLoader) and self._source.batch_size is not None)
+    def is_in_memory(self) -> bool:
+        """Whether the source is a tensor or a list of tensors."""
+        return self._rows is None and isinstance(self._source, list | tuple | torch.Tensor)
 
     @property
     def num_own_images(self) -> int | None:
