@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..runtime.precision import to_float64
 from .modeling import FactoredLinear, new_parameter
 from .rank_map import FactoredLayer, encode_rows
+from .reordered import Reordered, ReorderedMemo, reordered
 
 
 # PyTorch 2.6 cannot tell export from compilation.
@@ -30,7 +32,9 @@ class PivotedLinear(FactoredLinear):
 
     Exported, or with adapters, the layer computes the two products and reorders their outputs by a gather; one token
     then costs as many multiply-adds as values are stored. Otherwise it reorders the rows of `[I; C]` instead, which takes
-    less time in spite of `rank²` more multiply-adds per token.
+    less time and memory for activations in spite of `rank²` more multiply-adds per token. Without gradients of its
+    parameters, the layer keeps this matrix of `out_features · rank` values from one pass to the next, until its parameters
+    change or are trained, the layer is moved, or its mode is set by `train()` or `eval()`.
 
     Args:
         in_features: Size of each input, `n`.
@@ -80,6 +84,7 @@ class PivotedLinear(FactoredLinear):
         # Not a buffer: Transformers 4.57 cannot offload a model with stored buffers to disk. On the host whatever the
         # device, since the weights may be on the meta device.
         self.order = torch.tensor(rows, device="cpu").argsort()
+        self._memo = ReorderedMemo()
 
     @classmethod
     def from_pivots(cls, A: Tensor, C: Tensor, pivots: Tensor, bias: Tensor | None = None) -> PivotedLinear:
@@ -136,19 +141,50 @@ class PivotedLinear(FactoredLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]`."""
-        order = self.order.to(input.device)
-        if not order.is_meta:
-            self.order = order
+        order = self._order_on(input.device)
         pivots = self.factor_a(input)
         plain = _plain_linear(self.factor_b)
         if plain is not None:
-            C, c = plain.weight, plain.bias
-            rows = torch.cat([torch.eye(self.rank, dtype=C.dtype, device=C.device), C]).index_select(0, order)
-            bias = None if c is None else torch.cat([c.new_zeros(self.rank), c]).index_select(0, order)
-            return nn.functional.linear(pivots, rows, bias)
+            return nn.functional.linear(pivots, *self._reordered(plain, order))
+        self._memo.clear()
         outputs = torch.cat([pivots, self.factor_b(pivots)], dim=-1)
         # `index_select(-1, …)` does the same and takes up to fifteen times as long on a CPU.
         return outputs.gather(-1, order.expand(outputs.shape))
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that the layer keeps between forward passes beside its parameters."""
+        return self._memo.num_bytes
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # Merging an adapter changes weights unnoticed by PyTorch, and then puts the factor back in its place; averages of
+        # weights are copied in the same way before the mode is set.
+        if (memo := self.__dict__.get("_memo")) is not None:
+            memo.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PivotedLinear:
+        super()._apply(fn, recurse)
+        self._memo.clear()
+        return self
+
+    def _order_on(self, device: torch.device) -> Tensor:
+        """Return `order` on a device, where it stays unless that is the meta device."""
+        order = self.order
+        if order.device != device:
+            order = order.to(device)
+            if not order.is_meta:
+                self.order = order
+        return order
+
+    def _reordered(self, factor: nn.Linear, order: Tensor) -> Reordered:
+        C, c = factor.weight, factor.bias
+        if torch.compiler.is_compiling():
+            return reordered(C, c, order)
+        if torch.is_grad_enabled() and (C.requires_grad or (c is not None and c.requires_grad)):
+            self._memo.clear()
+            return reordered(C, c, order)
+        return self._memo.get(C, c, order)
 
     def product(self) -> Tensor:
         """See `FactoredLinear.product`; here the rows of `A` and `C A` in the order of the outputs."""
@@ -163,7 +199,11 @@ def _plain_linear(factor: nn.Module) -> nn.Linear | None:
     Adapters, quantizers, hooks and offloading add to it; a disabled adapter leaves everything to the layer below it.
     Exporters have to call the factor itself, so that exported files hold the factors as they are stored.
     """
-    if getattr(factor, "disable_adapters", False) and not (factor.merged or _has_hooks(factor)):
+    if (
+        type(factor) is not nn.Linear
+        and getattr(factor, "disable_adapters", False)
+        and not (factor.merged or _has_hooks(factor))
+    ):
         factor = factor.base_layer
     is_plain = (
         type(factor) is nn.Linear
