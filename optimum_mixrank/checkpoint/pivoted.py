@@ -178,7 +178,8 @@ class PivotedLinear(FactoredLinear):
         return order
 
     def _reordered(self, factor: nn.Linear, order: Tensor) -> Reordered:
-        C, c = factor.weight, factor.bias
+        C, c = factor._parameters["weight"], factor._parameters["bias"]
+        assert C is not None  # as `_plain_linear` has checked
         if torch.compiler.is_compiling():
             return reordered(C, c, order)
         if torch.is_grad_enabled() and (C.requires_grad or (c is not None and c.requires_grad)):
@@ -207,9 +208,9 @@ def _plain_linear(factor: nn.Module) -> nn.Linear | None:
         factor = factor.base_layer
     is_plain = (
         type(factor) is nn.Linear
-        and type(factor.weight) is nn.Parameter
+        and type(factor._parameters.get("weight")) is nn.Parameter
         and not _has_hooks(factor)
-        and "forward" not in vars(factor)
+        and "forward" not in factor.__dict__
         and not (_is_exporting() or torch.jit.is_tracing())
     )
     return factor if is_plain else None

@@ -44,15 +44,15 @@ class ReorderedMemo:
 
     def get(self, C: Tensor, c: Tensor | None, order: Tensor) -> Reordered:
         """Return what `reordered` does, as constants without gradients."""
-        sources = (C,) if c is None else (C, c)
         known = self._known
-        if known is not None and known.is_of(sources):
+        if known is not None and known.is_of(C, c):
             return known.result
         # Ordinary tensors, which a later pass with gradients may use.
         with torch.inference_mode(False), torch.no_grad():
             result = reordered(C, c, order)
-        if type(result.rows) is Tensor and not (result.rows.is_meta or any(each.is_inference() for each in sources)):
-            self._known = _Known.of(sources, result, weakref.ref(self))
+        counted = not (C.is_inference() or (c is not None and c.is_inference()))
+        if counted and type(result.rows) is Tensor and not result.rows.is_meta:
+            self._known = _Known(C, c, result, weakref.ref(self))
         return result
 
     def clear(self) -> None:
@@ -73,35 +73,35 @@ class ReorderedMemo:
         return ReorderedMemo, ()
 
 
-class _Known(NamedTuple):
-    """A result, and references to what it was made from.
+class _Known:
+    """A result, and what it was made from.
 
-    Attributes:
-        sources: The parameters, weakly: offloaded ones are replaced after every pass, and the result has to go with them.
-        states: Version and address of each.
-        storages: Views that keep these addresses from being used again while they are compared.
-        result: The result.
+    Args:
+        C: As for `reordered`, referred to weakly: offloaded parameters are replaced after every pass, and the result has to
+            go with them.
+        c: The same.
+        result: What `reordered` has returned.
+        memo: Forgets the result when one of the parameters is gone.
     """
 
-    sources: tuple[weakref.ref[Tensor], ...]
-    states: tuple[tuple[int, int], ...]
-    storages: tuple[Tensor, ...]
-    result: Reordered
-
-    @classmethod
-    def of(cls, sources: tuple[Tensor, ...], result: Reordered, memo: weakref.ref[ReorderedMemo]) -> _Known:
+    def __init__(self, C: Tensor, c: Tensor | None, result: Reordered, memo: weakref.ref[ReorderedMemo]) -> None:
         forget = _forgetting(memo)
-        references = tuple(weakref.ref(each, forget) for each in sources)
-        return cls(references, _states(sources), tuple(each.detach() for each in sources), result)
+        self._C, self._c = weakref.ref(C, forget), None if c is None else weakref.ref(c, forget)
+        self._state = _state(C, c)
+        # Keep the addresses from being used again while they are compared.
+        self._storages = (C.detach(), None if c is None else c.detach())
+        self.result = result
 
-    def is_of(self, sources: tuple[Tensor, ...]) -> bool:
-        if len(sources) != len(self.sources) or self.states != _states(sources):
-            return False
-        return all(known() is each for known, each in zip(self.sources, sources, strict=True))
+    def is_of(self, C: Tensor, c: Tensor | None) -> bool:
+        """Whether the result is that of these parameters as they are now."""
+        known = None if self._c is None else self._c()
+        return self._C() is C and known is c and self._state == _state(C, c)
 
 
-def _states(sources: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple((-1 if each.is_inference() else each._version, each.data_ptr()) for each in sources)
+def _state(C: Tensor, c: Tensor | None) -> tuple[int, ...]:
+    """Return versions and addresses."""
+    state = (C._version, C.data_ptr())
+    return state if c is None else (*state, c._version, c.data_ptr())
 
 
 def _forgetting(memo: weakref.ref[ReorderedMemo]) -> Callable[[Any], None]:
