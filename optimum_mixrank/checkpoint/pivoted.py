@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.precision import to_float64
+from .memo import AffineMap, Memo
 from .modeling import FactoredLinear, new_parameter
 from .rank_map import FactoredLayer, encode_rows
-from .reordered import Reordered, ReorderedMemo, reordered
 
 
 # PyTorch 2.6 cannot tell export from compilation.
@@ -84,7 +84,7 @@ class PivotedLinear(FactoredLinear):
         # Not a buffer: Transformers 4.57 cannot offload a model with stored buffers to disk. On the host whatever the
         # device, since the weights may be on the meta device.
         self.order = torch.tensor(rows, device="cpu").argsort()
-        self._memo = ReorderedMemo()
+        self._memo = Memo()
 
     @classmethod
     def from_pivots(cls, A: Tensor, C: Tensor, pivots: Tensor, bias: Tensor | None = None) -> PivotedLinear:
@@ -141,15 +141,14 @@ class PivotedLinear(FactoredLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]`."""
-        order = self._order_on(input.device)
         pivots = self.factor_a(input)
-        plain = _plain_linear(self.factor_b)
-        if plain is not None:
-            return nn.functional.linear(pivots, *self._reordered(plain, order))
+        second = _plain_linear(self._modules["factor_b"])
+        if second is not None:
+            return nn.functional.linear(pivots, *self._rows(second, input.device))
         self._memo.clear()
         outputs = torch.cat([pivots, self.factor_b(pivots)], dim=-1)
         # `index_select(-1, …)` does the same and takes up to fifteen times as long on a CPU.
-        return outputs.gather(-1, order.expand(outputs.shape))
+        return outputs.gather(-1, self._order_on(input.device).expand(outputs.shape))
 
     @property
     def kept_bytes(self) -> int:
@@ -158,8 +157,8 @@ class PivotedLinear(FactoredLinear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        # Merging an adapter changes weights unnoticed by PyTorch, and then puts the factor back in its place; averages of
-        # weights are copied in the same way before the mode is set.
+        # Merging an adapter changes weights without PyTorch's notice, and then puts the factor back in its place; averages
+        # of weights are copied in the same way before the mode is set.
         if (memo := self.__dict__.get("_memo")) is not None:
             memo.clear()
 
@@ -177,15 +176,22 @@ class PivotedLinear(FactoredLinear):
                 self.order = order
         return order
 
-    def _reordered(self, factor: nn.Linear, order: Tensor) -> Reordered:
-        C, c = factor._parameters["weight"], factor._parameters["bias"]
-        assert C is not None  # as `_plain_linear` has checked
+    def _rows(self, second: nn.Linear, device: torch.device) -> AffineMap:
+        """Return the map from the outputs of the pivot rows to all outputs: the rows of `[I; C]` and `[0; c]` in order."""
         if torch.compiler.is_compiling():
-            return reordered(C, c, order)
-        if torch.is_grad_enabled() and (C.requires_grad or (c is not None and c.requires_grad)):
+            return self._reordered(second, device)
+        parameters = [each for each in second._parameters.values() if each is not None]
+        if torch.is_grad_enabled() and any(each.requires_grad for each in parameters):
             self._memo.clear()
-            return reordered(C, c, order)
-        return self._memo.get(C, c, order)
+            return self._reordered(second, device)
+        return self._memo.get(parameters, lambda: self._reordered(second, device))
+
+    def _reordered(self, second: nn.Linear, device: torch.device) -> AffineMap:
+        C, c, order = second.weight, second.bias, self._order_on(device)
+        identity = torch.eye(self.rank, dtype=C.dtype, device=C.device)
+        # By columns: with an odd rank, rows would start at addresses that vector instructions are slow to load from.
+        rows = torch.cat([identity, C.t()], dim=1).index_select(1, order).t()
+        return AffineMap(rows, None if c is None else torch.cat([c.new_zeros(self.rank), c]).index_select(0, order))
 
     def product(self) -> Tensor:
         """See `FactoredLinear.product`; here the rows of `A` and `C A` in the order of the outputs."""
