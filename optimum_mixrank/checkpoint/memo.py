@@ -50,10 +50,10 @@ class Memo:
         self._known = None
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of what is kept."""
-        tensors = () if self._known is None else self._known.result
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    def tensors(self) -> list[Tensor]:
+        """What is kept."""
+        kept = () if self._known is None else self._known.result
+        return [tensor for tensor in kept if tensor is not None]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Memo:
         return Memo()

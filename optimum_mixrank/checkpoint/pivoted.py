@@ -151,9 +151,9 @@ class PivotedLinear(FactoredLinear):
         return outputs.gather(-1, self._order_on(input.device).expand(outputs.shape))
 
     @property
-    def kept_bytes(self) -> int:
-        """Bytes that the layer keeps between forward passes beside its parameters."""
-        return self._memo.num_bytes
+    def kept_tensors(self) -> list[Tensor]:
+        """What the layer keeps between forward passes beside its parameters."""
+        return self._memo.tensors
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
