@@ -193,6 +193,16 @@ class PivotedLinear(FactoredLinear):
         rows = torch.cat([identity, C.t()], dim=1).index_select(1, order).t()
         return AffineMap(rows, None if c is None else torch.cat([c.new_zeros(self.rank), c]).index_select(0, order))
 
+    @torch.no_grad()
+    def second_factor(self) -> Tensor:
+        """Return the matrix `B` with which `W = B A`, `[out_features, rank]`: the rows of `[I; C]` in order.
+
+        Raises:
+            ValueError: as `product`.
+        """
+        self._check_factors()
+        return self._reordered(self.factor_b, self.factor_b.weight.device).weight.contiguous()
+
     def product(self) -> Tensor:
         """See `FactoredLinear.product`; here the rows of `A` and `C A` in the order of the outputs."""
         self._check_factors()
