@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from .composite import describe_factored_layers
 from .modeling import LowRankLinear, replace_module
 from .narrowing import mark_narrow, narrow_from
 from .pivoted import PivotedLinear
-from .quantizer import attach_configuration
 
 
 if TYPE_CHECKING:
@@ -21,9 +19,9 @@ if TYPE_CHECKING:
 def to_plain_factors(model: PreTrainedModel) -> PreTrainedModel:
     """Store the pivoted layers of a model, in place, as plain factors of the same rank.
 
-    An exported pivoted layer reorders its outputs in every pass. Plain factors have nothing to reorder: the second holds the
-    pivot rows too, as rows of an identity, so that a layer takes `rank²` more values and as many more multiply-adds per
-    token. The function stays the same up to rounding, and the result is a compressed model like any other.
+    An exported pivoted layer reorders its outputs in every pass. Plain factors have nothing to reorder: the second holds
+    the pivot rows too, as rows of an identity, so that a layer takes `rank²` more values and as many more multiply-adds
+    per token. The function stays the same up to rounding, and the result is a compressed model like any other.
 
     Args:
         model: The compressed model; layers that are not pivoted stay as they are.
@@ -31,6 +29,9 @@ def to_plain_factors(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: if an adapter or a quantizer has replaced a factor.
     """
+    # Only now: importing it registers the format with Transformers, which imports it in turn.
+    from .quantizer import attach_configuration
+
     layers = {name: _plain(each) for name, each in model.named_modules() if isinstance(each, PivotedLinear)}
     for name, layer in layers.items():
         replace_module(model, name, layer)
