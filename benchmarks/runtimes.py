@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_mixrank.checkpoint.plain_factors import to_plain_factors
+from optimum_mixrank import to_plain_factors
 
 
 Call = Callable[[], Any]

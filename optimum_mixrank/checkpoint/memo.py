@@ -84,7 +84,7 @@ class _Known:
             return False
         # In a loop, since this is done for every layer in every pass.
         for (known, version, address), each in zip(self._sources, sources, strict=True):
-            if known() is not each or each._version != version or each.data_ptr() != address:
+            if each._version != version or each.data_ptr() != address or known() is not each:
                 return False
         return True
 

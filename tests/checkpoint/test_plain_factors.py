@@ -7,9 +7,8 @@ import torch
 from models import compressed, mixed, pixels, tiny_swin, tiny_vit
 from transformers import AutoModelForImageClassification
 
-from optimum_mixrank import LowRankLinear, PivotedLinear
+from optimum_mixrank import LowRankLinear, PivotedLinear, to_plain_factors
 from optimum_mixrank.checkpoint.modeling import replace_module
-from optimum_mixrank.checkpoint.plain_factors import to_plain_factors
 
 
 @pytest.mark.parametrize("make", [lambda: compressed(tiny_vit(), "pivoted"), lambda: mixed(tiny_swin(), "pivoted")])
