@@ -23,6 +23,7 @@ _PUBLIC = {
     "find_targets": "calibration.targets",
     "load_image_dataset": "calibration.images.sources",
     "to_dense": "checkpoint.dense",
+    "to_plain_factors": "checkpoint.plain_factors",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .checkpoint.dense import to_dense
     from .checkpoint.modeling import FactoredLinear, LowRankLinear
     from .checkpoint.pivoted import PivotedLinear
+    from .checkpoint.plain_factors import to_plain_factors
     from .evaluation.evaluate import evaluate_model
     from .pipeline.compressor import MixRankCompressor
 

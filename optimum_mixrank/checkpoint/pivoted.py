@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..runtime.precision import to_float64
+from .memo import AffineMap, Memo
 from .modeling import FactoredLinear, new_parameter
 from .rank_map import FactoredLayer, encode_rows
 
@@ -30,7 +32,9 @@ class PivotedLinear(FactoredLinear):
 
     Exported, or with adapters, the layer computes the two products and reorders their outputs by a gather; one token
     then costs as many multiply-adds as values are stored. Otherwise it reorders the rows of `[I; C]` instead, which takes
-    less time in spite of `rank²` more multiply-adds per token.
+    less time and memory for activations in spite of `rank²` more multiply-adds per token. Without gradients of its
+    parameters, the layer keeps this matrix of `out_features · rank` values from one pass to the next, until its parameters
+    change or are trained, the layer is moved, or its mode is set by `train()` or `eval()`.
 
     Args:
         in_features: Size of each input, `n`.
@@ -80,6 +84,7 @@ class PivotedLinear(FactoredLinear):
         # Not a buffer: Transformers 4.57 cannot offload a model with stored buffers to disk. On the host whatever the
         # device, since the weights may be on the meta device.
         self.order = torch.tensor(rows, device="cpu").argsort()
+        self._memo = Memo()
 
     @classmethod
     def from_pivots(cls, A: Tensor, C: Tensor, pivots: Tensor, bias: Tensor | None = None) -> PivotedLinear:
@@ -136,19 +141,67 @@ class PivotedLinear(FactoredLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]`."""
-        order = self.order.to(input.device)
-        if not order.is_meta:
-            self.order = order
         pivots = self.factor_a(input)
-        plain = _plain_linear(self.factor_b)
-        if plain is not None:
-            C, c = plain.weight, plain.bias
-            rows = torch.cat([torch.eye(self.rank, dtype=C.dtype, device=C.device), C]).index_select(0, order)
-            bias = None if c is None else torch.cat([c.new_zeros(self.rank), c]).index_select(0, order)
-            return nn.functional.linear(pivots, rows, bias)
+        second = _plain_linear(self._modules["factor_b"])
+        if second is not None:
+            return nn.functional.linear(pivots, *self._rows(second, input.device))
+        self._memo.clear()
         outputs = torch.cat([pivots, self.factor_b(pivots)], dim=-1)
         # `index_select(-1, …)` does the same and takes up to fifteen times as long on a CPU.
-        return outputs.gather(-1, order.expand(outputs.shape))
+        return outputs.gather(-1, self._order_on(input.device).expand(outputs.shape))
+
+    @property
+    def kept_tensors(self) -> list[Tensor]:
+        """What the layer keeps between forward passes beside its parameters."""
+        return self._memo.tensors
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # Merging an adapter changes weights without PyTorch's notice, and then puts the factor back in its place; averages
+        # of weights are copied in the same way before the mode is set.
+        if (memo := self.__dict__.get("_memo")) is not None:
+            memo.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PivotedLinear:
+        super()._apply(fn, recurse)
+        self._memo.clear()
+        return self
+
+    def _order_on(self, device: torch.device) -> Tensor:
+        """Return `order` on a device, where it stays unless that is the meta device."""
+        order = self.order
+        if order.device != device:
+            order = order.to(device)
+            if not order.is_meta:
+                self.order = order
+        return order
+
+    def _rows(self, second: nn.Linear, device: torch.device) -> AffineMap:
+        """Return the map from the outputs of the pivot rows to all outputs: the rows of `[I; C]` and `[0; c]` in order."""
+        if torch.compiler.is_compiling():
+            return self._reordered(second, device)
+        parameters = [each for each in second._parameters.values() if each is not None]
+        if torch.is_grad_enabled() and any(each.requires_grad for each in parameters):
+            self._memo.clear()
+            return self._reordered(second, device)
+        return self._memo.get(parameters, lambda: self._reordered(second, device))
+
+    def _reordered(self, second: nn.Linear, device: torch.device) -> AffineMap:
+        C, c, order = second.weight, second.bias, self._order_on(device)
+        identity = torch.eye(self.rank, dtype=C.dtype, device=C.device)
+        # By columns: with an odd rank, rows would start at addresses that vector instructions are slow to load from.
+        rows = torch.cat([identity, C.t()], dim=1).index_select(1, order).t()
+        return AffineMap(rows, None if c is None else torch.cat([c.new_zeros(self.rank), c]).index_select(0, order))
+
+    @torch.no_grad()
+    def second_factor(self) -> Tensor:
+        """Return the matrix `B` with which `W = B A`, `[out_features, rank]`: the rows of `[I; C]` in order.
+
+        Raises:
+            ValueError: as `product`.
+        """
+        self._check_factors()
+        return self._reordered(self.factor_b, self.factor_b.weight.device).weight.contiguous()
 
     def product(self) -> Tensor:
         """See `FactoredLinear.product`; here the rows of `A` and `C A` in the order of the outputs."""
@@ -163,13 +216,17 @@ def _plain_linear(factor: nn.Module) -> nn.Linear | None:
     Adapters, quantizers, hooks and offloading add to it; a disabled adapter leaves everything to the layer below it.
     Exporters have to call the factor itself, so that exported files hold the factors as they are stored.
     """
-    if getattr(factor, "disable_adapters", False) and not (factor.merged or _has_hooks(factor)):
+    if (
+        type(factor) is not nn.Linear
+        and getattr(factor, "disable_adapters", False)
+        and not (factor.merged or _has_hooks(factor))
+    ):
         factor = factor.base_layer
     is_plain = (
         type(factor) is nn.Linear
-        and type(factor.weight) is nn.Parameter
+        and type(factor._parameters.get("weight")) is nn.Parameter
         and not _has_hooks(factor)
-        and "forward" not in vars(factor)
+        and "forward" not in factor.__dict__
         and not (_is_exporting() or torch.jit.is_tracing())
     )
     return factor if is_plain else None

@@ -59,7 +59,7 @@ examples:
         import torch
 
         from ..checkpoint.files import count_parameters
-        from ..evaluation.memory import activation_bytes, weight_bytes
+        from ..evaluation.memory import activation_bytes, kept_bytes, weight_bytes
         from ..reporting.build import environment
 
         if args.threads is not None:
@@ -79,7 +79,11 @@ examples:
             "compiled": args.compile,
             "repeats": args.repeats,
             "models": {
-                name: {"parameters": count_parameters(model), "weight_bytes": weight_bytes(model)}
+                name: {
+                    "parameters": count_parameters(model),
+                    "weight_bytes": weight_bytes(model),
+                    "kept_bytes": kept_bytes(model),
+                }
                 for name, model in models.items()
             },
             "runs": [self._timings(models, *each) for each in zip(batches, memory, strict=True)],
@@ -158,7 +162,7 @@ examples:
 
 def _text(values: Mapping[str, Any]) -> str:
     lines = [
-        f"{name:<10}  {model['parameters']:,} parameters, {_megabytes(model['weight_bytes'])}"
+        f"{name:<10}  {model['parameters']:,} parameters, {_megabytes(model['weight_bytes'])}{_kept(model['kept_bytes'])}"
         for name, model in values["models"].items()
     ]
     lines += ["", f"batch  {'model':<10}  {'ms per batch (quartiles)':>30}  {'images/s':>10}  {'activations':>12}"]
@@ -180,6 +184,10 @@ def _text(values: Mapping[str, Any]) -> str:
         f"PyTorch {environment['torch']}, Transformers {environment['transformers']}"
     )
     return "\n".join([*lines, "", *ratios, "", about])
+
+
+def _kept(size: int) -> str:
+    return f" and {_megabytes(size)} kept for inference" if size else ""
 
 
 def _megabytes(size: int) -> str:

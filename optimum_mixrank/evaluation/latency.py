@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import timeit
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -83,34 +83,72 @@ def measure_latency(
     Raises:
         ValueError: for too few repetitions or warm-up passes.
     """
+    device = next(tensor.device for tensor in tree_leaves(dict(inputs)) if isinstance(tensor, Tensor))
+
+    def forward(model: nn.Module) -> Callable[[], Any]:
+        return lambda: model(**inputs)
+
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluation_mode(model))
+        return measure_calls(
+            {name: forward(model) for name, model in models.items()},
+            len(inputs["pixel_values"]),
+            device=device,
+            repeats=repeats,
+            warmup=warmup,
+            min_seconds=min_seconds,
+        )
+
+
+def measure_calls(
+    calls: Mapping[str, Callable[[], Any]],
+    batch_size: int,
+    *,
+    device: torch.device | None = None,
+    repeats: int = 20,
+    warmup: int = 3,
+    min_seconds: float = 0.05,
+) -> dict[str, Latency]:
+    """Time calls in turns, whatever they run; see `measure_latency`, which times models of PyTorch.
+
+    Args:
+        calls: By name; each processes one batch.
+        batch_size: Images of a batch.
+        device: Where PyTorch works; default: the CPU.
+        repeats: As for `measure_latency`.
+        warmup: The same.
+        min_seconds: The same.
+
+    Raises:
+        ValueError: for too few repetitions or warm-up passes.
+    """
     if repeats < MIN_REPEATS:
         raise ValueError(f"repeats={repeats} is too few for an interval; use {MIN_REPEATS} or more.")
     if warmup < 1:
         raise ValueError(f"warmup={warmup} is not positive; the first pass of a model is always slower.")
-    device = next(tensor.device for tensor in tree_leaves(dict(inputs)) if isinstance(tensor, Tensor))
+    device = torch.device("cpu") if device is None else device
 
-    def seconds(model: nn.Module, passes: int) -> float:
+    def seconds(call: Callable[[], Any], passes: int) -> float:
         def work() -> None:
             for _ in range(passes):
-                model(**inputs)
+                call()
             _synchronize(device)
 
         _synchronize(device)
         return timeit.timeit(work, number=1) / passes
 
-    times: dict[str, list[float]] = {name: [] for name in models}
-    with ExitStack() as stack:
-        for model in models.values():
-            stack.enter_context(evaluation_mode(model))
-            seconds(model, warmup)
-        fastest = min(seconds(model, 1) for model in models.values())
-        passes = max(1, math.ceil(min_seconds / fastest))
-        order = list(models)
-        for _ in range(repeats):
-            for name in order:
-                times[name].append(seconds(models[name], passes))
-            order.append(order.pop(0))
-    return {name: Latency(len(inputs["pixel_values"]), tuple(values)) for name, values in times.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        seconds(call, warmup)
+    fastest = min(seconds(call, 1) for call in calls.values())
+    passes = max(1, math.ceil(min_seconds / fastest))
+    order = list(calls)
+    for _ in range(repeats):
+        for name in order:
+            times[name].append(seconds(calls[name], passes))
+        order.append(order.pop(0))
+    return {name: Latency(batch_size, tuple(values)) for name, values in times.items()}
 
 
 def time_ratio(latency: Latency, reference: Latency) -> TimeRatio:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..checkpoint.pivoted import PivotedLinear
 from ..runtime.forward import evaluation_mode
 
 
@@ -20,15 +21,28 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
+def kept_bytes(model: nn.Module) -> int:
+    """Return the bytes that pivoted layers keep beside their weights after a forward pass without gradients.
+
+    Each keeps its second factor in the order of its outputs; see `PivotedLinear`.
+    """
+    return sum(tensor.numel() * tensor.element_size() for tensor in _kept(model))
+
+
+def _kept(model: nn.Module) -> list[Tensor]:
+    return [tensor for each in model.modules() if isinstance(each, PivotedLinear) for tensor in each.kept_tensors]
+
+
 def activation_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     """Return the peak memory of a forward pass in bytes, beside the weights and `inputs`, the model's arguments.
 
     On CUDA this is what the allocator hands out, including workspaces of kernels. Elsewhere it is the bytes of all
     tensors alive at the same time, without what kernels allocate and free internally. The model runs without gradients
-    and is left as it was.
+    and is left as it was. What its first pass makes and keeps does not count; see `kept_bytes`.
     """
     tensors = [tensor for tensor in tree_leaves(dict(inputs)) if isinstance(tensor, Tensor)]
     with evaluation_mode(model):
+        model(**inputs)
         return live_bytes(model, lambda: model(**inputs), tensors)
 
 
@@ -37,7 +51,7 @@ def live_bytes(model: nn.Module, work: Callable[[], Any], known: list[Tensor] | 
 
     The model's weights and the `known` tensors are not counted. Whether there are gradients is up to the caller.
     """
-    existing = [*(known or []), *model.parameters(), *model.buffers()]
+    existing = [*(known or []), *model.parameters(), *model.buffers(), *_kept(model)]
     if any(tensor.is_cuda for tensor in existing):
         # The first run allocates what stays, such as the workspace of cuBLAS.
         work()

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from models import mixed, pixels, tiny_vit
+from checkpoint.layers import pivoted
+from models import compressed, mixed, pixels, tiny_vit
 from torch import nn
 
 from optimum_mixrank import LowRankLinear
-from optimum_mixrank.evaluation.memory import activation_bytes, weight_bytes
+from optimum_mixrank.evaluation.memory import activation_bytes, kept_bytes, weight_bytes
 
 
 class Chain(nn.Sequential):
@@ -52,3 +53,16 @@ def test_bytes_of_weights():
     tied[1].weight = tied[0].weight
     # One matrix, two biases, weight, bias, mean, variance and an int64 counter.
     assert weight_bytes(tied) == 4 * (64 + 2 * 8 + 4 * 8) + 8
+
+
+def test_pivoted_layers_take_no_more_memory_for_activations_than_dense_ones():
+    layer = pivoted(64, 32, 20)[1].eval()
+    x = {"pixel_values": torch.zeros(1, 32)}
+    # The outputs of the first product, and those of the second.
+    assert activation_bytes(Chain(layer), x) == 4 * (20 + 64)
+    assert kept_bytes(Chain(layer)) == 4 * (64 * 20 + 64)
+    dense, model = tiny_vit(), compressed(tiny_vit(), "pivoted").eval()
+    for count in (1, 4):
+        batch = {"pixel_values": pixels(count)}
+        assert activation_bytes(model, batch) <= activation_bytes(dense, batch)
+    assert kept_bytes(model) > 0 == kept_bytes(dense)
