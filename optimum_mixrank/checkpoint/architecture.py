@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.models.auto import modeling_auto
 
 from ..runtime.formatting import quote, shorten
+from .self_contained import refers_here
 
 
 _REMEDY = (
@@ -100,7 +101,7 @@ def named_class(config: Any, path: str | Path, trust_remote_code: bool = False) 
     """Return the class that a configuration names in `architectures`.
 
     Classes that were registered for the configuration (`AutoModelForImageClassification.register`) come before those of
-    Transformers. Code that comes with the checkpoint is used only if it is trusted.
+    Transformers. Code that comes with the checkpoint is used only if it is trusted, and not instead of this package.
 
     Raises:
         ValueError: if there is no such model class, or it belongs to another configuration.
@@ -114,6 +115,7 @@ def named_class(config: Any, path: str | Path, trust_remote_code: bool = False) 
         for auto_name, reference in (getattr(config, "auto_map", None) or {}).items():
             if (
                 isinstance(reference, str)
+                and not refers_here(reference)
                 and reference.rpartition(".")[2] == name
                 and auto_name.startswith("AutoModel")
             ):
