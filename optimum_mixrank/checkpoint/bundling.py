@@ -62,7 +62,9 @@ def bundle(roots: Iterable[Definition], substitutes: Mapping[Definition, str] | 
                 waiting.append(module.internal[used])
             elif used in module.external:
                 _add(imports, used, module.external[used])
-    defined = [(name, each) for name in _in_order(modules) for each in modules[name].definitions if each in wanted[name]]
+    defined = [
+        (name, each) for name in _in_order(modules) for each in modules[name].definitions if each in wanted[name]
+    ]
     for _, each in defined:
         _add(imports, each, "")
     parts = dict.fromkeys(modules[name].definitions[each] for name, each in defined)

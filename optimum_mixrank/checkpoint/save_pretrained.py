@@ -22,8 +22,9 @@ _WRAPPED = "_describes_factored_layers"
 def describe_on_saving(model_class: type[PreTrainedModel], attach: Attach) -> None:
     """Make `save_pretrained` of all models describe their factored layers first; does nothing the second time.
 
-    Transformers calls nothing of a part when the whole is saved. The method gets one more argument, `self_contained`: whether
-    the checkpoint is to bring the code that opens it; by default it does if the model was loaded from one that does.
+    Transformers calls nothing of a part when the whole is saved. The method gets one more argument, `self_contained`:
+    whether the checkpoint is to bring the code that opens it; by default it does if the model was loaded from one that
+    does.
     """
     save = model_class.save_pretrained
     if getattr(save, _WRAPPED, False):
@@ -42,7 +43,8 @@ def describe_on_saving(model_class: type[PreTrainedModel], attach: Attach) -> No
         if not compressed_layers(self):
             if self_contained:
                 raise ValueError(
-                    f"self_contained=True: this {type(self).__name__} holds no factored layer and needs no code; leave it out."
+                    f"self_contained=True: this {type(self).__name__} holds no factored layer and needs no code; leave it "
+                    "out."
                 )
             with stored_apart(self):
                 return save(self, save_directory, *args, **kwargs)
@@ -62,6 +64,6 @@ def _check_upload(model: PreTrainedModel, self_contained: bool | None, kwargs: d
     if kwargs.get("push_to_hub") and (brings_code(model.config) if self_contained is None else self_contained):
         raise ValueError(
             "push_to_hub=True would upload a self-contained checkpoint without its code. Use "
-            "`MixRankCompressor.push_to_hub(model, repo_id, self_contained=True)`, or save to a folder and upload that with "
-            "`hf upload`."
+            "`MixRankCompressor.push_to_hub(model, repo_id, self_contained=True)`, or save to a folder and upload that "
+            "with `hf upload`."
         )

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -33,7 +33,7 @@ class SelfContainedModel(PreTrainedModel):
 
     is_self_contained = True
 
-    auto_map = {}  # noqa: RUF012 - Transformers evaluates annotations of its classes, which would need more imports
+    auto_map: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)

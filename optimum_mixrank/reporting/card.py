@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
 from ..checkpoint.replacing import CARD_MARK
+from ..checkpoint.self_contained import Needs
 from ..runtime.files import is_local_path
 from ..runtime.logging import get_logger
 from ..runtime.version import __version__
@@ -30,7 +31,7 @@ _TASKS = {
 }
 
 
-def model_card(model: PreTrainedModel, report: ReportData) -> ModelCard:
+def model_card(model: PreTrainedModel, report: ReportData, needs: Needs = "plugin") -> ModelCard:
     """Return a card that says what a model derives from, how it was compressed, what was lost and how to load it.
 
     The licence and the data sets come from the original's card if it can be read.
@@ -38,6 +39,7 @@ def model_card(model: PreTrainedModel, report: ReportData) -> ModelCard:
     Args:
         model: The compressed model; its `name_or_path` names the original.
         report: The report of the compression, with the evaluation if there was one.
+        needs: What opens the checkpoint.
     """
     original = str(model.name_or_path)
     name = type(model).__name__
@@ -58,11 +60,10 @@ def model_card(model: PreTrainedModel, report: ReportData) -> ModelCard:
         model_name=f"{shown} ({report.removed_of_model:.0%} smaller)",
         eval_results=_results(report, task),
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(shown, name, report)}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(shown, name, report, needs)}")
 
 
-def _text(original: str, model_class: str, report: ReportData) -> str:
-    auto_class = "AutoModelForImageClassification" if model_class.endswith("ForImageClassification") else model_class
+def _text(original: str, model_class: str, report: ReportData, needs: Needs) -> str:
     settings = {name: value for name, value in report.settings.items() if value not in (None, {}, [])}
     lines = [
         f"# {original}, {report.removed_of_model:.0%} smaller",
@@ -72,19 +73,7 @@ def _text(original: str, model_class: str, report: ReportData) -> str:
         "",
         "## Use",
         "",
-        "```bash",
-        "pip install optimum-mixrank",
-        "```",
-        "",
-        "```python",
-        "import optimum_mixrank",
-        f"from transformers import {auto_class}",
-        "",
-        f'model = {auto_class}.from_pretrained("path/or/id/of/this/model")',
-        "```",
-        "",
-        "Without the import, loading stops with an error about mismatched sizes. `optimum-cli mixrank merge` makes a "
-        "dense checkpoint that needs no plugin.",
+        *_use(model_class, needs),
         "",
         "## What was lost, layer by layer",
         "",
@@ -99,6 +88,35 @@ def _text(original: str, model_class: str, report: ReportData) -> str:
         *(f"| {key} | `{value}` |" for key, value in {**settings, **report.environment}.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _use(model_class: str, needs: Needs) -> list[str]:
+    """Return how to open the checkpoint."""
+    auto_class = "AutoModelForImageClassification" if model_class.endswith("ForImageClassification") else model_class
+    plugin = needs == "plugin"
+    # The class that is in the checkpoint is found by the auto class alone.
+    auto_class = "AutoModel" if needs == "code" and not auto_class.startswith("AutoModel") else auto_class
+    trusted = ", trust_remote_code=True" if needs == "code" else ""
+    remarks = {
+        "plugin": "Without the import, loading stops with an error about mismatched sizes. `optimum-cli mixrank merge` "
+        "makes a dense checkpoint that needs no plugin, `optimum-cli mixrank merge --self-contained` one that brings its "
+        "code.",
+        "code": "The checkpoint brings the code that opens it, `modeling_mixrank.py`. With `pip install optimum-mixrank` "
+        "and `import optimum_mixrank` it opens without `trust_remote_code` too; with neither, loading stops with an error "
+        "about mismatched sizes.",
+        "nothing": "This is an ordinary checkpoint of a narrower model, which needs nothing but Transformers.",
+    }
+    return [
+        *(["```bash", "pip install optimum-mixrank", "```", ""] if plugin else []),
+        "```python",
+        *(["import optimum_mixrank"] if plugin else []),
+        f"from transformers import {auto_class}",
+        "",
+        f'model = {auto_class}.from_pretrained("path/or/id/of/this/model"{trusted})',
+        "```",
+        "",
+        remarks[needs],
+    ]
 
 
 def _results(report: ReportData, task: str) -> list[EvalResult] | None:
