@@ -65,10 +65,11 @@ def bundle(roots: Iterable[Definition], substitutes: Mapping[Definition, str] | 
     defined = [
         (name, each) for name in _in_order(modules) for each in modules[name].definitions if each in wanted[name]
     ]
-    for _, each in defined:
-        _add(imports, each, "")
+    names = dict(imports)
+    for name, each in defined:
+        _add(names, each, name)
     parts = dict.fromkeys(modules[name].definitions[each] for name, each in defined)
-    lines = sorted({each for each in imports.values() if each}, key=lambda line: (line.startswith("from"), line))
+    lines = sorted(set(imports.values()), key=lambda line: (line.startswith("from"), line))
     return "from __future__ import annotations\n\n" + "\n".join(lines) + "\n\n\n" + "\n\n\n".join(parts) + "\n"
 
 

@@ -140,7 +140,7 @@ def _classes(model: PreTrainedModel) -> dict[str, type]:
             f"self_contained=True: {own.__module__}.{own.__name__} is not a class of Transformers, and only those can be "
             "opened without further code; leave `self_contained` out."
         )
-    found: dict[str, type] = {}
+    found: dict[str, Any] = {}
     for auto_name, auto_class in sorted(vars(modeling_auto).items()):
         if auto_name.startswith("AutoModel") or auto_name == "AutoBackbone":
             mapping = getattr(auto_class, "_model_mapping", None)
