@@ -99,6 +99,11 @@ def auto_map(model: PreTrainedModel) -> dict[str, str]:
     return {name: f"{_MODULE}.{found.__name__}" for name, found in _classes(model).items()}
 
 
+def auto_class_of(model: PreTrainedModel) -> str:
+    """Return the name of the auto class of Transformers that opens a model; `ValueError` as `auto_map`."""
+    return next(name for name, found in _classes(model).items() if found is type(model))
+
+
 def modeling_file(model: PreTrainedModel) -> str:
     """Return the source of the file that a checkpoint of a model brings: this package's code, and a class for each head.
 

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
 from ..checkpoint.replacing import CARD_MARK
-from ..checkpoint.self_contained import Needs
+from ..checkpoint.self_contained import Needs, auto_class_of
 from ..runtime.files import is_local_path
 from ..runtime.logging import get_logger
 from ..runtime.version import __version__
@@ -50,6 +50,10 @@ def model_card(model: PreTrainedModel, report: ReportData, needs: Needs = "plugi
     }
     base_model = original if original and not is_local_path(original) else None
     shown = report.model_name or name
+    auto_class = "AutoModelForImageClassification" if name.endswith("ForImageClassification") else name
+    if needs == "code":
+        # Only an auto class finds the code in the checkpoint.
+        auto_class = auto_class_of(model)
     data = ModelCardData(
         base_model=base_model,
         base_model_relation=base_model and "quantized",
@@ -60,10 +64,10 @@ def model_card(model: PreTrainedModel, report: ReportData, needs: Needs = "plugi
         model_name=f"{shown} ({report.removed_of_model:.0%} smaller)",
         eval_results=_results(report, task),
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(shown, name, report, needs)}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(shown, auto_class, report, needs)}")
 
 
-def _text(original: str, model_class: str, report: ReportData, needs: Needs) -> str:
+def _text(original: str, auto_class: str, report: ReportData, needs: Needs) -> str:
     settings = {name: value for name, value in report.settings.items() if value not in (None, {}, [])}
     lines = [
         f"# {original}, {report.removed_of_model:.0%} smaller",
@@ -73,7 +77,7 @@ def _text(original: str, model_class: str, report: ReportData, needs: Needs) -> 
         "",
         "## Use",
         "",
-        *_use(model_class, needs),
+        *_use(auto_class, needs),
         "",
         "## What was lost, layer by layer",
         "",
@@ -90,12 +94,9 @@ def _text(original: str, model_class: str, report: ReportData, needs: Needs) -> 
     return "\n".join(lines) + "\n"
 
 
-def _use(model_class: str, needs: Needs) -> list[str]:
+def _use(auto_class: str, needs: Needs) -> list[str]:
     """Return how to open the checkpoint."""
-    auto_class = "AutoModelForImageClassification" if model_class.endswith("ForImageClassification") else model_class
     plugin = needs == "plugin"
-    # The class that is in the checkpoint is found by the auto class alone.
-    auto_class = "AutoModel" if needs == "code" and not auto_class.startswith("AutoModel") else auto_class
     trusted = ", trust_remote_code=True" if needs == "code" else ""
     remarks = {
         "plugin": "Without the import, loading stops with an error about mismatched sizes. `optimum-cli mixrank merge` "
