@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from calibration_speed import forward, forward_backward
 from decomposition_speed import random_calibration
+from gpu import KEPT, LAYOUTS
 from support import interleaved, random_images, random_model, ratio, seconds_of
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
 
@@ -39,10 +40,6 @@ from optimum_mixrank.pipeline.decompose import decompose_layers
 from optimum_mixrank.runtime.distributed import disconnect, find_processes
 
 
-KEPT = 0.4
-"""Share of the encoder's linear layers that compressed models keep."""
-
-LAYOUTS = ("factors", "pivoted")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILATION = 45
 """Seconds that have to be left before three models are compiled."""
@@ -314,16 +311,15 @@ def _compress_for_nccl() -> dict[str, Any]:
     return {"seconds": seconds, "logits": logits(result, images[:8].to(result.device)).cpu()}
 
 
-PARTS: dict[str, tuple[Callable[[Setting], None], float]] = {
-    "agreement": (agreement, 60),
-    "reload": (reload, 30),
-    "calibration": (calibration, 45),
-    "decomposition": (decomposition, 60),
-    "compile": (compile_, 60),
-    "nccl": (nccl, 40),
-    "latency": (latency, 180),
+PARTS: dict[str, Callable[[Setting], None]] = {
+    "agreement": agreement,
+    "reload": reload,
+    "calibration": calibration,
+    "decomposition": decomposition,
+    "compile": compile_,
+    "nccl": nccl,
+    "latency": latency,
 }
-"""What each part does, and the most seconds that it may take; the last gets what is left."""
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import shutil
 import sys
 
 import pytest
@@ -37,6 +38,10 @@ def test_a_part_is_recorded_whatever_becomes_of_it(gpu, monkeypatch, tmp_path, c
     assert record["environment"]["torch"] == torch.__version__ and record["settings"]["tiny"]
     late = gpu.measured(arguments("cpu"), "latency", 0.2, tmp_path)
     assert late["status"] == "ended after its time" and late["figures"] == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", shutil.which("false"))
+        failed = gpu.measured(arguments("cpu"), "reload", 60.0, tmp_path)
+    assert failed["status"] == "failed" and failed["error"] == "exit code 1"
     run(gpu, monkeypatch, "--table", output.with_suffix(".json"))
     assert "| skipped | needs two CUDA devices |" in capsys.readouterr().out
 
@@ -46,8 +51,6 @@ def test_without_a_gpu_it_says_so(gpu, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(gpu, monkeypatch, "--output", tmp_path / "gpu")
     assert "--device cpu --tiny tries the script without one" in capsys.readouterr().err
-    failed = gpu.measured(arguments("cuda"), "nccl", 60.0, tmp_path)
-    assert failed["status"] == "failed" and "there is no CUDA device" in failed["error"]
 
 
 def test_tables_show_errors_and_ratios(gpu):
