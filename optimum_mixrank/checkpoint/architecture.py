@@ -18,6 +18,7 @@ from transformers.models.auto import modeling_auto
 from ..runtime.files import is_local_path
 from ..runtime.formatting import quote, shorten
 from .rank_map import QUANT_METHOD
+from .self_contained import refers_here
 
 
 _REMEDY = (
@@ -152,7 +153,7 @@ def named_class(config: Any, path: str | Path, trust_remote_code: bool = False) 
     """Return the class that a configuration names in `architectures`.
 
     Classes that were registered for the configuration (`AutoModelForImageClassification.register`) come before those of
-    Transformers. Code that comes with the checkpoint is used only if it is trusted.
+    Transformers. Code that comes with the checkpoint is used only if it is trusted, and not instead of this package.
 
     Raises:
         ValueError: if there is no such model class, or it belongs to another configuration.
@@ -166,6 +167,7 @@ def named_class(config: Any, path: str | Path, trust_remote_code: bool = False) 
         for auto_name, reference in (getattr(config, "auto_map", None) or {}).items():
             if (
                 isinstance(reference, str)
+                and not refers_here(reference)
                 and reference.rpartition(".")[2] == name
                 and auto_name.startswith("AutoModel")
             ):

@@ -6,7 +6,7 @@ does not say which layer they belong to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,26 +95,39 @@ def refuse_missing_factors(model: nn.Module) -> None:
 
     def checked(*args: Any, **kwargs: Any) -> None:
         delattr(model, _INITIALIZE)
-        # Transformers 4.57 passes the names and initializes first; 5.x initializes last, what has no flag.
-        listed = next((set(each) for each in args if isinstance(each, list)), None)
-        missing = [
-            f"{name} of {canonical!r}"
-            for module_name, (canonical, module) in _linear_layers(model).items()
-            if _is_ours(module)
-            for name, parameter in module.named_parameters()
-            # The empty `weight` holds no value that could be wrong; a joint layer is looked at by itself.
-            if parameter.numel()
-            and not name.startswith("joint.")
-            and _is_missing(f"{module_name}.{name}", parameter, listed)
-        ]
-        if missing:
-            raise ValueError(
-                "The checkpoint lacks tensors of factored layers, or they do not fit: "
-                f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. {_REMEDY}"
-            )
+        check_initialized(model, args)
         initialize(*args, **kwargs)
 
     setattr(model, _INITIALIZE, checked)
+
+
+def check_initialized(model: nn.Module, args: Sequence[Any]) -> None:
+    """Check, when Transformers is about to initialize what it has not found in the files, that no factor is missing.
+
+    Args:
+        model: The model.
+        args: What Transformers passes to the method that initializes.
+
+    Raises:
+        ValueError: if one is; the message names the layer.
+    """
+    # Transformers 4.57 passes the names and initializes first; 5.x initializes last, what has no flag.
+    listed = next((set(each) for each in args if isinstance(each, list)), None)
+    missing = [
+        f"{name} of {canonical!r}"
+        for module_name, (canonical, module) in _linear_layers(model).items()
+        if _is_ours(module)
+        for name, parameter in module.named_parameters()
+        # The empty `weight` holds no value that could be wrong; a joint layer is looked at by itself.
+        if parameter.numel()
+        and not name.startswith("joint.")
+        and _is_missing(f"{module_name}.{name}", parameter, listed)
+    ]
+    if missing:
+        raise ValueError(
+            "The checkpoint lacks tensors of factored layers, or they do not fit: "
+            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. {_REMEDY}"
+        )
 
 
 def _is_missing(name: str, parameter: Tensor, listed: set[str] | None) -> bool:

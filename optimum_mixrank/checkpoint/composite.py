@@ -8,7 +8,6 @@ they have in it.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 Attach = Callable[["PreTrainedModel", MixRankConfig], None]
 """Gives a model the attributes of a compressed one, with this configuration."""
-
-_WRAPPED = "_describes_factored_layers"
 
 
 def describe_factored_layers(model: PreTrainedModel, attach: Attach) -> None:
@@ -91,6 +88,7 @@ def _under_names(model: PreTrainedModel, entries: Mapping[str, FactoredLayer]) -
 
 def forget_compression(model: PreTrainedModel) -> None:
     """Remove every trace of compression from a dense model and the configurations of its parts."""
+    from .self_contained import forget_code
     from .stacking import stack_again
 
     stack_again(model)
@@ -102,6 +100,7 @@ def forget_compression(model: PreTrainedModel) -> None:
     for config in configurations(model):
         if _settings(config) is not None:
             del config.quantization_config
+        forget_code(config)
     _drop_dtypes(model)
     model.is_quantized = False
 
@@ -135,29 +134,6 @@ def _configuration_class() -> type:
 
     # The name has changed in Transformers 5.
     return getattr(configuration_utils, "PreTrainedConfig", None) or configuration_utils.PretrainedConfig
-
-
-def describe_on_saving(model_class: type[PreTrainedModel], attach: Attach) -> None:
-    """Make `save_pretrained` of all models describe their factored layers first; does nothing the second time.
-
-    Transformers calls nothing of a part when the whole is saved.
-    """
-    from .stacking import stored_apart
-
-    save = model_class.save_pretrained
-    if getattr(save, _WRAPPED, False):
-        return
-
-    @functools.wraps(save)
-    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        # With an adapter on the factors, Transformers saves the adapter alone.
-        if not getattr(self, "_hf_peft_config_loaded", False):
-            describe_factored_layers(self, attach)
-        with stored_apart(self):
-            return save(self, *args, **kwargs)
-
-    setattr(save_pretrained, _WRAPPED, True)
-    setattr(model_class, "save_pretrained", save_pretrained)  # noqa: B010 - mypy allows no plain assignment
 
 
 def _settings(config: Any) -> MixRankConfig | None:

@@ -27,6 +27,11 @@ def to_dense(model: PreTrainedModel, keep_widths: bool = False) -> PreTrainedMod
     Raises:
         ValueError: if the model holds no compressed layer, or an adapter or a quantizer has replaced a factor.
     """
+    if getattr(model, "is_self_contained", False):
+        raise ValueError(
+            f"This {type(model).__name__} was opened with the code in its checkpoint, whose layers this package does not "
+            "know; open it without `trust_remote_code`."
+        )
     if not compressed_layers(model):
         raise ValueError(f"This {type(model).__name__} holds no factored layer: it is dense already.")
     quantizer = getattr(model, "hf_quantizer", None)

@@ -20,6 +20,10 @@ class Guard(nn.Parameter):
     trainable; one that takes no part in the forward pass never gets one.
     """
 
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> Guard:
+        """Make one, also of what is one already: Accelerate does that where models are built without memory."""
+        return super().__new__(cls, data.data if isinstance(data, Guard) else data, False)
+
     @property
     def requires_grad(self) -> bool:
         """False; setting it has no effect."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .composite import forget_compression, nested_configurations
+from .composite import configurations, forget_compression, nested_configurations
 from .entries import compressed_layers
 from .narrowing import forget_narrow, narrow_from
+from .self_contained import forget_code
 
 
 if TYPE_CHECKING:
@@ -31,18 +33,51 @@ def make_plain(model: PreTrainedModel) -> bool:
     Returns:
         Whether the model is an ordinary one now. If not, it is left as it was.
     """
+    setting = _plain_setting(model)
+    if setting is None:
+        return False
+    layers = compressed_layers(model)
+    setattr(*setting)
+    for layer in layers.values():
+        forget_narrow(layer)
+    forget_compression(model)
+    return True
+
+
+@contextmanager
+def saved_plainly(model: PreTrainedModel) -> Iterator[bool]:
+    """Let the configuration of a compressed model be an ordinary one, if there is one, while the model is saved.
+
+    Yields:
+        Whether there is one. The model itself stays a compressed one.
+    """
+    setting = _plain_setting(model)
+    if setting is None:
+        yield False
+        return
+    before = [(config, dict(vars(config))) for config in configurations(model)]
+    setattr(*setting)
+    for config, _ in before:
+        vars(config).pop("quantization_config", None)
+        forget_code(config)
+    try:
+        yield True
+    finally:
+        for config, values in before:
+            vars(config).clear()
+            vars(config).update(values)
+
+
+def _plain_setting(model: PreTrainedModel) -> tuple[Any, str, Any] | None:
+    """Return the configuration, the name of its field and the value that describe the widths of a compressed model."""
     layers = compressed_layers(model)
     if not layers or not all(isinstance(layer, nn.Linear) for layer in layers.values()):
-        return False
+        return None
     expected = _shapes(model)
     for position, name, value in _candidates(model, layers.values()):
         if _shapes_with(model, position, name, value) == expected:
-            setattr(nested_configurations(model.config)[position], name, value)
-            for layer in layers.values():
-                forget_narrow(layer)
-            forget_compression(model)
-            return True
-    return False
+            return nested_configurations(model.config)[position], name, value
+    return None
 
 
 def _candidates(model: PreTrainedModel, layers: Iterable[nn.Module]) -> Iterator[tuple[int, str, Any]]:

@@ -122,7 +122,7 @@ def attach(model: PreTrainedModel, quantizer: MixRankHfQuantizer) -> None:
     """
     from transformers.modeling_utils import PreTrainedModel
 
-    from .composite import describe_on_saving
+    from .save_pretrained import describe_on_saving
 
     describe_on_saving(PreTrainedModel, attach_configuration)
     model.hf_quantizer = quantizer

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..runtime.formatting import quote
+from ..runtime.version import __version__
 
 
 QUANT_METHOD = "mixrank"
@@ -82,6 +83,24 @@ _DEFAULTS = {"chunks": 1}
 def layout_version(entries: Iterable[FactoredLayer]) -> int:
     """Return the oldest version of the stored layout that can describe these layers."""
     return MIXED_VERSION if any(entry.is_mixed for entry in entries) else LAYOUT_VERSION
+
+
+def check_layout_version(version: object, written_by: object) -> None:
+    """Check that this version can read a stored layout.
+
+    Args:
+        version: Version of the layout.
+        written_by: Version of this library that wrote it.
+
+    Raises:
+        ValueError: for an unknown version of the layout, since the weights would be misread.
+    """
+    if version not in (LAYOUT_VERSION, MIXED_VERSION):
+        raise ValueError(
+            f"layout_version={quote(version)} is unknown to optimum-mixrank {__version__}, which "
+            f"reads versions {LAYOUT_VERSION} and {MIXED_VERSION}. The checkpoint was written by optimum-mixrank "
+            f"{quote(written_by)}; upgrade with `pip install --upgrade optimum-mixrank`."
+        )
 
 
 def encode_rows(rows: Iterable[int]) -> str:

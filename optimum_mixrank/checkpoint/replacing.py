@@ -27,6 +27,9 @@ RANKS_NAME = "ranks.png"
 
 CARD_NAME = "README.md"
 
+CODE_NAME = "modeling_mixrank.py"
+"""File name of the code that a checkpoint may bring; see `self_contained`."""
+
 CARD_MARK = "compressed by optimum-mixrank"
 """Words by which a model card of this library is told from a README of the user's."""
 
@@ -46,7 +49,7 @@ def checkpoint_files(folder: Path) -> set[str]:
     if _is_compressed(folder):
         # Shards of an earlier checkpoint, whose index is gone if a process was killed while it replaced them.
         found |= {name for name in os.listdir(folder) if _SHARD.fullmatch(name)}
-        found |= {REPORT_NAME, HTML_NAME, RANKS_NAME, "preprocessor_config.json"}
+        found |= {REPORT_NAME, HTML_NAME, RANKS_NAME, CODE_NAME, "preprocessor_config.json"}
         with suppress(OSError, UnicodeDecodeError):
             if CARD_MARK in (folder / CARD_NAME).read_text(encoding="utf-8"):
                 found.add(CARD_NAME)

@@ -24,6 +24,7 @@ from .entries import compressed_layers
 from .files import check_saved_files
 from .replacing import (
     CARD_NAME,
+    CODE_NAME,
     HTML_NAME,
     RANKS_NAME,
     REPORT_NAME,
@@ -41,6 +42,7 @@ _WRITTEN = {
     HTML_NAME,
     RANKS_NAME,
     CARD_NAME,
+    CODE_NAME,
 }
 
 

@@ -10,9 +10,8 @@ from typing import Any
 
 from ..runtime.formatting import quote
 from ..runtime.registry import ALLOCATORS, COMPENSATORS, METRICS
-from ..runtime.version import __version__
 from .patterns import check_regex
-from .rank_map import LAYOUT_NAMES, LAYOUT_VERSION, MAX_LAYERS, MIXED_VERSION, QUANT_METHOD, parse_rank_map
+from .rank_map import LAYOUT_NAMES, MAX_LAYERS, QUANT_METHOD, check_layout_version, parse_rank_map
 from .recipes import RECIPES
 
 
@@ -139,12 +138,7 @@ def check_checkpoint(config: Any) -> None:
     """Check the fields that describe a checkpoint."""
     if config.quant_method != QUANT_METHOD:
         raise ValueError(f"quant_method={quote(config.quant_method)} is not {QUANT_METHOD!r}; leave the field out.")
-    if config.layout_version not in (LAYOUT_VERSION, MIXED_VERSION):
-        raise ValueError(
-            f"layout_version={quote(config.layout_version)} is unknown to optimum-mixrank {__version__}, which "
-            f"reads versions {LAYOUT_VERSION} and {MIXED_VERSION}. The checkpoint was written by optimum-mixrank "
-            f"{quote(config.library_version)}; upgrade with `pip install --upgrade optimum-mixrank`."
-        )
+    check_layout_version(config.layout_version, config.library_version)
     parse_rank_map(config.rank_map)
 
 

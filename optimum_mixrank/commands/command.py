@@ -195,6 +195,12 @@ def add_output_arguments(parser: ArgumentParser, what: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
 
 
+def add_self_contained_argument(parser: Any) -> None:
+    """Declare the option of checkpoints that bring the code that opens them."""
+    code = "store the code that opens the checkpoint with it: `from_pretrained(…, trust_remote_code=True)` needs no plugin"
+    parser.add_argument("--self-contained", action="store_true", help=code)
+
+
 def default_device() -> str:
     """Return the GPU if there is one, otherwise the CPU."""
     import torch

@@ -12,6 +12,7 @@ from .command import (
     MixRankSubcommand,
     add_model_arguments,
     add_output_arguments,
+    add_self_contained_argument,
     hub_arguments,
     open_compressor,
     reading_arguments,
@@ -52,6 +53,7 @@ on several GPUs:
         add_model_arguments(parser)
         add("--evaluate-on", metavar="DATASET", help="labelled images to evaluate the result on")
         add("--evaluate-split", metavar="SPLIT", help="default: validation, test, or the only one")
+        add_self_contained_argument(parser)
         add("--push-to-hub", metavar="REPO", help="upload the result to this repository")
         dtypes = "float32, float16, bfloat16, or auto (default), the shorter of the original's and --dtype"
         add("--save-dtype", default="auto", metavar="DTYPE", help=f"dtype of the compressed checkpoint: {dtypes}")
@@ -82,6 +84,10 @@ on several GPUs:
         compressor = open_compressor(args, args.model)
         images = None if config.dataset is None else calibration_images(args, compressor, config)
         with compressor.processes.raise_on_all_ranks():
+            if args.self_contained:
+                from ..checkpoint.self_contained import auto_map
+
+                auto_map(compressor.model)
             if args.evaluate_on is not None:
                 from ..calibration.images.sources import load_image_dataset
 
@@ -108,15 +114,16 @@ on several GPUs:
             **reading_arguments(args),
         )
         self._round_and_evaluate(compressor, model, saved_dtype, config)
-        compressor.save_pretrained(model, args.output, overwrite=args.overwrite, picture=True, checked=True)
+        saving = {"self_contained": args.self_contained}
+        compressor.save_pretrained(model, args.output, overwrite=args.overwrite, picture=True, checked=True, **saving)
         report = compressor.report
         assert report is not None  # `compress` has made one
         if args.push_to_hub is not None:
-            compressor.push_to_hub(model, args.push_to_hub, token=args.token)
+            compressor.push_to_hub(model, args.push_to_hub, token=args.token, **saving)
         text = (
             f"{format_table(report)}\n\n"
             f"Checkpoint, report and plot of the ranks: {args.output}\n"
-            f"The same as a web page: {args.output / HTML_NAME}"
+            f"The same as a web page: {args.output / HTML_NAME}{_remark(args.output)}"
         )
         return text, {"output": str(args.output), **report.to_dict()}
 
@@ -139,6 +146,19 @@ on several GPUs:
         if run is None or not run.is_dir():
             return super().advice()
         return f"What was finished is kept in {str(run)!r}: the same command continues from there."
+
+
+def _remark(output: Path) -> str:
+    """Return how the checkpoint opens without the plugin, if it does."""
+    from ..checkpoint.files import read_json
+    from ..checkpoint.self_contained import needs_of
+
+    remarks = {
+        "plugin": "",
+        "code": "\nThe checkpoint brings its code: `from_pretrained(…, trust_remote_code=True)` needs no plugin.",
+        "nothing": "\nAll MLPs have the same width: the checkpoint is an ordinary one, which needs no plugin.",
+    }
+    return remarks[needs_of(read_json(output.expanduser() / "config.json"))]
 
 
 def check_images(config: MixRankConfig, reuse: bool) -> None:

@@ -505,6 +505,7 @@ class MixRankCompressor(OptimumQuantizer):
         *,
         overwrite: bool = False,
         picture: bool = False,
+        self_contained: bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Save a compressed model with its image processor and, if this compressor made it, its report.
@@ -517,12 +518,16 @@ class MixRankCompressor(OptimumQuantizer):
             overwrite: Whether the folder may hold files already. A checkpoint in it is replaced; all else stays, except
                 files that have the name of a new one.
             picture: Whether to save a picture of the ranks too, `ranks.png`.
+            self_contained: Whether the checkpoint brings the code that opens it, so that it needs no plugin but
+                `trust_remote_code=True`. Default: if the model was loaded from one that does. Where an ordinary
+                configuration describes the model, the checkpoint needs neither.
             **kwargs: `max_shard_size`, … as for Transformers' `save_pretrained`.
 
         Raises:
             FileExistsError: if the folder holds files and `overwrite` is False.
             OSError: if the folder cannot be written, or the disk is full.
-            ValueError: if the folder is or holds the original.
+            ValueError: if the folder is or holds the original, or the architecture is not one of Transformers and the
+                checkpoint is to bring its code.
         """
         check_path("save_directory", save_directory)
         processes, made = self.processes, self._find(model)
@@ -531,7 +536,8 @@ class MixRankCompressor(OptimumQuantizer):
             if processes.is_main:
                 check_apart(save_directory, {ORIGINAL: [self.model.name_or_path]})
                 content = (model, save_directory, self.image_processor, report)
-                report = save_result(*content, run, overwrite=overwrite, picture=picture, **kwargs)
+                kwargs |= {"overwrite": overwrite, "picture": picture, "self_contained": self_contained}
+                report = save_result(*content, run, **kwargs)
         report = processes.broadcast(report)
         if made is not None and report is not None:
             made.saved(model, report)
@@ -543,7 +549,8 @@ class MixRankCompressor(OptimumQuantizer):
         Args:
             model: The compressed model.
             repo_id: `user/name` on the Hub; made if it does not exist.
-            **kwargs: `token`, `private`, `revision`, `commit_message`, and `max_shard_size`.
+            **kwargs: `token`, `private`, `revision`, `commit_message`, and `max_shard_size` and `self_contained` as for
+                `save_pretrained`.
         """
         uploaded, made = None, self._find(model)
         report = None if made is None else made.report

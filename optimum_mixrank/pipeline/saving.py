@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 
-from ..checkpoint.files import safetensors_bytes, stored_dtype
+from ..checkpoint.files import read_json, safetensors_bytes, stored_dtype
 from ..checkpoint.saving import save_checkpoint
+from ..checkpoint.self_contained import needs_of
 from ..reporting import HTML_NAME, RANKS_NAME, plot_ranks
 from ..reporting.card import model_card
 from ..runtime.folders import resolved
@@ -80,7 +81,7 @@ def save_compressed(
         image_processor: To save with it, or None.
         report: To save with it, or None.
         picture: Whether to save the picture of the ranks too.
-        **kwargs: See `save_checkpoint`.
+        **kwargs: See `save_checkpoint`; `self_contained` says whether the checkpoint brings the code that opens it.
 
     Returns:
         The report with the bytes on disk filled in.
@@ -99,7 +100,7 @@ def save_compressed(
             )
             written.save(folder)
             _save_pictures(written, folder, picture)
-            model_card(model, written).save(folder / "README.md")
+            model_card(model, written, needs_of(read_json(folder / "config.json"))).save(folder / "README.md")
 
     save_checkpoint(model, directory, image_processor, describe=describe, **kwargs)
     return written

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
 from ..checkpoint.replacing import CARD_MARK
+from ..checkpoint.self_contained import Needs, auto_class_of
 from ..runtime.files import is_local_path
 from ..runtime.logging import get_logger
 from ..runtime.version import __version__
@@ -30,7 +31,7 @@ _TASKS = {
 }
 
 
-def model_card(model: PreTrainedModel, report: ReportData) -> ModelCard:
+def model_card(model: PreTrainedModel, report: ReportData, needs: Needs = "plugin") -> ModelCard:
     """Return a card that says what a model derives from, how it was compressed, what was lost and how to load it.
 
     The licence and the data sets come from the original's card if it can be read.
@@ -38,6 +39,7 @@ def model_card(model: PreTrainedModel, report: ReportData) -> ModelCard:
     Args:
         model: The compressed model; its `name_or_path` names the original.
         report: The report of the compression, with the evaluation if there was one.
+        needs: What opens the checkpoint.
     """
     original = str(model.name_or_path)
     name = type(model).__name__
@@ -48,6 +50,10 @@ def model_card(model: PreTrainedModel, report: ReportData) -> ModelCard:
     }
     base_model = original if original and not is_local_path(original) else None
     shown = report.model_name or name
+    auto_class = "AutoModelForImageClassification" if name.endswith("ForImageClassification") else name
+    if needs == "code":
+        # Only an auto class finds the code in the checkpoint.
+        auto_class = auto_class_of(model)
     data = ModelCardData(
         base_model=base_model,
         base_model_relation=base_model and "quantized",
@@ -58,11 +64,10 @@ def model_card(model: PreTrainedModel, report: ReportData) -> ModelCard:
         model_name=f"{shown} ({report.removed_of_model:.0%} smaller)",
         eval_results=_results(report, task),
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(shown, name, report)}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(shown, auto_class, report, needs)}")
 
 
-def _text(original: str, model_class: str, report: ReportData) -> str:
-    auto_class = "AutoModelForImageClassification" if model_class.endswith("ForImageClassification") else model_class
+def _text(original: str, auto_class: str, report: ReportData, needs: Needs) -> str:
     settings = {name: value for name, value in report.settings.items() if value not in (None, {}, [])}
     lines = [
         f"# {original}, {report.removed_of_model:.0%} smaller",
@@ -72,19 +77,7 @@ def _text(original: str, model_class: str, report: ReportData) -> str:
         "",
         "## Use",
         "",
-        "```bash",
-        "pip install optimum-mixrank",
-        "```",
-        "",
-        "```python",
-        "import optimum_mixrank",
-        f"from transformers import {auto_class}",
-        "",
-        f'model = {auto_class}.from_pretrained("path/or/id/of/this/model")',
-        "```",
-        "",
-        "Without the import, loading stops with an error about mismatched sizes. `optimum-cli mixrank merge` makes a "
-        "dense checkpoint that needs no plugin.",
+        *_use(auto_class, needs),
         "",
         "## What was lost, layer by layer",
         "",
@@ -99,6 +92,32 @@ def _text(original: str, model_class: str, report: ReportData) -> str:
         *(f"| {key} | `{value}` |" for key, value in {**settings, **report.environment}.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _use(auto_class: str, needs: Needs) -> list[str]:
+    """Return how to open the checkpoint."""
+    plugin = needs == "plugin"
+    trusted = ", trust_remote_code=True" if needs == "code" else ""
+    remarks = {
+        "plugin": "Without the import, loading stops with an error about mismatched sizes. `optimum-cli mixrank merge` "
+        "makes a dense checkpoint that needs no plugin, `optimum-cli mixrank merge --self-contained` one that brings its "
+        "code.",
+        "code": "The checkpoint brings the code that opens it, `modeling_mixrank.py`. With `pip install optimum-mixrank` "
+        "and `import optimum_mixrank` it opens without `trust_remote_code` too; with neither, loading stops with an error "
+        "about mismatched sizes.",
+        "nothing": "This is an ordinary checkpoint of a narrower model, which needs nothing but Transformers.",
+    }
+    return [
+        *(["```bash", "pip install optimum-mixrank", "```", ""] if plugin else []),
+        "```python",
+        *(["import optimum_mixrank"] if plugin else []),
+        f"from transformers import {auto_class}",
+        "",
+        f'model = {auto_class}.from_pretrained("path/or/id/of/this/model"{trusted})',
+        "```",
+        "",
+        remarks[needs],
+    ]
 
 
 def _results(report: ReportData, task: str) -> list[EvalResult] | None:

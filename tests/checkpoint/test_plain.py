@@ -8,7 +8,7 @@ from checkpoint.mixed import UNITS, mixed_model
 from models import pixels, tiny_deit, tiny_swin, tiny_vit
 from transformers import AutoModelForImageClassification
 
-from optimum_mixrank import to_dense
+from optimum_mixrank import MixRankCompressor, MixRankConfig, to_dense
 from optimum_mixrank.checkpoint.entries import compressed_layers
 from optimum_mixrank.checkpoint.modeling import replace_module
 from optimum_mixrank.checkpoint.narrowing import widened
@@ -57,6 +57,44 @@ def test_other_widths_stay_a_compressed_checkpoint_of_dense_layers(kind, tmp_pat
     with torch.no_grad():
         assert torch.equal(reloaded(pixels()).logits, dense(pixels()).logits)
         torch.testing.assert_close(dense(pixels()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("self_contained", [None, True])
+def test_equal_widths_are_saved_as_a_smaller_configuration(self_contained, tmp_path):
+    model, _ = mixed_model(factored=False, shared=False)
+    layers = compressed_layers(model).keys()
+    before = model.config.to_dict()
+    model.save_pretrained(tmp_path, self_contained=self_contained)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["intermediate_size"] == UNITS and not {"quantization_config", "auto_map"} & stored.keys()
+    assert [each.name for each in tmp_path.glob("*.py")] == []
+    # In memory it stays a compressed model of the original's configuration.
+    assert compressed_layers(model).keys() == layers and model.config.to_dict() == before
+    reloaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert not compressed_layers(reloaded)
+    with torch.no_grad():
+        assert torch.equal(reloaded(pixels()).logits, model(pixels()).logits)
+
+
+@pytest.mark.parametrize(("family", "ratio"), [(tiny_vit, 0.4), (tiny_deit, 0.3), (tiny_swin, 0.3)])
+def test_uniform_widths_give_an_ordinary_checkpoint(family, ratio, tmp_path):
+    config = MixRankConfig(
+        compression_ratio=ratio,
+        compression_scope="targets",
+        structures=["width"],
+        allocation="uniform",
+        compensation=[],
+        probed_images=0,
+    )
+    compressor = MixRankCompressor(family())
+    model = compressor.compress(config, [pixels(16)], tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in stored
+    assert ratio <= compressor.report.removed_of_targets < ratio + 0.05
+    reloaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(reloaded(pixels()).logits, model(pixels()).logits)
+    assert to_dense(model).config.to_dict() == family().config.to_dict()
 
 
 def test_without_fewer_units_they_are_dense():

@@ -209,6 +209,39 @@ def test_merge_with_the_widths_as_they_are(tmp_path):
     assert "quantization_config" not in config
 
 
+def test_merge_into_a_checkpoint_that_brings_its_code(tmp_path):
+    mixed_model()[0].save_pretrained(tmp_path / "mixed")
+    arguments = ("merge", "--model", tmp_path / "mixed", "--output", tmp_path / "out", "--self-contained")
+    values = json.loads(cli(*arguments, "--json")[0])
+    assert not values["needs_plugin"]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("mixed", "out"))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], each) for name, each in before.items())
+    assert (tmp_path / "out" / "modeling_mixrank.py").exists()
+    stdout, _ = cli(*arguments, "--overwrite")
+    assert "needs trust_remote_code=True, or the plugin" in stdout
+    # From there to a dense one, which brings no code.
+    cli("merge", "--model", tmp_path / "out", "--output", tmp_path / "dense", "--trust-remote-code")
+    assert "auto_map" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    with pytest.raises(AssertionError, match="not allowed with argument"):
+        cli(*arguments, "--keep-widths", "--overwrite")
+
+
+def test_compress_into_checkpoints_that_need_no_plugin(tiny, few, tmp_path):
+    images = ("--dataset", few, "--split", "calibration", "--num-samples", 32, "--ratio", 0.3, "--scope", "targets")
+    common = ("compress", "--model", tiny, *images, "--compensation", "none", "--probed-images", 0)
+    stdout, _ = cli(*common, "--structures", "rank", "--self-contained", "--output", tmp_path / "code")
+    assert "`from_pretrained(…, trust_remote_code=True)` needs no plugin" in stdout
+    assert (tmp_path / "code" / "modeling_mixrank.py").exists()
+    assert "trust_remote_code=True" in (tmp_path / "code" / "README.md").read_text()
+    widths = ("--structures", "width", "--allocation", "uniform")
+    stdout, _ = cli(*common, *widths, "--self-contained", "--output", tmp_path / "plain")
+    assert "the checkpoint is an ordinary one" in stdout
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert config["intermediate_size"] < 64 and not {"quantization_config", "auto_map"} & config.keys()
+    assert not (tmp_path / "plain" / "modeling_mixrank.py").exists()
+    assert "nothing but Transformers" in (tmp_path / "plain" / "README.md").read_text()
+
+
 def test_merge_refuses_a_checkpoint_with_holes(tmp_path):
     shutil.copytree(GOLDEN / "vit" / "pivoted", tmp_path / "damaged")
     tensors = load_file(tmp_path / "damaged" / "model.safetensors")
