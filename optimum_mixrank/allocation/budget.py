@@ -15,7 +15,7 @@ from ..decomposition.mlp import WidthLosses
 from ..runtime.logging import get_logger
 from . import ALLOCATORS, AllocationProblem, BudgetError, LayerProfile
 from .choice import Allocation, LayerChoice
-from .costs import Costs, MeasuredTime, StoredValues
+from .costs import PARAMETERS, Costs, MeasuredTime
 from .probes import Probe, probe_of
 from .sites import NewProfile, SiteProfile, mlp_profile, shared_input_profile
 from .specs import LayerSpec, MlpSpec, SharedInputSpec, SiteSpec
@@ -64,7 +64,7 @@ class RankBudget:
     min_rank_ratio: float = 0.1
     layout: str = "factors"
     max_rank_ratio: float | None = None
-    costs: Costs = StoredValues()
+    costs: Costs = PARAMETERS
     factored: bool = True
     sites: Sequence[SiteSpec] = ()
 
@@ -109,7 +109,7 @@ class RankBudget:
         for layer in self._free:
             profile = self._profile(layer, None)
             if layer.rank is not None and not profile.candidate_ranks:
-                takes, what = ("no less time", "time") if self._counts_time else ("no fewer parameters", "parameters")
+                takes, what = ("no less time", "time") if self.counts_time else ("no fewer parameters", "parameters")
                 logger.warning(
                     f"rank_pattern gives rank {layer.rank} to layer {layer.name!r}, which takes {takes} than "
                     f"the dense layer: it stays dense. Ranks up to {profile.break_even} save {what}."
@@ -180,6 +180,10 @@ class RankBudget:
     def kept(self, allocation: Allocation) -> float:
         """Return the share of the targeted layers' cost that an allocation keeps."""
         return allocation.cost / self._targeted
+
+    def kept_of_model(self, allocation: Allocation) -> float:
+        """Return the share of the whole model's cost that an allocation keeps."""
+        return 1 - (self._targeted - allocation.cost) / self.model_cost
 
     def num_values(self, choices: Mapping[str, LayerChoice]) -> int:
         """Return how many values the weights of all targeted layers keep."""
@@ -335,7 +339,7 @@ class RankBudget:
         # The two budgets differ by the cost of the layers that stay dense.
         minimum = problem.min_cost + self.budget - problem.budget
         largest = max(targeted - minimum, 0) * 1000 // self._base / 1000
-        if self._counts_time and self.compression_scope == "model":
+        if self.counts_time and self.compression_scope == "model":
             return self._too_fast(largest, minimum)
         reachable = (
             f"The largest ratio that can be reached is {largest}; lower the ratio or these floors, or target more layers."
@@ -367,5 +371,6 @@ class RankBudget:
         )
 
     @property
-    def _counts_time(self) -> bool:
+    def counts_time(self) -> bool:
+        """Whether costs are measured times."""
         return isinstance(self.costs, MeasuredTime)

@@ -47,6 +47,9 @@ class StoredValues:
         return LayerProfile(layer.name, layer.out_features, layer.in_features, price=layer.price, **bounds)
 
 
+PARAMETERS = StoredValues()
+
+
 @dataclass(frozen=True)
 class MeasuredTime:
     """Counts nanoseconds per batch, by a table of latencies; the price of a layer is the number of its tokens."""
@@ -87,7 +90,7 @@ class MeasuredTime:
         return self.table.find(layer.full_shape, layer.price, layer.members, layer.side)
 
 
-NO_TIMES = np.zeros(0, dtype=np.int64)
+NO_TIMES: np.ndarray = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +115,7 @@ class TimedProfile(LayerProfile):
         return self.dense_time if rank is None else int(self.rank_times[rank])
 
     @cached_property
-    def break_even(self) -> int:  # type: ignore[override]
+    def break_even(self) -> int:
         """The largest rank that is faster than the dense layer and stores fewer values; 0 if there is none."""
         by_values = math.ceil(break_even(self.out_features, self.in_features, self.layout)) - 1
         return max(0, min(int(np.searchsorted(self.rank_times, self.dense_time)) - 1, by_values))

@@ -14,6 +14,7 @@ scaled by the one factor with which both together give the time of the whole mod
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -148,18 +149,19 @@ class LatencyTable:
         alone = sum(layer.count * layer.full_seconds for layer in self.layers if layer.members == 1)
         return (self.model_seconds - self.rest_seconds) / alone
 
+    def has(self, shape: tuple[int, int], tokens: int, members: int = 1, side: str = "") -> bool:
+        """Return whether `find` finds a layer."""
+        return self._lookup(shape, tokens, members, side) is not None
+
     def find(self, shape: tuple[int, int], tokens: int, members: int = 1, side: str = "") -> LayerTimes:
         """Return the times of a layer of a shape, `(out_features, in_features)` with all hidden units.
 
         Raises:
             ValueError: if the table has none.
         """
-        by_key = {layer.key: layer for layer in self.layers}
-        # A layer of an MLP that is factored by itself takes as long as one that may lose units.
-        sides = (side,) if side or members > 1 else SIDES
-        for each in sides:
-            if (found := by_key.get((*shape, tokens, members, each))) is not None:
-                return found
+        found = self._lookup(shape, tokens, members, side)
+        if found is not None:
+            return found
         what = f"of shape {list(shape)} for {tokens} tokens"
         what += f", {members} layers as one" if members > 1 else ""
         what += ", with fewer hidden units" if side else ""
@@ -170,6 +172,16 @@ class LatencyTable:
             "structures=['rank']"
         )
         raise ValueError(f"The table of latencies has no layer {what}; {advice}.")
+
+    def _lookup(self, shape: tuple[int, int], tokens: int, members: int, side: str) -> LayerTimes | None:
+        # A layer of an MLP that is factored by itself takes as long as one that may lose units.
+        sides = (side,) if side or members > 1 else SIDES
+        keys = [(*shape, tokens, members, each) for each in sides]
+        return next((self._by_key[key] for key in keys if key in self._by_key), None)
+
+    @cached_property
+    def _by_key(self) -> dict[tuple[int, int, int, int, str], LayerTimes]:
+        return {layer.key: layer for layer in self.layers}
 
     def check_counts(self, counts: Mapping[tuple[tuple[int, int], int], int]) -> None:
         """Check that a model has the layers that were measured.
@@ -329,7 +341,7 @@ def _times(value: object, where: str, count: int) -> list[float]:
 
 def _ascending(value: object, where: str) -> tuple[int, ...]:
     found = [_integer(each, where, MAX_SIZE) for each in _list(value, where, MAX_POINTS)]
-    if any(high <= low for low, high in zip(found, found[1:], strict=False)):
+    if any(high <= low for low, high in itertools.pairwise(found)):
         raise ValueError(f"{where}={quote(found)} is not ascending")
     return tuple(found)
 

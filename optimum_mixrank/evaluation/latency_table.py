@@ -103,7 +103,9 @@ def measure_latency_table(
     timer = _Timer(model, batch_size, runtime, repeats, min_seconds, tuple(layouts))
     with phase("Measured latencies") as measuring, evaluation_mode(model):
         timer.expect(groups)
-        with _only_passing(model, [target.name for target in linears], [name for name, _ in activations.values()]) as rest:
+        with _only_passing(
+            model, [target.name for target in linears], [name for name, _ in activations.values()]
+        ) as rest:
             model_seconds, rest_share = timer.whole(rest)
         layers = [timer.layer(group) for group in groups]
         measuring.add_detail(f"{len(groups)} shapes")
@@ -143,7 +145,9 @@ def load_latency_table(path: str | Path) -> LatencyTable:
     try:
         return LatencyTable.from_dict(content)
     except ValueError as error:
-        raise ValueError(f"latency_table={str(path)!r} cannot be used: {error}. If it is damaged, {measure}.") from None
+        raise ValueError(
+            f"latency_table={str(path)!r} cannot be used: {error}. If it is damaged, {measure}."
+        ) from None
 
 
 @dataclass
@@ -264,7 +268,7 @@ def _only_passing(model: nn.Module, linears: Sequence[str], activations: Sequenc
     """Yield a copy of a model in which layers and activations cost next to nothing."""
     rest = copy.deepcopy(model)
     for name in linears:
-        replace_module(rest, name, Passing(rest.get_submodule(name)))  # type: ignore[arg-type]
+        replace_module(rest, name, Passing(rest.get_submodule(name)))
     for name in activations:
         replace_module(rest, name, nn.Identity())
     with evaluation_mode(rest):

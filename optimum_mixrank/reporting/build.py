@@ -96,6 +96,7 @@ class Outcome:
         profile: Predicted losses of other budgets.
         processes: The processes that shared the work.
         memory: See `ReportData`.
+        latency: See `ReportData`.
     """
 
     config: MixRankConfig
@@ -114,6 +115,7 @@ class Outcome:
     profile: RankProfile
     processes: Processes
     memory: Mapping[str, Any]
+    latency: Mapping[str, Any]
 
 
 def build_report(outcome: Outcome) -> CompressionReport:
@@ -148,6 +150,7 @@ def build_report(outcome: Outcome) -> CompressionReport:
         compensation=[dataclasses.asdict(result) for result in outcome.compensation],
         seconds={step: round(value, 3) for step, value in outcome.seconds.items()},
         memory=outcome.memory,
+        latency=outcome.latency,
     )
 
 

@@ -121,6 +121,8 @@ class ReportData:
         memory: If a limit was set, the main process's estimate of what is needed besides the original:
             `estimated_bytes` by place (`host`, `device`), `disk_bytes` of activations on the disk, `passes` over the
             images for statistics, and `not_counted`, the steps that the estimate leaves out. Empty without a limit.
+        latency: If the budget was one of time, by the table of latencies: `predicted_share` of the dense model's time,
+            `predicted_seconds` and `dense_seconds` per batch, and the `conditions` of the measurement. Empty otherwise.
 
     Raises:
         TypeError: if settings and the like hold anything but JSON values.
@@ -145,6 +147,7 @@ class ReportData:
     profile: Sequence[Mapping[str, Any]] = ()
     loss_unit: str | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
+    latency: Mapping[str, Any] = field(default_factory=dict)
     dtype_on_disk_before: str | None = None
     dtype_on_disk_after: str | None = None
 

@@ -50,7 +50,11 @@ FULL = {
 }
 
 
-@pytest.fixture(params=[{}, FULL], ids=["default", "full"])
+LATENCY = {"cost": "latency", "latency_table": "latencies.json", "target_latency": 0.7}
+"""Fields that contradict some of the others."""
+
+
+@pytest.fixture(params=[{}, FULL, LATENCY], ids=["default", "full", "latency"])
 def config(request):
     return MixRankConfig(**copy.deepcopy(request.param))
 
@@ -71,7 +75,7 @@ def warnings(caplog, monkeypatch):
 
 def test_full_really_is_full():
     provided = {"quant_method", "layout_version", "library_version"}
-    assert {field.name for field in dataclasses.fields(MixRankConfig)} == FULL.keys() | provided
+    assert {field.name for field in dataclasses.fields(MixRankConfig)} == FULL.keys() | LATENCY.keys() | provided
     for name, value in FULL.items():
         assert value != getattr(MixRankConfig(), name)
 
@@ -120,7 +124,7 @@ def test_deepcopy_shares_nothing():
 
 
 def test_replace_changes_and_validates(config):
-    assert dataclasses.replace(config, compression_ratio=0.25).compression_ratio == 0.25
+    assert dataclasses.replace(config, held_out_ratio=0.25).held_out_ratio == 0.25
     with pytest.raises(ValueError, match="compression_ratio=2"):
         dataclasses.replace(config, compression_ratio=2)
     with pytest.raises(TypeError, match="has no argument `ratio`"):
@@ -203,7 +207,7 @@ def test_probes_without_gradients_are_refused_unless_stored():
     [
         *(
             ("compression_ratio", value, r"is not in \(0, 1\)\. It is the fraction of parameters to remove")
-            for value in (0, 1, 1.5, -0.1, 60, "0.6", None, True, float("nan"))
+            for value in (0, 1, 1.5, -0.1, 60, "0.6", True, float("nan"))
         ),
         ("compression_scope", "encoder", "is unknown; choose one of 'model', 'targets'"),
         ("compression_scope", None, "is unknown; choose one of"),
@@ -224,7 +228,7 @@ def test_probes_without_gradients_are_refused_unless_stored():
         ("compensation", ["residual", "sequential"], "recomputes every layer from the original"),
         ("max_rank_ratio", 0.05, r"is not in \(0\.05, 1\]\. It is a share .* above min_rank_ratio=0\.05"),
         ("max_rank_ratio", "0.5", r"is not in \(0\.05, 1\]"),
-        ("cost", "latency", "is unknown; choose one of 'parameters', 'flops'"),
+        ("cost", "watts", "is unknown; choose one of 'parameters', 'flops', 'latency'"),
         ("mirror", 1, "is neither True nor False"),
         ("epochs", 0, "is not an integer of at least 1"),
         ("learning_rate", 0, r"is not in \(0, 1\)\. The default is 5e-4"),
