@@ -69,7 +69,8 @@ class MeasuredTime:
         Raises:
             ValueError: if the table has no such layer.
         """
-        return nanoseconds(self._times(layer).dense_seconds(layer.size) * self.table.scale)
+        times, size = self._times(layer)
+        return nanoseconds(times.dense_seconds(size) * self.table.scale)
 
     def profile(self, layer: LayerSpec, **bounds: Any) -> TimedProfile:
         """See `Costs.profile`.
@@ -80,14 +81,18 @@ class MeasuredTime:
         layout = bounds.get("layout", "factors")
         key = (layer.out_features, layer.in_features, layer.price, layer.members, layer.side, layer.full_size, layout)
         if key not in self._known:
-            seconds = self._times(layer).factored_seconds(layer.size, layout) * self.table.scale
+            times, size = self._times(layer)
+            seconds = times.factored_seconds(size, layout) * self.table.scale
             self._known[key] = self.dense_cost(layer), np.ceil(seconds * 1e9).astype(np.int64)
         dense, ranks = self._known[key]
         shape = layer.out_features, layer.in_features
         return TimedProfile(layer.name, *shape, dense_time=dense, rank_times=ranks, **bounds)
 
-    def _times(self, layer: LayerSpec) -> LayerTimes:
-        return self.table.find(layer.full_shape, layer.price, layer.members, layer.side)
+    def _times(self, layer: LayerSpec) -> tuple[LayerTimes, int]:
+        """Return the times of a layer, and the size at which they are to be read."""
+        times = self.table.find(layer.full_shape, layer.price, layer.members, layer.side)
+        # A layer of an MLP that is decided by itself has all its units.
+        return times, layer.size if layer.side else times.sizes[-1]
 
 
 NO_TIMES: np.ndarray = np.zeros(0, dtype=np.int64)
