@@ -65,14 +65,14 @@ class SampleGroup:
             return (self.full_size,)
         parts = self.members * self.chunks if self.side == "out" else 1
         units = self.full_size // parts
-        kept = {min(units, max(1, _multiple(share * units))) for share in shares} | {units}
+        kept = {min(units, max(2, _multiple(share * units))) for share in shares} | {units}
         return tuple(parts * each for each in sorted(kept))
 
     def ranks(self, size: int, layout: str, shares: Sequence[float]) -> tuple[int, ...]:
         """Return ranks that are about these shares of the break-even rank, multiples of 8 where that can be."""
         m, n = self.shape(size)
         # A pivoted layer has to have one row that is no pivot.
-        largest = min(int(break_even(m, n, layout)), m - 1, n)
+        largest = max(1, min(int(break_even(m, n, layout)), m - 1, n))
         return tuple(sorted({min(largest, max(1, _multiple(share * largest))) for share in shares}))
 
 

@@ -395,3 +395,37 @@ def test_warnings_about_a_stored_configuration_are_short_and_harmless(warnings):
     assert len(warnings.messages) == 2
     for message in warnings.messages:
         assert "\x1b" not in message and len(message) < 1500
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cost": "latency"}, r"latency_table=None is not the path of a file, which cost='latency' needs: measure one"),
+        ({"cost": "latency", "latency_table": 3}, r"latency_table=3 is not the path of a file"),
+        ({"target_latency": 0.6}, r"target_latency=0.6 has no effect with cost='parameters'; add cost='latency'"),
+        ({"latency_table": "a", "cost": "flops"}, r"latency_table='a' has no effect with cost='flops'"),
+        *(
+            ({**LATENCY, "target_latency": value}, r"target_latency=.* is not in \(0, 1\)\. It is the share of the dense")
+            for value in (0, 1, 1.5, "0.6", True, float("nan"))
+        ),
+        (
+            {**LATENCY, "compression_ratio": 0.7},
+            r"target_latency=0.7 keeps that share of the time, so that 0.3 of it is removed; compression_ratio=0.7 says "
+            r"something else\. Give only one of the two",
+        ),
+        ({**LATENCY, "compression_scope": "targets"}, r"compression_scope='targets' contradicts"),
+        ({**LATENCY, "rank_multiple": 0}, r"rank_multiple=0 is not an integer of at least 1"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_budget_of_time(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MixRankConfig(**changes)
+
+
+def test_the_target_takes_the_place_of_the_ratio():
+    config = MixRankConfig(**LATENCY)
+    assert (config.compression_ratio, config.rank_multiple) == (0.3, None)
+    assert MixRankConfig(**LATENCY, compression_ratio=0.3) == config
+    assert MixRankConfig(cost="latency", latency_table="a").compression_ratio == 0.5
+    assert MixRankConfig().rank_multiple == 1
