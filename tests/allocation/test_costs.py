@@ -29,9 +29,7 @@ MLP = MlpSpec("fc1 > fc2", ("fc1",), "fc2")
 
 def make_budget(target=0.7, sites=(SHARED, MLP), table=None, **changes):
     costs = MeasuredTime(table or block_table(blocks=1))
-    return RankBudget(
-        BLOCK, costs.model_cost, 1 - target, layout="pivoted", costs=costs, sites=sites, **changes
-    )
+    return RankBudget(BLOCK, costs.model_cost, 1 - target, layout="pivoted", costs=costs, sites=sites, **changes)
 
 
 def losses(seed=0):
@@ -145,7 +143,9 @@ def test_a_share_of_the_targets():
     part = RankBudget(**{**vars(budget), "compression_scope": "targets"})
     found = part.allocate(losses(), "global", mlp_losses(part))
     assert part.kept(found) <= 0.6
-    with pytest.raises(ValueError, match=r"compression_ratio=0.999 \(of the targets\) cannot be reached: .* nanoseconds"):
+    with pytest.raises(
+        ValueError, match=r"compression_ratio=0.999 \(of the targets\) cannot be reached: .* nanoseconds"
+    ):
         RankBudget(**{**vars(part), "compression_ratio": 0.999}).check()
 
 

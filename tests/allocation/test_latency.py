@@ -140,7 +140,11 @@ CURVE = (*FIRST, "factored", "pivoted", 0)
         ((*FIRST, "dense"), [1.0], "layers[1].dense has 1 entries, not 4"),
         ((*FIRST, "dense", 2), 0, "layers[1].dense[2]=0 is not a positive number"),
         ((*FIRST, "factored"), [], "layers[1].factored is a list, not an object"),
-        ((*FIRST, "factored", "dense"), [], "layers[1].factored['dense'] is no layout; known are 'factors', 'pivoted'"),
+        (
+            (*FIRST, "factored", "dense"),
+            [],
+            "layers[1].factored['dense'] is no layout; known are 'factors', 'pivoted'",
+        ),
         ((*FIRST, "factored", "pivoted"), [{}], "layers[1].factored['pivoted'] has 1 entries for 4 sizes"),
         (CURVE, 3, "layers[1].factored['pivoted'][0] is a int"),
         ((*CURVE, "ranks"), [1, 99], "has 99, more than the largest rank 16 of the layer"),

@@ -400,12 +400,18 @@ def test_warnings_about_a_stored_configuration_are_short_and_harmless(warnings):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cost": "latency"}, r"latency_table=None is not the path of a file, which cost='latency' needs: measure one"),
+        (
+            {"cost": "latency"},
+            r"latency_table=None is not the path of a file, which cost='latency' needs: measure one",
+        ),
         ({"cost": "latency", "latency_table": 3}, r"latency_table=3 is not the path of a file"),
         ({"target_latency": 0.6}, r"target_latency=0.6 has no effect with cost='parameters'; add cost='latency'"),
         ({"latency_table": "a", "cost": "flops"}, r"latency_table='a' has no effect with cost='flops'"),
         *(
-            ({**LATENCY, "target_latency": value}, r"target_latency=.* is not in \(0, 1\)\. It is the share of the dense")
+            (
+                {**LATENCY, "target_latency": value},
+                r"target_latency=.* is not in \(0, 1\)\. It is the share of the dense",
+            )
             for value in (0, 1, 1.5, "0.6", True, float("nan"))
         ),
         (

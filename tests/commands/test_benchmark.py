@@ -32,14 +32,16 @@ def test_from_a_measured_table_to_a_compressed_checkpoint(dense, tmp_path):
         cli("compress", "--model", dense, *method, "--target-latency", 0.7, "--output", out, "--json")[0]
     )
     assert result["latency"]["predicted_share"] <= 0.7
-    assert "latencies.json" in cli("inspect", out)[0]
+    assert "Latency, predicted" in cli("inspect", out)[0]
     plan = json.loads(cli("plan", "--model", dense, *method, "--target-latency", 0.7, "--json")[0])
     assert [point["latency"] <= 0.7 for point in plan["points"]] == [True]
     plan = cli("plan", "--model", dense, *method, "--ratios", 0.2, 0.3)[0]
     assert "time" in plan.splitlines()[0]
     _, error = cli("compress", "--model", dense, *method, "--target-latency", 0.1, "--output", tmp_path / "no", code=1)
     assert "The smallest target_latency that can be reached is" in error
-    _, error = cli("compress", "--model", dense, *method, "--ratio", 0.5, "--target-latency", 0.7, "--output", out, code=1)
+    _, error = cli(
+        "compress", "--model", dense, *method, "--ratio", 0.5, "--target-latency", 0.7, "--output", out, code=1
+    )
     assert "Give only one of the two" in error
 
 

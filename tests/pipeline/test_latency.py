@@ -94,7 +94,9 @@ def test_layers_that_patterns_single_out_are_factored_by_themselves(table):
 
 def test_unreachable_targets_are_refused_before_work_starts(table):
     compressor = MixRankCompressor(tiny_vit())
-    with pytest.raises(ValueError, match=r"target_latency=0.1 cannot be reached: .* smallest target_latency that can be"):
+    with pytest.raises(
+        ValueError, match=r"target_latency=0.1 cannot be reached: .* smallest target_latency that can be"
+    ):
         # There are no images, which would be found out later.
         compressor.compress(config_for(table, target_latency=0.1, compensation=["sequential"]))
 
