@@ -15,8 +15,9 @@ from ..decomposition.mlp import WidthLosses
 from ..runtime.logging import get_logger
 from . import ALLOCATORS, AllocationProblem, BudgetError, LayerProfile
 from .choice import Allocation, LayerChoice
+from .costs import PARAMETERS, Costs, MeasuredTime
 from .probes import Probe, probe_of
-from .sites import SiteProfile, mlp_profile, shared_input_profile
+from .sites import NewProfile, SiteProfile, mlp_profile, shared_input_profile
 from .specs import LayerSpec, MlpSpec, SharedInputSpec, SiteSpec
 
 
@@ -38,7 +39,7 @@ class RankBudget:
 
     Args:
         layers: The targeted layers.
-        model_cost: Parameters, or multiply-adds per image, of the whole model.
+        model_cost: Parameters, multiply-adds per image or time per batch of the whole model.
         compression_ratio: Fraction to remove, in (0, 1).
         compression_scope: `"model"` or `"targets"`, of which the fraction is removed.
         rank_multiple: Ranks are multiples of it.
@@ -46,7 +47,7 @@ class RankBudget:
         min_rank_ratio: Smallest share of the break-even rank, at which factors cost as much as the dense layer.
         layout: How factors are stored; see `FactoredLayer`.
         max_rank_ratio: Largest share of the break-even rank of a factored layer; staying dense remains possible.
-        unit: The unit of costs, for messages.
+        costs: Prices layers.
         factored: Whether single layers may be factored; if not, they stay dense unless they are part of a site.
         sites: Layers whose structures are decided together; a layer is in one of them at most.
 
@@ -63,7 +64,7 @@ class RankBudget:
     min_rank_ratio: float = 0.1
     layout: str = "factors"
     max_rank_ratio: float | None = None
-    unit: str = "parameters"
+    costs: Costs = PARAMETERS
     factored: bool = True
     sites: Sequence[SiteSpec] = ()
 
@@ -102,15 +103,16 @@ class RankBudget:
         profiles = [each for each in self.problem({}).layers if isinstance(each, LayerProfile)]
         if self.budget >= self._targeted and not any(each.fixed_rank and each.candidate_ranks for each in profiles):
             raise ValueError(
-                f"compression_ratio={self.compression_ratio} of {self._base:,} {self.unit} is less than one, so that "
+                f"compression_ratio={self.compression_ratio} of {self._base:,} {self.costs.unit} is less than one, so that "
                 "every layer would stay dense; raise the ratio."
             )
         for layer in self._free:
             profile = self._profile(layer, None)
             if layer.rank is not None and not profile.candidate_ranks:
+                takes, what = ("no less time", "time") if self.counts_time else ("no fewer parameters", "parameters")
                 logger.warning(
-                    f"rank_pattern gives rank {layer.rank} to layer {layer.name!r}, which takes no fewer parameters than "
-                    f"the dense layer: it stays dense. Ranks up to {profile.break_even} save parameters."
+                    f"rank_pattern gives rank {layer.rank} to layer {layer.name!r}, which takes {takes} than "
+                    f"the dense layer: it stays dense. Ranks up to {profile.break_even} save {what}."
                 )
 
     def allocate(
@@ -179,6 +181,10 @@ class RankBudget:
         """Return the share of the targeted layers' cost that an allocation keeps."""
         return allocation.cost / self._targeted
 
+    def kept_of_model(self, allocation: Allocation) -> float:
+        """Return the share of the whole model's cost that an allocation keeps."""
+        return 1 - (self._targeted - allocation.cost) / self.model_cost
+
     def num_values(self, choices: Mapping[str, LayerChoice]) -> int:
         """Return how many values the weights of all targeted layers keep."""
         layers = {layer.name: layer for layer in self.layers}
@@ -208,7 +214,7 @@ class RankBudget:
 
     @property
     def _targeted(self) -> int:
-        return sum(layer.dense_cost for layer in self.layers)
+        return sum(self.costs.dense_cost(layer) for layer in self.layers)
 
     @property
     def _base(self) -> int:
@@ -237,7 +243,7 @@ class RankBudget:
     @property
     def free_budget(self) -> int:
         """Cost that the layers may have that the user has not left dense."""
-        return self.budget - sum(layer.dense_cost for layer in self.layers if layer.ratio == 0)
+        return self.budget - sum(self.costs.dense_cost(layer) for layer in self.layers if layer.ratio == 0)
 
     def _shared_input(
         self, site: SharedInputSpec, members: Sequence[LayerSpec], losses: Mapping[str, np.ndarray]
@@ -254,21 +260,28 @@ class RankBudget:
         self, site: SharedInputSpec, members: Sequence[LayerSpec], losses: Mapping[str, np.ndarray]
     ) -> LayerProfile:
         rows = sum(each.out_features for each in members)
-        spec = replace(members[0], name=site.name, out_features=rows)
+        spec = replace(members[0], name=site.name, out_features=rows, members=len(members))
         return replace(self._profile(spec, losses.get(site.name)), factored=True)
 
     def _mlp(
         self, site: MlpSpec, members: Sequence[LayerSpec], mlp_losses: Mapping[str, Sequence[WidthLosses]]
     ) -> SiteProfile:
         *first, second = members
-
-        def new_profile(name: str, out_features: int, in_features: int, tails: np.ndarray | None) -> LayerProfile:
-            return self._profile(LayerSpec(name, out_features, in_features, second.price), tails)
-
         rows = sum(each.out_features for each in first)
+        joint = replace(first[0], out_features=rows, members=len(first), side="out", full_size=rows)
+        makers = self._maker(joint), self._maker(replace(second, side="in", full_size=second.in_features))
         shapes = (rows, first[0].in_features), (second.out_features, second.in_features)
         found = mlp_losses.get(site.name) or self._without_losses(*shapes)
-        return mlp_profile(site.name, (site.first, site.second), shapes, found, new_profile)
+        return mlp_profile(site.name, (site.first, site.second), shapes, found, makers)
+
+    def _maker(self, layer: LayerSpec) -> NewProfile:
+        """Return the function that makes the profile of a layer with another name and with fewer hidden units."""
+
+        def new_profile(name: str, out_features: int, in_features: int, tails: np.ndarray | None) -> LayerProfile:
+            narrow = replace(layer, name=name, out_features=out_features, in_features=in_features)
+            return self._profile(narrow, tails)
+
+        return new_profile
 
     def _without_losses(self, first: tuple[int, int], second: tuple[int, int]) -> list[WidthLosses]:
         """Return the smallest and the largest width of an MLP, before any data is seen."""
@@ -310,13 +323,10 @@ class RankBudget:
         if self.max_rank_ratio is not None:
             # A ceiling below the floor would leave no rank: then the floor is the only one.
             highest = max(math.floor(self.max_rank_ratio * full + _TOLERANCE), lowest)
-        return LayerProfile(
-            name=layer.name,
-            out_features=m,
-            in_features=n,
+        return self.costs.profile(
+            layer,
             losses=np.zeros(min(m, n) + 1) if losses is None else losses,
             layout=self.layout,
-            price=layer.price,
             min_rank=lowest,
             max_rank=highest,
             rank_multiple=self.rank_multiple,
@@ -329,6 +339,8 @@ class RankBudget:
         # The two budgets differ by the cost of the layers that stay dense.
         minimum = problem.min_cost + self.budget - problem.budget
         largest = max(targeted - minimum, 0) * 1000 // self._base / 1000
+        if self.counts_time and self.compression_scope == "model":
+            return self._too_fast(largest, minimum)
         reachable = (
             f"The largest ratio that can be reached is {largest}; lower the ratio or these floors, or target more layers."
             if largest > 0
@@ -336,7 +348,29 @@ class RankBudget:
         )
         return (
             f"compression_ratio={self.compression_ratio} (of the {self.compression_scope}) cannot be reached: the "
-            f"targeted layers hold {targeted:,} of the model's {self.model_cost:,} {self.unit} and keep at least "
+            f"targeted layers hold {targeted:,} of the model's {self.model_cost:,} {self.costs.unit} and keep at least "
             f"{minimum:,} under min_rank={self.min_rank}, min_rank_ratio={self.min_rank_ratio}, "
             f"rank_multiple={self.rank_multiple} and the patterns. {reachable}"
         )
+
+    def _too_fast(self, largest: float, minimum: int) -> str:
+        """Return the message for a latency below what can be reached; `largest` is the largest ratio that can be."""
+        rest = (self.model_cost - self._targeted) / self.model_cost
+        smallest = round(1 - largest, 3)
+        reachable = (
+            f"The smallest target_latency that can be reached is {smallest}; raise it, lower these floors, or target more "
+            "layers."
+            if largest > 0
+            else "No layer can get faster at all; lower these floors, change the patterns, or measure the table again."
+        )
+        return (
+            f"target_latency={round(1 - self.compression_ratio, 6)} cannot be reached: by the table of latencies, the "
+            f"targeted layers take at least {minimum / self.model_cost:.3f} of the dense model's time under "
+            f"min_rank={self.min_rank}, min_rank_ratio={self.min_rank_ratio}, rank_multiple={self.rank_multiple} and the "
+            f"patterns, and everything else takes {rest:.3f}. {reachable}"
+        )
+
+    @property
+    def counts_time(self) -> bool:
+        """Whether costs are measured times."""
+        return isinstance(self.costs, MeasuredTime)

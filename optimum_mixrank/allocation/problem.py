@@ -61,7 +61,7 @@ class LayerProfile:
 
     Costs are stored values times `price`: with a price of 1 they count parameters, with the number of tokens per image
     as the price they count multiply-adds per image. To count otherwise, as by latency, override `cost`, which must
-    increase with the rank, and `dense_cost`; break-even, candidate ranks and options follow from these two.
+    not fall with the rank, and `dense_cost`; break-even, candidate ranks and options follow from these two.
 
     Attributes:
         name: Name of the layer.
@@ -148,7 +148,10 @@ class LayerProfile:
         if self.fixed_rank is not None:
             return (self.fixed_rank,) if self.cost(self.fixed_rank) < self.dense_cost else ()
         highest = self.break_even if self.max_rank is None else min(self.break_even, self.max_rank)
-        return tuple(range(self._lowest_rank, highest + 1, self.rank_multiple))
+        ranks = range(self._lowest_rank, highest + 1, self.rank_multiple)
+        # Measured costs rise in steps: a rank that costs as much as the next one is never worth choosing.
+        costs = [*(self.cost(rank) for rank in ranks), self.dense_cost]
+        return tuple(rank for index, rank in enumerate(ranks) if costs[index] < costs[index + 1])
 
     @cached_property
     def options(self) -> tuple[int | None, ...]:

@@ -28,6 +28,7 @@ class BudgetPoint:
             is the loss of the one-shot factors to second order: compensation lowers it, and large errors exceed it.
         choices: The structure of every layer by canonical name.
         num_values: Values that the weights of these layers keep.
+        latency: Predicted share of the dense model's time, if that is what the budget counts.
     """
 
     ratio: float
@@ -35,6 +36,7 @@ class BudgetPoint:
     loss: float
     choices: Mapping[str, LayerChoice]
     num_values: int = 0
+    latency: float | None = None
 
     @property
     def ranks(self) -> dict[str, int | None]:
@@ -59,5 +61,7 @@ def profile_budgets(
         problem = problem or budget.problem(losses, mlp_losses)
         found = budget.solve(replace(problem, budget=budget.free_budget), allocation)
         values = budget.num_values(found.choices)
-        points.append(BudgetPoint(budget.compression_ratio, budget.kept(found), found.loss, found.choices, values))
+        latency = budget.kept_of_model(found) if budget.counts_time else None
+        kept = budget.kept(found)
+        points.append(BudgetPoint(budget.compression_ratio, kept, found.loss, found.choices, values, latency))
     return points

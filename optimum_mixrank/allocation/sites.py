@@ -81,7 +81,7 @@ def mlp_profile(
     layers: tuple[Sequence[str], str],
     shapes: tuple[tuple[int, int], tuple[int, int]],
     losses: Sequence[WidthLosses],
-    new_profile: NewProfile,
+    new_profiles: tuple[NewProfile, NewProfile],
 ) -> SiteProfile:
     """Return the profile of an MLP: at each width, each of its two layers is factored or dense.
 
@@ -90,16 +90,17 @@ def mlp_profile(
         layers: Names of the first layer, or of the gate and the value that are one layer together, and of the second.
         shapes: Shapes of the first and of the second layer at full width.
         losses: Losses by width.
-        new_profile: Makes the profile of one layer.
+        new_profiles: Make the profiles of the first and of the second layer.
     """
     (rows, n), (m, units) = shapes
     first_names, second_name = layers
+    new_first, new_second = new_profiles
     candidates: list[_Candidate] = []
     for each in losses:
         width = each.width if each.width < units else None
         pair = [
-            new_profile(f"{name}, first", rows // units * each.width, n, each.first.numpy()),
-            new_profile(f"{name}, second", m, each.width, each.second.numpy()),
+            new_first(f"{name}, first", rows // units * each.width, n, each.first.numpy()),
+            new_second(f"{name}, second", m, each.width, each.second.numpy()),
         ]
         for found in _separately(pair):
             first, second = found.option
@@ -107,7 +108,7 @@ def mlp_profile(
             parts = [LayerChoice(first.rank, shared, width, first.loss / len(first_names))] * len(first_names)
             last = LayerChoice(second.rank, False, width, second.loss + each.width_loss)
             candidates.append(_Candidate(found.cost, found.loss + each.width_loss, (*parts, last)))
-    dense = sum(new_profile(name, *shape, None).dense_cost for shape in shapes)
+    dense = new_first(name, rows, n, None).dense_cost + new_second(name, m, units, None).dense_cost
     return _profile(name, [*first_names, second_name], candidates, dense)
 
 

@@ -13,9 +13,12 @@ class LayerSpec:
         name: Canonical name.
         out_features: `m`.
         in_features: `n`.
-        price: Cost of one stored value: 1 to count parameters, tokens per image to count multiply-adds per image.
+        price: Cost of one stored value: 1 to count parameters, tokens per image to count multiply-adds per image or time.
         rank: Rank that the user asked for (`rank_pattern`).
         ratio: Fraction to remove that the user asked for (`ratio_pattern`).
+        members: Number of layers with the same input that it stands for.
+        side: The side that shrinks with the hidden units of its MLP, `"out"` or `"in"`; empty if none does.
+        full_size: Size of that side with all hidden units; None if it has them all.
     """
 
     name: str
@@ -24,11 +27,20 @@ class LayerSpec:
     price: int = 1
     rank: int | None = None
     ratio: float | None = None
+    members: int = 1
+    side: str = ""
+    full_size: int | None = None
 
     @property
-    def dense_cost(self) -> int:
-        """Cost of the dense weight."""
-        return self.out_features * self.in_features * self.price
+    def size(self) -> int:
+        """Size of the side that shrinks with the hidden units; the outputs, if none does."""
+        return self.in_features if self.side == "in" else self.out_features
+
+    @property
+    def full_shape(self) -> tuple[int, int]:
+        """The shape with all hidden units, `(out_features, in_features)`."""
+        full = self.full_size or self.size
+        return (self.out_features, full) if self.side == "in" else (full, self.in_features)
 
 
 @dataclass(frozen=True)

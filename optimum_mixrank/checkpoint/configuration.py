@@ -32,10 +32,13 @@ Recipe = Literal["best", "distilled", "fast", "paper", "paper_second_moment"]
 Metric = Literal["svd", "diagonal", "mean_input", "second_moment", "kfac"]
 Allocation = Literal["uniform", "greedy", "global"]
 Layout = Literal["factors", "pivoted"]
-Cost = Literal["parameters", "flops"]
+Cost = Literal["parameters", "flops", "latency"]
 
 _BY_RECIPE: Any = None
 """Default of the fields that the recipe fills in."""
+
+_BY_COST: Any = None
+"""Default of the fields that depend on what the budget counts."""
 
 
 @dataclass(kw_only=True, repr=False)
@@ -43,7 +46,8 @@ class MixRankConfig(QuantizationConfigMixin):
     """Configuration of a mixed-rank compression, stored as `quantization_config` in a checkpoint's `config.json`.
 
     Args:
-        compression_ratio (`float`): Fraction of the parameters to **remove**, in (0, 1).
+        compression_ratio (`float`): Fraction of the parameters to **remove**, in (0, 1), or of what else `cost` names.
+            With `target_latency` it is left out.
         compression_scope (`str`): What the ratio refers to: `"model"`, all parameters of the model, as in the paper's
             headline; `"targets"`, the weights of the targeted layers alone.
         recipe (`str`): Named choice of the fields from `metric` to `min_rank_ratio` that are optional: `"best"`,
@@ -93,14 +97,21 @@ class MixRankConfig(QuantizationConfigMixin):
             expressions, as in PEFT. The first matching key applies.
         ratio_pattern (`dict[str, float]`): Fractions of parameters to remove from individual layers, in [0, 1); 0
             leaves a layer dense.
-        rank_multiple (`int`): Ranks are multiples of this number (hardware likes 8, 16 or 32).
+        rank_multiple (`int`, *optional*): Ranks and widths are multiples of this number (hardware likes 8, 16 or 32).
+            Default: 1; with `cost="latency"`, what the table says.
         min_rank (`int`): Lower bound of every rank.
         min_rank_ratio (`float`, *optional*): Lower bound of every rank as a share of the layer's break-even rank, in
             [0, 1]. Break-even is `mn / (m + n)` for two factors, `min(m, n)` for a pivoted layer.
         max_rank_ratio (`float`, *optional*): Upper bound of the rank of a factored layer as a share of its break-even
             rank, in (0, 1]; a layer may still stay dense.
-        cost (`str`): What the budget counts: `"parameters"`, or `"flops"`, the multiply-adds for one image. They
-            differ where layers see different numbers of tokens, as in Swin.
+        cost (`str`): What the budget counts: `"parameters"`; `"flops"`, the multiply-adds for one image, which differ
+            where layers see different numbers of tokens, as in Swin; or `"latency"`, measured time.
+        latency_table (`str`, *optional*): File with the table of latencies for `cost="latency"`, as
+            `optimum-cli mixrank benchmark --table` and `measure_latency_table` make it on the device that will run the
+            model.
+        target_latency (`float`, *optional*): With `cost="latency"`, the most time that the whole compressed model may
+            take, by the table, as a share of the dense model's, in (0, 1). It takes the place of `compression_ratio`,
+            which becomes the rest, the share of the time to remove.
         dataset (`str`, *optional*): Folder of images, parquet file or Hub id of the calibration images, for compressing
             while loading: `from_pretrained(id, quantization_config=MixRankConfig(dataset=...))`.
         num_samples (`int`, *optional*): Number of calibration images to draw from a named dataset.
@@ -116,7 +127,7 @@ class MixRankConfig(QuantizationConfigMixin):
     """
 
     quant_method: str = QUANT_METHOD
-    compression_ratio: float = 0.5
+    compression_ratio: float = _BY_COST
     compression_scope: Scope = "model"
     recipe: Recipe = "best"
     metric: Metric | str = _BY_RECIPE
@@ -139,11 +150,13 @@ class MixRankConfig(QuantizationConfigMixin):
     exclude_modules: str | list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     ratio_pattern: dict[str, float] = field(default_factory=dict)
-    rank_multiple: int = 1
+    rank_multiple: int = _BY_COST
     min_rank: int = 1
     min_rank_ratio: float = _BY_RECIPE
     max_rank_ratio: float | None = None
     cost: Cost = "parameters"
+    latency_table: str | None = None
+    target_latency: float | None = None
     dataset: str | None = None
     num_samples: int = _BY_RECIPE
     seed: int = 42
@@ -158,6 +171,7 @@ class MixRankConfig(QuantizationConfigMixin):
         for field_name, value in RECIPES[self.recipe].items():
             if getattr(self, field_name) is None:
                 setattr(self, field_name, copy.copy(value))
+        self._fill_in_by_cost()
         self.validate()
 
     def __repr__(self) -> str:
@@ -173,6 +187,14 @@ class MixRankConfig(QuantizationConfigMixin):
             parts.append(f"rank_map=<{len(self.rank_map)} layers>")
         return f"{type(self).__name__}({', '.join(parts)})"
 
+    def _fill_in_by_cost(self) -> None:
+        if self.compression_ratio is None:
+            given = self.target_latency
+            # 1 - 0.7 is 0.30000000000000004.
+            self.compression_ratio = round(1 - given, 12) if validation.is_share(given) else 0.5
+        if self.rank_multiple is None and self.cost != "latency":
+            self.rank_multiple = 1
+
     def _can_mix(self) -> bool:
         """Return whether the structures of the recipe fit the fields that were given."""
         same_metric = self.metric in (None, RECIPES[self.recipe]["metric"])
@@ -186,6 +208,7 @@ class MixRankConfig(QuantizationConfigMixin):
             ValueError: for an invalid value; the message names field, value and remedy.
         """
         validation.check_method(self)
+        validation.check_cost(self)
         validation.check_ranks(self)
         validation.check_training(self)
         validation.check_data(self)

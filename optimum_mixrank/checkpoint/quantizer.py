@@ -7,6 +7,7 @@ is still on the meta device; the ordinary loading code (shards, dtypes, device m
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers.quantizers.base import HfQuantizer
@@ -130,6 +131,7 @@ def attach(model: PreTrainedModel, quantizer: MixRankHfQuantizer) -> None:
     config = quantizer.quantization_config
     # Checkpoints are published, and must not show paths of the machine on which they were made.
     config.dataset = None if config.dataset is None or is_local_path(config.dataset) else config.dataset
+    config.latency_table = None if config.latency_table is None else Path(config.latency_table).name
     model.config.quantization_config = config
     model.is_quantized = False
     for module in model.modules():

@@ -33,7 +33,6 @@ def check_method(config: Any) -> None:
     check_choice("metric", config.metric, tuple(METRICS))
     check_choice("allocation", config.allocation, tuple(ALLOCATORS))
     check_choice("layout", config.layout, LAYOUT_NAMES)
-    check_choice("cost", config.cost, ("parameters", "flops"))
     structures = config.structures
     if not isinstance(structures, list) or not structures or not is_known(structures, STRUCTURES):
         raise ValueError(
@@ -51,6 +50,45 @@ def check_method(config: Any) -> None:
         raise ValueError(f"compensation={quote(steps)} has an unknown step; choose among {names}.")
 
 
+def check_cost(config: Any) -> None:
+    """Check what the budget counts, and the settings of a budget of time."""
+    check_choice("cost", config.cost, ("parameters", "flops", "latency"))
+    table, target = config.latency_table, config.target_latency
+    if config.cost != "latency":
+        for name, value in (("latency_table", table), ("target_latency", target)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}={quote(value)} has no effect with cost={quote(config.cost)}; add cost='latency', or leave it "
+                    "out."
+                )
+        return
+    if not isinstance(table, str) or not table:
+        raise ValueError(
+            f"latency_table={quote(table)} is not the path of a file, which cost='latency' needs: measure one on the "
+            "device that will run the model with `optimum-cli mixrank benchmark --model … --table latencies.json`."
+        )
+    if target is None:
+        return
+    _check_number(
+        "target_latency", target, "(0, 1)", "It is the share of the dense model's time to keep: 0.6 is 60 %."
+    )
+    if config.compression_scope != "model":
+        raise ValueError(
+            f"target_latency={quote(target)} is a share of the whole model's time, which "
+            f"compression_scope={quote(config.compression_scope)} contradicts; leave the scope out."
+        )
+    if abs(1 - target - config.compression_ratio) > 1e-9:
+        raise ValueError(
+            f"target_latency={quote(target)} keeps that share of the time, so that {quote(round(1 - target, 6))} of it is "
+            f"removed; compression_ratio={quote(config.compression_ratio)} says something else. Give only one of the two."
+        )
+
+
+def is_share(value: object) -> bool:
+    """Return whether a value is a number between 0 and 1."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1
+
+
 def check_ranks(config: Any) -> None:
     """Check which layers are selected, and the bounds of their ranks."""
     _check_patterns("target_modules", config.target_modules)
@@ -62,7 +100,8 @@ def check_ranks(config: Any) -> None:
     for key, ratio in config.ratio_pattern.items():
         remedy = "It is the fraction of the layer's parameters to remove; 0 leaves the layer dense."
         _check_number(f"ratio_pattern[{quote(key)}]", ratio, "[0, 1)", remedy)
-    check_integer("rank_multiple", config.rank_multiple, 1)
+    if config.rank_multiple is not None or config.cost != "latency":
+        check_integer("rank_multiple", config.rank_multiple, 1)
     check_integer("min_rank", config.min_rank, 1)
     remedy = "It is a share of the break-even rank; 0.05 is usual."
     _check_number("min_rank_ratio", config.min_rank_ratio, "[0, 1]", remedy)

@@ -7,13 +7,17 @@ import dataclasses
 import inspect
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.formatting import format_milliseconds
 from .command import MixRankSubcommand, add_hub_arguments, default_device, load_checkpoint
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ..allocation.latency import LatencyTable
 
 MODEL, REFERENCE = "compressed", "dense"
 
@@ -29,25 +33,36 @@ examples:
   optimum-cli mixrank benchmark --model out
   optimum-cli mixrank benchmark --model out --reference facebook/deit-base-patch16-224 --batch-size 1 8 64 --threads 4
   optimum-cli mixrank benchmark --model out --device cuda --dtype float16 --compile --json
+
+With --table, time the layers of a dense model instead, at several ranks and widths, for --cost latency:
+
+  optimum-cli mixrank benchmark --model facebook/deit-base-patch16-224 --table latencies.json --batch-size 8 --threads 4
 """
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """See `MixRankSubcommand`."""
         add = parser.add_argument
-        add("--model", required=True, help="compressed checkpoint: local folder or Hub id")
+        add(
+            "--model", required=True, help="compressed checkpoint, or with --table a dense one: local folder or Hub id"
+        )
+        add("--table", type=Path, metavar="FILE", help="table of latencies to write, as JSON; replaces the comparison")
+        runtime = "with --table, what runs the layers: eager (default), compile (the same as --compile) or onnxruntime"
+        add("--runtime", help=runtime)
         add(
             "--reference",
             help="dense checkpoint to compare with; default: the compressed model with its factors multiplied",
         )
-        add("--batch-size", type=int, nargs="+", default=[1, 32], help="images per forward pass; default: 1 32")
+        batches = "images per forward pass; default: 1 32, and 1 with --table, which takes a single value"
+        add("--batch-size", type=int, nargs="+", help=batches)
         add("--image-size", type=int, help="height and width of the images in pixels; default: that of the model")
         interpolate = "interpolate position embeddings; default: where --image-size is given and the model can"
         add("--interpolate-pos-encoding", action=BooleanOptionalAction, default=None, help=interpolate)
         add("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
         add("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
         add("--threads", type=int, help="number of CPU threads; default: PyTorch's choice")
-        add("--repeats", type=int, default=20, help="timed repetitions of each model, at least 6; default: 20")
+        repeats = "timed repetitions of each model, at least 6; default: 20, and 9 with --table"
+        add("--repeats", type=int, help=repeats)
         add("--warmup", type=int, default=3, help="forward passes before the timed ones; default: 3")
         add("--compile", action="store_true", help="compile both models with torch.compile")
         add_hub_arguments(parser)
@@ -55,7 +70,11 @@ examples:
     def execute(self) -> tuple[str, dict[str, Any]]:
         """See `MixRankSubcommand`."""
         args = self.args
+        args.repeats = args.repeats if args.repeats is not None else 9 if args.table else 20
+        args.batch_size = args.batch_size if args.batch_size is not None else [1] if args.table else [1, 32]
         self._check_options()
+        if args.table is not None:
+            return self._measure_table()
         import torch
 
         from ..checkpoint.files import count_parameters
@@ -101,6 +120,41 @@ examples:
                 raise ValueError(f"{option} {value} is not positive.")
         if args.repeats < MIN_REPEATS:
             raise ValueError(f"--repeats {args.repeats} is too few for an interval; use {MIN_REPEATS} or more.")
+        if args.table is None:
+            if args.runtime is not None:
+                raise ValueError(f"--runtime {args.runtime} has no effect without --table; leave it out.")
+            return
+        for option in ("reference", "image_size", "interpolate_pos_encoding"):
+            if getattr(args, option) is not None:
+                raise ValueError(f"--{option.replace('_', '-')} has no effect with --table; leave it out.")
+        if len(args.batch_size) > 1:
+            raise ValueError(
+                f"--batch-size {' '.join(map(str, args.batch_size))} names several sizes, but a table is for one; measure "
+                "one table for each."
+            )
+        if args.compile and args.runtime not in (None, "compile"):
+            raise ValueError(f"--compile contradicts --runtime {args.runtime}; leave one of them out.")
+
+    def _measure_table(self) -> tuple[str, dict[str, Any]]:
+        """Measure a table of latencies and write it; return a summary and the table as JSON values."""
+        import torch
+
+        from ..checkpoint.original import parse_dtype
+        from ..evaluation.latency_table import measure_latency_table, save_latency_table
+        from ..evaluation.runtimes import check_runtime
+        from ..runtime.files import check_writable_file
+
+        args = self.args
+        check_writable_file(args.table)
+        device = torch.device(args.device or default_device())
+        runtime = args.runtime or ("compile" if args.compile else "eager")
+        check_runtime(runtime, device)
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        model = load_checkpoint(args, args.model, parse_dtype(args.dtype)).to(device).eval()
+        table = measure_latency_table(model, args.batch_size[0], runtime=runtime, repeats=args.repeats)
+        save_latency_table(table, args.table)
+        return _table_text(table, args.table), table.to_dict()
 
     def _timings(
         self, models: dict[str, PreTrainedModel], batch: dict[str, Any], activations: dict[str, int]
@@ -158,6 +212,26 @@ examples:
         options = {"interpolate_pos_encoding": True} if interpolate or (interpolate is None and size and takes) else {}
         image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
         return shape, {"pixel_values": image.to(model.device, model.dtype), **options}
+
+
+def _table_text(table: LatencyTable, file: Path) -> str:
+    conditions, rest = table.conditions, table.rest_seconds / table.model_seconds
+    about = ", ".join(
+        f"{name.replace('_', ' ')} {conditions[name]}"
+        for name in ("device", "threads", "dtype", "runtime", "batch_size")
+    )
+    multiple = table.rank_multiple
+    ranks = f"multiples of {multiple} cost no more" if multiple > 1 else "no multiple is better than another"
+    return "\n".join(
+        [
+            f"{'Dense model':<28}{format_milliseconds(table.model_seconds)} per batch",
+            f"{'  without its linear layers':<28}{format_milliseconds(table.rest_seconds)} ({rest:.1%})",
+            f"{'Shapes':<28}{len(table.layers)}",
+            f"{'Ranks and widths':<28}{ranks}",
+            f"{'Conditions':<28}{about}",
+            f"{'Table':<28}{file}",
+        ]
+    )
 
 
 def _text(values: Mapping[str, Any]) -> str:

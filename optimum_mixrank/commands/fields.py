@@ -28,7 +28,9 @@ class Field(NamedTuple):
 
 
 FIELDS: dict[str, Field] = {
-    "compression_ratio": Field("ratio", fraction, "fraction of parameters to remove, in (0, 1); default: 0.5"),
+    "compression_ratio": Field(
+        "ratio", fraction, "fraction of parameters or of the --cost to remove, in (0, 1); default: 0.5"
+    ),
     "compression_scope": Field("scope", str, "what the ratio refers to: model (default) or targets"),
     "recipe": Field("recipe", str, "best (default), distilled, fast, paper or paper_second_moment"),
     "metric": Field("metric", str, "kfac, second_moment, mean_input, diagonal or svd"),
@@ -51,7 +53,7 @@ FIELDS: dict[str, Field] = {
     "exclude_modules": Field("exclude-modules", list, "layers not to compress"),
     "rank_pattern": Field("rank-pattern", pattern, "ranks of individual layers, such as query=64"),
     "ratio_pattern": Field("ratio-pattern", pattern, "ratios of individual layers, such as query=0.5"),
-    "rank_multiple": Field("rank-multiple", int, "ranks are multiples of this; default: 1"),
+    "rank_multiple": Field("rank-multiple", int, "ranks are multiples of this; default: 1, or by the table"),
     "min_rank": Field("min-rank", int, "smallest rank; default: 1"),
     "min_rank_ratio": Field("min-rank-ratio", float, "smallest rank as a share of the break-even rank"),
     "max_rank_ratio": Field("max-rank-ratio", float, "largest rank as a share of the break-even rank"),
@@ -59,7 +61,11 @@ FIELDS: dict[str, Field] = {
         "output-names", list, "outputs of the model to compare, such as predicted_depth; default: by structure"
     ),
     "interpolate_pos_encoding": Field("interpolate-pos-encoding", bool, "for images of another size than the model's"),
-    "cost": Field("cost", str, "what the budget counts: parameters (default) or flops"),
+    "cost": Field("cost", str, "what the budget counts: parameters (default), flops or latency"),
+    "latency_table": Field("latency-table", str, "file of `benchmark --table`, for --cost latency"),
+    "target_latency": Field(
+        "target-latency", fraction, "most time of the whole model, as a share of the dense one's; in place of --ratio"
+    ),
     "dataset": Field("dataset", str, "images: local folder, parquet file or folder, or Hub id"),
     "num_samples": Field("num-samples", int, "number of calibration images to draw; default: 512, 10000 of distilled"),
     "seed": Field("seed", int, "seed of all random numbers; default: 42"),

@@ -98,10 +98,10 @@ def fraction(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; 0.6 removes 60 %.") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give a fraction, such as 0.6.") from None
     if 0 < value < 1:
         return value
-    meant = f": did you mean {value / 100:g}?" if 5 <= value < 100 else "; 0.6 removes 60 %."
+    meant = f": did you mean {value / 100:g}?" if 5 <= value < 100 else "; give a fraction, such as 0.6."
     raise argparse.ArgumentTypeError(f"{text} is not in (0, 1){meant}")
 
 

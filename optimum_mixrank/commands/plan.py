@@ -12,6 +12,8 @@ from .parsing import fraction
 from .statistics import add_statistics_argument, has_statistics, read_statistics, take_statistics
 
 
+RATIOS = [0.3, 0.4, 0.5, 0.6, 0.7]
+
 PICTURE_FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -23,6 +25,8 @@ class PlanCommand(MixRankSubcommand):
 example:
   optimum-cli mixrank plan --model facebook/deit-base-patch16-224 --dataset path/to/images --ratios 0.4 0.5 0.6 0.7 \\
       --plot profile.png
+  optimum-cli mixrank plan --model facebook/deit-base-patch16-224 --dataset path/to/images --cost latency \\
+      --latency-table latencies.json --ratios 0.3 0.4 0.5
 """
     shares_work = True
 
@@ -32,8 +36,11 @@ example:
         add = parser.add_argument
         add("--model", required=True, help="local folder or Hub id")
         add_statistics_argument(parser)
-        ratios = "fractions of parameters to remove; default: 0.3 0.4 0.5 0.6 0.7"
-        add("--ratios", type=fraction, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help=ratios)
+        ratios = (
+            "fractions of parameters, or of the --cost, to remove; default: that of --target-latency, else 0.3 0.4 0.5 "
+            "0.6 0.7"
+        )
+        add("--ratios", type=fraction, nargs="+", help=ratios)
         add("--plot", type=Path, help="plot to write: .png, .svg or .pdf")
         add_model_arguments(parser)
         add_field_arguments(parser)
@@ -61,7 +68,8 @@ example:
             calibration = take_statistics(args, compressor, config, images)
         elif reuse:
             calibration = read_statistics(args, compressor, config, images)
-        profile = compressor.profile(calibration, config, args.ratios)
+        default = RATIOS if config.target_latency is None else [config.compression_ratio]
+        profile = compressor.profile(calibration, config, args.ratios or default)
         if args.plot is not None and compressor.processes.is_main:
             profile.plot(args.plot)
         return str(profile), profile.to_dict()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 import timeit
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from ..runtime.forward import evaluation_mode
 
 # Of fewer values, the smallest and the largest do not enclose the median with 95 % confidence.
 MIN_REPEATS = 6
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -84,15 +87,11 @@ def measure_latency(
         ValueError: for too few repetitions or warm-up passes.
     """
     device = next(tensor.device for tensor in tree_leaves(dict(inputs)) if isinstance(tensor, Tensor))
-
-    def forward(model: nn.Module) -> Callable[[], Any]:
-        return lambda: model(**inputs)
-
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(evaluation_mode(model))
         return measure_calls(
-            {name: forward(model) for name, model in models.items()},
+            {name: partial(model, **inputs) for name, model in models.items()},
             len(inputs["pixel_values"]),
             device=device,
             repeats=repeats,
@@ -128,27 +127,54 @@ def measure_calls(
     if warmup < 1:
         raise ValueError(f"warmup={warmup} is not positive; the first pass of a model is always slower.")
     device = torch.device("cpu") if device is None else device
+    times = time_in_turns(calls, device, repeats=repeats, warmup=warmup, min_seconds=min_seconds, equally=True)
+    return {name: Latency(batch_size, values) for name, values in times.items()}
 
-    def seconds(call: Callable[[], Any], passes: int) -> float:
+
+def time_in_turns(
+    functions: Mapping[Name, Callable[[], Any]],
+    device: torch.device,
+    *,
+    repeats: int,
+    warmup: int = 1,
+    min_seconds: float = 0.0,
+    equally: bool = False,
+    on_turn: Callable[[], Any] = lambda: None,
+) -> dict[Name, tuple[float, ...]]:
+    """Time several functions in turns; return the seconds per call, one value for each repetition.
+
+    Args:
+        functions: By name.
+        device: Where they work; the clock is read when all its work is done.
+        repeats: Number of repetitions, each of which starts with another function.
+        warmup: Calls of each function that are not timed.
+        min_seconds: Minimum time of a repetition, which makes as many calls as it takes.
+        equally: Whether all functions are called equally often, as often as the fastest needs it.
+        on_turn: Called after each function has been timed once, as for a progress bar.
+    """
+
+    def seconds(function: Callable[[], Any], calls: int) -> float:
         def work() -> None:
-            for _ in range(passes):
-                call()
+            for _ in range(calls):
+                function()
             _synchronize(device)
 
         _synchronize(device)
-        return timeit.timeit(work, number=1) / passes
+        return timeit.timeit(work, number=1) / calls
 
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        seconds(call, warmup)
-    fastest = min(seconds(call, 1) for call in calls.values())
-    passes = max(1, math.ceil(min_seconds / fastest))
-    order = list(calls)
+    for function in functions.values():
+        seconds(function, warmup)
+    single = {name: seconds(function, 1) for name, function in functions.items()}
+    fastest = min(single.values())
+    calls = {name: max(1, math.ceil(min_seconds / (fastest if equally else single[name]))) for name in functions}
+    times: dict[Name, list[float]] = {name: [] for name in functions}
+    order = list(functions)
     for _ in range(repeats):
         for name in order:
-            times[name].append(seconds(calls[name], passes))
+            times[name].append(seconds(functions[name], calls[name]))
+            on_turn()
         order.append(order.pop(0))
-    return {name: Latency(batch_size, tuple(values)) for name, values in times.items()}
+    return {name: tuple(values) for name, values in times.items()}
 
 
 def time_ratio(latency: Latency, reference: Latency) -> TimeRatio:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers.utils import logging
@@ -36,6 +36,7 @@ from ..runtime.files import is_local_path
 from ..runtime.logging import get_logger
 from ..runtime.malloc import bounded_heap
 from ..runtime.phases import phase
+from .costs import latency_record
 from .decompose import Decompositions, decompose, decompose_by_groups, factorize_layers, with_joints
 from .fidelity import measure_fidelity
 from .memory import MemoryPlan, MemoryTask, agree_on_plan, estimate_memory
@@ -105,6 +106,7 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
                 processes=run.processes,
                 memory={} if memory is None else memory.record(),
                 fidelity=fidelity,
+                latency=allocated.latency,
             )
         )
     # All processes get the timings of the main one.
@@ -113,12 +115,13 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
 
 @dataclass(frozen=True)
 class _Allocated:
-    """The losses of layers and of MLPs, what was chosen by canonical name, and the losses under other budgets."""
+    """The losses of layers and of MLPs, what was chosen by canonical name, losses under other budgets, and the latency."""
 
     losses: Mapping[str, np.ndarray]
     mlp_losses: Mapping[str, Sequence[WidthLosses]]
     choices: Mapping[str, LayerChoice]
     profile: Sequence[BudgetPoint]
+    latency: Mapping[str, Any]
 
 
 def _images_within_memory(run: CompressionRun) -> tuple[list[Batch], MemoryPlan | None]:
@@ -257,7 +260,8 @@ def _allocate(run: CompressionRun, decompositions: Decompositions) -> _Allocated
     with phase("Profiled", logging.DEBUG) as profiling:
         profile = profile_budgets(_around(run.budget), losses, run.config.allocation, mlp_losses, problem)
     run.seconds.update(allocate=allocating.seconds, profile=profiling.seconds)
-    return _Allocated(losses, mlp_losses, allocation.choices, profile)
+    latency = latency_record(run.budget, allocation)
+    return _Allocated(losses, mlp_losses, allocation.choices, profile, latency)
 
 
 def _rank_range(ranks: Mapping[str, int | None]) -> str:
@@ -351,6 +355,7 @@ def _configuration(run: CompressionRun, rank_map: Mapping[str, FactoredLayer]) -
         run.config,
         rank_map={name: entry.to_dict() for name, entry in rank_map.items()},
         layout_version=layout_version(rank_map.values()),
+        rank_multiple=run.budget.rank_multiple,
     )
     if run.calibration is not None and run.calibration.fisher_samples is not None:
         config.fisher_samples = run.calibration.fisher_samples

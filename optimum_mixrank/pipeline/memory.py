@@ -184,7 +184,7 @@ def plan_memory(
             images,
             (store, kept),
             # A second compressed model is kept in case the step is rolled back.
-            (compute, copies - size.weights + 2 * size.weights * (1 - task.config.compression_ratio)),
+            (compute, copies - size.weights + 2 * size.weights * _kept_weights(task.config)),
             (DISK if storage.on_disk else compute, 2 * views * size.boundary),
             (compute, min(views * size.outputs, storage.max_output_bytes)),
             (compute, batch * (size.forward + size.outputs)),
@@ -193,6 +193,11 @@ def plan_memory(
     not_counted = tuple(name for name in steps if name not in LAYERWISE)
     names = [[layer.name for layer in group] for group in groups]
     return MemoryPlan({phase: _by_place(parts) for phase, parts in phases.items()}, names, storage, not_counted)
+
+
+def _kept_weights(config: MixRankConfig) -> float:
+    """Return the largest share of the weights that may be left; how much a budget of time removes is not known before."""
+    return 1.0 if config.cost == "latency" else 1 - config.compression_ratio
 
 
 def fit_memory(size: ModelSize, task: MemoryTask, limits: Mapping[str, int]) -> MemoryPlan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from ..allocation.profile import NATS, NORMALISED, profile_budgets
@@ -11,6 +10,7 @@ from ..calibration.targets import find_targets
 from ..checkpoint.configuration import MixRankConfig
 from ..decomposition import METRICS
 from ..reporting.profile import RankProfile
+from .costs import with_ratio
 from .decompose import check_weights, decompose, with_joints
 from .images import ImageReader
 from .run import free_sites, rank_budget, shared_fingerprint
@@ -25,7 +25,7 @@ def profile_model(
         reader: Holds the model and the processes.
         calibration: Statistics for the metric of the configuration.
         config: All settings but the ratio.
-        ratios: Values of `compression_ratio`.
+        ratios: Values of `compression_ratio`; with `cost="latency"`, shares of the time to remove.
 
     Raises:
         ValueError: for statistics of another model, or a ratio that cannot be reached.
@@ -35,7 +35,7 @@ def profile_model(
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     check_weights(targets)
     statistics = calibration if metric.uses_data else None
-    settings = [dataclasses.replace(config, compression_ratio=ratio) for ratio in sorted(ratios)]
+    settings = [with_ratio(config, ratio) for ratio in sorted(ratios)]
     sites = free_sites(model, config, targets, metric, statistics)
     budgets = [rank_budget(model, each, targets, sites) for each in settings]
     for budget in budgets:

@@ -17,9 +17,9 @@ from ..calibration.targets import encoder_linears, match_values, select_targets
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.names import Target
 from ..decomposition import METRICS, Metric
-from ..evaluation.flops import flops_per_image, tokens_per_image
 from ..runtime.distributed import Processes
 from ..runtime.journal import NO_JOURNAL, Journal
+from .costs import model_costs, timed_sites
 from .decompose import check_weights, priced_sites
 from .images import ImageReader
 from .memory import MaxMemory
@@ -144,7 +144,7 @@ def free_sites(
         **match_values(targets, config.ratio_pattern, "ratio_pattern"),
     }
     free = [target for target in targets if target.canonical_name not in given]
-    sites = find_sites(model, free, together, config.model_call)
+    sites = timed_sites(model, config, find_sites(model, free, together, config.model_call))
     return sites if calibration is None else priced_sites(sites, calibration)
 
 
@@ -165,21 +165,18 @@ def rank_budget(
     """Return the constraints under which ranks are allocated.
 
     Raises:
-        ValueError: if a pattern matches no layer, or a rank or ratio does not fit its layer.
+        ValueError: if a pattern matches no layer, a rank or ratio does not fit its layer, or there is no table of
+            latencies for this model.
     """
     rank_pattern = match_values(targets, config.rank_pattern, "rank_pattern")
     ratio_pattern = match_values(targets, config.ratio_pattern, "ratio_pattern")
-    tokens, model_cost = {}, sum(parameter.numel() for parameter in model.parameters())
-    if config.cost == "flops":
-        tokens = tokens_per_image(model, [target.name for target in targets])
-        # A multiply-add counts two FLOPs.
-        model_cost = flops_per_image(model) // 2
+    counted = model_costs(model, config, targets)
     layers = [
         LayerSpec(
             name=target.canonical_name,
             out_features=target.shape[0],
             in_features=target.shape[1],
-            price=tokens.get(target.name, 1),
+            price=counted.prices.get(target.name, 1),
             rank=rank_pattern.get(target.canonical_name),
             ratio=ratio_pattern.get(target.canonical_name),
         )
@@ -187,11 +184,11 @@ def rank_budget(
     ]
     return RankBudget(
         layers,
-        model_cost=model_cost,
-        unit="multiply-adds per image" if config.cost == "flops" else "parameters",
+        model_cost=counted.model_cost,
+        costs=counted.costs,
         compression_ratio=config.compression_ratio,
         compression_scope=config.compression_scope,
-        rank_multiple=config.rank_multiple,
+        rank_multiple=config.rank_multiple or counted.rank_multiple,
         min_rank=config.min_rank,
         min_rank_ratio=config.min_rank_ratio,
         max_rank_ratio=config.max_rank_ratio,

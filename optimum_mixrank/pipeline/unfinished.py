@@ -24,6 +24,7 @@ from ..runtime.folders import check_writable_folder, resolved
 from ..runtime.journal import ACTIVATIONS, Entry, Journal
 from ..runtime.logging import get_logger
 from ..runtime.version import __version__
+from .costs import table_of
 
 
 if TYPE_CHECKING:
@@ -288,6 +289,7 @@ def _identity_of(run: CompressionRun, images: str | None, allow_tf32: bool) -> d
         "model's config.json": _digest(settings),
         "image processor": None if image_processor is None else _digest(_settings(image_processor)),
         **run.config.to_dict(),
+        "latencies": _digest(table_of(run.budget.costs)),
         "batch_size": run.reader.batch_size,
         "max_broken_share": run.reader.max_broken_share,
         "max_image_pixels": run.reader.max_image_pixels,

@@ -97,6 +97,7 @@ class Outcome:
         processes: The processes that shared the work.
         memory: See `ReportData`.
         fidelity: See `ReportData`.
+        latency: See `ReportData`.
     """
 
     config: MixRankConfig
@@ -116,6 +117,7 @@ class Outcome:
     processes: Processes
     memory: Mapping[str, Any]
     fidelity: Mapping[str, Any]
+    latency: Mapping[str, Any]
 
 
 def build_report(outcome: Outcome) -> CompressionReport:
@@ -151,6 +153,7 @@ def build_report(outcome: Outcome) -> CompressionReport:
         seconds={step: round(value, 3) for step, value in outcome.seconds.items()},
         memory=outcome.memory,
         fidelity=outcome.fidelity,
+        latency=outcome.latency,
     )
 
 

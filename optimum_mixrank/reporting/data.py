@@ -123,6 +123,8 @@ class ReportData:
             images for statistics, and `not_counted`, the steps that the estimate leaves out. Empty without a limit.
         fidelity: Comparison with the original on images that were at hand: `num_images`, whether they are `held_out`,
             `agreement` and `kl`, or `feature_error`. Empty without images.
+        latency: If the budget was one of time, by the table of latencies: `predicted_share` of the dense model's time,
+            `predicted_seconds` and `dense_seconds` per batch, and the `conditions` of the measurement. Empty otherwise.
 
     Raises:
         TypeError: if settings and the like hold anything but JSON values.
@@ -147,6 +149,7 @@ class ReportData:
     profile: Sequence[Mapping[str, Any]] = ()
     loss_unit: str | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
+    latency: Mapping[str, Any] = field(default_factory=dict)
     dtype_on_disk_before: str | None = None
     dtype_on_disk_after: str | None = None
     fidelity: Mapping[str, Any] = field(default_factory=dict)

@@ -39,9 +39,12 @@ class RankProfile:
     unit: str
 
     def __str__(self) -> str:
-        lines = [f"{'ratio':>7}  {'kept':>7}  predicted loss ({self.unit})"]
+        timed = any(point.latency is not None for point in self.points)
+        time = f"{'time':>7}  " if timed else ""
+        lines = [f"{'ratio':>7}  {'kept':>7}  {time}predicted loss ({self.unit})"]
         for point in self.points:
-            line = f"{point.ratio:>7.1%}  {point.kept:>7.1%}  {point.loss:.4g}"
+            time = "" if point.latency is None else f"{point.latency:>7.3f}  "
+            line = f"{point.ratio:>7.1%}  {point.kept:>7.1%}  {time}{point.loss:.4g}"
             lines.append(", ".join([line, *_structures(point.choices.values())]))
         for point in self.points:
             note = "; * one first factor for several layers" if _any_shared(point) else ""
@@ -79,8 +82,9 @@ class RankProfile:
             left.set(ylabel=f"predicted loss ({self.unit})", ylim=(0, None))
             _draw_mean_ranks(middle, removed, self.points)
             _draw_structures(right, removed, self.points)
+            what = "parameters" if self.points[0].latency is None else "time"
             for axes in (left, middle, right):
-                axes.set(xlabel="parameters removed (%)")
+                axes.set(xlabel=f"{what} removed (%)")
             figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
         return path
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..runtime.formatting import format_bytes, format_count
+from ..runtime.formatting import format_bytes, format_count, format_milliseconds
 from .data import LayerReport, ReportData
 from .structure import hidden_units, shared_factors
 from .verdict import verdict
@@ -44,6 +44,17 @@ def dtype_change(report: ReportData) -> str:
     """Return `float16 -> float32` if the checkpoint is stored in another dtype than the original, else nothing."""
     before, after = report.dtype_on_disk_before, report.dtype_on_disk_after
     return f"{before} -> {after}" if before and after and before != after else ""
+
+
+def latency_text(report: ReportData) -> str:
+    """Return the predicted latency, such as `84.2 ms -> 50.4 ms  (0.599 of the dense model; batch 1, cpu, eager)`."""
+    latency = report.latency
+    before, after = (format_milliseconds(latency[name]) for name in ("dense_seconds", "predicted_seconds"))
+    conditions = latency.get("conditions", {})
+    shown = [f"batch {conditions['batch_size']}"] if "batch_size" in conditions else []
+    shown += [str(conditions[name]) for name in ("device", "dtype", "runtime") if name in conditions]
+    about = "; ".join([f"{latency['predicted_share']:.3f} of the dense model", *([", ".join(shown)] if shown else [])])
+    return f"{before} -> {after}  ({about})"
 
 
 def _layer_row(layer: LayerReport, name: str) -> tuple[str, ...]:
@@ -105,6 +116,8 @@ def _summary(report: ReportData) -> list[str]:
     lines += [_fact(label, text) for label, text in structures.items() if text]
     if report.flops_before is not None and report.flops_after is not None:
         lines.append(_change("FLOPs per image", report.flops_before, report.flops_after))
+    if report.latency:
+        lines.append(_fact("Latency, predicted", latency_text(report)))
     if report.bytes_on_disk_after is not None:
         size = _bytes(report.bytes_on_disk_before, report.bytes_on_disk_after, dtype_change(report))
         lines.append(_fact("Bytes on disk", size))

@@ -41,6 +41,12 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def format_milliseconds(seconds: float) -> str:
+    """Format a short time as `84.2 ms`, with three digits: `1.23 ms`, `842 ms`."""
+    value = 1000 * seconds
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.{1 if value >= 10 else 2}f} ms"
+
+
 def shorten(text: str, limit: int = 200) -> str:
     """Return a text for a message: at most `limit` characters and an ellipsis, and no character that a terminal obeys."""
     kept = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text[:limit])

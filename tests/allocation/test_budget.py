@@ -92,8 +92,8 @@ def test_ranks_keep_floors_multiples_and_break_even(allocation):
         if rank is not None:
             assert rank % 4 == 0
             assert rank >= 5
-            assert rank >= 0.3 * layer.dense_cost / (layer.out_features + layer.in_features)
-            assert cost(layer, rank) < layer.dense_cost
+            assert rank >= 0.3 * cost(layer, None) / (layer.out_features + layer.in_features)
+            assert cost(layer, rank) < cost(layer, None)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_ratio_pattern_removes_at_least_that_share(allocation, shape, ratio, mul
     layers = [LayerSpec("a", *shape, ratio=ratio), LayerSpec("b", 100, 100)]
     ranks = make_budget(layers, 0.05, rank_multiple=multiple).allocate(losses_of(layers), allocation).ranks
     assert ranks["a"] == rank
-    assert cost(layers[0], rank) <= (1 - ratio) * layers[0].dense_cost + 1e-6
+    assert cost(layers[0], rank) <= (1 - ratio) * cost(layers[0], None) + 1e-6
 
 
 def test_ratio_pattern_that_leaves_no_rank():
@@ -214,7 +214,7 @@ def random_budget(seed):
                 ratio=[0, 0.25, 0.5][generator.integers(3)] if kind == 1 else None,
             )
         )
-    targeted = sum(layer.dense_cost for layer in layers)
+    targeted = sum(cost(layer, None) for layer in layers)
     return layers, {
         "scope": ["model", "targets"][generator.integers(2)],
         "model_cost": targeted + int(generator.integers(0, targeted)),

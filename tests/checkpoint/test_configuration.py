@@ -51,7 +51,11 @@ FULL = {
 }
 
 
-@pytest.fixture(params=[{}, FULL], ids=["default", "full"])
+LATENCY = {"cost": "latency", "latency_table": "latencies.json", "target_latency": 0.7}
+"""Fields that contradict some of the others."""
+
+
+@pytest.fixture(params=[{}, FULL, LATENCY], ids=["default", "full", "latency"])
 def config(request):
     return MixRankConfig(**copy.deepcopy(request.param))
 
@@ -72,7 +76,7 @@ def warnings(caplog, monkeypatch):
 
 def test_full_really_is_full():
     provided = {"quant_method", "layout_version", "library_version"}
-    assert {field.name for field in dataclasses.fields(MixRankConfig)} == FULL.keys() | provided
+    assert {field.name for field in dataclasses.fields(MixRankConfig)} == FULL.keys() | LATENCY.keys() | provided
     for name, value in FULL.items():
         assert value != getattr(MixRankConfig(), name)
 
@@ -126,7 +130,7 @@ def test_deepcopy_shares_nothing():
 
 
 def test_replace_changes_and_validates(config):
-    assert dataclasses.replace(config, compression_ratio=0.25).compression_ratio == 0.25
+    assert dataclasses.replace(config, held_out_ratio=0.25).held_out_ratio == 0.25
     with pytest.raises(ValueError, match="compression_ratio=2"):
         dataclasses.replace(config, compression_ratio=2)
     with pytest.raises(TypeError, match="has no argument `ratio`"):
@@ -209,7 +213,7 @@ def test_probes_without_gradients_are_refused_unless_stored():
     [
         *(
             ("compression_ratio", value, r"is not in \(0, 1\)\. It is the fraction of parameters to remove")
-            for value in (0, 1, 1.5, -0.1, "0.6", None, True, float("nan"))
+            for value in (0, 1, 1.5, -0.1, "0.6", True, float("nan"))
         ),
         ("compression_scope", "encoder", "is unknown; choose one of 'model', 'targets'"),
         ("compression_scope", None, "is unknown; choose one of"),
@@ -231,7 +235,7 @@ def test_probes_without_gradients_are_refused_unless_stored():
         ("compensation", ["residual", "sequential"], "recomputes every layer from the original"),
         ("max_rank_ratio", 0.05, r"is not in \(0\.05, 1\]\. It is a share .* above min_rank_ratio=0\.05"),
         ("max_rank_ratio", "0.5", r"is not in \(0\.05, 1\]"),
-        ("cost", "latency", "is unknown; choose one of 'parameters', 'flops'"),
+        ("cost", "watts", "is unknown; choose one of 'parameters', 'flops', 'latency'"),
         ("mirror", 1, "is neither True nor False"),
         ("epochs", 0, "is not an integer of at least 1"),
         ("learning_rate", 0, r"is not in \(0, 1\)\. The default is 5e-4"),
@@ -400,3 +404,43 @@ def test_warnings_about_a_stored_configuration_are_short_and_harmless(warnings):
     assert len(warnings.messages) == 2
     for message in warnings.messages:
         assert "\x1b" not in message and len(message) < 1500
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"cost": "latency"},
+            r"latency_table=None is not the path of a file, which cost='latency' needs: measure one",
+        ),
+        ({"cost": "latency", "latency_table": 3}, r"latency_table=3 is not the path of a file"),
+        ({"target_latency": 0.6}, r"target_latency=0.6 has no effect with cost='parameters'; add cost='latency'"),
+        ({"latency_table": "a", "cost": "flops"}, r"latency_table='a' has no effect with cost='flops'"),
+        *(
+            (
+                {**LATENCY, "target_latency": value},
+                r"target_latency=.* is not in \(0, 1\)\. It is the share of the dense",
+            )
+            for value in (0, 1, 1.5, "0.6", True, float("nan"))
+        ),
+        (
+            {**LATENCY, "compression_ratio": 0.7},
+            r"target_latency=0.7 keeps that share of the time, so that 0.3 of it is removed; compression_ratio=0.7 says "
+            r"something else\. Give only one of the two",
+        ),
+        ({**LATENCY, "compression_scope": "targets"}, r"compression_scope='targets' contradicts"),
+        ({**LATENCY, "rank_multiple": 0}, r"rank_multiple=0 is not an integer of at least 1"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_budget_of_time(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MixRankConfig(**changes)
+
+
+def test_the_target_takes_the_place_of_the_ratio():
+    config = MixRankConfig(**LATENCY)
+    assert (config.compression_ratio, config.rank_multiple) == (0.3, None)
+    assert MixRankConfig(**LATENCY, compression_ratio=0.3) == config
+    assert MixRankConfig(cost="latency", latency_table="a").compression_ratio == 0.5
+    assert MixRankConfig().rank_multiple == 1

@@ -26,7 +26,7 @@ def compress(*arguments, code=2):
         (("--xyzzy",), "There is no option --xyzzy.\n"),
         (("stray",), "'stray' belongs to no option."),
         (("--ratio", "30"), "30 is not in (0, 1): did you mean 0.3?"),
-        (("--ratio", "half"), "'half' is not a number; 0.6 removes 60 %."),
+        (("--ratio", "half"), "'half' is not a number; give a fraction, such as 0.6."),
         (("--recipe", "bset"), "'bset' is unknown; did you mean best?"),
         (("--rank-pattern", "query:64"), "'query:64' is neither NAME=NUMBER, such as query=64, nor a JSON object"),
         (("--epochs", "many"), "invalid int value: 'many'"),
@@ -98,5 +98,5 @@ def test_patterns():
 def test_fractions():
     assert fraction("0.25") == 0.25
     for text in ("0", "1", "-3", "250", "nan", "inf"):
-        with pytest.raises(ArgumentTypeError, match=re.escape(f"{text} is not in (0, 1); 0.6 removes")):
+        with pytest.raises(ArgumentTypeError, match=re.escape(f"{text} is not in (0, 1); give a fraction")):
             fraction(text)

@@ -38,6 +38,14 @@ NOT_EXECUTED = {
     ): "several processes; tests/distributed/test_imagenet_example.py runs the same",
     ("multi_gpu.md", "ACCELERATE_USE_CPU"): "several processes; tests/distributed runs all of its programs so",
     (
+        "choosing.md",
+        "--target-latency 0.6",
+    ): "what a tiny model can reach depends on the machine; tests/commands/test_benchmark.py runs the same",
+    (
+        "choosing.md",
+        "--ratios 0.3 0.4 0.5",
+    ): "the same",
+    (
         "deployment.md",
         "optimum-cli export onnx",
     ): "needs optimum-onnx and Transformers 4.57; .ci/full runs the same",
