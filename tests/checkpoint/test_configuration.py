@@ -229,7 +229,7 @@ def test_probes_without_gradients_are_refused_unless_stored():
         ("seed", 2**64, "seed=18446744073709551616 is too large; the largest value is 18446744073709551615"),
         ("seed", 10**5000, "seed=<int too large to print> is too large"),
         ("epochs", 10**5000, "epochs=<int too large to print> is too large"),
-        ("compression_ratio", 60, "is not in (0, 1). Did you mean 0.6? It is the fraction"),
+        ("compression_ratio", 60, r"is not in \(0, 1\)\. Did you mean 0\.6\? It is the fraction"),
         ("compression_ratio", 10**5000, "compression_ratio=<int too large to print> is not in"),
         ("compensation", ["distillation", "sequential"], "recomputes every layer from the original"),
         ("compensation", ["residual", "sequential"], "recomputes every layer from the original"),
