@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -98,7 +99,9 @@ def run_all(args: argparse.Namespace) -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         for name in args.parts:
-            seconds = min(PARTS[name], until - time.monotonic() - GRACE)
+            # A trial shows whether a part runs, on a machine that may be busy.
+            most = math.inf if args.tiny else PARTS[name]
+            seconds = min(most, until - time.monotonic() - GRACE)
             skipped = {"status": "no time was left", "figures": {}}
             record["parts"][name] = skipped if seconds <= 0 else measured(args, name, seconds, Path(folder))
             record["seconds"] = args.limit - (until - time.monotonic())
