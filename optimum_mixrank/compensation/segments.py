@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.hooks import hooks_removed_on_exit
+from ..runtime.inputs import ModelInputs
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
 
 
@@ -74,7 +75,7 @@ class SegmentReplay:
     Args:
         model: A model in evaluation mode.
         segments: Module names of the segments, in forward order.
-        batches: `pixel_values`, each `[batch, channels, height, width]`; iterated over once per segment.
+        batches: Inputs of the model; iterated over once per segment.
         keep: How calls are stored.
         call: How the model is called.
         keep_results: Whether to keep what the segment before the current one has returned, for `outputs`.
@@ -84,7 +85,7 @@ class SegmentReplay:
         self,
         model: nn.Module,
         segments: Sequence[str],
-        batches: Iterable[Tensor],
+        batches: Iterable[ModelInputs],
         keep: Keep = in_memory,
         call: ModelCall = PLAIN_CALL,
         keep_results: bool = False,
@@ -141,7 +142,7 @@ class SegmentReplay:
                 found.append(self._call(self._model, batch.to(self._device, self._dtype)).cpu())
         return found
 
-    def _capture(self, batch: Tensor, position: int, output: Any = None) -> Call:
+    def _capture(self, batch: ModelInputs, position: int, output: Any = None) -> Call:
         skipped = [self._model.get_submodule(name) for name in self._segments[:position]]
         target = self._model.get_submodule(self._segments[position])
         captured: list[Call] = []

@@ -223,14 +223,12 @@ def test_finding_targets_changes_nothing():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_model_that_does_not_run_on_its_configured_size_is_named(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("optimum_mixrank"), "propagate", True)
+def test_nothing_is_guessed_of_a_model_that_does_not_run():
     model = tiny_vit()
     model.config.image_size = 31
-    assert len(find_targets(model)) == len(VIT_NAMES)
-    assert (
-        "Which layers of this ViTForImageClassification see the image is unknown, because it does not" in caplog.text
-    )
+    with pytest.raises(ValueError, match=r"What of ViTForImageClassification takes images is unknown.*31\*31"):
+        find_targets(model)
+    assert canonical(find_targets(model, ["query"])) == QUERIES
 
 
 def test_the_size_of_a_backbone(caplog, monkeypatch):

@@ -20,6 +20,7 @@ from ...checkpoint.modeling import FactoredLinear, new_parameter, replace_module
 from ...checkpoint.names import Target
 from ...decomposition.mlp import rows_of_units
 from ...runtime.forward import evaluation_mode
+from ...runtime.inputs import ModelInputs
 from ...runtime.precision import to_float64
 from ..compensator import CompensationTask, Compensator
 from ..saved_steps import load_layers, save_layers
@@ -92,12 +93,13 @@ class LayerwiseCompensator(Compensator):
     def compensate(self, task: CompensationTask) -> Mapping[str, Any]:
         """See `Compensator.compensate`."""
         layers = {target.name: target for target in task.factored}
-        segments, call = find_segments(task.original, list(layers)), task.config.model_call
+        segments, call = find_segments(task.original, list(layers)), task.call
         bar = logging.tqdm(total=len(layers), desc=self.description, unit="layer")
         store = spilled(task.storage.on_disk, task.journal.directory, task.processes.index)
         with bar, evaluation_mode(task.original), evaluation_mode(task.model), store as keep:
             images = task.images_to_solve_from()
-            batches = _WithMirrored(images) if task.config.mirror else images
+            mirrored = task.config.mirror and all(ModelInputs.of(batch).is_images for batch in images)
+            batches = _WithMirrored(images) if mirrored else images
             with task.processes.raise_on_all_ranks():
                 original = SegmentReplay(task.original, segments, batches, keep["original"], call)
                 compressed = SegmentReplay(task.model, segments, batches, keep["compressed"], call)
@@ -256,9 +258,9 @@ def _moments(place: Place, pairs: Mapping[str, PairAccumulator], units: Mapping[
 class _WithMirrored:
     """Batches followed by their mirror images, which take no memory since they are made again at each iteration."""
 
-    batches: Sequence[Tensor]
+    batches: Sequence[ModelInputs]
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[ModelInputs]:
         yield from self.batches
         for batch in self.batches:
             yield batch.flip(-1)

@@ -49,10 +49,10 @@ class BlockCompensator(Compensator):
         weights = [share * len(test) / len(held_out) for share, test in zip(shares[learn:], tests, strict=True)]
         improved = 0
         with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
-            factors = factor_groups(task.model, names, images, size, config.seed, processes, config.model_call)
+            factors = factor_groups(task.model, names, images, size, config.seed, processes, task.call)
             with processes.raise_on_all_ranks():
-                original = SegmentReplay(task.original, segments, batches, call=config.model_call)
-                compressed = SegmentReplay(task.model, segments, batches, call=config.model_call)
+                original = SegmentReplay(task.original, segments, batches, call=task.call)
+                compressed = SegmentReplay(task.model, segments, batches, call=task.call)
             for position, segment in enumerate(segments):
                 inside = [name for name in names if name.startswith(f"{segment}.")]
                 with processes.raise_on_all_ranks():
