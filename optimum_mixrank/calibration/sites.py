@@ -178,6 +178,9 @@ def _find_mlps(trace: _Trace, groups: Sequence[Sequence[Target]], may_share: boo
     found = []
     for group, following in itertools.pairwise(groups):
         second = following[0]
+        # Of a chain of layers, such as a head of three, a layer in the middle belongs to one MLP.
+        if any(each is mlp.second for mlp in found for each in group):
+            continue
         if len(following) > 1 or len(group) > 1 + may_share or len({each.module.bias is None for each in group}) > 1:
             continue
         units = second.module.in_features

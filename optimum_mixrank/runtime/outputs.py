@@ -92,7 +92,10 @@ class ModelCall:
         """
         self.check(model)
         inputs = self.example if example is None else example
-        inputs = ModelInputs(black_image(model)) if inputs is None else inputs
+        try:
+            inputs = ModelInputs(black_image(model)) if inputs is None else inputs
+        except ValueError as error:
+            raise ValueError(_not_for_images(model, error)) from error
         tried = replace(self, example=example or self.example)
         calls = [replace(tried, part=part) for part in possible_parts(model, inputs)]
         if set(inputs.without_text()) != set(inputs):

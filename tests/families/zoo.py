@@ -166,7 +166,7 @@ class Family:
         config = self.config() if self.config is not None else small_config(cls.config_class, **self.changes)
         return cls(config).eval()
 
-    def batches(self, count: int = 2, size: int = 8, seed: int = 0) -> list[dict[str, Tensor]]:
+    def batches(self, count: int = 2, size: int = 4, seed: int = 0) -> list[dict[str, Tensor]]:
         """Return batches of random inputs."""
         generator = torch.Generator().manual_seed(seed)
         return [self.inputs(size, generator) for _ in range(count)]
