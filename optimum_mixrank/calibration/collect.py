@@ -39,7 +39,7 @@ def collect_statistics(
     equal those of a single process over all batches up to rounding.
 
     Args:
-        model: A model that takes `pixel_values`.
+        model: A model that takes the inputs of the batches.
         batches: Batches of images; with several processes, those of this process.
         required: Statistics to collect, by module name.
         num_images: Number of images in all processes, if known, for the progress bar.
@@ -75,8 +75,8 @@ def collect_statistics(
                 _run(model, batch, gradients, processes, call)
                 if seen == 0:
                     collector.check_finite()
-                seen += len(batch.pixel_values)
-                progress.update(len(batch.pixel_values))
+                seen += batch.num_images
+                progress.update(batch.num_images)
         if isinstance(batches, ImageBatches):
             batches.merge_across_processes()
         layers, num_images = _merged(collector, gradients, required, seen, processes)
@@ -100,15 +100,14 @@ def _run(
     """Run a model forward over a batch, and backward if gradients are collected."""
     parameter = next(model.parameters())
     device = getattr(model, "device", parameter.device)
-    pixel_values = batch.pixel_values
-    pixel_values = pixel_values.to(device, parameter.dtype, non_blocking=pixel_values.is_pinned())
+    inputs = batch.inputs.to(device, parameter.dtype, non_blocking=True)
     # Activations have gradients only if some input requires them; parameters do not.
     with processes.autocast(device):
-        output = call.run(model, pixel_values.detach().requires_grad_(gradients is not None))
+        output = call.run(model, inputs if gradients is None else inputs.requiring_gradients())
     if gradients is not None:
-        gradients.update(call.select(model, output, len(pixel_values)), batch.index)
+        gradients.update(call.select(model, output, len(inputs)), batch.index)
     # The freed graph of activations leaves holes in the heap that the next graph does not fit into.
-    del output, pixel_values
+    del output, inputs
     trim_heap(device)
 
 

@@ -7,6 +7,7 @@ import hashlib
 from torch import Tensor, nn
 
 from ..runtime.digest import tensor_bytes
+from ..runtime.inputs import ModelInputs
 
 
 def fingerprint_model(model: nn.Module) -> str:
@@ -24,9 +25,10 @@ class ImageFingerprint:
     def __init__(self) -> None:
         self._digests: dict[int, bytes] = {}
 
-    def update(self, pixel_values: Tensor, batch: int = 0) -> None:
-        """Add images, `[batch, channels, height, width]`, after those of the same or a lower batch number."""
-        digests = b"".join(hashlib.sha256(tensor_bytes(image)).digest() for image in pixel_values)
+    def update(self, inputs: ModelInputs | Tensor, batch: int = 0) -> None:
+        """Add images after those of the same or a lower batch number."""
+        found = ModelInputs.of(inputs)
+        digests = b"".join(_digest(found[index : index + 1]) for index in range(len(found)))
         self._digests[batch] = self._digests.get(batch, b"") + digests
 
     def merge(self, other: ImageFingerprint) -> None:
@@ -36,3 +38,10 @@ class ImageFingerprint:
     def hexdigest(self) -> str:
         """Return the fingerprint of the images so far."""
         return hashlib.sha256(b"".join(self._digests[batch] for batch in sorted(self._digests))).hexdigest()
+
+
+def _digest(image: ModelInputs) -> bytes:
+    digest = hashlib.sha256(tensor_bytes(image.main[0] if len(image.main) == 1 else image.main))
+    for name in sorted(set(image) - {image.main_name}):
+        digest.update(name.encode() + tensor_bytes(image[name]))
+    return digest.digest()

@@ -21,7 +21,7 @@ from ..checkpoint.modeling import replace_module
 from ..checkpoint.names import Target, joint_target
 from ..checkpoint.narrowing import selected_columns, selected_rows
 from ..decomposition.mlp import rows_of_units
-from ..runtime.forward import activation_gradients, black_image, evaluation_mode
+from ..runtime.forward import activation_gradients, evaluation_mode
 from ..runtime.hooks import group_by_tensor, hooks_removed_on_exit
 from ..runtime.logging import get_logger
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
@@ -97,13 +97,13 @@ Site = SharedInput | Mlp
 def find_sites(
     model: PreTrainedModel, targets: Sequence[Target], structures: Collection[str], call: ModelCall = PLAIN_CALL
 ) -> list[Site]:
-    """Find the sites among layers of a model, which runs a few times on a black image.
+    """Find the sites among layers of a model, which runs a few times on the images of the call.
 
     Args:
         model: The model.
         targets: The layers, in forward order.
         structures: Which structures to look for: `"shared"`, `"width"`.
-        call: How the model is called.
+        call: How the model is called, and the images that it is tried on.
 
     Returns:
         The sites in forward order; no layer is in two of them.
@@ -111,15 +111,15 @@ def find_sites(
     if not {"shared", "width"} & set(structures):
         return []
     try:
-        image = black_image(model)
+        example = call.example_for(model).requiring_gradients()
         with evaluation_mode(model), activation_gradients(model), _recorded(targets) as trace:
-            call.run(model, image.requires_grad_())
+            call.run(model, example)
             groups = trace.groups()
             mlps = _find_mlps(trace, groups, "shared" in structures) if "width" in structures else []
     except Exception as error:
         logger.warning(
-            f"How the layers of this {type(model).__name__} are connected is unknown, because it does not run on a black "
-            f"image ({type(error).__name__}: {error}). Each is compressed by itself."
+            f"How the layers of this {type(model).__name__} are connected is unknown, because it does not run on "
+            f"the first images ({type(error).__name__}: {error}). Each is compressed by itself."
         )
         return []
     mlps = _confirmed(model, mlps, call)
@@ -178,6 +178,9 @@ def _find_mlps(trace: _Trace, groups: Sequence[Sequence[Target]], may_share: boo
     found = []
     for group, following in itertools.pairwise(groups):
         second = following[0]
+        # Of a chain of layers, such as a head of three, a layer in the middle belongs to one MLP.
+        if any(each is mlp.second for mlp in found for each in group):
+            continue
         if len(following) > 1 or len(group) > 1 + may_share or len({each.module.bias is None for each in group}) > 1:
             continue
         units = second.module.in_features
@@ -222,7 +225,7 @@ def _confirmed(model: PreTrainedModel, mlps: Sequence[Mlp], call: ModelCall) -> 
 
 
 def _can_be_narrowed(model: PreTrainedModel, mlps: Sequence[Mlp], call: ModelCall) -> bool:
-    image = black_image(model)
+    example = call.example_for(model)
     handles = []
     for mlp in mlps:
 
@@ -233,10 +236,10 @@ def _can_be_narrowed(model: PreTrainedModel, mlps: Sequence[Mlp], call: ModelCal
 
         handles.append(mlp.second.module.register_forward_pre_hook(silence))
     with evaluation_mode(model), hooks_removed_on_exit(handles):
-        expected = call(model, image)
+        expected = call(model, example)
     try:
         with evaluation_mode(model), _narrowed(model, mlps):
-            found = call(model, image)
+            found = call(model, example)
     except Exception:
         return False
     return _agree(expected, found)

@@ -1,9 +1,11 @@
 """Which layers are compressed, and what they are called.
 
 Targets are found by structure, not by a list of classes: an encoder is a stack of blocks, and a stack is a
-`nn.ModuleList`. Every linear layer of the base model inside such a stack is a target; embeddings, poolers and heads are
-outside. Layers whose inputs are the same for every image are left out: Swin V2 computes its position biases with such
-layers. ViT, DeiT and Swin (with its patch merging) are covered, and so is any encoder with the same structure.
+`nn.ModuleList`, or a `nn.Sequential` of blocks. Every linear layer of the base model inside such a stack is a target, if
+the image reaches it; embeddings, poolers and heads are outside. What the image reaches is seen in one forward pass of the
+part of the model that takes images: layers that are not called in it (those of a language model, or one whose weight is
+used in another way), or whose inputs are the same for every image (Swin V2 computes its position biases with such
+layers), are left out. Where the model does not run, nothing is guessed.
 
 A layer has two names. Its *module name* is what the installed release of Transformers calls it in this model. Its
 *canonical name* is what a checkpoint on disk calls it, relative to the base model:
@@ -13,19 +15,25 @@ are the same in all releases and for all heads.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..checkpoint.entries import is_compressed
 from ..checkpoint.names import Target, canonical_names
 from ..checkpoint.patterns import is_end, matching
 from ..runtime.formatting import quote
-from ..runtime.forward import activation_gradients, black_image, evaluation_mode
+from ..runtime.forward import activation_gradients, evaluation_mode
 from ..runtime.hooks import hooks_removed_on_exit
+from ..runtime.inputs import ModelInputs
 from ..runtime.logging import get_logger
+from ..runtime.outputs import PLAIN_CALL, ModelCall
+from ..runtime.parts import WHOLE
+from ..runtime.stacks import is_stack
 from .plain_layers import check_model, check_targets, check_uses
 
 
@@ -37,10 +45,33 @@ logger = get_logger(__name__)
 Value = TypeVar("Value")
 
 
-def encoder_linears(model: PreTrainedModel) -> list[Target]:
-    """Return all linear layers of the model's encoder that images pass through, in forward order.
+def encoder_linears(model: PreTrainedModel, call: ModelCall = PLAIN_CALL) -> list[Target]:
+    """Return all linear layers in the blocks of a model that images pass through, in forward order.
 
-    The model runs once, on a black image.
+    Args:
+        model: The model.
+        call: How it is called, and the images that it is tried on once; see `ModelCall.bound`.
+
+    Raises:
+        ValueError: if the model has none, does not run on the images, or contains factored layers, adapters or quantized
+            layers already.
+    """
+    linears = linears_in_blocks(model)
+    reached = _reached(model, linears, call.bound(model))
+    left = [target for target in linears if not reached.get(target.name, False)]
+    _log_left_out([each for each in left if each.name in reached], "their inputs are the same for every image")
+    _log_left_out([each for each in left if each.name not in reached], "they are not called when images are")
+    found = [target for target in linears if reached.get(target.name, False)]
+    if not found:
+        raise ValueError(
+            f"No image reaches any of the {len(linears)} linear layers in the blocks of this {type(model).__name__}. "
+            "Compress its vision tower by itself, or name layers by target_modules."
+        )
+    return found
+
+
+def linears_in_blocks(model: PreTrainedModel) -> list[Target]:
+    """Return all linear layers in the blocks of a model, whether images reach them or not, in the order of the modules.
 
     Raises:
         ValueError: if the model has none, or contains factored layers, adapters or quantized layers already.
@@ -52,7 +83,7 @@ def encoder_linears(model: PreTrainedModel) -> list[Target]:
         )
     check_model(model)
     names = canonical_names(model)
-    stacks = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
+    stacks = [module for module in model.base_model.modules() if is_stack(module)]
     inside = {id(linear) for stack in stacks for linear in stack.modules() if isinstance(linear, nn.Linear)}
     found = [
         Target(name, names[name], module)
@@ -60,55 +91,150 @@ def encoder_linears(model: PreTrainedModel) -> list[Target]:
         if isinstance(module, nn.Linear) and id(module) in inside
     ]
     if not found:
+        convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+        kind = f": it is a convolutional network ({convolutions} convolutions)" if convolutions > 1 else ""
         raise ValueError(
             f"{type(model).__name__} has no linear layer inside a stack of blocks (`nn.ModuleList`), so there is no "
-            "encoder to compress. Encoders built like ViT, DeiT and Swin are supported."
+            f"encoder to compress{kind}. Encoders built like ViT, DeiT and Swin are supported."
         )
-    constant = _constant_layers(model, found)
-    if constant:
-        logger.info(f"Left out, since their inputs are the same for every image: {', '.join(sorted(constant))}.")
-    return [target for target in found if target.name not in constant]
+    return found
 
 
-def _constant_layers(model: PreTrainedModel, linears: Sequence[Target]) -> set[str]:
-    """Return the names of layers whose inputs do not depend on the image."""
+def _reached(model: PreTrainedModel, linears: Sequence[Target], call: ModelCall) -> dict[str, bool]:
+    """Return whether the inputs of layers depend on the image, by the names of those that are called."""
     reached: dict[str, bool] = {}
     handles = []
     for target in linears:
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], name: str = target.name) -> None:
-            reached[name] = reached.get(name, False) or args[0].requires_grad
+            reached[name] = reached.get(name, False) or (bool(args) and args[0].requires_grad)
 
         handles.append(target.module.register_forward_pre_hook(hook))
-    try:
-        with hooks_removed_on_exit(handles), evaluation_mode(model), activation_gradients(model):
-            model(pixel_values=black_image(model).requires_grad_())
-    except Exception as error:
-        # Images of another size may pass, so this is no reason to refuse the model.
-        _warn_unknown(model, f"it does not run on a black image ({type(error).__name__}: {error})")
-        return set()
-    if not any(reached.values()):
-        _warn_unknown(model, "it blocks gradients")
-        return set()
-    return {name for name, depends in reached.items() if not depends}
+    with hooks_removed_on_exit(handles), evaluation_mode(model), activation_gradients(model):
+        call.run(model, call.example_for(model).requiring_gradients())
+    if any(reached.values()):
+        return reached
+    # A model may block gradients.
+    return _changing(model, linears, call)
 
 
-def _warn_unknown(model: PreTrainedModel, reason: str) -> None:
-    logger.warning(
-        f"Which layers of this {type(model).__name__} see the image is unknown, because {reason}. All linear layers in its "
-        "blocks are taken; leave out those whose inputs are the same for every image with exclude_modules."
-    )
+def _changing(model: PreTrainedModel, linears: Sequence[Target], call: ModelCall) -> dict[str, bool]:
+    """Return the same from how inputs change with the image."""
+    example = call.example_for(model)
+    generator = torch.Generator().manual_seed(0)
+    noise = {
+        name: torch.randn(each.shape, generator=generator).to(each) if each.is_floating_point() else each
+        for name, each in example.items()
+    }
+    seen: list[dict[str, list[Tensor]]] = []
+    for inputs in (example, ModelInputs(noise)):
+        called: dict[str, list[Tensor]] = {}
+        handles = [
+            target.module.register_forward_pre_hook(
+                lambda module, args, name=target.name: called.setdefault(name, []).extend(args[:1])  # noqa: B023
+            )
+            for target in linears
+        ]
+        with hooks_removed_on_exit(handles), evaluation_mode(model):
+            call.run(model, inputs)
+        seen.append(called)
+    first, second = seen
+
+    def changes(name: str) -> bool:
+        pairs = list(zip(first[name], second.get(name, []), strict=False))
+        return len(pairs) < len(first[name]) or not all(torch.equal(*pair) for pair in pairs)
+
+    return {name: changes(name) for name in first}
+
+
+_SHOWN = 5
+
+
+def _log_left_out(targets: Sequence[Target], reason: str) -> None:
+    if targets:
+        names = sorted(target.name for target in targets)
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        logger.info(f"Left out, since {reason}: {', '.join(names[:_SHOWN])}{more}.")
 
 
 def find_targets(
     model: PreTrainedModel,
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
+    call: ModelCall = PLAIN_CALL,
 ) -> list[Target]:
-    """Return the layers of a model that would be compressed: `select_targets` of its `encoder_linears`."""
-    targets = select_targets(encoder_linears(model), target_modules, exclude_modules)
+    """Return the layers of a model that would be compressed; see `candidates` and `select_targets`.
+
+    Args:
+        model: The model.
+        target_modules: As in `MixRankConfig`.
+        exclude_modules: As in `MixRankConfig`.
+        call: As for `encoder_linears`.
+    """
+    targets = select_targets(candidates(model, target_modules, call), target_modules, exclude_modules)
     check_uses(model, targets)
     return targets
+
+
+def candidates(
+    model: PreTrainedModel, target_modules: str | Sequence[str] | None = None, call: ModelCall = PLAIN_CALL
+) -> list[Target]:
+    """Return the layers that patterns select from: those that images reach, or all if a pattern matches others alone.
+
+    A layer that images do not reach is a target only if it is asked for by a name that no reached layer has.
+
+    Raises:
+        ValueError: as `encoder_linears`, unless `target_modules` names layers.
+    """
+    if target_modules is None or target_modules == "all-linear":
+        return encoder_linears(model, call)
+    try:
+        reached = encoder_linears(model, call)
+    except ValueError:
+        every = linears_in_blocks(model)
+        _select(every, target_modules, "target_modules")
+        return every
+    try:
+        _select(reached, target_modules, "target_modules")
+    except ValueError:
+        every = linears_in_blocks(model)
+        try:
+            _select(every, target_modules, "target_modules")
+        except ValueError:
+            return reached
+        return every
+    return reached
+
+
+def bound_call(call: ModelCall, model: PreTrainedModel, targets: Sequence[Target], needed: bool = True) -> ModelCall:
+    """Return the call of the part of a model that runs its targets.
+
+    Args:
+        call: How the model is called, and the images that it is tried on.
+        model: The model.
+        targets: The layers that are compressed.
+        needed: Whether the model has to run.
+
+    Raises:
+        ValueError: if it has to, and no part of it runs on the images, or none that calls all targets.
+    """
+    try:
+        bound = call.bound(model)
+        wanted = {target.name for target in targets}
+        missing = wanted - _reached(model, targets, bound).keys()
+        if missing and set(example := bound.example_for(model)) != set(example.without_text()):
+            whole = dataclasses.replace(bound, part=WHOLE, with_text=True)
+            bound, missing = whole, wanted - _reached(model, targets, whole).keys()
+    except ValueError:
+        if needed:
+            raise
+        return call
+    if missing and needed:
+        raise ValueError(
+            f"{len(missing)} targeted layers are not called for these inputs, the first is {min(missing)!r}. Leave them "
+            "out with exclude_modules, or calibrate with batches of all inputs that the model takes, text included."
+        )
+    return bound
 
 
 def select_targets(

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..allocation.choice import LayerChoice
@@ -19,8 +18,9 @@ from ..checkpoint.rank_map import FactoredLayer
 from ..decomposition import LayerStatistics
 from ..runtime import registry
 from ..runtime.distributed import SINGLE_PROCESS, Processes
+from ..runtime.inputs import ModelInputs, concatenated
 from ..runtime.journal import NO_JOURNAL, Journal
-from ..runtime.outputs import ModelOutput
+from ..runtime.outputs import ModelCall, ModelOutput
 from ..runtime.registry import Registry
 from .training.high_resolution import HighResolutionImages
 
@@ -50,7 +50,7 @@ class CompensationTask:
         targets: The targeted layers of the original.
         rank_map: The factored layers, by canonical name.
         statistics: Calibration statistics by module name; empty for a metric that uses no data.
-        batches: Images to learn from, as `pixel_values`, each `[batch, channels, height, width]`.
+        batches: Images to learn from, each batch with the inputs of the model by name.
         held_out: Images in the same form that nothing is learned from; they decide what is kept.
         references: Outputs of the original for the held-out images.
         config: The configuration.
@@ -61,6 +61,7 @@ class CompensationTask:
         high_resolution: The images of `batches` at a higher resolution, if there are any.
         sites: The layers that were decided together.
         choices: What was chosen for every layer, by canonical name.
+        bound_call: How the models are called; by default as the configuration says.
     """
 
     original: nn.Module
@@ -68,8 +69,8 @@ class CompensationTask:
     targets: Sequence[Target]
     rank_map: Mapping[str, FactoredLayer]
     statistics: Mapping[str, LayerStatistics]
-    batches: Sequence[Tensor]
-    held_out: Sequence[Tensor]
+    batches: Sequence[ModelInputs]
+    held_out: Sequence[ModelInputs]
     references: Sequence[ModelOutput]
     config: MixRankConfig
     processes: Processes = SINGLE_PROCESS
@@ -79,12 +80,18 @@ class CompensationTask:
     high_resolution: HighResolutionImages | None = None
     sites: Sequence[Site] = ()
     choices: Mapping[str, LayerChoice] = field(default_factory=dict)
+    bound_call: ModelCall | None = None
 
-    def all_images(self) -> Tensor:
+    @property
+    def call(self) -> ModelCall:
+        """How the models are called, and which of their outputs are compared."""
+        return self.bound_call or self.config.model_call
+
+    def all_images(self) -> ModelInputs:
         """Return the images to learn from of all processes, in the order of their batches; every process calls this."""
         return self._collect(self.numbers or range(len(self.batches)), self.batches)
 
-    def images_to_solve_from(self) -> list[Tensor]:
+    def images_to_solve_from(self) -> list[ModelInputs]:
         """Return those of `batches` that layer-wise steps learn from; every process calls this."""
         numbers = self.numbers or range(len(self.batches))
         own = dict(zip(numbers, self.batches, strict=True))
@@ -97,15 +104,18 @@ class CompensationTask:
         if self.high_resolution is None:
             return None
         own = self.high_resolution.decode()
-        return self._collect(list(own), list(own.values()))
+        return self._collect(list(own), [ModelInputs(each) for each in own.values()]).main
 
-    def all_held_out(self) -> Tensor:
+    def all_held_out(self) -> ModelInputs:
         """Return the held-out images of all processes; every process calls this."""
         count = self.processes.count
         return self._collect(range(self.processes.index, count * len(self.held_out), count), self.held_out)
 
-    def _collect(self, numbers: Sequence[int], batches: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(self.processes.collect(dict(zip(numbers, batches, strict=True))).values()))
+    def _collect(self, numbers: Sequence[int], batches: Sequence[ModelInputs]) -> ModelInputs:
+        own = {number: ModelInputs.of(batch) for number, batch in zip(numbers, batches, strict=True)}
+        names = next((list(each) for each in self.processes.gather([*next(iter(own.values()), ())]) if each), [])
+        found = {name: self.processes.collect({each: batch[name] for each, batch in own.items()}) for name in names}
+        return concatenated([{name: found[name][number] for name in names} for number in found[names[0]]])
 
     @property
     def factored(self) -> list[Target]:

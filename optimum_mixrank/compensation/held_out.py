@@ -16,19 +16,20 @@ from ..checkpoint.modeling import FactoredLinear, replace_module
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.fidelity import kl_divergence, mean_relative_error
 from ..runtime.forward import evaluation_mode
+from ..runtime.inputs import ModelInputs, concatenated
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
 from .compensator import CompensationResult, CompensationTask, Compensator
 
 
 def split_batches(
-    batches: Mapping[int, Tensor], share: float, seed: int, processes: Processes = SINGLE_PROCESS
-) -> tuple[dict[int, Tensor], list[Tensor]]:
+    batches: Mapping[int, ModelInputs], share: float, seed: int, processes: Processes = SINGLE_PROCESS
+) -> tuple[dict[int, ModelInputs], list[ModelInputs]]:
     """Split images at random into those to learn from and those that are held out; both keep their order.
 
     The split does not depend on how images are batched or shared between processes.
 
     Args:
-        batches: `pixel_values` of this process's batches, by number.
+        batches: This process's batches, by number.
         share: Share of the images to hold out, in (0, 1).
         seed: Seed of the random split.
         processes: The processes that share the batches.
@@ -39,18 +40,19 @@ def split_batches(
     Raises:
         ValueError: if there are fewer than two images.
     """
-    learn, held_out = {}, []
+    learn: dict[int, ModelInputs] = {}
+    held_out = []
     for number, mask in held_out_masks(batches, share, seed, processes).items():
         held_out.append(batches[number][mask])
         if not mask.all():
             learn[number] = batches[number][~mask]
-    together = torch.cat(held_out) if held_out else torch.zeros(0)
     size = max(processes.gather(max(map(len, batches.values()), default=1)))
-    return learn, list(together.split(size)) if len(together) else []
+    found = [each for each in held_out if len(each)]
+    return learn, concatenated(found).split(size) if found else []
 
 
 def held_out_masks(
-    batches: Mapping[int, Tensor], share: float, seed: int, processes: Processes = SINGLE_PROCESS
+    batches: Mapping[int, ModelInputs], share: float, seed: int, processes: Processes = SINGLE_PROCESS
 ) -> dict[int, Tensor]:
     """Return which images `split_batches` holds out, as one bool mask per batch of this process, by number.
 
@@ -74,7 +76,7 @@ def held_out_masks(
 
 
 @torch.no_grad()
-def model_outputs(model: nn.Module, batches: Sequence[Tensor], call: ModelCall = PLAIN_CALL) -> list[ModelOutput]:
+def model_outputs(model: nn.Module, batches: Sequence[ModelInputs], call: ModelCall = PLAIN_CALL) -> list[ModelOutput]:
     """Return the outputs of a model in evaluation mode, on the CPU."""
     parameter = next(model.parameters())
     device = getattr(model, "device", parameter.device)
@@ -103,7 +105,7 @@ def output_error(
 def held_out_error(task: CompensationTask) -> float:
     """Return the current error of the compressed model on the held-out images; see `output_error`."""
     with task.processes.raise_on_all_ranks():
-        outputs = model_outputs(task.model, task.held_out, task.config.model_call)
+        outputs = model_outputs(task.model, task.held_out, task.call)
     return output_error(outputs, task.references, task.processes)
 
 
@@ -135,7 +137,7 @@ def _run_on_all_images(compensator: Compensator, task: CompensationTask) -> Mapp
             batches=batches,
             numbers=(),
             held_out=held_out,
-            references=model_outputs(task.original, held_out, task.config.model_call),
+            references=model_outputs(task.original, held_out, task.call),
             processes=task.processes.apart(),
             # Decoding them would exchange messages between processes.
             high_resolution=None,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration.images.batches import Batch, ImageBatches
 from ..checkpoint.configuration import MixRankConfig
 from ..runtime.distributed import SINGLE_PROCESS, Processes
+from ..runtime.inputs import ModelInputs
 from ..runtime.logging import get_logger
-from ..runtime.outputs import ModelOutput
+from ..runtime.outputs import ModelCall, ModelOutput
 from ..runtime.phases import phase
 from .compensator import COMPENSATORS, CompensationResult, CompensationTask
 from .held_out import accept_if_improved, held_out_masks, model_outputs, output_error, split_batches
@@ -26,8 +27,8 @@ logger = get_logger(__name__)
 class CompensationImages:
     """This process's share of the images for compensation, as in `CompensationTask`; `batches` are given by number."""
 
-    batches: Mapping[int, Tensor]
-    held_out: Sequence[Tensor]
+    batches: Mapping[int, ModelInputs]
+    held_out: Sequence[ModelInputs]
     references: Sequence[ModelOutput]
     high_resolution: HighResolutionImages | None = None
 
@@ -38,19 +39,22 @@ def prepare_images(
     config: MixRankConfig,
     processes: Processes = SINGLE_PROCESS,
     source: ImageBatches | None = None,
+    call: ModelCall | None = None,
 ) -> CompensationImages:
     """Split the images, and run the original on those that are held out.
 
     `images` are those of this process; `source` is where they come from, and may give them at a higher resolution.
+    `call` says how the original is called; by default as the configuration says.
 
     Raises:
         ValueError: if there are too few images, or the original does not give the same output twice.
     """
-    numbered = {batch.index: batch.pixel_values for batch in images}
+    numbered = {batch.index: batch.inputs for batch in images}
     batches, held_out = split_batches(numbered, config.held_out_ratio, config.seed, processes)
+    call = call or config.model_call
     with processes.raise_on_all_ranks():
-        references = model_outputs(original, held_out, config.model_call)
-        again = model_outputs(original, held_out[:1], config.model_call)
+        references = model_outputs(original, held_out, call)
+        again = model_outputs(original, held_out[:1], call)
         if again and output_error(again, references[:1]) > 1e-6:
             raise ValueError(
                 f"{type(original).__name__} gives another output each time for the same images, perhaps because it draws "
@@ -62,9 +66,11 @@ def prepare_images(
 
 
 def _high_resolution(
-    source: ImageBatches | None, batches: Mapping[int, Tensor], config: MixRankConfig, processes: Processes
+    source: ImageBatches | None, batches: Mapping[int, ModelInputs], config: MixRankConfig, processes: Processes
 ) -> HighResolutionImages | None:
     if not any(COMPENSATORS[name].uses_high_resolution for name in config.compensation) or config.view_scale == 1:
+        return None
+    if not all(processes.gather(all(batch.is_images for batch in batches.values()))):
         return None
     enlarged = None if source is None else source.enlarged(config.view_scale)
     if enlarged is None:

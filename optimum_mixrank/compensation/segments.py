@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.hooks import hooks_removed_on_exit
+from ..runtime.inputs import ModelInputs
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
+from ..runtime.stacks import blocks_around
 
 
 @dataclass
@@ -29,8 +31,12 @@ class Call:
     @property
     def num_bytes(self) -> int:
         """The bytes of the tensors among the arguments."""
-        tensors = [each for each in (*self.args, *self.kwargs.values()) if isinstance(each, Tensor)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments, however they are nested."""
+        return tensors_in([*self.args, *self.kwargs.values()])
 
 
 Keep = Callable[[int, Call], Call]
@@ -47,18 +53,16 @@ class StopForward(Exception):  # noqa: N818 - no error, but the way out of a for
 
 
 def find_segments(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the segments of an encoder in forward order: the blocks of ViT and DeiT, the stages of Swin.
+    """Return the segments of an encoder in the order of the modules: the blocks of ViT and DeiT, the stages of Swin.
 
-    They are the elements of the outermost `nn.ModuleList` around each of the layers, given by module name.
+    They are the outermost blocks around each of the layers, given by module name, that are called; see `blocks_around`.
 
     Raises:
-        ValueError: if a layer is not inside any list.
+        ValueError: if a layer is not inside any stack of blocks.
     """
-    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     segments: dict[str, None] = {}
     for name in names:
-        parts = name.split(".")
-        around = [".".join(parts[: i + 1]) for i in range(1, len(parts)) if ".".join(parts[:i]) in lists]
+        around = blocks_around(model, name)
         if not around:
             raise ValueError(f"Layer {name!r} lies in no stack of blocks (`nn.ModuleList`).")
         segments.setdefault(around[0])
@@ -69,38 +73,43 @@ class SegmentReplay:
     """The inputs of one segment after the other, for a fixed list of batches.
 
     To advance from one segment to the next, the model runs with all segments up to the current one replaced by the
-    output of the current one: whatever the encoder does between segments is done by its own code.
+    output of the last one in the same stack: whatever the model does between segments is done by its own code. A model
+    that looks at the outputs of all segments, or changes their shape in between, needs each of them (`own_outputs`).
 
     Args:
         model: A model in evaluation mode.
-        segments: Module names of the segments, in forward order.
-        batches: `pixel_values`, each `[batch, channels, height, width]`; iterated over once per segment.
+        segments: Module names of the segments, in the order of their calls.
+        batches: Inputs of the model; iterated over once per segment.
         keep: How calls are stored.
         call: How the model is called.
-        keep_results: Whether to keep what the segment before the current one has returned, for `outputs`.
+        keep_results: Whether to keep what the segments before the current one have returned, for `outputs`.
+        own_outputs: Whether every segment is replaced by its own output, all of which are kept in memory.
     """
 
     def __init__(
         self,
         model: nn.Module,
         segments: Sequence[str],
-        batches: Iterable[Tensor],
+        batches: Iterable[ModelInputs],
         keep: Keep = in_memory,
         call: ModelCall = PLAIN_CALL,
         keep_results: bool = False,
+        own_outputs: bool = False,
     ) -> None:
         self._model = model
-        self._keep_results = keep_results
         self._call = call
         self._segments = list(segments)
+        # What a segment is replaced by is found under this name.
+        self._keys = [name if own_outputs else name.rpartition(".")[0] for name in segments]
+        self._keep_results = keep_results or len(set(self._keys)) > 1
         self._batches = batches
         self._device = getattr(model, "device", next(model.parameters()).device)
         self._dtype = next(model.parameters()).dtype
         self._position = 0
         self._keep = keep
-        # What the segment before the current one has returned, by index of the batch.
-        self._results: dict[int, Any] = {}
-        self.calls = [keep(index, self._capture(batch, 0)) for index, batch in enumerate(batches)]
+        # What segments before the current one have returned, by index of the batch.
+        self._results: dict[int, dict[str, Any]] = {}
+        self.calls = [keep(index, self._capture(batch, 0, {})) for index, batch in enumerate(batches)]
 
     @property
     def segment(self) -> nn.Module:
@@ -122,9 +131,10 @@ class SegmentReplay:
             return False
         for index, batch in enumerate(self._batches):
             output = outputs[index] if index in outputs else self.calls[index](self.segment)
+            results = {**self._results.get(index, {}), self._keys[self._position]: output}
             if self._keep_results:
-                self._results[index] = output
-            self.calls[index] = self._keep(index, self._capture(batch, self._position + 1, output))
+                self._results[index] = results
+            self.calls[index] = self._keep(index, self._capture(batch, self._position + 1, results))
         self._position += 1
         return True
 
@@ -134,15 +144,13 @@ class SegmentReplay:
 
         The replay must have been made with `keep_results`.
         """
-        skipped = [self._model.get_submodule(name) for name in self._segments[: self._position]]
         found = []
         for index, batch in enumerate(self._batches):
-            with _returning(skipped, self._results.get(index)):
+            with self._skipping(self._position, self._results.get(index, {})):
                 found.append(self._call(self._model, batch.to(self._device, self._dtype)).cpu())
         return found
 
-    def _capture(self, batch: Tensor, position: int, output: Any = None) -> Call:
-        skipped = [self._model.get_submodule(name) for name in self._segments[:position]]
+    def _capture(self, batch: ModelInputs, position: int, results: Mapping[str, Any]) -> Call:
         target = self._model.get_submodule(self._segments[position])
         captured: list[Call] = []
 
@@ -151,20 +159,25 @@ class SegmentReplay:
             raise StopForward
 
         handle = target.register_forward_pre_hook(hook, with_kwargs=True)
-        with suppress(StopForward), hooks_removed_on_exit([handle]), _returning(skipped, output):
+        with suppress(StopForward), hooks_removed_on_exit([handle]), self._skipping(position, results):
             self._call.run(self._model, batch.to(self._device, self._dtype))
         if not captured:
             raise RuntimeError(f"Segment {self._segments[position]!r} was not reached; the model skips its blocks.")
         return captured[0]
 
+    def _skipping(self, position: int, results: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Return the context in which the segments before a position return what they are replaced by."""
+        modules = [self._model.get_submodule(name) for name in self._segments[:position]]
+        return _returning(modules, [results[key] for key in self._keys[:position]])
+
 
 @contextmanager
-def _returning(modules: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Make modules return a given output instead of computing one."""
+def _returning(modules: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+    """Make modules return given outputs instead of computing them."""
     # Accelerate and other libraries override `forward` on a module; their override has to be restored.
     before = [vars(module).get("forward") for module in modules]
-    for module in modules:
-        module.forward = lambda *args, **kwargs: output
+    for module, output in zip(modules, outputs, strict=True):
+        module.forward = lambda *args, output=output, **kwargs: output
     try:
         yield
     finally:
@@ -226,5 +239,14 @@ def record_calls(segment: nn.Module, call: Call) -> tuple[list[tuple[str, Tensor
 
 
 def first_tensor(output: Any) -> Tensor:
-    """Return the hidden states among what a block returns: the tensor itself, or the first of a tuple."""
-    return output if isinstance(output, Tensor) else output[0]
+    """Return the hidden states among what a block returns: the tensor itself, or the first one however it is nested."""
+    return output if isinstance(output, Tensor) else tensors_in(output)[0]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in a value, in their order, however it is nested."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [tensor for each in value for tensor in tensors_in(each)] if isinstance(value, list | tuple) else []

@@ -199,7 +199,8 @@ def _tails(moment: Tensor, size: int) -> Tensor:
     They only serve to compare structures: in float32, eigenvalues take a fifth of the time.
     """
     # Gradients may be so small that their products leave the range of float32.
-    scale = moment.diagonal().sum().clamp_min(torch.finfo(moment.dtype).tiny)
+    # Of a moment that rounding has left indefinite, single entries may be larger than the trace.
+    scale = torch.maximum(moment.diagonal().sum(), moment.abs().max()).clamp_min(torch.finfo(moment.dtype).tiny)
     energies = torch.linalg.eigvalsh((moment / scale).float()).to(moment).clamp_min(0).flip(0)[:size] * scale
     tails = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
     return torch.nn.functional.pad(tails, (0, size + 1 - len(tails))).cpu()

@@ -26,11 +26,15 @@ _SMALLEST_EIGENVALUE = 1e-6
 """Share of the largest eigenvalue to which those are raised that rounding has made negative."""
 
 
+_TINY = 1e-200
+"""Size of moments from which on their rounding is all that they hold."""
+
+
 def damped(moment: Tensor, damping: float) -> Tensor:
     """Return `F`, `[m, m]`, with a share of its mean diagonal added to the diagonal; the identity if `F` is zero."""
     identity = _identity_like(moment)
     scale = moment.diagonal().mean()
-    return identity if scale <= 0 else moment + damping * scale * identity
+    return identity if scale <= _TINY else moment + damping * scale * identity
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,24 @@ def _basis(weight: Tensor) -> tuple[Tensor, Tensor]:
 def lower_root(moment: Tensor) -> Tensor:
     """Return the Cholesky factor of a matrix that is positive definite up to rounding."""
     lower, failed = torch.linalg.cholesky_ex(moment)
-    if not failed:
+    if not failed and bool(torch.isfinite(lower).all()):
         return lower
     # Gradients near the smallest numbers of float32 have moments that their rounding leaves indefinite.
-    values, vectors = torch.linalg.eigh(moment)
-    if values[-1] <= 0:
+    scale = float(moment.diagonal().max())
+    if not scale > _TINY:
         return _identity_like(moment)
-    return torch.linalg.cholesky((vectors * values.clamp_min(_SMALLEST_EIGENVALUE * values[-1])) @ vectors.T)
+    symmetric = (moment + moment.T) / (2 * scale)
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+        symmetric = (vectors * values.clamp_min(_SMALLEST_EIGENVALUE * values[-1])) @ vectors.T
+    except torch.linalg.LinAlgError:
+        pass
+    # What is added grows until the diagonal dominates.
+    for jitter in (0.0, 1e-12, 1e-9, 1e-6, 1e-3):
+        lower, failed = torch.linalg.cholesky_ex(symmetric + jitter * _identity_like(moment))
+        if not failed:
+            return lower * scale**0.5
+    return torch.diag(moment.diagonal().clamp_min(_SMALLEST_EIGENVALUE * scale).sqrt())
 
 
 def decompose_two_sided(

@@ -15,7 +15,8 @@ from transformers.utils import logging
 from ..calibration.images.batches import Batch, ImageBatches
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.fidelity import agreement, kl_divergence, mean_relative_error
-from ..runtime.forward import evaluation_mode
+from ..runtime.forward import evaluation_mode, placement
+from ..runtime.inputs import ModelInputs
 from ..runtime.logging import get_logger
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
 
@@ -88,7 +89,7 @@ def evaluate_model(
 
     Args:
         model: The compressed model.
-        batches: Batches with `pixel_values` and `labels` (or None); with several processes, those of this process.
+        batches: Batches with inputs and `labels` (or None); with several processes, those of this process.
         reference: The original model.
         progress: Whether to show a progress bar.
         processes: The processes among which the batches are distributed.
@@ -112,15 +113,16 @@ def evaluate_model(
         for each in models.values():
             stack.enter_context(evaluation_mode(each))
         for batch in batches:
-            outputs = {name: _run(each, batch.pixel_values, name, call) for name, each in models.items()}
-            sums = _count_correct(outputs, batch.labels, metrics) | _compare(outputs)
+            inputs = ModelInputs.of(getattr(batch, "inputs", batch.pixel_values))
+            outputs = {name: _run(each, inputs, name, call) for name, each in models.items()}
+            sums = _count_correct(outputs, batch.labels, metrics) | _compare(outputs, len(inputs))
             if not sums:
                 raise ValueError(
                     "There is nothing to measure: give labels (and a model with a classification head) for accuracy, "
                     "or the original as `reference`."
                 )
-            own.add(_Sums(len(batch.pixel_values), sums))
-            bar.update(len(batch.pixel_values))
+            own.add(_Sums(len(inputs), sums))
+            bar.update(len(inputs))
     if isinstance(batches, ImageBatches):
         batches.merge_across_processes()
     for part in processes.gather(own):
@@ -202,7 +204,7 @@ def _count_correct(
     return sums
 
 
-def _compare(outputs: Mapping[str, ModelOutput]) -> dict[str, float]:
+def _compare(outputs: Mapping[str, ModelOutput], num_images: int) -> dict[str, float]:
     """Return how far the model is from its original, if that is given, summed over the images of a batch."""
     if ORIGINAL not in outputs:
         return {}
@@ -224,17 +226,14 @@ def _compare(outputs: Mapping[str, ModelOutput]) -> dict[str, float]:
             "The model and its original have different heads, so their outputs cannot be compared; load both with the "
             "same class."
         )
-    return {name: value.double().sum().item() for name, value in values.items()}
+    # Features may have a row for every token, see `select_features`.
+    return {name: value.double().sum().item() * (num_images / len(value)) for name, value in values.items()}
 
 
-def _run(model: nn.Module, pixel_values: Tensor, name: str, call: ModelCall) -> ModelOutput:
+def _run(model: nn.Module, inputs: ModelInputs, name: str, call: ModelCall) -> ModelOutput:
     """Return the output on the CPU, where those of two models can be compared."""
-    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    # Parameters that are offloaded to disk are on the meta device; Accelerate then moves the input itself.
-    device = next((parameter.device for parameter in parameters if not parameter.is_meta), pixel_values.device)
-    dtype = parameters[0].dtype if parameters else pixel_values.dtype
-    pixel_values = pixel_values.to(device, dtype, non_blocking=pixel_values.is_pinned())
-    output = call(model, pixel_values).cpu()
+    device, dtype = placement(model)
+    output = call(model, inputs.to(device, dtype, non_blocking=True)).cpu()
     for tensor in (*output.features, *(() if output.logits is None else (output.logits,))):
         if not torch.isfinite(tensor).all():
             raise ValueError(

@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ..checkpoint.pivoted import PivotedLinear
 from ..runtime.forward import black_image, evaluation_mode
 from ..runtime.hooks import hooks_removed_on_exit
+from ..runtime.inputs import ModelInputs
+from ..runtime.outputs import PLAIN_CALL, ModelCall
 
 
 # Fused attention that PyTorch's own counter does not know; on the CPU it would count no attention at all.
@@ -22,22 +24,25 @@ _FUSED_ATTENTION = (
 )
 
 
-def flops_per_image(model: nn.Module, pixel_values_shape: Sequence[int] | None = None) -> int:
+def flops_per_image(
+    model: nn.Module, pixel_values_shape: Sequence[int] | None = None, call: ModelCall = PLAIN_CALL
+) -> int:
     """Count the FLOPs of one forward pass over one image; a multiply-add counts as two.
 
     The products of linear layers (dense or factored), convolutions and attention are counted. Biases, norms, softmax
     and activations are not: compression does not change them. For a pivoted layer its two products are counted, as an
     exported model computes them; PyTorch itself adds a product with the identity. The model runs once, on a black
-    image, and is left as it was.
+    image or the first one of the call, and is left as it was.
 
     Args:
-        model: A model that takes `pixel_values`.
+        model: A model that takes `pixel_values`, or whatever the call has as an example.
         pixel_values_shape: `(channels, height, width)`; default: as `model.config` says.
+        call: How the model is called, and the images that it is tried on.
 
     Raises:
         ValueError: if the shape is not of that form, or is given neither here nor by the configuration.
     """
-    pixel_values = black_image(model, pixel_values_shape)
+    inputs = _one_image(model, pixel_values_shape, call)
     attention = {
         getattr(torch.ops.aten, name): _attention_flops for name in _FUSED_ATTENTION if hasattr(torch.ops.aten, name)
     }
@@ -48,12 +53,15 @@ def flops_per_image(model: nn.Module, pixel_values_shape: Sequence[int] | None =
         evaluation_mode(model),
         FlopCounterMode(display=False, custom_mapping=attention) as counter,
     ):
-        model(pixel_values=pixel_values)
+        call.run(model, inputs)
     return counter.get_total_flops()
 
 
 def tokens_per_image(
-    model: nn.Module, names: Sequence[str], pixel_values_shape: Sequence[int] | None = None
+    model: nn.Module,
+    names: Sequence[str],
+    pixel_values_shape: Sequence[int] | None = None,
+    call: ModelCall = PLAIN_CALL,
 ) -> dict[str, int]:
     """Count the vectors that each of these linear layers maps for one image; 0 for a layer that does not run.
 
@@ -68,8 +76,12 @@ def tokens_per_image(
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
     with hooks_removed_on_exit(handles), evaluation_mode(model):
-        model(pixel_values=black_image(model, pixel_values_shape))
+        call.run(model, _one_image(model, pixel_values_shape, call))
     return counts
+
+
+def _one_image(model: nn.Module, shape: Sequence[int] | None, call: ModelCall) -> ModelInputs:
+    return ModelInputs(black_image(model, shape)) if shape is not None else call.example_for(model)[:1]
 
 
 def _attention_flops(

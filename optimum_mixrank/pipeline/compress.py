@@ -68,7 +68,7 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
             is left as it was.
     """
     with bounded_heap(run.max_memory is not None and run.model.device.type == "cpu"):
-        original = measure(run.model)
+        original = measure(run.model, run.call)
         images, memory = _images_within_memory(run)
         learning = _prepare_compensation(run, images)
         decompositions, calibration = _decompose(run, images, memory)
@@ -107,6 +107,7 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
                 memory={} if memory is None else memory.record(),
                 fidelity=fidelity,
                 latency=allocated.latency,
+                call=run.call,
             )
         )
     # All processes get the timings of the main one.
@@ -143,7 +144,7 @@ def _plan_memory(run: CompressionRun, num_images: int) -> MemoryPlan | None:
         return None
     required = {} if run.calibration is not None else required_statistics([run.metric], run.targets, run.sites)
     sites = run.sites if required else ()
-    task = MemoryTask(run.config, required, max(1, num_images), run.reader.batch_size, run.inplace, sites)
+    task = MemoryTask(run.config, required, max(1, num_images), run.reader.batch_size, run.inplace, sites, run.call)
     with run.processes.raise_on_all_ranks():
         plan = estimate_memory(run.model, run.targets, task, run.max_memory)
     return agree_on_plan(plan, run.processes, run.journal.directory)
@@ -171,7 +172,7 @@ def _decode(run: CompressionRun) -> list[Batch]:
 def _prepare_compensation(run: CompressionRun, images: Sequence[Batch]) -> CompensationImages | None:
     if not run.config.compensation:
         return None
-    return prepare_images(run.model, images, run.config, run.processes, run.batches)
+    return prepare_images(run.model, images, run.config, run.processes, run.batches, run.call)
 
 
 def _decompose(
@@ -197,7 +198,7 @@ def _decompose(
             processes=run.processes,
             journal=run.journal,
             images_known=run.images_known,
-            call=config.model_call,
+            call=run.call,
             sites=run.sites,
         )
         groups = [run.targets] if memory is None else _groups(run.targets, memory)
@@ -343,6 +344,7 @@ def _compensate(
                 storage=IN_MEMORY if memory is None else memory.storage,
                 journal=run.journal,
                 high_resolution=learning.high_resolution,
+                bound_call=run.call,
             )
             results = compensate(task)
     run.seconds["compensate"] = compensating.seconds

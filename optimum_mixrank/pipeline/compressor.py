@@ -16,7 +16,7 @@ from ..calibration.images.sources import load_image_dataset, local_paths
 from ..calibration.plain_layers import MERGE
 from ..calibration.result import Calibration
 from ..calibration.sites import find_sites
-from ..calibration.targets import find_targets
+from ..calibration.targets import bound_call, find_targets, linears_in_blocks
 from ..calibration.task import CalibrationTask, required_statistics
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.original import check_placement, open_original
@@ -46,7 +46,7 @@ from .images import ImageReader
 from .memory import MaxMemory, MemoryPlan, MemoryTask, estimate_memory
 from .profile import profile_model
 from .reports import Made, MadeModels
-from .run import CompressionRun, free_sites, shared_fingerprint
+from .run import CompressionRun, example_call, free_sites, shared_fingerprint
 from .saving import push_compressed, save_result
 from .unfinished import check_output, open_run
 
@@ -251,13 +251,16 @@ class MixRankCompressor(OptimumQuantizer):
         processes, call = self.processes, ModelCall.named(output_names, interpolate_pos_encoding)
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         with processes.raise_on_all_ranks():
-            call.check(self.model)
-            targets = find_targets(self.model, target_modules, exclude_modules)
+            read = functools.cache(lambda: reader.read(calibration_dataset))
+            linears_in_blocks(self.model)
+            call = example_call(call, self.model, read)
+            targets = find_targets(self.model, target_modules, exclude_modules, call)
             if not required_statistics(metrics, targets):
                 return Calibration({}, 0)
+            call = bound_call(call, self.model, targets)
             together = any(each.common_unit for each in metrics)
             sites = find_sites(self.model, targets, structures, call) if together else []
-            batches = reader.read(calibration_dataset)
+            batches = read()
         fingerprint = shared_fingerprint(self.model, processes)
         task = CalibrationTask(
             self.model, fingerprint, batches, None, metrics, fisher_samples, seed, processes, call=call, sites=sites
@@ -394,12 +397,13 @@ class MixRankCompressor(OptimumQuantizer):
         config = check_config(config)
         if num_images is not None:
             check_integer("num_images", num_images, 1)
-        targets = find_targets(self.model, config.target_modules, config.exclude_modules)
+        targets = find_targets(self.model, config.target_modules, config.exclude_modules, config.model_call)
+        call = bound_call(config.model_call, self.model, targets)
         metric = METRICS.create(config.metric)
-        sites = free_sites(self.model, config, targets, metric)
+        sites = free_sites(self.model, config, targets, metric, call=call)
         required = required_statistics([metric], targets, sites)
         images = self.processes.largest_share(num_images or config.num_samples, batch_size)
-        task = MemoryTask(config, required, images, batch_size, inplace, sites)
+        task = MemoryTask(config, required, images, batch_size, inplace, sites, call)
         return estimate_memory(self.model, targets, task, max_memory)
 
     @_in_every_process
@@ -488,8 +492,8 @@ class MixRankCompressor(OptimumQuantizer):
         draw: dict[str, Any] = {"split": split, "num_samples": num_samples, "seed": seed}
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         with self.processes.raise_on_all_ranks():
-            call.check(model)
             batches = reader.read_labelled(dataset, image_column, label_column, **draw)
+            call = example_call(call, model, lambda: batches).bound(model)
         with phase("Evaluated") as evaluating:
             result = evaluate_model(model, batches, reference=self.model, processes=self.processes, call=call)
             evaluating.add_detail(*result.facts())

@@ -19,6 +19,7 @@ from ..checkpoint.names import Target
 from ..evaluation.flops import flops_per_image, tokens_per_image
 from ..evaluation.latency_table import load_latency_table
 from ..runtime.logging import get_logger
+from ..runtime.outputs import PLAIN_CALL, ModelCall
 
 
 if TYPE_CHECKING:
@@ -44,23 +45,27 @@ class ModelCosts:
     rank_multiple: int = 1
 
 
-def model_costs(model: PreTrainedModel, config: MixRankConfig, targets: Sequence[Target]) -> ModelCosts:
-    """Return what a configuration counts.
+def model_costs(
+    model: PreTrainedModel, config: MixRankConfig, targets: Sequence[Target], call: ModelCall = PLAIN_CALL
+) -> ModelCosts:
+    """Return what a configuration counts; `call` says how the model is called.
 
     Raises:
         ValueError: if there is no table of latencies, or it does not belong to this model.
     """
     if config.cost == "parameters":
         return ModelCosts(StoredValues(), sum(parameter.numel() for parameter in model.parameters()), {})
-    prices = tokens_per_image(model, [target.name for target in targets])
+    prices = tokens_per_image(model, [target.name for target in targets], call=call)
     if config.cost == "flops":
         # A multiply-add counts two FLOPs.
-        return ModelCosts(StoredValues("multiply-adds per image"), flops_per_image(model) // 2, prices)
-    costs = MeasuredTime(_table_for(model, config))
+        return ModelCosts(StoredValues("multiply-adds per image"), flops_per_image(model, call=call) // 2, prices)
+    costs = MeasuredTime(_table_for(model, config, call))
     return ModelCosts(costs, costs.model_cost, prices, costs.table.rank_multiple)
 
 
-def timed_sites(model: PreTrainedModel, config: MixRankConfig, sites: Sequence[Site]) -> list[Site]:
+def timed_sites(
+    model: PreTrainedModel, config: MixRankConfig, sites: Sequence[Site], call: ModelCall = PLAIN_CALL
+) -> list[Site]:
     """Return the sites for which the table of latencies has times; it is measured for all layers of a model.
 
     Raises:
@@ -68,8 +73,8 @@ def timed_sites(model: PreTrainedModel, config: MixRankConfig, sites: Sequence[S
     """
     if config.cost != "latency" or not sites:
         return list(sites)
-    table = _table_for(model, config)
-    tokens = tokens_per_image(model, [layer.name for site in sites for layer in site.layers])
+    table = _table_for(model, config, call)
+    tokens = tokens_per_image(model, [layer.name for site in sites for layer in site.layers], call=call)
     found = [site for site in sites if _is_timed(site, table, tokens)]
     if len(found) < len(sites):
         logger.info(
@@ -103,11 +108,11 @@ def with_ratio(config: MixRankConfig, ratio: float) -> MixRankConfig:
     return dataclasses.replace(config, compression_ratio=ratio, target_latency=None)
 
 
-def _table_for(model: PreTrainedModel, config: MixRankConfig) -> LatencyTable:
+def _table_for(model: PreTrainedModel, config: MixRankConfig, call: ModelCall) -> LatencyTable:
     assert config.latency_table is not None  # as the configuration checks
     table = load_latency_table(config.latency_table)
-    linears = encoder_linears(model)
-    tokens = tokens_per_image(model, [target.name for target in linears])
+    linears = encoder_linears(model, call)
+    tokens = tokens_per_image(model, [target.name for target in linears], call=call)
     table.check_counts(Counter((target.shape, tokens[target.name]) for target in linears))
     return table
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration.images.subsets import spread_batches, spread_images
 from ..compensation.held_out import model_outputs, output_error
 from ..compensation.run import CompensationImages
 from ..runtime.fidelity import agreement
+from ..runtime.inputs import ModelInputs
 from ..runtime.outputs import ModelOutput
 from ..runtime.phases import phase
 from .run import CompressionRun
@@ -34,7 +35,7 @@ def measure_fidelity(run: CompressionRun, model: nn.Module, images: Compensation
         `num_images`, `held_out`, and `agreement` and `kl` as in `EvaluationResult`, or `feature_error` for models without
         one softmax; an error that is not finite is None. Empty if there are no images that can be read again.
     """
-    call, held_out = run.config.model_call, images is not None
+    call, held_out = run.call, images is not None
     with phase("Compared with the original") as comparing:
         with run.processes.raise_on_all_ranks():
             batches = list(images.held_out) if images is not None else _calibration_images(run)
@@ -56,7 +57,7 @@ def measure_fidelity(run: CompressionRun, model: nn.Module, images: Compensation
     return found
 
 
-def _calibration_images(run: CompressionRun) -> list[Tensor]:
+def _calibration_images(run: CompressionRun) -> list[ModelInputs]:
     """Return some of this process's calibration images, spread over all; none if they cannot be read again."""
     batches, processes = run.batches, run.processes
     if batches is None:
@@ -70,7 +71,7 @@ def _calibration_images(run: CompressionRun) -> list[Tensor]:
         return []
     sizes = {processes.index + position * processes.count: run.reader.batch_size for position in range(count)}
     chosen = set(spread_batches(sizes, NUM_IMAGES, processes))
-    return [batch.pixel_values for batch in batches if batch.index in chosen]
+    return [batch.inputs for batch in batches if batch.index in chosen]
 
 
 def _agreeing(outputs: Sequence[ModelOutput], references: Sequence[ModelOutput]) -> int:

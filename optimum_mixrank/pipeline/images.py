@@ -14,6 +14,7 @@ from ..calibration.images.sources import load_image_dataset
 from ..evaluation.labels import explain_missing_labels, find_label_column, map_labels
 from ..runtime.distributed import Processes
 from ..runtime.logging import get_logger
+from ..runtime.parts import input_names
 
 
 if TYPE_CHECKING:
@@ -126,5 +127,6 @@ class ImageReader:
             max_image_pixels=self.max_image_pixels,
             num_channels=getattr(self.model.config, "num_channels", 3),
             processes=self.processes,
+            input_names=input_names(self.model),
             **options,
         )

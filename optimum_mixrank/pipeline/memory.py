@@ -26,6 +26,7 @@ from ..decomposition.statistics import COMPENSATION_STATISTICS, GRADIENT_STATIST
 from ..runtime.distributed import Processes
 from ..runtime.formatting import format_bytes
 from ..runtime.logging import get_logger
+from ..runtime.outputs import ModelCall
 from .memory_probe import LayerSize, ModelSize, probe_model
 
 
@@ -61,6 +62,7 @@ class MemoryTask:
         batch_size: Images per forward pass.
         inplace: Whether the model itself is compressed rather than a copy.
         sites: Layers whose structures are decided together.
+        call: How the model is called; by default as the configuration says.
     """
 
     config: MixRankConfig
@@ -69,6 +71,7 @@ class MemoryTask:
     batch_size: int = 32
     inplace: bool = False
     sites: Sequence[Site] = ()
+    call: ModelCall | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class MemoryPlan:
 def estimate_memory(
     model: PreTrainedModel, targets: Sequence[Target], task: MemoryTask, max_memory: MaxMemory = None
 ) -> MemoryPlan:
-    """Plan a compression within a limit of memory; the model runs on one black image.
+    """Plan a compression within a limit of memory; the model runs on one image.
 
     Args:
         model: The original model.
@@ -129,7 +132,7 @@ def estimate_memory(
         ValueError: if the limit cannot be met, or the model's configuration has no image size.
     """
     with_gradients = any(each & GRADIENT_STATISTICS for each in task.required.values())
-    size = _with_sites(probe_model(model, targets, with_gradients, task.config.model_call), task.sites)
+    size = _with_sites(probe_model(model, targets, with_gradients, task.call or task.config.model_call), task.sites)
     if max_memory is None:
         return plan_memory(size, task)
     device = model.device

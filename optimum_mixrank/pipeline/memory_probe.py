@@ -12,8 +12,9 @@ from torch.utils.hooks import RemovableHandle
 from ..checkpoint.names import Target
 from ..compensation.segments import Call, find_segments
 from ..evaluation.memory import live_bytes, weight_bytes
-from ..runtime.forward import activation_gradients, black_image, evaluation_mode
+from ..runtime.forward import activation_gradients, evaluation_mode
 from ..runtime.hooks import hooks_removed_on_exit
+from ..runtime.inputs import ModelInputs
 from ..runtime.outputs import PLAIN_CALL, ModelCall
 
 
@@ -69,16 +70,16 @@ class ModelSize:
 def probe_model(
     model: nn.Module, targets: Sequence[Target], with_gradients: bool, call: ModelCall = PLAIN_CALL
 ) -> ModelSize:
-    """Measure a model on one black image, with a backward pass if gradients will be needed.
+    """Measure a model on one image, with a backward pass if gradients will be needed.
 
-    The image has the size that the model's configuration names; `call` says which outputs gradients are taken of.
+    `call` says how the model is called, on which image (by default a black one), and of which outputs gradients are taken.
 
     Raises:
         ValueError: if the model's configuration has no image size, or a layer is not called.
     """
     parameter = next(model.parameters())
     device = getattr(model, "device", parameter.device)
-    image = black_image(model)
+    image = call.example_for(model)[:1]
     calls: dict[str, tuple[Tensor, Tensor]] = {}
 
     def listen(name: str) -> RemovableHandle:
@@ -89,7 +90,7 @@ def probe_model(
 
     handles = [listen(target.name) for target in targets]
     with hooks_removed_on_exit(handles), evaluation_mode(model):
-        model(pixel_values=image)
+        call.run(model, image)
         missing = [target.name for target in targets if target.name not in calls]
         if missing:
             raise ValueError(f"Layer {missing[0]!r} was not called; leave it out with exclude_modules.")
@@ -99,10 +100,10 @@ def probe_model(
             for target in sorted(targets, key=lambda target: list(calls).index(target.name))
             for name, (inputs, _) in [(target.name, calls[target.name])]
         ]
-        boundary, outputs = _segments(model, image, layers, calls)
+        boundary, outputs = _segments(model, image, layers, calls, call)
         calls.clear()
     with evaluation_mode(model):
-        forward = live_bytes(model, lambda: model(pixel_values=image))
+        forward = live_bytes(model, lambda: call.run(model, image))
     backward = forward
     if with_gradients:
         with evaluation_mode(model), activation_gradients(model):
@@ -110,7 +111,7 @@ def probe_model(
     return ModelSize(
         layers=layers,
         weights=weight_bytes(model),
-        pixels=4 * image[0].numel(),
+        pixels=image.to(dtype=torch.float32).num_bytes,
         forward=forward,
         backward=backward,
         boundary=boundary,
@@ -120,7 +121,11 @@ def probe_model(
 
 
 def _segments(
-    model: nn.Module, image: Tensor, layers: Sequence[LayerSize], calls: dict[str, tuple[Tensor, Tensor]]
+    model: nn.Module,
+    image: ModelInputs,
+    layers: Sequence[LayerSize],
+    calls: dict[str, tuple[Tensor, Tensor]],
+    call: ModelCall,
 ) -> tuple[int, int]:
     """Return the bytes of the largest segment input and of the largest layer outputs; zeros without segments."""
     try:
@@ -135,7 +140,7 @@ def _segments(
     # A stage of Swin returns less than it receives, so every segment is looked at.
     handles = [model.get_submodule(segment).register_forward_pre_hook(hook, with_kwargs=True) for segment in segments]
     with hooks_removed_on_exit(handles):
-        model(pixel_values=image)
+        call.run(model, image)
     outputs = [
         sum(
             output.numel() * output.element_size()
@@ -147,8 +152,8 @@ def _segments(
     return max(boundaries), max(outputs)
 
 
-def _gradients(model: nn.Module, image: Tensor, call: ModelCall) -> None:
+def _gradients(model: nn.Module, image: ModelInputs, call: ModelCall) -> None:
     """Run a forward and backward pass."""
-    found = call(model, image.clone().requires_grad_())
+    found = call(model, image.requiring_gradients())
     tensors = [found.logits] if found.logits is not None else list(found.features)
     torch.stack([tensor.sum() for tensor in tensors]).sum().backward()

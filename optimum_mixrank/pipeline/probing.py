@@ -10,7 +10,6 @@ from itertools import starmap
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 from transformers.utils import logging
 
 from ..allocation.choice import LayerChoice
@@ -21,8 +20,10 @@ from ..calibration.result import Calibration
 from ..checkpoint.factorize import insert_layer
 from ..checkpoint.modeling import replace_module
 from ..compensation.held_out import model_outputs, output_error
-from ..compensation.segments import SegmentReplay, find_segments
+from ..compensation.routes import find_route
+from ..compensation.segments import SegmentReplay
 from ..runtime.forward import evaluation_mode
+from ..runtime.inputs import ModelInputs
 from ..runtime.logging import get_logger
 from ..runtime.outputs import ModelOutput
 from ..runtime.phases import phase
@@ -56,7 +57,7 @@ def scale_losses(
     factory = LayerFactory(decompositions, calibration, "factors", keep=True)
     scales: dict[str, float] = {}
     with phase("Measured losses") as measuring, evaluation_mode(run.model):
-        references = model_outputs(run.model, batches, run.config.model_call)
+        references = model_outputs(run.model, batches, run.call)
         bar = logging.tqdm(total=len(probes), desc="Measuring losses", unit="structure")
         with bar:
             for probe, outputs in _by_segment(run, probes, batches, references):
@@ -96,13 +97,15 @@ def _bounded(scales: Mapping[str, float], names: Sequence[str]) -> dict[str, flo
 
 
 def _by_segment(
-    run: CompressionRun, probes: Sequence[Probe], batches: Sequence[Tensor], references: Sequence[ModelOutput]
+    run: CompressionRun, probes: Sequence[Probe], batches: Sequence[ModelInputs], references: Sequence[ModelOutput]
 ) -> Iterator[tuple[Probe, Callable[[], list[ModelOutput]]]]:
     """Yield the probes in forward order, with the function that returns the outputs of the model as it is then."""
-    call, names = run.config.model_call, {target.canonical_name: target.name for target in run.targets}
-    segments = find_segments(run.model, [target.name for target in run.targets])
-    replay = _if_possible(lambda: SegmentReplay(run.model, segments, batches, call=call, keep_results=True))
-    for segment in segments:
+    call, names = run.call, {target.canonical_name: target.name for target in run.targets}
+    route = find_route(run.model, list(names.values()), batches, call, run.processes)
+    options = {"call": call, "keep_results": True, "own_outputs": route.own_outputs}
+    replay = _if_possible(lambda: SegmentReplay(run.model, route.segments, batches, **options))
+    prefixes = tuple(f"{segment}." for segment in route.segments)
+    for segment in route.segments:
         found = None if replay is None else _if_possible(replay.outputs)
         # Models with several stacks of blocks compute something else from the last output of one.
         exact = found is not None and all(starmap(_agree, zip(found, references, strict=True)))
@@ -115,6 +118,9 @@ def _by_segment(
                 yield probe, outputs
         if replay is not None and _if_possible(replay.advance) is None:
             replay = None
+    for probe in probes:
+        if not names[next(iter(probe.choices))].startswith(prefixes):
+            yield probe, partial(model_outputs, run.model, batches, call)
 
 
 Found = TypeVar("Found")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..allocation.profile import NATS, NORMALISED, profile_budgets
 from ..calibration.result import Calibration
-from ..calibration.targets import find_targets
+from ..calibration.targets import find_targets, linears_in_blocks, select_targets
 from ..checkpoint.configuration import MixRankConfig
 from ..decomposition import METRICS
 from ..reporting.profile import RankProfile
@@ -32,7 +32,14 @@ def profile_model(
     """
     model, processes, metric = reader.model, reader.processes, METRICS.create(config.metric)
     calibration.check(shared_fingerprint(model, processes))
-    targets = find_targets(model, config.target_modules, config.exclude_modules)
+    try:
+        targets = find_targets(model, config.target_modules, config.exclude_modules)
+    except ValueError:
+        # There are no images to see what they reach, but their statistics tell it.
+        linears = [each for each in linears_in_blocks(model) if each.name in calibration.layers]
+        if not metric.uses_data or not linears:
+            raise
+        targets = select_targets(linears, config.target_modules, config.exclude_modules)
     check_weights(targets)
     statistics = calibration if metric.uses_data else None
     settings = [with_ratio(config, ratio) for ratio in sorted(ratios)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,14 @@ from ..calibration.images.batches import ImageBatches
 from ..calibration.plain_layers import check_uses
 from ..calibration.result import Calibration
 from ..calibration.sites import Mlp, Site, find_sites
-from ..calibration.targets import encoder_linears, match_values, select_targets
+from ..calibration.targets import bound_call, candidates, linears_in_blocks, match_values, select_targets
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.names import Target
 from ..decomposition import METRICS, Metric
 from ..runtime.distributed import Processes
 from ..runtime.journal import NO_JOURNAL, Journal
+from ..runtime.outputs import PLAIN_CALL, ModelCall
+from ..runtime.parts import FEATURES, WHOLE
 from .costs import model_costs, timed_sites
 from .decompose import check_weights, priced_sites
 from .images import ImageReader
@@ -42,6 +46,7 @@ class CompressionRun:
         targets: The layers to compress.
         sites: Those whose structures are decided together.
         budget: The constraints on their ranks.
+        call: How the model is called: the part of it that takes images, and images to try it on.
         batches: The images, if statistics or compensation need them, or statistics are to be checked against them.
         calibration: Statistics passed by the user.
         inplace: Whether to compress the model itself rather than a copy.
@@ -60,6 +65,7 @@ class CompressionRun:
     targets: Sequence[Target]
     sites: Sequence[Site]
     budget: RankBudget
+    call: ModelCall = PLAIN_CALL
     batches: ImageBatches | None = None
     calibration: Calibration | None = None
     inplace: bool = False
@@ -85,17 +91,20 @@ class CompressionRun:
         """
         with reader.processes.raise_on_all_ranks():
             config.validate()
-            config.model_call.check(reader.model)
-            linears = encoder_linears(reader.model)
+            metric = METRICS.create(config.metric)
+            # Most models are refused, if they are, before any image is read.
+            read = functools.cache(lambda: _read_images(config, reader, dataset, metric, options.get("calibration")))
+            linears_in_blocks(reader.model)
+            call = example_call(config.model_call, reader.model, read)
+            linears = candidates(reader.model, config.target_modules, call)
             targets = select_targets(linears, config.target_modules, config.exclude_modules)
             check_uses(reader.model, targets)
             check_weights(targets)
-            metric = METRICS.create(config.metric)
-            sites = free_sites(reader.model, config, targets, metric, options.get("calibration"))
-            budget = rank_budget(reader.model, config, targets, sites)
+            call = bound_call(call, reader.model, targets, needed=metric.uses_data or bool(config.compensation))
+            sites = free_sites(reader.model, config, targets, metric, options.get("calibration"), call)
+            budget = rank_budget(reader.model, config, targets, sites, call)
             budget.check()
-            run = cls(reader.model, config, reader, metric, linears, targets, sites, budget, **options)
-            run._take_images(dataset)
+            run = cls(reader.model, config, reader, metric, linears, targets, sites, budget, call, read(), **options)
         run.fingerprint = shared_fingerprint(run.model, run.processes)
         return run
 
@@ -104,21 +113,41 @@ class CompressionRun:
         """Return the processes that share the work."""
         return self.reader.processes
 
-    def _take_images(self, dataset: Any) -> None:
-        config, needs_statistics = self.config, self.metric.uses_data and self.calibration is None
-        if dataset is None and self.calibration is None:
-            dataset = config.dataset
-        compared = self.calibration is not None and dataset is not None
-        if not (config.compensation or compared or needs_statistics):
-            return
-        if dataset is None:
-            step = f"metric={config.metric!r}" if needs_statistics else "compensation"
-            raise ValueError(
-                f"{step} needs calibration images: pass `calibration_dataset`. Without images there are only "
-                "metric='svd' and compensation=[], which lose far more accuracy."
-            )
-        drawn = self.reader.draw(dataset, config.num_samples, config.seed)
-        self.batches = self.reader.read(drawn, keep=bool(config.compensation))
+
+def _read_images(
+    config: MixRankConfig, reader: ImageReader, dataset: Any, metric: Metric, calibration: Calibration | None
+) -> ImageBatches | None:
+    """Return the images of a run, or None if it needs none.
+
+    Raises:
+        ValueError: if there are none although they are needed.
+    """
+    needs_statistics = metric.uses_data and calibration is None
+    if dataset is None and calibration is None:
+        dataset = config.dataset
+    compared = calibration is not None and dataset is not None
+    if not (config.compensation or compared or needs_statistics):
+        return None
+    if dataset is None:
+        step = f"metric={config.metric!r}" if needs_statistics else "compensation"
+        raise ValueError(
+            f"{step} needs calibration images: pass `calibration_dataset`. Without images there are only "
+            "metric='svd' and compensation=[], which lose far more accuracy."
+        )
+    drawn = reader.draw(dataset, config.num_samples, config.seed)
+    return reader.read(drawn, keep=bool(config.compensation))
+
+
+def example_call(call: ModelCall, model: PreTrainedModel, read: Callable[[], ImageBatches | None]) -> ModelCall:
+    """Return a call that is tried on a black image or, of a model that takes more or something else, on the first batch."""
+    try:
+        if call.bound(model).part in (WHOLE, FEATURES):
+            return call
+    except ValueError:
+        call.check(model)
+    batches = read()
+    example = None if batches is None else batches.first()
+    return call if example is None else dataclasses.replace(call, example=example)
 
 
 def free_sites(
@@ -127,6 +156,7 @@ def free_sites(
     targets: Sequence[Target],
     metric: Metric,
     calibration: Calibration | None = None,
+    call: ModelCall | None = None,
 ) -> list[Site]:
     """Return the sites among the layers that the user has given neither rank nor ratio, if statistics cover them.
 
@@ -144,7 +174,8 @@ def free_sites(
         **match_values(targets, config.ratio_pattern, "ratio_pattern"),
     }
     free = [target for target in targets if target.canonical_name not in given]
-    sites = timed_sites(model, config, find_sites(model, free, together, config.model_call))
+    sites = find_sites(model, free, together, call or config.model_call)
+    sites = timed_sites(model, config, sites, call or config.model_call)
     return sites if calibration is None else priced_sites(sites, calibration)
 
 
@@ -160,7 +191,11 @@ def site_specs(sites: Sequence[Site]) -> list[SiteSpec]:
 
 
 def rank_budget(
-    model: PreTrainedModel, config: MixRankConfig, targets: Sequence[Target], sites: Sequence[Site] = ()
+    model: PreTrainedModel,
+    config: MixRankConfig,
+    targets: Sequence[Target],
+    sites: Sequence[Site] = (),
+    call: ModelCall = PLAIN_CALL,
 ) -> RankBudget:
     """Return the constraints under which ranks are allocated.
 
@@ -170,7 +205,7 @@ def rank_budget(
     """
     rank_pattern = match_values(targets, config.rank_pattern, "rank_pattern")
     ratio_pattern = match_values(targets, config.ratio_pattern, "ratio_pattern")
-    counted = model_costs(model, config, targets)
+    counted = model_costs(model, config, targets, call)
     layers = [
         LayerSpec(
             name=target.canonical_name,

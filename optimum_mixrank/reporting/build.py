@@ -30,6 +30,7 @@ from ..evaluation.flops import flops_per_image
 from ..runtime.distributed import Processes
 from ..runtime.files import is_local_path
 from ..runtime.logging import get_logger
+from ..runtime.outputs import PLAIN_CALL, ModelCall
 from .data import LayerReport
 from .profile import RankProfile
 from .report import CompressionReport
@@ -58,10 +59,10 @@ class Measurement:
     dtype: str | None = None
 
 
-def measure(model: PreTrainedModel) -> Measurement:
-    """Measure a model in its present state."""
+def measure(model: PreTrainedModel, call: ModelCall = PLAIN_CALL) -> Measurement:
+    """Measure a model in its present state; `call` says how it is called, and on which images."""
     try:
-        flops = flops_per_image(model)
+        flops = flops_per_image(model, call=call)
     except Exception as error:
         # A figure for the report must not stop a compression.
         logger.warning(f"The FLOPs of {type(model).__name__} could not be counted: {error}")
@@ -98,6 +99,7 @@ class Outcome:
         memory: See `ReportData`.
         fidelity: See `ReportData`.
         latency: See `ReportData`.
+        call: How the models are called.
     """
 
     config: MixRankConfig
@@ -118,12 +120,13 @@ class Outcome:
     memory: Mapping[str, Any]
     fidelity: Mapping[str, Any]
     latency: Mapping[str, Any]
+    call: ModelCall = PLAIN_CALL
 
 
 def build_report(outcome: Outcome) -> CompressionReport:
     """Return the report of a compression."""
     config, model, original, calibration = outcome.config, outcome.model, outcome.original, outcome.calibration
-    compressed = measure(model)
+    compressed = measure(model, outcome.call)
     layers = [_layer_report(outcome, linear) for linear in outcome.linears]
     predicted = [layer.predicted_loss for layer in layers if layer.predicted_loss is not None]
     return CompressionReport(

@@ -56,6 +56,26 @@ def ordinary_modes() -> Iterator[None]:
 
 
 @contextmanager
+def fixed_random_state(device: torch.device) -> Iterator[None]:
+    """Draw the same random numbers on every entry, on the CPU and on a device; the caller's come back on exit."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else []):
+        torch.default_generator.manual_seed(0)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    """Return the device of a model's inputs, and the dtype of those that are floating-point numbers."""
+    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    # Parameters that are offloaded to disk are on the meta device; Accelerate then moves the input itself.
+    device = next((parameter.device for parameter in parameters if not parameter.is_meta), torch.device("cpu"))
+    return device, parameters[0].dtype if parameters else None
+
+
+@contextmanager
 def image_size_explained(model: nn.Module, pixel_values: torch.Tensor) -> Iterator[None]:
     """Make a model's error about images of another size than that of its configuration say what to do.
 
@@ -69,6 +89,8 @@ def image_size_explained(model: nn.Module, pixel_values: torch.Tensor) -> Iterat
             expected = configured_shape(model)[1:]
         except ValueError:
             raise error from None
+        if pixel_values.ndim != 4:
+            raise
         found = tuple(pixel_values.shape[-2:])
         # Some models take images of any size, and then fail for other reasons.
         if found == expected or not re.search("size|shape", str(error)):
@@ -91,10 +113,8 @@ def black_image(model: nn.Module, pixel_values_shape: Sequence[int] | None = Non
     shape = configured_shape(model) if pixel_values_shape is None else tuple(pixel_values_shape)
     if len(shape) != 3 or any(size < 1 for size in shape):
         raise ValueError(f"pixel_values_shape={shape} is not (channels, height, width).")
-    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    # Parameters that are offloaded to disk are on the meta device; Accelerate then moves the input itself.
-    device = next((parameter.device for parameter in parameters if not parameter.is_meta), torch.device("cpu"))
-    return torch.zeros(1, *shape, device=device, dtype=parameters[0].dtype if parameters else None)
+    device, dtype = placement(model)
+    return torch.zeros(1, *shape, device=device, dtype=dtype)
 
 
 def configured_shape(model: nn.Module) -> tuple[int, ...]:

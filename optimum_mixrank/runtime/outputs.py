@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .forward import black_image, evaluation_mode, image_size_explained
+from .formatting import shorten
+from .forward import black_image, evaluation_mode, fixed_random_state, image_size_explained, placement
+from .inputs import MAIN_NAMES, ModelInputs
+from .parts import FEATURES, WHOLE, part_of, possible_parts, takes
 
 
 _PREFERRED = ("feature_maps", "last_hidden_state", "logits", "reconstruction", "pooler_output")
 """Outputs to compare, the first that a model gives; one that gives none of them is compared by all its tensors."""
+
+_SEEN = ("pooler_output", "image_embeds", "deepstack_features")
+"""What `get_image_features` returns for the rest of the model."""
 
 _BESIDE = ("loss", "hidden_states", "attentions", "past_key_values", "cache")
 """Ends of the names of outputs that say nothing about the result."""
@@ -46,10 +51,16 @@ class ModelCall:
     Attributes:
         outputs: Names of the outputs to compare; none are chosen by structure, see `select_output`.
         interpolate_pos_encoding: Whether images may have another size than the position embeddings.
+        part: What of the model takes images; see `parts`.
+        with_text: Whether the model gets text as well, where a batch holds it.
+        example: Inputs to try the model on; by default a black image.
     """
 
     outputs: tuple[str, ...] = ()
     interpolate_pos_encoding: bool = False
+    part: str = WHOLE
+    with_text: bool = False
+    example: ModelInputs | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def named(cls, outputs: str | Sequence[str] | None, interpolate_pos_encoding: bool) -> ModelCall:
@@ -57,50 +68,110 @@ class ModelCall:
         return cls((outputs,) if isinstance(outputs, str) else tuple(outputs or ()), interpolate_pos_encoding)
 
     def check(self, model: nn.Module) -> None:
-        """Check that a model can be called in this way; if outputs are named, it runs on a black image.
+        """Check that position embeddings can be interpolated if they have to.
 
         Raises:
-            ValueError: if its position embeddings cannot be interpolated, or it lacks a named output.
+            ValueError: if the model has no such argument.
         """
-        if self.interpolate_pos_encoding and "interpolate_pos_encoding" not in _parameters(model):
+        if self.interpolate_pos_encoding and "interpolate_pos_encoding" not in takes(model):
             raise ValueError(
                 f"interpolate_pos_encoding=True, but {type(model).__name__} has no such argument: either it takes images "
                 "of any size as it is, or only those of its configuration. Leave it out."
             )
-        if not self.outputs:
-            return
-        try:
-            with evaluation_mode(model):
-                output = model(pixel_values=black_image(model))
-        except Exception:
-            # Images of another size may pass; the names are then looked up when the first of them has.
-            return
-        self.select(model, output, 1)
 
-    def run(self, model: nn.Module, pixel_values: Tensor) -> Any:
-        """Call a model and return all that it returns.
+    def bound(self, model: nn.Module, example: ModelInputs | None = None) -> ModelCall:
+        """Return the call of the part of a model that takes images; it is found by trying, on an example.
+
+        Args:
+            model: The model.
+            example: One image or a few, as the model's processor gives them; by default a black image.
+
+        Raises:
+            ValueError: if no part runs on the example; the message says why the whole does not. Also if position
+                embeddings cannot be interpolated, or a named output is lacking.
+        """
+        self.check(model)
+        inputs = self.example if example is None else example
+        try:
+            inputs = ModelInputs(black_image(model)) if inputs is None else inputs
+        except ValueError as error:
+            raise ValueError(_not_for_images(model, error)) from error
+        tried = replace(self, example=example or self.example)
+        calls = [replace(tried, part=part) for part in possible_parts(model, inputs)]
+        if set(inputs.without_text()) != set(inputs):
+            calls.append(replace(tried, with_text=True))
+        reason: Exception | None = None
+        for call in calls:
+            try:
+                with evaluation_mode(model):
+                    output = call.run(model, call.example_for(model))
+            except Exception as error:
+                reason = reason or error
+                continue
+            if self.outputs:
+                call.select(model, output, len(inputs))
+            return call
+        assert reason is not None  # the whole is always tried
+        raise ValueError(_not_for_images(model, reason)) from reason
+
+    def example_for(self, model: nn.Module) -> ModelInputs:
+        """Return inputs to try a model on, on its device and in its dtype.
+
+        Raises:
+            ValueError: if there are none, and the model's configuration names no size of images.
+        """
+        if self.example is None:
+            return ModelInputs(black_image(model))
+        return self.example.to(*placement(model))
+
+    def run(self, model: nn.Module, inputs: ModelInputs | Tensor) -> Any:
+        """Call a model, or the part of it that takes images, and return all that it returns.
+
+        Whatever it draws at random, such as masks, is the same in every call.
 
         Raises:
             ValueError: for images of another size than the model takes.
         """
-        options = {"interpolate_pos_encoding": True} if self.interpolate_pos_encoding else {}
-        with image_size_explained(model, pixel_values):
-            return model(pixel_values=pixel_values, **options)
+        inputs = ModelInputs.of(inputs)
+        if not self.with_text:
+            inputs = inputs.without_text()
+        called = part_of(model, self.part)
+        accepted = takes(called)
+        given: dict[str, Any] = dict(inputs.only(accepted))
+        if self.interpolate_pos_encoding and "interpolate_pos_encoding" in accepted:
+            given["interpolate_pos_encoding"] = True
+        with image_size_explained(model, inputs.main), fixed_random_state(inputs.main.device):
+            return called(**given)
 
     def select(self, model: nn.Module, output: Any, num_images: int) -> ModelOutput:
-        """Return what to compare of an output; see `select_output`."""
+        """Return what to compare of an output; see `select_output` and `select_features`."""
+        if self.part == FEATURES and not self.outputs:
+            return select_features(output, num_images)
         return select_output(output, getattr(model, "config", None), self.outputs, num_images)
 
-    def __call__(self, model: nn.Module, pixel_values: Tensor) -> ModelOutput:
+    def __call__(self, model: nn.Module, inputs: ModelInputs | Tensor) -> ModelOutput:
         """Call a model and return what to compare of its output."""
-        return self.select(model, self.run(model, pixel_values), len(pixel_values))
+        return self.select(model, self.run(model, inputs), len(inputs))
+
+
+def _not_for_images(model: nn.Module, reason: Exception) -> str:
+    """Return why a model cannot be called with images, and what to do."""
+    name = type(model).__name__
+    shown = shorten(" ".join(str(reason).split()), 300)
+    if getattr(model, "main_input_name", None) == "input_ids" and not _has_images(model):
+        return f"{name} is a text model: its main input is `input_ids`. Only what images go into can be compressed."
+    return (
+        f"What of {name} takes images is unknown, since no part of it runs on the images alone ({type(reason).__name__}: "
+        f"{shown}). Calibrate with batches as the model's own processor returns them (a mapping of all its inputs), or "
+        "compress the vision tower by itself (`model.vision_model`, for example)."
+    )
+
+
+def _has_images(model: nn.Module) -> bool:
+    return any(name in takes(module) for module in model.modules() for name in MAIN_NAMES)
 
 
 PLAIN_CALL = ModelCall()
-
-
-def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
 
 
 def select_output(output: Any, config: Any, names: Sequence[str] = (), num_images: int | None = None) -> ModelOutput:
@@ -136,6 +207,27 @@ def select_output(output: Any, config: Any, names: Sequence[str] = (), num_image
             "for images, or name the outputs to compare by `output_names`."
         )
     return ModelOutput(features=tuple(features))
+
+
+def select_features(output: Any, num_images: int) -> ModelOutput:
+    """Select what the rest of a model sees of images from what its `get_image_features` returns.
+
+    Transformers 5 returns it beside the states of the tower; 4.57 returns it alone. Features of images of different sizes
+    are one tensor with a row for every token.
+
+    Raises:
+        ValueError: if there is no tensor.
+    """
+    found: list[Tensor] = []
+    for value in [_field(output, name) for name in _SEEN] if _fields(output) else [output]:
+        tensors = list(_tensors(value))
+        if isinstance(value, list | tuple) and len(tensors) == num_images and len({t.shape[1:] for t in tensors}) == 1:
+            same = len({tensor.shape for tensor in tensors}) == 1
+            tensors = [torch.stack(tensors) if same else torch.cat(tensors)]
+        found += tensors
+    if not found:
+        raise ValueError(f"`{FEATURES}` returns no features of images, but {_listed(output)}.")
+    return ModelOutput(features=tuple(tensor[:, None] if tensor.ndim == 1 else tensor for tensor in found))
 
 
 def _named(output: Any, name: str, num_images: int | None) -> list[Tensor]:

@@ -18,7 +18,7 @@ ALL = frozenset(Statistic)
 
 
 def batches(*sizes):
-    return [Batch(pixel_values=batch) for batch in pixels(sum(sizes)).split(list(sizes))]
+    return [Batch(batch) for batch in pixels(sum(sizes)).split(list(sizes))]
 
 
 def required_for(model, statistics=ALL):

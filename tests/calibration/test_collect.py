@@ -89,7 +89,7 @@ def test_no_hook_of_ours_remains_and_the_users_survive(fails):
 def test_no_hook_remains_where_the_forward_pass_fails():
     model = tiny_vit()
     with pytest.raises(ValueError, match="channel"):
-        collect_statistics(model, [Batch(pixel_values=torch.zeros(2, 1, 32, 32))], required_for(model))
+        collect_statistics(model, [Batch(torch.zeros(2, 1, 32, 32))], required_for(model))
     assert hook_count(model) == 0
 
 
@@ -141,7 +141,7 @@ def test_nan_in_the_images_names_the_first_layer(value):
     first = "|".join(target.name for target in encoder_linears(model)[:3])
     for images in ([batch], [pixels(3), batch]):
         with pytest.raises(ValueError, match=f"NaN or Inf in the inputs of layer '({first})'.*calibration images"):
-            collect_statistics(model, [Batch(pixel_values=b) for b in images], required_for(model))
+            collect_statistics(model, [Batch(b) for b in images], required_for(model))
     assert hook_count(model) == 0
 
 
@@ -149,7 +149,7 @@ def test_nan_in_the_images_is_reported_after_the_first_batch():
     model = tiny_vit()
 
     def images():
-        yield Batch(pixel_values=torch.full((1, 3, 32, 32), float("nan")))
+        yield Batch(torch.full((1, 3, 32, 32), float("nan")))
         pytest.fail("went on after a batch of NaN")
 
     with pytest.raises(ValueError, match="NaN or Inf"):
@@ -184,8 +184,8 @@ def test_images_are_cast_to_the_dtype_of_the_model():
 
 def test_images_of_several_sizes_are_refused_by_mean_input_alone():
     def images():
-        yield Batch(pixel_values=torch.ones(1, 3, 32, 32))
-        yield Batch(pixel_values=torch.ones(1, 3, 64, 32))
+        yield Batch(torch.ones(1, 3, 32, 32))
+        yield Batch(torch.ones(1, 3, 64, 32))
 
     model = tiny_swin()
     collect_statistics(model, images(), required_for(model, {Statistic.INPUT_MEAN}))

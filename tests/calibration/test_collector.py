@@ -65,7 +65,7 @@ def test_a_layer_that_is_called_twice_counts_both_calls():
 
     model = Twice()
     inputs = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
-    collected, _ = collect_statistics(model, [Batch(pixel_values=inputs)], {"linear": ALL})
+    collected, _ = collect_statistics(model, [Batch(inputs)], {"linear": ALL})
     with torch.no_grad():
         both = torch.cat([inputs, model.linear(inputs)]).double()
     assert collected["linear"].num_tokens == 20
@@ -83,7 +83,7 @@ def test_layers_that_share_an_input_only_at_times_are_refused():
             self.calls += 1
             return self.one(pixel_values) + self.two(pixel_values if self.calls == 1 else pixel_values + 1)
 
-    batch = Batch(pixel_values=torch.ones(2, 4))
+    batch = Batch(torch.ones(2, 4))
     required = {"one": frozenset({Statistic.INPUT_MEAN}), "two": frozenset({Statistic.INPUT_MEAN})}
     with pytest.raises(RuntimeError, match=r"'two' was called with the input of 'one' at first .* exclude_modules"):
         collect_statistics(Fickle(), [batch, batch], required)

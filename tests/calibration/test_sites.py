@@ -116,7 +116,7 @@ def test_a_model_that_does_not_run_has_no_sites():
     model.config.image_size = 48
     with patch("optimum_mixrank.calibration.sites.logger.warning") as warning:
         assert find_sites(model, targets, ["shared"]) == []
-    assert "does not run on a black image" in warning.call_args.args[0]
+    assert "does not run on the first images" in warning.call_args.args[0]
 
 
 def test_the_model_is_left_as_it_was():

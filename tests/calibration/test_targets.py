@@ -223,14 +223,12 @@ def test_finding_targets_changes_nothing():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_model_that_does_not_run_on_its_configured_size_is_named(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("optimum_mixrank"), "propagate", True)
+def test_nothing_is_guessed_of_a_model_that_does_not_run():
     model = tiny_vit()
     model.config.image_size = 31
-    assert len(find_targets(model)) == len(VIT_NAMES)
-    assert (
-        "Which layers of this ViTForImageClassification see the image is unknown, because it does not" in caplog.text
-    )
+    with pytest.raises(ValueError, match=r"What of ViTForImageClassification takes images is unknown.*31\*31"):
+        find_targets(model)
+    assert canonical(find_targets(model, ["query"])) == QUERIES
 
 
 def test_the_size_of_a_backbone(caplog, monkeypatch):
@@ -249,3 +247,53 @@ def test_the_size_of_a_backbone(caplog, monkeypatch):
     found = find_targets(transformers.UperNetForSemanticSegmentation(config).eval())
     assert found and not any("continuous_position_bias" in target.name for target in found)
     assert "is unknown" not in caplog.text
+
+
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def tiny_clip():
+    vision = {**TOWER, "image_size": 32, "patch_size": 8}
+    text = {**TOWER, "vocab_size": 99, "max_position_embeddings": 16}
+    return transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text)).eval()
+
+
+def test_of_two_towers_images_reach_one():
+    model = tiny_clip()
+    found = canonical(find_targets(model))
+    assert len(found) == 12 and all(name.startswith("vision_model.") for name in found)
+    assert canonical(find_targets(model, ["fc1"])) == [name for name in found if name.endswith("fc1")]
+
+
+def test_layers_that_images_do_not_reach_are_targets_if_they_are_named():
+    found = canonical(find_targets(tiny_clip(), r"text_model\..*fc1"))
+    assert found == [f"text_model.encoder.layers.{index}.mlp.fc1" for index in range(2)]
+
+
+def test_a_text_model_and_a_convolutional_network_are_refused_as_what_they_are():
+    bert = transformers.BertModel(transformers.BertConfig(**TOWER, vocab_size=99))
+    with pytest.raises(ValueError, match="BertModel is a text model"):
+        find_targets(bert)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
+    resnet = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
+    with pytest.raises(ValueError, match=r"ResNetForImageClassification .* is a convolutional network"):
+        find_targets(resnet)
+
+
+def test_a_layer_whose_weight_is_used_without_a_call_is_left_out(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("optimum_mixrank"), "propagate", True)
+    caplog.set_level(logging.INFO, "optimum_mixrank")
+    model = tiny_vit()
+    layer = encoder_linears(model)[4]
+
+    class Functional(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, hidden):
+            return nn.functional.linear(hidden, self.linear.weight, self.linear.bias)
+
+    replace_module(model, layer.name, Functional(layer.module))
+    assert len(find_targets(model)) == len(VIT_NAMES) - 1
+    assert "Left out, since they are not called when images are" in caplog.text

@@ -112,7 +112,7 @@ def test_a_layer_that_does_not_matter_loses_nothing():
 def test_images_of_a_single_process_need_no_numbers():
     batches, held_out = list(images(6).split(4)), list(images(5, seed=1).split(2))
     task = CompensationTask(None, None, [], {}, {}, batches, held_out, [], config())
-    assert torch.equal(task.all_images(), images(6)) and torch.equal(task.all_held_out(), images(5, seed=1))
+    assert torch.equal(task.all_images().main, images(6)) and torch.equal(task.all_held_out().main, images(5, seed=1))
     assert task.all_high_resolution() is None
 
 

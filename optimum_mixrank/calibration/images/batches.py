@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from ...runtime.distributed import SINGLE_PROCESS, Processes
+from ...runtime.inputs import PIXELS, ModelInputs
 from ...runtime.logging import get_logger
 from ..fingerprint import ImageFingerprint
 from .collating import Batch, Collator, different_sizes
@@ -28,6 +30,7 @@ from .rows import (
     fingerprint_rows,
     image_rows,
     num_images,
+    read_row,
     single_rows,
     stream_rows,
 )
@@ -64,6 +67,8 @@ class ImageBatches:
         dtype: The dtype of the pixels.
         processes: The processes among which the batches are distributed.
         fingerprint: Whether to compute the fingerprint of the images.
+        input_names: Names of the inputs that the model takes; all else that a source or the image processor gives is
+            left out.
 
     Attributes:
         num_images: Number of images in the source, including broken ones; None if it cannot be known in advance.
@@ -96,6 +101,7 @@ class ImageBatches:
         dtype: torch.dtype = torch.float32,
         processes: Processes = SINGLE_PROCESS,
         fingerprint: bool = False,
+        input_names: frozenset[str] = frozenset({PIXELS}),
     ) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} is not a positive number of images.")
@@ -109,8 +115,9 @@ class ImageBatches:
             source = load_image_dataset(source, image_column=image_column)
         check_source(source, processes)
         self._source = source
+        self._kind = type(source).__name__
         self._processes = processes
-        self._collate = Collator(image_processor, num_channels, label_map, dtype, max_image_pixels)
+        self._collate = Collator(image_processor, num_channels, label_map, dtype, max_image_pixels, input_names)
         self._batch_size = batch_size
         self._columns = (image_column, label_column)
         self._max_broken_share = max_broken_share
@@ -124,6 +131,32 @@ class ImageBatches:
         self.num_images = num_images(source) if self._rows is None else len(self._rows)
         if self._rows is not None:
             self._collate.check_image_processor()
+
+    def first(self, count: int = 1) -> ModelInputs | None:
+        """Return the inputs of the first usable images, without reading further; None if there are none.
+
+        A source that can be read only once loses nothing.
+        """
+        with torch.random.fork_rng([]):
+            rows = self._first_rows()
+        for start in range(0, len(rows), count):
+            found = self._collate.or_error(rows[start : start + count])
+            if not isinstance(found, Exception) and found[0] is not None:
+                return found[0].inputs.ordinary()[:count]
+        return None
+
+    def _first_rows(self) -> list[Row]:
+        if self._rows is not None:
+            return [self._rows[index] for index in range(min(len(self._rows), self._batch_size))]
+        if isinstance(self._source, Iterator):
+            if self._used_up:
+                return []
+            item = next(self._source, None)
+            if item is None:
+                return []
+            self._source = itertools.chain([item], self._source)
+            return [read_row(item, 0, *self._columns)]
+        return list(itertools.islice(stream_rows(self._source, *self._columns), 1))
 
     def enlarged(self, scale: float) -> ImageBatches | None:
         """Return the same batches of the same images, `scale` times as large on each side.
@@ -165,7 +198,7 @@ class ImageBatches:
         elif isinstance(self._source, DataLoader) and self._source.batch_size is not None:
             batches = len(self._source)
         else:
-            raise TypeError(f"A {type(self._source).__name__} of `pixel_values` does not tell its number of batches.")
+            raise TypeError(f"A {self._kind} of `pixel_values` does not tell its number of batches.")
         return len(range(self._processes.index, batches, self._processes.count))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -177,13 +210,13 @@ class ImageBatches:
                 self._check_broken_share(len(self._rows))
             if batch is None or batch.num_images == 0:
                 continue
-            if batch.pixel_values.is_inference():
-                # Made inside `torch.inference_mode()`: no gradients can be computed with respect to it.
-                batch = dataclasses.replace(batch, pixel_values=batch.pixel_values.clone())
-            self._pass.check_shape(batch.pixel_values.shape[1:])
+            # No gradients can be computed with respect to what was made inside `torch.inference_mode()`.
+            batch = dataclasses.replace(batch, inputs=batch.inputs.ordinary())
+            if batch.inputs.is_images:
+                self._pass.check_shape(batch.pixel_values.shape[1:])
             self._pass.usable += batch.num_images
             if self._with_fingerprint:
-                self._pass.fingerprint.update(batch.pixel_values, index)
+                self._pass.fingerprint.update(batch.inputs, index)
             yield dataclasses.replace(batch, index=index)
         if self._processes.is_single:
             self._check_pass()
@@ -255,7 +288,7 @@ class ImageBatches:
         if isinstance(self._source, Iterator):
             if self._used_up:
                 raise ValueError(
-                    f"The {type(self._source).__name__} was used up by an earlier pass; give a list or a DataLoader, "
+                    f"The {self._kind} was used up by an earlier pass; give a list or a DataLoader, "
                     "which can be iterated again."
                 )
             self._used_up = True

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...runtime.inputs import MAIN_NAMES, PIXELS, ModelInputs, concatenated
 from .decoding import BrokenImageError, decode_image
 from .rows import Row
 
@@ -20,23 +21,31 @@ class Batch:
     """A batch of images.
 
     Attributes:
-        pixel_values: `[batch, channels, height, width]`, finite.
+        inputs: What the model gets, finite; a tensor is `pixel_values`.
         labels: `[batch]`, int64, or None.
         index: Number of the batch among those of all processes.
     """
 
-    pixel_values: Tensor
+    inputs: ModelInputs
     labels: Tensor | None = None
     index: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", ModelInputs.of(self.inputs))
+
+    @property
+    def pixel_values(self) -> Tensor:
+        """The main input: of images `[batch, channels, height, width]`."""
+        return self.inputs.main
 
     @property
     def num_images(self) -> int:
         """Number of images in this batch."""
-        return len(self.pixel_values)
+        return len(self.inputs)
 
     def pin_memory(self) -> Batch:
-        """Return a copy with pixels in pinned memory; called by `DataLoader`."""
-        return replace(self, pixel_values=self.pixel_values.pin_memory())
+        """Return a copy with inputs in pinned memory; called by `DataLoader`."""
+        return replace(self, inputs=self.inputs.pin_memory())
 
 
 Collated = tuple[Batch | None, list[BrokenImageError]]
@@ -52,6 +61,7 @@ class Collator:
     label_map: Sequence[int] | Mapping[Any, int] | None
     dtype: torch.dtype
     max_image_pixels: int | None = None
+    input_names: frozenset[str] = frozenset({PIXELS})
 
     def check_image_processor(self) -> None:
         """Raise a ValueError if there is no image processor."""
@@ -63,9 +73,9 @@ class Collator:
 
     def __call__(self, rows: Sequence[Row]) -> Collated:
         """Return the batch and the broken images among the rows."""
-        if len({row.pixel_values is None for row in rows}) > 1:
+        if len({row.inputs is None for row in rows}) > 1:
             raise ValueError("Images and `pixel_values` are mixed; give one or the other.")
-        if rows[0].pixel_values is not None:
+        if rows[0].inputs is not None:
             return self._batch(rows, self._stack(rows)), []
         usable, images, broken = [], [], []
         for row in rows:
@@ -87,49 +97,71 @@ class Collator:
         except Exception as error:
             return error
 
-    def _batch(self, rows: Sequence[Row], pixel_values: Tensor) -> Batch:
-        shape, dtype = tuple(pixel_values.shape), pixel_values.dtype
-        if len(shape) != 4 or shape[1] != self.num_channels:
+    def _batch(self, rows: Sequence[Row], inputs: ModelInputs) -> Batch:
+        name, main = inputs.main_name, inputs.main
+        shape, dtype = tuple(main.shape), main.dtype
+        alone = list(inputs) == [PIXELS] and main.ndim != 5
+        if alone and (main.ndim != 4 or shape[1] != self.num_channels):
             raise ValueError(
                 f"`pixel_values` of {rows[0].name} have the shape {list(shape)}; the model needs [batch, "
                 f"{self.num_channels}, height, width]."
             )
-        if not dtype.is_floating_point:
+        if not main.is_floating_point():
             raise ValueError(
-                f"`pixel_values` of {rows[0].name} have the dtype {dtype}; give floating point values, rescaled and "
+                f"`{name}` of {rows[0].name} have the dtype {dtype}; give floating point values, rescaled and "
                 "normalized by the image processor."
             )
-        pixel_values = pixel_values.to(self.dtype)
-        finite = torch.isfinite(pixel_values).flatten(1).all(1)
+        inputs = inputs.to(dtype=self.dtype)
+        finite = torch.isfinite(inputs.main).flatten(1).all(1)
         if not finite.all():
             row = rows[int(finite.logical_not().nonzero()[0])] if len(rows) == len(finite) else rows[0]
             raise ValueError(
-                f"`pixel_values` of {row.name} contain NaN or Inf; check the image processor and its image_std."
+                f"`{name}` of {row.name} contain NaN or Inf; check the image processor and its image_std."
             )
-        return Batch(pixel_values, self._labels(rows, len(pixel_values)))
+        return Batch(inputs, self._labels(rows, len(inputs)))
 
-    def _stack(self, rows: Sequence[Row]) -> Tensor:
-        tensors = [row.pixel_values for row in rows if row.pixel_values is not None]
+    def _stack(self, rows: Sequence[Row]) -> ModelInputs:
+        given = [row.inputs for row in rows if row.inputs is not None]
         if rows[0].is_batch:
-            return tensors[0]
-        if len({tensor.shape for tensor in tensors}) != 1:
-            raise different_sizes(sorted({tuple(tensor.shape) for tensor in tensors}))
-        return torch.stack(tensors)
+            return self._named(given[0], rows[0].name)
+        shapes = {tuple(each[PIXELS].shape) for each in given}
+        if len(shapes) != 1:
+            raise different_sizes(sorted(shapes))
+        names = [name for name in given[0] if all(name in each for each in given)]
+        return self._named({name: torch.stack([each[name] for each in given]) for name in names}, rows[0].name)
 
-    def _process(self, images: list[Image.Image]) -> Tensor:
+    def _named(self, tensors: Mapping[str, Any], name: str) -> ModelInputs:
+        """Return those of the tensors that the model takes."""
+        kept = {key: value for key, value in tensors.items() if key in self.input_names and isinstance(value, Tensor)}
+        main = next((key for key in MAIN_NAMES if key in tensors), None)
+        if main is not None and main not in kept:
+            kept[main] = tensors[main]
+        try:
+            return ModelInputs(kept)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def _process(self, images: list[Image.Image]) -> ModelInputs:
         self.check_image_processor()
         inputs: list[Any] = list(images)
         if self.num_channels == 1:
             # With an axis of channels, since not every image processor takes [height, width].
             inputs = [np.asarray(image.convert("L"))[..., None] for image in images]
         try:
-            return self.image_processor(images=inputs, return_tensors="pt")["pixel_values"]
+            found = self._named(self.image_processor(images=inputs, return_tensors="pt"), "A batch")
         except (ValueError, RuntimeError):
-            each = [self.image_processor(images=[image], return_tensors="pt")["pixel_values"] for image in inputs]
-            shapes = {tuple(pixel_values.shape[1:]) for pixel_values in each}
+            each = [self._processed_alone(image) for image in inputs]
+            shapes = {next(iter(one.entry_shapes.values())) for one in each}
             if len(shapes) > 1:
                 raise different_sizes(sorted(shapes)) from None
             raise
+        if len(found) == len(inputs):
+            return found
+        # Several images in one list are parts of one sample for some processors.
+        return concatenated([self._processed_alone(image) for image in inputs])
+
+    def _processed_alone(self, image: Any) -> ModelInputs:
+        return self._named(self.image_processor(images=[image], return_tensors="pt"), "An image")
 
     def _labels(self, rows: Sequence[Row], count: int) -> Tensor | None:
         labels = rows[0].label if rows[0].is_batch else [row.label for row in rows]

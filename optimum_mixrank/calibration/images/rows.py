@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ...runtime.distributed import Processes
+from ...runtime.inputs import MAIN_NAMES, PIXELS, ModelInputs
 from .decoding import holds_image, image_name
 from .files import open_file
 from .sources import drawn_indices, find_image_column, load_image_dataset
@@ -24,20 +25,25 @@ from .sources import drawn_indices, find_image_column, load_image_dataset
 
 @dataclass(frozen=True)
 class Row:
-    """An undecoded image, or `pixel_values` of one image or a batch, `[batch, channels, height, width]`.
+    """An undecoded image, or the inputs of a model for one image or a batch: `pixel_values` and whatever goes with them.
 
     The label is that of the image, or labels `[batch]`; the name is for messages.
     """
 
     name: str
     image: Any = None
-    pixel_values: Tensor | None = None
+    inputs: Mapping[str, Tensor] | None = None
     label: Any = None
 
     @property
     def is_batch(self) -> bool:
         """Whether the row is a batch of images."""
-        return self.pixel_values is not None and self.pixel_values.ndim != 3
+        if self.inputs is None:
+            return False
+        pixels = self.inputs.get(PIXELS)
+        # Three dimensions are an image, or a batch of patches, whose masks have as many entries.
+        others = [each for name, each in self.inputs.items() if name != PIXELS and each.ndim]
+        return pixels is None or pixels.ndim != 3 or any(len(each) == len(pixels) for each in others)
 
 
 class _IndexedRows(Sequence[Row]):
@@ -80,7 +86,7 @@ def image_rows(source: Any, image_column: str | None, label_column: str | None) 
     """Return the rows of a dataset or a list of undecoded images; None for any other source."""
     if isinstance(source, datasets.Dataset):
         # A transform may deliver anything.
-        if source.format["type"] == "custom" or "pixel_values" in source.column_names:
+        if source.format["type"] == "custom" or set(MAIN_NAMES) & set(source.column_names):
             return None
         source = load_image_dataset(source, image_column=image_column).with_format(None)
         image_column = find_image_column(source.features, image_column)
@@ -167,8 +173,8 @@ def fingerprint_content(rows: Sequence[Row]) -> str | None:
 def _content(row: Row) -> bytes | None:
     """Return pixels or the encoded image as bytes; None for a PIL image."""
     item = row.image
-    if row.pixel_values is not None:
-        item = row.pixel_values.detach().cpu().double().numpy()
+    if row.inputs is not None:
+        item = b"".join(each.detach().cpu().double().numpy().tobytes() for _, each in sorted(row.inputs.items()))
     if isinstance(item, Mapping):
         item = item["bytes"] if item.get("bytes") is not None else item.get("path")
     if isinstance(item, Image.Image):
@@ -185,7 +191,7 @@ def _content(row: Row) -> bytes | None:
 def stream_rows(source: Any, image_column: str | None, label_column: str | None) -> Iterator[Row]:
     """Yield the rows of any iterable, or of a PyTorch dataset."""
     source = _as_tensors(source)
-    if isinstance(source, datasets.IterableDataset) and source.features and "pixel_values" not in source.features:
+    if isinstance(source, datasets.IterableDataset) and source.features and not set(MAIN_NAMES) & set(source.features):
         image_column = find_image_column(source.features, image_column)
         source = _needed_columns(source, image_column, label_column)
         source = source.cast_column(image_column, datasets.Image(decode=False))
@@ -220,15 +226,17 @@ def read_row(item: Any, index: int, image_column: str | None = None, label_colum
             raise TypeError(f"{name} is a {type(item).__name__} of {len(item)}; give images, or pairs with labels.")
         item, label = item[0], _class_indices(item[1]) if len(item) == 2 else None
     elif isinstance(item, Mapping) and (image_column in item or not holds_image(item)):
-        has_pixels = image_column is None and "pixel_values" in item
-        key = "pixel_values" if has_pixels else _image_key(item, image_column, name)
+        main = None if image_column is not None else next((each for each in MAIN_NAMES if each in item), None)
+        key = main or _image_key(item, image_column, name)
         if label_column is not None:
             label = _required_label(item, label_column, name)
-        elif has_pixels:
+        elif main is not None:
             label = _class_indices(item.get("labels"))
-        item = _tensor(item[key], name) if has_pixels else item[key]
+        if main is not None:
+            return Row(name, inputs=_inputs(item, main, name), label=label)
+        item = item[key]
     if isinstance(item, Tensor) or (isinstance(item, np.ndarray) and not holds_image(item)):
-        return Row(name, pixel_values=_tensor(item, name), label=label)
+        return Row(name, inputs={PIXELS: _tensor(item, name)}, label=label)
     return Row(image_name(item) or name, image=item, label=label)
 
 
@@ -245,7 +253,7 @@ def num_images(source: Any) -> int | None:
             return None
     if isinstance(source, list | tuple):
         rows = [read_row(item, index) for index, item in enumerate(source)]
-        return sum(len(row.pixel_values) if row.is_batch and row.pixel_values is not None else 1 for row in rows)
+        return sum(len(ModelInputs(row.inputs)) if row.is_batch and row.inputs is not None else 1 for row in rows)
     return None
 
 
@@ -276,6 +284,15 @@ def _class_indices(labels: Any) -> Any:
     except (TypeError, ValueError, RuntimeError):
         return None
     return labels if array.ndim <= 1 and np.issubdtype(array.dtype, np.integer) else None
+
+
+def _inputs(item: Mapping[str, Any], main: str, name: str) -> dict[str, Tensor]:
+    """Return the main input of an item and all tensors beside it that are no labels."""
+    found = {main: _tensor(item[main], name)}
+    for key, value in item.items():
+        if key != main and not key.endswith("labels") and isinstance(value, Tensor | np.ndarray):
+            found[key] = torch.as_tensor(value)
+    return found
 
 
 def _tensor(values: Any, name: str) -> Tensor:

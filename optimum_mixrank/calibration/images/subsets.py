@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from ...runtime.distributed import SINGLE_PROCESS, Processes
+from ...runtime.inputs import ModelInputs, concatenated
 from .collating import Batch
 
 
-def spread_images(batches: Sequence[Batch], count: int, processes: Processes = SINGLE_PROCESS) -> list[Tensor]:
+def spread_images(batches: Sequence[Batch], count: int, processes: Processes = SINGLE_PROCESS) -> list[ModelInputs]:
     """Return this process's share of `count` images at equal distances among those of all processes, batched anew.
 
     Args:
@@ -21,16 +21,15 @@ def spread_images(batches: Sequence[Batch], count: int, processes: Processes = S
         processes: The processes that share the images.
 
     Returns:
-        `pixel_values`, each `[batch, channels, height, width]`.
+        Inputs of the model.
     """
     sizes = _gather({batch.index: batch.num_images for batch in batches}, processes)
     total = sum(sizes.values())
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[_spread(total, count)] = True
     masks = dict(zip(sizes, chosen.split(list(sizes.values())), strict=True))
-    found = [batch.pixel_values[masks[batch.index]] for batch in batches]
-    together = torch.cat(found) if found else torch.zeros(0)
-    return list(together.split(max(sizes.values()))) if len(together) else []
+    found = [batch.inputs[masks[batch.index]] for batch in batches if masks[batch.index].any()]
+    return concatenated(found).split(max(sizes.values())) if found else []
 
 
 def spread_batches(sizes: Mapping[int, int], count: int | None, processes: Processes = SINGLE_PROCESS) -> list[int]:

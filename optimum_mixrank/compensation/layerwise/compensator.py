@@ -20,10 +20,12 @@ from ...checkpoint.modeling import FactoredLinear, new_parameter, replace_module
 from ...checkpoint.names import Target
 from ...decomposition.mlp import rows_of_units
 from ...runtime.forward import evaluation_mode
+from ...runtime.inputs import ModelInputs
 from ...runtime.precision import to_float64
 from ..compensator import CompensationTask, Compensator
+from ..routes import Route, find_route
 from ..saved_steps import load_layers, save_layers
-from ..segments import SegmentReplay, find_segments
+from ..segments import SegmentReplay
 from .output_loss import output_loss
 from .places import LayerMoments, Place, find_places
 from .spilling import spilled
@@ -91,23 +93,29 @@ class LayerwiseCompensator(Compensator):
 
     def compensate(self, task: CompensationTask) -> Mapping[str, Any]:
         """See `Compensator.compensate`."""
-        layers = {target.name: target for target in task.factored}
-        segments, call = find_segments(task.original, list(layers)), task.config.model_call
+        route = self._route(task)
+        places = _followed(find_places(task), route)
+        layers = {layer.name: layer for place in places for layer in place.layers}
+        segments, call = route.segments, task.call
+        options = {"call": call, "own_outputs": route.own_outputs}
         bar = logging.tqdm(total=len(layers), desc=self.description, unit="layer")
         store = spilled(task.storage.on_disk, task.journal.directory, task.processes.index)
         with bar, evaluation_mode(task.original), evaluation_mode(task.model), store as keep:
             images = task.images_to_solve_from()
-            batches = _WithMirrored(images) if task.config.mirror else images
+            mirrored = task.config.mirror and all(ModelInputs.of(batch).is_images for batch in images)
+            batches = _WithMirrored(images) if mirrored else images
+            if not layers:
+                return {"layers": 0, "layers_with_residual_target": 0, "layer_errors": {}}
             with task.processes.raise_on_all_ranks():
-                original = SegmentReplay(task.original, segments, batches, keep["original"], call)
-                compressed = SegmentReplay(task.model, segments, batches, keep["compressed"], call)
+                original = SegmentReplay(task.original, segments, batches, keep["original"], **options)
+                compressed = SegmentReplay(task.model, segments, batches, keep["compressed"], **options)
                 # The structure is the same for all images.
                 probed = [batch[:PROBED_IMAGES] for batch in images[:1]]
-                probe = SegmentReplay(task.original, segments, probed, call=call)
-            progress, places = _resume(task), find_places(task)
+                probe = SegmentReplay(task.original, segments, probed, **options)
+            progress = _resume(task)
             for position, segment in enumerate(segments):
                 prefix = f"{segment}."
-                inside = {name.removeprefix(prefix): layers[name] for name in layers if name.startswith(prefix)}
+                inside = {name.removeprefix(prefix): each for name, each in layers.items() if name.startswith(prefix)}
                 results: Mapping[int, Any] = {}
                 if position < progress.segments:
                     bar.update(len(inside))
@@ -128,6 +136,11 @@ class LayerwiseCompensator(Compensator):
             "layer_errors": progress.errors,
             **({"outcomes": progress.outcomes} if progress.outcomes else {}),
         }
+
+    def _route(self, task: CompensationTask) -> Route:
+        """Return the segments that can be followed."""
+        names = [target.name for target in task.factored]
+        return find_route(task.original, names, task.batches, task.call, task.processes)
 
     def _structure(self, task: CompensationTask, probe: SegmentReplay, names: Sequence[str]) -> Structure:
         """Return the structure of the current segment as seen by the first process that has images."""
@@ -223,6 +236,20 @@ class LayerwiseCompensator(Compensator):
         return layer
 
 
+def _followed(places: Sequence[Place], route: Route) -> list[Place]:
+    """Return the places all of whose layers can be followed, with those of the MLP that they belong to."""
+
+    def layers(place: Place) -> set[str]:
+        return {layer.name for layer in (*place.layers, *(() if place.mlp is None else place.mlp.layers))}
+
+    segments = tuple(f"{segment}." for segment in route.segments)
+    return [
+        place
+        for place in places
+        if not layers(place) & route.left_out and all(name.startswith(segments) for name in layers(place))
+    ]
+
+
 @dataclass(frozen=True)
 class _Segment:
     """A segment that is being solved: its layers by their names within it, and its places."""
@@ -256,9 +283,9 @@ def _moments(place: Place, pairs: Mapping[str, PairAccumulator], units: Mapping[
 class _WithMirrored:
     """Batches followed by their mirror images, which take no memory since they are made again at each iteration."""
 
-    batches: Sequence[Tensor]
+    batches: Sequence[ModelInputs]
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[ModelInputs]:
         yield from self.batches
         for batch in self.batches:
             yield batch.flip(-1)

@@ -13,7 +13,8 @@ from ...checkpoint.factorize import share_model
 from ...runtime.distributed import Processes
 from ...runtime.forward import evaluation_mode
 from ..compensator import COMPENSATORS, CompensationTask, Compensator
-from ..segments import Call, SegmentReplay, find_segments, first_tensor
+from ..routes import find_route
+from ..segments import Call, SegmentReplay, first_tensor
 from .balanced import balanced_factors
 from .groups import factor_groups, vector_group
 from .loop import Trainer
@@ -38,7 +39,11 @@ class BlockCompensator(Compensator):
     def compensate(self, task: CompensationTask) -> Mapping[str, Any]:
         """See `Compensator.compensate`."""
         config, processes = task.config, task.processes
-        segments = find_segments(task.original, [target.name for target in task.factored])
+        names = [target.name for target in task.factored]
+        route = find_route(task.original, names, task.batches, task.call, processes)
+        segments, options = route.segments, {"call": task.call, "own_outputs": route.own_outputs}
+        if not segments:
+            return {"blocks": 0, "blocks_improved": 0}
         size = config.train_batch_size
         images, held_out = task.all_images(), task.all_held_out()
         steps, tests = images.split(size), held_out.split(size)
@@ -49,10 +54,10 @@ class BlockCompensator(Compensator):
         weights = [share * len(test) / len(held_out) for share, test in zip(shares[learn:], tests, strict=True)]
         improved = 0
         with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
-            factors = factor_groups(task.model, names, images, size, config.seed, processes, config.model_call)
+            factors = factor_groups(task.model, names, images, size, config.seed, processes, task.call)
             with processes.raise_on_all_ranks():
-                original = SegmentReplay(task.original, segments, batches, call=config.model_call)
-                compressed = SegmentReplay(task.model, segments, batches, call=config.model_call)
+                original = SegmentReplay(task.original, segments, batches, **options)
+                compressed = SegmentReplay(task.model, segments, batches, **options)
             for position, segment in enumerate(segments):
                 inside = [name for name in names if name.startswith(f"{segment}.")]
                 with processes.raise_on_all_ranks():

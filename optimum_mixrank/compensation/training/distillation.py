@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...checkpoint.factorize import share_model
 from ...runtime.forward import evaluation_mode, fast_attention_for_training
 from ...runtime.hooks import hooks_removed_on_exit
+from ...runtime.inputs import ModelInputs
 from ...runtime.outputs import ModelCall, ModelOutput
 from ..compensator import COMPENSATORS, CompensationTask, Compensator
 from ..held_out import held_out_error
@@ -55,17 +56,22 @@ class DistillationCompensator(Compensator):
         """See `Compensator.compensate`."""
         config, processes = task.config, task.processes
         images, larger = task.all_images(), task.all_high_resolution()
-        source = images if larger is None else larger
-        count, size = len(images), (images.shape[-2], images.shape[-1])
+        source = images if larger is None else ModelInputs(larger)
+        count = len(images)
+        # Views are made of whole images; of patches, clips and sounds every one is seen as it is.
+        size = (images.main.shape[-2], images.main.shape[-1]) if images.is_images else None
         batch_size = min(config.train_batch_size, count)
         generator = torch.Generator().manual_seed(config.seed)
 
         def loss(indices: Tensor) -> Tensor:
             part, share = processes.part(len(indices))
-            return self._loss(task, augment(source[indices], size, generator, self.views, part), share)
+            batch = source[indices]
+            if size is None:
+                return self._loss(task, batch[part], share)
+            return self._loss(task, ModelInputs(augment(batch.main, size, generator, self.views, part)), share)
 
         with evaluation_mode(task.original), evaluation_mode(task.model), balanced_factors(task.model) as names:
-            factors = factor_groups(task.model, names, images, batch_size, config.seed, processes, config.model_call)
+            factors = factor_groups(task.model, names, images, batch_size, config.seed, processes, task.call)
             vectors = vector_group(task.model, names, getattr(task.model, "base_model", task.model))
             # Memory is freed here if views come from larger images.
             del images
@@ -84,13 +90,13 @@ class DistillationCompensator(Compensator):
             "errors": progress.errors,
         }
 
-    def _loss(self, task: CompensationTask, pixel_values: Tensor, share: float) -> Tensor:
+    def _loss(self, task: CompensationTask, inputs: ModelInputs, share: float) -> Tensor:
         """Return the part of a batch's loss that comes from a share of its images."""
         device = next(task.model.parameters()).device
         with task.processes.raise_on_all_ranks(), task.processes.autocast(device):
             with torch.no_grad():
-                original, original_features = _run(task.original, pixel_values, task.config.model_call)
-            compressed, compressed_features = _run(task.model, pixel_values, task.config.model_call)
+                original, original_features = _run(task.original, inputs, task.call)
+            compressed, compressed_features = _run(task.model, inputs, task.call)
         total = torch.zeros((), device=device)
         if compressed.logits is not None and original.logits is not None:
             log_q = compressed.logits.float().log_softmax(dim=-1)
@@ -105,7 +111,7 @@ class DistillationCompensator(Compensator):
         return total
 
 
-def _run(model: nn.Module, pixel_values: Tensor, call: ModelCall) -> tuple[ModelOutput, Tensor | None]:
+def _run(model: nn.Module, inputs: ModelInputs, call: ModelCall) -> tuple[ModelOutput, Tensor | None]:
     """Return the output of a model and the last hidden state of its encoder, `[batch, ..., width]`, if there is one."""
     hidden: list[Tensor] = []
 
@@ -118,5 +124,5 @@ def _run(model: nn.Module, pixel_values: Tensor, call: ModelCall) -> tuple[Model
     handle = getattr(model, "base_model", model).register_forward_hook(hook)
     parameter = next(model.parameters())
     with hooks_removed_on_exit([handle]):
-        output = call(model, pixel_values.to(parameter.device, parameter.dtype))
+        output = call(model, inputs.to(parameter.device, parameter.dtype))
     return output, hidden[0] if hidden else None

@@ -12,6 +12,7 @@ from ...calibration.collect import collect_statistics
 from ...calibration.images.batches import Batch
 from ...decomposition import LayerStatistics, Statistic
 from ...runtime.distributed import SINGLE_PROCESS, Processes
+from ...runtime.inputs import ModelInputs
 from ...runtime.outputs import PLAIN_CALL, ModelCall
 from ...runtime.precision import to_float64
 from .whitening import Roots, whitened_balance
@@ -32,7 +33,7 @@ Group = dict[str, Any]
 def factor_groups(
     model: nn.Module,
     names: Sequence[str],
-    images: Tensor,
+    images: ModelInputs,
     batch_size: int,
     seed: int,
     processes: Processes = SINGLE_PROCESS,
@@ -46,7 +47,7 @@ def factor_groups(
     Args:
         model: The compressed model, whose factored layers are all `LowRankLinear`.
         names: Module names of these layers.
-        images: `[images, channels, height, width]`; the same in all processes.
+        images: Inputs for any number of images; the same in all processes.
         batch_size: Batch size of the passes.
         seed: Seed of the choice of images and of the Fisher probes.
         processes: The processes that share the work.
@@ -84,7 +85,7 @@ def factor_groups(
 def _statistics(
     model: nn.Module,
     names: Sequence[str],
-    images: Tensor,
+    images: ModelInputs,
     batch_size: int,
     seed: int,
     processes: Processes,

@@ -50,7 +50,7 @@ class HighResolutionImages:
                 raise _changed(batch.index)
             missing.discard(batch.index)
             if not held_out.all():
-                learn[batch.index] = batch.pixel_values[~held_out]
+                learn[batch.index] = batch.inputs.main[~held_out]
         if missing:
             raise _changed(min(missing))
         return learn

@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
 
 from optimum_mixrank.calibration.images.batches import Batch
 from optimum_mixrank.calibration.images.subsets import spread_batches, spread_images
+from optimum_mixrank.runtime.inputs import ModelInputs
 
 
 def batches_of(*sizes: int) -> list[Batch]:
@@ -16,8 +16,8 @@ def batches_of(*sizes: int) -> list[Batch]:
     return [Batch(pixel_values, index=index) for index, pixel_values in enumerate(numbers)]
 
 
-def numbers(images: list[Tensor]) -> list[int]:
-    return torch.cat(images).flatten().int().tolist() if images else []
+def numbers(images: list[ModelInputs]) -> list[int]:
+    return torch.cat([each.main for each in images]).flatten().int().tolist() if images else []
 
 
 class Pair:

@@ -1,0 +1,56 @@
+"""What of a model takes images: the whole, its method for the features of images, or the tower in it.
+
+A model for images and text runs on images and text alone; what images reach in it is what its `get_image_features` runs,
+or else the tower that they go into.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from .inputs import MAIN_NAMES, ModelInputs
+
+
+WHOLE = ""
+"""The part that is the model itself."""
+
+FEATURES = "get_image_features"
+"""The method of models for images and text that gives what the rest of the model sees of images."""
+
+
+def takes(function: Callable[..., Any] | nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments of a model or of one of its methods, by name."""
+    try:
+        return inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def part_of(model: nn.Module, name: str) -> Callable[..., Any]:
+    """Return the part of a model, to be called."""
+    if name == WHOLE:
+        return model
+    return getattr(model, name) if name == FEATURES else model.get_submodule(name)
+
+
+def input_names(model: nn.Module) -> frozenset[str]:
+    """Return the names of all inputs that a model or the part of it that takes images may take."""
+    parts: list[Any] = [model, *([getattr(model, FEATURES)] if callable(getattr(model, FEATURES, None)) else [])]
+    parts += [module for module in model.modules() if any(name in takes(module) for name in MAIN_NAMES)]
+    return frozenset(name for part in parts for name in takes(part))
+
+
+def possible_parts(model: nn.Module, inputs: ModelInputs) -> Iterator[str]:
+    """Yield the parts of a model that may take such inputs by themselves, the most complete ones first."""
+    yield WHOLE
+    if callable(getattr(model, FEATURES, None)):
+        yield FEATURES
+    # The outermost modules come first.
+    names = {name: module for name, module in model.named_modules() if name}
+    for name, module in sorted(names.items(), key=lambda item: item[0].count(".")):
+        if inputs.main_name in takes(module) and any(isinstance(each, nn.Linear) for each in module.modules()):
+            yield name

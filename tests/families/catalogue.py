@@ -1,0 +1,625 @@
+"""The families that are tried, by name: vision encoders, parts of larger models, and models that are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from .zoo import Family, clips, naflex, packed, sized, small_config, spectrograms, tiled, with_sizes
+
+
+_STAGES: dict[str, Any] = {"depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
+_SWIN: dict[str, Any] = {**_STAGES, "embed_dim": 8, "patch_size": 2, "window_size": 2, "mlp_ratio": 2.0}
+_FOUR = ["stage1", "stage2", "stage3", "stage4"]
+_RESNET: dict[str, Any] = {
+    "embedding_size": 8,
+    "hidden_sizes": [8, 12, 16, 24],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+    "out_features": _FOUR,
+}
+_CONVNEXT: dict[str, Any] = {"patch_size": 2, "num_stages": 4, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
+_HIERA: dict[str, Any] = {
+    "embed_dim": 8,
+    "image_size": [64, 64],
+    "patch_stride": [4, 4],
+    "depths": [1, 1, 2, 1],
+    "num_heads": [1, 1, 2, 2],
+    "decoder_hidden_size": 16,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+}
+_NECK: dict[str, Any] = {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "reassemble_factors": [4, 2, 1, 0.5]}
+_DEEP = {"num_hidden_layers": 4}
+_VIT: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+_TEXT: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _dinov2(**changes: Any) -> Any:
+    sizes = {name: value for name, value in _VIT.items() if name != "intermediate_size"}
+    return transformers.Dinov2Config(**sizes, mlp_ratio=2, out_features=_FOUR, **changes)
+
+
+def _depth_anything(name: str) -> Any:
+    return lambda: getattr(transformers, name)(
+        backbone_config=_dinov2(apply_layernorm=True, reshape_hidden_states=False),
+        patch_size=8,
+        reassemble_hidden_size=32,
+        head_hidden_size=8,
+        **_NECK,
+    )
+
+
+def _zoedepth() -> Any:
+    backbone = transformers.BeitConfig(**_VIT, out_features=_FOUR, reshape_hidden_states=False)
+    return transformers.ZoeDepthConfig(
+        backbone_config=backbone,
+        backbone_hidden_size=32,
+        bottleneck_features=8,
+        num_relative_features=8,
+        bin_embedding_dim=8,
+        num_patch_transformer_layers=1,
+        patch_transformer_hidden_size=8,
+        patch_transformer_intermediate_size=16,
+        patch_transformer_num_attention_heads=2,
+        bin_configurations=[{"n_bins": 8, "min_depth": 0.1, "max_depth": 10.0, "name": "nyu"}],
+        num_attractors=[4, 2, 2, 2],
+        **_NECK,
+    )
+
+
+def _vitpose() -> Any:
+    sizes = {**_VIT, "image_size": [32, 32], "patch_size": [8, 8]}
+    return transformers.VitPoseConfig(
+        backbone_config=transformers.VitPoseBackboneConfig(**sizes, out_indices=[2]), num_labels=3
+    )
+
+
+def _upernet() -> Any:
+    backbone = transformers.SwinConfig(**_SWIN, image_size=32, out_features=_FOUR)
+    heads = {"hidden_size": 8, "auxiliary_in_channels": 32, "auxiliary_channels": 8, "pool_scales": [1]}
+    return transformers.UperNetConfig(backbone_config=backbone, num_labels=3, **heads)
+
+
+def _sam(config: str = "SamConfig", vision: str = "SamVisionConfig") -> Any:
+    def make() -> Any:
+        sizes = {**_VIT, "num_hidden_layers": 2, "output_channels": 16, "mlp_dim": 64, "num_pos_feats": 8}
+        extra = {} if config == "SamConfig" else {"vit_dim": 32}
+        return getattr(transformers, config)(
+            vision_config=getattr(transformers, vision)(
+                **{name: value for name, value in sizes.items() if name != "intermediate_size"},
+                window_size=2,
+                global_attn_indexes=[1],
+            ).to_dict(),
+            prompt_encoder_config={"hidden_size": 16, "image_size": 32, "patch_size": 8, "mask_input_channels": 4},
+            mask_decoder_config={
+                "hidden_size": 16,
+                "mlp_dim": 32,
+                "num_attention_heads": 2,
+                "num_hidden_layers": 2,
+                "iou_head_hidden_dim": 16,
+                **extra,
+            },
+        )
+
+    return make
+
+
+def _sam2_vision() -> Any:
+    backbone = transformers.Sam2HieraDetConfig(
+        hidden_size=8,
+        image_size=[64, 64],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 2, 2, 4],
+        global_attention_blocks=[3],
+        window_size_per_stage=[4, 4, 2, 2],
+        window_positional_embedding_background_size=[4, 4],
+    )
+    return transformers.Sam2VisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+        fpn_hidden_size=16,
+    )
+
+
+def _sam2() -> Any:
+    return transformers.Sam2Config(
+        vision_config=_sam2_vision(),
+        prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 16, "mask_input_channels": 4},
+        mask_decoder_config={"hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16},
+    )
+
+
+def _detr(config: str, **changes: Any) -> Any:
+    def make() -> Any:
+        sizes = {
+            "d_model": 32,
+            "hidden_size": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64,
+            "num_queries": 5,
+            "backbone": None,
+            "use_timm_backbone": False,
+            "use_pretrained_backbone": False,
+            "backbone_config": transformers.ResNetConfig(**_RESNET),
+            **changes,
+        }
+        cls = getattr(transformers, config)
+        sizes.pop("hidden_size" if "d_model" in vars(cls()) else "d_model", None)
+        return cls(**sizes)
+
+    return make
+
+
+_RT: dict[str, Any] = {
+    "encoder_hidden_dim": 32,
+    "encoder_in_channels": [12, 16, 24],
+    "feat_strides": [8, 16, 32],
+    "encoder_layers": 1,
+    "encoder_ffn_dim": 64,
+    "encoder_attention_heads": 2,
+    "encode_proj_layers": [2],
+    "decoder_in_channels": [32, 32, 32],
+    "decoder_ffn_dim": 64,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "num_feature_levels": 3,
+    "decoder_n_points": 2,
+    "num_queries": 5,
+    "num_denoising": 0,
+    "d_model": 32,
+    "anchor_image_size": None,
+}
+
+
+def _rt_detr(config: str, **changes: Any) -> Any:
+    def make() -> Any:
+        backbone = transformers.RTDetrResNetConfig(**{**_RESNET, "out_features": _FOUR[1:]})
+        return getattr(transformers, config)(backbone_config=backbone, **{**_RT, **changes})
+
+    return make
+
+
+def _d_fine() -> Any:
+    backbone = transformers.HGNetV2Config(
+        stage_in_channels=[8, 8, 8, 8],
+        stage_mid_channels=[4, 4, 4, 4],
+        stage_out_channels=[8, 12, 16, 24],
+        stage_num_blocks=[1, 1, 1, 1],
+        stage_numb_of_layers=[1, 1, 1, 1],
+        stem_channels=[3, 8, 8],
+        hidden_sizes=[8, 12, 16, 24],
+        depths=[1, 1, 1, 1],
+        embedding_size=8,
+        out_features=_FOUR[1:],
+    )
+    changes = {**_RT, "decoder_n_points": [2, 2, 2], "encoder_hidden_dim": 32, "hidden_expansion": 0.5}
+    return transformers.DFineConfig(backbone_config=backbone, depth_mult=0.34, **changes)
+
+
+def _mask2former() -> Any:
+    return transformers.Mask2FormerConfig(
+        backbone_config=transformers.SwinConfig(**_SWIN, image_size=32, out_features=_FOUR),
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        dim_feedforward=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=5,
+        num_labels=3,
+    )
+
+
+def _maskformer() -> Any:
+    return transformers.MaskFormerConfig(
+        backbone_config=transformers.SwinConfig(**_SWIN, image_size=32, out_features=_FOUR),
+        decoder_config=_detr("DetrConfig")(),
+        fpn_feature_size=32,
+        mask_feature_size=32,
+        num_labels=3,
+    )
+
+
+def _encoder_decoder(encoder: str) -> Any:
+    def make() -> Any:
+        changes = dict(_SWIN) if "Swin" in encoder else {}
+        decoder = small_config(
+            transformers.TrOCRConfig, cross_attention_hidden_size=64 if changes else 32, is_decoder=True
+        )
+        decoder.add_cross_attention = True
+        return transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+            small_config(getattr(transformers, encoder), **changes), decoder
+        )
+
+    return make
+
+
+_PATCHES = {"in_channels": 3, "temporal_patch_size": 2, "spatial_merge_size": 2}
+_LANGUAGE = {**_TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+
+FAMILIES: dict[str, Family] = {
+    # Columns of equal blocks.
+    "ViT": Family("ViTForImageClassification"),
+    "ViT, masked": Family("ViTForMaskedImageModeling", {"encoder_stride": 8}),
+    "DeiT": Family("DeiTForImageClassification"),
+    "DeiT, distilled": Family("DeiTForImageClassificationWithTeacher"),
+    "DINOv2": Family("Dinov2Model", {"mlp_ratio": 2}),
+    "DINOv2, classifier": Family("Dinov2ForImageClassification", {"mlp_ratio": 2}),
+    "DINOv2, SwiGLU": Family("Dinov2Model", {"use_swiglu_ffn": True}),
+    "DINOv2 with registers": Family("Dinov2WithRegistersForImageClassification", {"mlp_ratio": 2}),
+    "DINOv3 ViT": Family("DINOv3ViTModel"),
+    "DINOv3 ViT, gated": Family("DINOv3ViTModel", {"use_gated_mlp": True}),
+    "BEiT": Family("BeitForImageClassification"),
+    "Data2Vec": Family("Data2VecVisionForImageClassification"),
+    "CLIP, classifier": Family("CLIPForImageClassification"),
+    "CLIP, tower": Family("CLIPVisionModel"),
+    "CLIP, tower with projection": Family("CLIPVisionModelWithProjection"),
+    "SigLIP, classifier": Family("SiglipForImageClassification"),
+    "SigLIP, tower": Family("SiglipVisionModel"),
+    "MetaCLIP 2": Family("MetaClip2ForImageClassification"),
+    "ViTMAE": Family("ViTMAEModel"),
+    "ViTMAE, pretraining": Family("ViTMAEForPreTraining"),
+    "ViTMSN": Family("ViTMSNForImageClassification"),
+    "I-JEPA": Family("IJepaModel"),
+    "BLIP, tower": Family("BlipVisionModel"),
+    "AIMv2, tower": Family("Aimv2VisionModel"),
+    "MLCD": Family("MLCDVisionModel"),
+    "Pixio": Family("PixioModel"),
+    "InternVL, tower": Family("InternVLVisionModel", {"image_size": [32, 32], "patch_size": [8, 8]}),
+    "Pixtral, tower": Family("PixtralVisionModel"),
+    "SmolVLM, tower": Family("SmolVLMVisionTransformer"),
+    "ViTDet": Family("VitDetModel"),
+    "YOLOS": Family("YolosForObjectDetection", {"image_size": [32, 32], "num_detection_tokens": 5}),
+    "OWL-ViT, tower": Family("OwlViTVisionModel"),
+    "SAM, encoder": Family("SamVisionModel", {"window_size": 2, "global_attn_indexes": [1]}),
+    "SAM 3, encoder": Family("Sam3ViTModel", {"image_size": 32, "pretrain_image_size": 32, "window_size": 2}),
+    # Stages of different sizes.
+    "Swin": Family("SwinForImageClassification", _SWIN),
+    "SwinV2": Family("Swinv2ForImageClassification", _SWIN),
+    "Swin2SR": Family(
+        "Swin2SRForImageSuperResolution",
+        {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "patch_size": 1, "image_size": 16},
+        sized(side=16),
+    ),
+    "Donut, encoder": Family("DonutSwinModel", _SWIN),
+    "MaskFormer, Swin": Family("MaskFormerSwinModel", _SWIN),
+    "Hiera": Family("HieraForImageClassification", _HIERA, sized(side=64)),
+    "Hiera, pretraining": Family("HieraForPreTraining", _HIERA, sized(side=64)),
+    "SAM 2, encoder": Family("Sam2VisionModel", inputs=sized(side=64), config=_sam2_vision),
+    "LeViT": Family(
+        "LevitForImageClassification",
+        {
+            "image_size": 64,
+            "hidden_sizes": [16, 24, 32],
+            "num_attention_heads": [2, 3, 4],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+            "patch_size": 16,
+        },
+        sized(side=64),
+    ),
+    "ConvNeXt": Family("ConvNextForImageClassification", _CONVNEXT),
+    "ConvNeXt V2": Family("ConvNextV2ForImageClassification", _CONVNEXT),
+    "DINOv3 ConvNeXt": Family("DINOv3ConvNextModel", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}),
+    "MobileViT": Family(
+        "MobileViTForImageClassification",
+        {
+            "image_size": 64,
+            "hidden_sizes": [16, 20, 24],
+            "neck_hidden_sizes": [4, 4, 8, 8, 12, 12, 24],
+            "patch_size": 2,
+        },
+        sized(side=64),
+    ),
+    "SwiftFormer": Family(
+        "SwiftFormerForImageClassification",
+        {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "down_patch_size": 3},
+    ),
+    "PVT": Family(
+        "PvtForImageClassification",
+        {
+            "hidden_sizes": [8, 16, 24, 32],
+            "depths": [1, 1, 2, 1],
+            "num_attention_heads": [1, 2, 3, 4],
+            "mlp_ratios": [2, 2, 2, 2],
+        },
+    ),
+    "PVTv2": Family(
+        "PvtV2ForImageClassification",
+        {
+            "hidden_sizes": [8, 16, 24, 32],
+            "depths": [1, 1, 2, 1],
+            "num_attention_heads": [1, 2, 3, 4],
+            "mlp_ratios": [2, 2, 2, 2],
+        },
+    ),
+    "CvT": Family("CvtForImageClassification", {"embed_dim": [8, 16, 32], "depth": [1, 1, 2], "num_heads": [1, 2, 4]}),
+    "FocalNet": Family(
+        "FocalNetForImageClassification",
+        {"embed_dim": 8, "depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 32, 64], "patch_size": 2},
+    ),
+    "Segformer": Family(
+        "SegformerForImageClassification",
+        {"hidden_sizes": [8, 16, 24, 32], "num_attention_heads": [1, 2, 3, 4], "depths": [1, 1, 2, 1]},
+    ),
+    "Segformer, segmentation": Family(
+        "SegformerForSemanticSegmentation",
+        {
+            "hidden_sizes": [8, 16, 24, 32],
+            "num_attention_heads": [1, 2, 3, 4],
+            "depths": [1, 1, 2, 1],
+            "decoder_hidden_size": 16,
+        },
+    ),
+    "MGP-STR": Family(
+        "MgpstrForSceneTextRecognition",
+        {
+            "image_size": [32, 32],
+            "patch_size": 8,
+            "max_token_length": 5,
+            "num_character_labels": 9,
+            "num_bpe_labels": 9,
+            "num_wordpiece_labels": 9,
+        },
+    ),
+    "Perceiver": Family(
+        "PerceiverForImageClassificationLearned",
+        {
+            "num_latents": 8,
+            "d_latents": 32,
+            "d_model": 32,
+            "image_size": 16,
+            "num_self_attends_per_block": 2,
+            "num_self_attention_heads": 4,
+            "num_cross_attention_heads": 4,
+        },
+        sized(side=16),
+    ),
+    # Dense and structured outputs.
+    "UperNet": Family("UperNetForSemanticSegmentation", config=_upernet),
+    "BEiT, segmentation": Family(
+        "BeitForSemanticSegmentation", {**_DEEP, "patch_size": 8, "out_indices": [1, 2, 3, 4], "pool_scales": [1]}
+    ),
+    "DPT": Family("DPTForDepthEstimation", {**_VIT, "backbone_out_indices": [0, 1, 2, 3], **_NECK}),
+    "DPT, segmentation": Family("DPTForSemanticSegmentation", {**_VIT, "backbone_out_indices": [0, 1, 2, 3], **_NECK}),
+    "Depth Anything": Family("DepthAnythingForDepthEstimation", config=_depth_anything("DepthAnythingConfig")),
+    "Prompt Depth Anything": Family(
+        "PromptDepthAnythingForDepthEstimation", config=_depth_anything("PromptDepthAnythingConfig")
+    ),
+    "ZoeDepth": Family("ZoeDepthForDepthEstimation", config=_zoedepth),
+    "GLPN": Family(
+        "GLPNForDepthEstimation",
+        {
+            "hidden_sizes": [8, 16, 24, 32],
+            "num_attention_heads": [1, 2, 3, 4],
+            "depths": [1, 1, 2, 1],
+            "decoder_hidden_size": 16,
+        },
+    ),
+    "ViTPose": Family("VitPoseForPoseEstimation", config=_vitpose),
+    "SAM": Family("SamModel", config=_sam()),
+    "SAM-HQ": Family("SamHQModel", config=_sam("SamHQConfig", "SamHQVisionConfig")),
+    "SAM 2": Family("Sam2Model", inputs=sized(side=64), config=_sam2),
+    "Mask2Former": Family("Mask2FormerForUniversalSegmentation", config=_mask2former),
+    "MaskFormer": Family("MaskFormerForInstanceSegmentation", config=_maskformer),
+    "EoMT": Family(
+        "EomtForUniversalSegmentation", {**_DEEP, "num_blocks": 1, "num_queries": 5, "num_upscale_blocks": 1}
+    ),
+    "DETR": Family("DetrForObjectDetection", inputs=sized(side=64), config=_detr("DetrConfig")),
+    "Conditional DETR": Family(
+        "ConditionalDetrForObjectDetection", inputs=sized(side=64), config=_detr("ConditionalDetrConfig")
+    ),
+    "Deformable DETR": Family(
+        "DeformableDetrForObjectDetection", inputs=sized(side=64), config=_detr("DeformableDetrConfig")
+    ),
+    "DAB-DETR": Family("DabDetrForObjectDetection", inputs=sized(side=64), config=_detr("DabDetrConfig")),
+    "Table Transformer": Family(
+        "TableTransformerForObjectDetection", inputs=sized(side=64), config=_detr("TableTransformerConfig")
+    ),
+    "RT-DETR": Family("RTDetrForObjectDetection", inputs=sized(side=64), config=_rt_detr("RTDetrConfig")),
+    "RT-DETRv2": Family("RTDetrV2ForObjectDetection", inputs=sized(side=64), config=_rt_detr("RTDetrV2Config")),
+    "D-FINE": Family("DFineForObjectDetection", inputs=sized(side=64), config=_d_fine),
+    "RF-DETR": Family("RfDetrForObjectDetection", {"num_queries": 5}),
+    "SuperPoint": Family("SuperPointForKeypointDetection", refused="convolution"),
+    # Two towers.
+    "CLIP": Family("CLIPModel"),
+    "MetaCLIP 2, two towers": Family("MetaClip2Model"),
+    "SigLIP": Family("SiglipModel"),
+    "SigLIP2": Family("Siglip2Model", {"vision_config": {"num_patches": 16}}, naflex),
+    "SigLIP2, classifier": Family("Siglip2ForImageClassification", {"vision_config": {"num_patches": 16}}, naflex),
+    "SigLIP2, tower": Family("Siglip2VisionModel", {"num_patches": 16}, naflex),
+    "AltCLIP": Family("AltCLIPModel"),
+    "Chinese-CLIP": Family("ChineseCLIPModel"),
+    "AIMv2": Family("Aimv2Model"),
+    "GroupViT": Family(
+        "GroupViTModel",
+        {"vision_config": {"depths": [2, 1, 1], "num_group_tokens": [8, 4, 0], "num_output_groups": [8, 4, 4]}},
+    ),
+    "CLIPSeg": Family("CLIPSegModel"),
+    "OWL-ViT": Family("OwlViTModel"),
+    "OWLv2": Family("Owlv2Model"),
+    "OWL-ViT, detector": Family("OwlViTForObjectDetection"),
+    "OWLv2, detector": Family("Owlv2ForObjectDetection"),
+    "FLAVA": Family("FlavaModel"),
+    "X-CLIP": Family(
+        "XCLIPModel",
+        {
+            "vision_config": {
+                "num_frames": 2,
+                "mit_hidden_size": 32,
+                "mit_intermediate_size": 64,
+                "mit_num_hidden_layers": 1,
+                "mit_num_attention_heads": 4,
+            }
+        },
+        clips(2),
+    ),
+    "BLIP": Family("BlipModel"),
+    "BLIP, retrieval": Family("BlipForImageTextRetrieval"),
+    # Captions and answers.
+    "BLIP, captions": Family("BlipForConditionalGeneration"),
+    "BLIP, answers": Family("BlipForQuestionAnswering"),
+    "BLIP-2": Family(
+        "Blip2ForConditionalGeneration", {"qformer_config": {"encoder_hidden_size": 32}, "num_query_tokens": 4}
+    ),
+    "InstructBLIP": Family(
+        "InstructBlipForConditionalGeneration", {"qformer_config": {"encoder_hidden_size": 32}, "num_query_tokens": 4}
+    ),
+    "GIT": Family("GitForCausalLM"),
+    "Kosmos-2": Family(
+        "Kosmos2ForConditionalGeneration",
+        {"text_config": {"embed_dim": 32, "layers": 2, "ffn_dim": 64, "attention_heads": 4}, "latent_query_num": 4},
+    ),
+    "TrOCR": Family("VisionEncoderDecoderModel", config=_encoder_decoder("ViTConfig")),
+    "Donut": Family("VisionEncoderDecoderModel", config=_encoder_decoder("DonutSwinConfig")),
+    "Pix2Struct": Family(
+        "Pix2StructForConditionalGeneration",
+        {
+            "vision_config": {"patch_embed_hidden_size": 48, "seq_len": 16, "d_ff": 64, "d_kv": 8},
+            "text_config": {"d_kv": 8, "d_ff": 64, "num_layers": 1},
+        },
+        spectrograms(50, 16, True, "flattened_patches"),
+    ),
+    "Florence-2": Family(
+        "Florence2ForConditionalGeneration",
+        {
+            "vision_config": {
+                "embed_dim": [8, 16, 32],
+                "num_heads": [1, 2, 4],
+                "num_groups": [1, 2, 4],
+                "depths": [1, 1, 1],
+                "patch_size": [7, 3, 3],
+                "patch_stride": [4, 2, 2],
+                "patch_padding": [3, 1, 1],
+                "patch_prenorm": [False, True, True],
+                "window_size": 4,
+                "projection_dim": 32,
+            },
+            "text_config": {"d_model": 32},
+        },
+        sized(side=64),
+    ),
+    # Language models that see.
+    "LLaVA": Family("LlavaForConditionalGeneration"),
+    "LLaVA-NeXT": Family(
+        "LlavaNextForConditionalGeneration", {"image_grid_pinpoints": [[32, 64], [64, 32]]}, with_sizes(clips(3))
+    ),
+    "LLaVA-OneVision": Family(
+        "LlavaOnevisionForConditionalGeneration", {"image_grid_pinpoints": [[32, 64], [64, 32]]}, with_sizes(clips(3))
+    ),
+    "VipLLaVA": Family("VipLlavaForConditionalGeneration", {"vision_feature_layers": [-1, -2]}),
+    "SmolVLM": Family("SmolVLMForConditionalGeneration", {"scale_factor": 2}, tiled),
+    "Idefics2": Family(
+        "Idefics2ForConditionalGeneration",
+        {
+            "perceiver_config": {
+                "resampler_depth": 1,
+                "resampler_n_latents": 4,
+                "resampler_n_heads": 4,
+                "resampler_head_dim": 8,
+            }
+        },
+        tiled,
+    ),
+    "Idefics3": Family("Idefics3ForConditionalGeneration", {"scale_factor": 2}, tiled),
+    "PaliGemma": Family("PaliGemmaForConditionalGeneration"),
+    "Gemma 3": Family("Gemma3ForConditionalGeneration", {"mm_tokens_per_image": 4}),
+    "Qwen2-VL": Family(
+        "Qwen2VLForConditionalGeneration",
+        {"vision_config": {**_PATCHES, "hidden_size": 32}, "text_config": _LANGUAGE},
+        packed,
+    ),
+    "Qwen2.5-VL": Family(
+        "Qwen2_5_VLForConditionalGeneration",
+        {"vision_config": {**_PATCHES, "fullatt_block_indexes": [1], "window_size": 32}, "text_config": _LANGUAGE},
+        packed,
+    ),
+    "Qwen3-VL": Family(
+        "Qwen3VLForConditionalGeneration",
+        {"vision_config": {**_PATCHES, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}},
+        packed,
+    ),
+    "GLM-4V": Family("Glm4vForConditionalGeneration", {"vision_config": _PATCHES}, packed),
+    "InternVL": Family(
+        "InternVLForConditionalGeneration", {"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}
+    ),
+    "Mistral 3": Family("Mistral3ForConditionalGeneration", {}, with_sizes(sized())),
+    "GOT-OCR2": Family(
+        "GotOcr2ForConditionalGeneration",
+        {"vision_config": {"window_size": 2, "global_attn_indexes": [1], "output_channels": 16, "mlp_dim": 64}},
+    ),
+    "Ovis2": Family("Ovis2ForConditionalGeneration"),
+    "Aya Vision": Family("AyaVisionForConditionalGeneration"),
+    "Cohere 2 Vision": Family("Cohere2VisionForConditionalGeneration"),
+    "Janus": Family(
+        "JanusForConditionalGeneration",
+        {
+            "vq_config": {
+                "embed_dim": 8,
+                "num_embeddings": 16,
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_res_blocks": 1,
+                "num_hidden_layers": 1,
+            }
+        },
+    ),
+    "DeepSeek-VL": Family("DeepseekVLForConditionalGeneration"),
+    "LFM2-VL": Family("Lfm2VlForConditionalGeneration", {"vision_config": {"num_patches": 16}}, naflex),
+    "ColPali": Family("ColPaliForRetrieval"),
+    # Images and text together.
+    "ViLT": Family("ViltForQuestionAnswering", refused="whole"),
+    "LayoutLMv3": Family("LayoutLMv3ForSequenceClassification", {"input_size": 32}),
+    # Videos and audio.
+    "VideoMAE": Family("VideoMAEForVideoClassification", {"num_frames": 4}, clips(4)),
+    "ViViT": Family("VivitForVideoClassification", {"num_frames": 4, "tubelet_size": [2, 8, 8]}, clips(4)),
+    "TimeSformer": Family("TimesformerForVideoClassification", {"num_frames": 2}, clips(2)),
+    "V-JEPA 2": Family(
+        "VJEPA2Model",
+        {
+            "crop_size": 32,
+            "frames_per_clip": 4,
+            "pred_hidden_size": 16,
+            "pred_num_attention_heads": 2,
+            "pred_num_hidden_layers": 1,
+            "mlp_ratio": 2,
+        },
+        clips(4, name="pixel_values_videos"),
+    ),
+    "AST": Family(
+        "ASTForAudioClassification", {"max_length": 24, "num_mel_bins": 16}, spectrograms(16, 24, True, "input_values")
+    ),
+    "Whisper": Family("WhisperForConditionalGeneration", _TEXT, spectrograms(8, 32)),
+    # What is refused as what it is.
+    "BERT": Family("BertModel", refused="text"),
+    "GPT-2": Family("GPT2Model", {"n_embd": 32, "n_layer": 2, "n_head": 4}, refused="text"),
+    "ResNet": Family(
+        "ResNetForImageClassification",
+        {name: value for name, value in _RESNET.items() if name != "out_features"},
+        refused="convolution",
+    ),
+    "MobileNetV2": Family("MobileNetV2ForImageClassification", refused="convolution"),
+    "PoolFormer": Family(
+        "PoolFormerForImageClassification",
+        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+        refused="convolution",
+    ),
+    "TextNet": Family("TextNetForImageClassification", refused="convolution"),
+}

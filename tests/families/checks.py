@@ -1,0 +1,104 @@
+"""What is checked of a family: compression, reloading, the way back to a dense model, and a step of training."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_mixrank import MixRankCompressor, MixRankConfig, to_dense
+from optimum_mixrank.runtime.inputs import ModelInputs
+from optimum_mixrank.runtime.outputs import ModelCall
+
+from .zoo import Family
+
+
+def settings(**changes: Any) -> MixRankConfig:
+    """Return a configuration for a tiny model: the default recipe, with few images and a ratio for the targets alone."""
+    few = {"compression_ratio": 0.3, "compression_scope": "targets", "seed": 0, "probed_images": 2}
+    return MixRankConfig(**{**few, **changes})
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Return all tensors of an output, however they are nested."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        return [tensor for value in output.values() for tensor in tensors_of(value)]
+    if isinstance(output, Sequence) and not isinstance(output, str):
+        return [tensor for value in output for tensor in tensors_of(value)]
+    return []
+
+
+def check_family(family: Family, config: MixRankConfig | None = None) -> dict[str, Any]:
+    """Compress, save, reload, return to dense and train; return what came of each, `"yes"` or the error."""
+    torch.manual_seed(0)
+    model = family.make()
+    batches = family.batches()
+    compressor = MixRankCompressor(model)
+    results: dict[str, Any] = {}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        made = compressor.compress(config or settings(), batches, save_directory=folder).eval()
+        results["compress"] = "yes"
+        changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+        assert not changed, f"the original changed: {changed[:3]}"
+        report = compressor.report
+        assert report is not None
+        targeted = sum(layer.parameters_before for layer in report.layers if layer.targeted)
+        results["targeted"] = targeted / report.model_parameters_before
+        call = ModelCall().bound(made, ModelInputs(batches[0])[:1])
+        results["objective"] = call.part or "whole"
+        step: dict[str, Callable[[], None]] = {
+            "reload": lambda: _check_reloaded(made, family, folder, batches[0], call),
+            "dense": lambda: _check_dense(made, batches[0], call),
+            "train": lambda: _check_training(made, batches[0], call),
+        }
+        for name, check in step.items():
+            try:
+                check()
+                results[name] = "yes"
+            except Exception as error:
+                results[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return results
+
+
+def _outputs(model: nn.Module, batch: dict[str, Tensor], call: ModelCall) -> list[Tensor]:
+    with torch.no_grad():
+        return tensors_of(call.run(model, ModelInputs(batch)))
+
+
+def _check_reloaded(made: Any, family: Family, folder: str, batch: dict[str, Tensor], call: ModelCall) -> None:
+    reloaded, found = type(made).from_pretrained(folder, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"], found
+    reloaded.eval()
+    state = reloaded.state_dict()
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(state[name], tensor), f"{name} differs"
+    for before, after in zip(_outputs(made, batch, call), _outputs(reloaded, batch, call), strict=True):
+        assert torch.equal(before, after) or bool((before.isnan() == after.isnan()).all()), "outputs differ"
+
+
+def _check_dense(made: Any, batch: dict[str, Tensor], call: ModelCall) -> None:
+    dense = to_dense(copy.deepcopy(made))
+    with tempfile.TemporaryDirectory() as folder:
+        dense.save_pretrained(folder)
+        reloaded = type(made).from_pretrained(folder).eval()
+    for before, after in zip(_outputs(made, batch, call), _outputs(reloaded, batch, call), strict=True):
+        if before.is_floating_point():
+            assert torch.allclose(before, after, rtol=1e-2, atol=1e-3, equal_nan=True), "outputs differ"
+
+
+def _check_training(made: Any, batch: dict[str, Tensor], call: ModelCall) -> None:
+    model = copy.deepcopy(made).train()
+    output = call.select(model, call.run(model, ModelInputs(batch)), len(ModelInputs(batch)))
+    tensors = [output.logits] if output.logits is not None else list(output.features)
+    sum(tensor.square().mean() for tensor in tensors).backward()
+    # Of a tower whose last block is not used, such as LLaVA's, that block alone may have been compressed.
+    assert any(each.grad is not None and bool(each.grad.count_nonzero()) for each in model.parameters()), (
+        "no gradients"
+    )
