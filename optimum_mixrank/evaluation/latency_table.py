@@ -27,6 +27,7 @@ from ..runtime.formatting import quote
 from ..runtime.forward import black_image, configured_shape, evaluation_mode
 from ..runtime.logging import get_logger
 from ..runtime.phases import phase
+from ..runtime.version import __version__
 from .flops import tokens_per_image
 from .latency import MIN_REPEATS, time_in_turns
 from .layer_samples import Passing, SampleGroup, find_activations, sample, sample_groups
@@ -66,7 +67,7 @@ def measure_latency_table(
     runtime: str = "eager",
     layouts: Sequence[str] = LAYOUT_NAMES,
     repeats: int = 9,
-    min_seconds: float = 0.002,
+    min_seconds: float = 0.005,
 ) -> LatencyTable:
     """Measure how long the layers of a model take, dense and factored, at several ranks and widths.
 
@@ -317,7 +318,7 @@ def _scaled(layer: LayerTimes, seconds: float) -> LayerTimes:
 
 def _conditions(model: PreTrainedModel, batch_size: int, runtime: str) -> dict[str, Any]:
     on_gpu = model.device.type == "cuda"
-    packages = ["torch", "transformers", "optimum-mixrank", *(["onnxruntime"] if runtime == "onnxruntime" else [])]
+    packages = ["torch", "transformers", *(["onnxruntime"] if runtime == "onnxruntime" else [])]
     return {
         "device": model.device.type,
         "device_name": torch.cuda.get_device_name(model.device) if on_gpu else platform.machine(),
@@ -327,5 +328,6 @@ def _conditions(model: PreTrainedModel, batch_size: int, runtime: str) -> dict[s
         "runtime": runtime,
         "image_shape": list(configured_shape(model)),
         "model": type(model).__name__,
+        "optimum-mixrank": __version__,
         **{name: version(name) for name in packages},
     }

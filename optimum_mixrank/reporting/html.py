@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..runtime.formatting import format_change, format_count, format_percent
+from ..runtime.formatting import format_change, format_count, format_milliseconds, format_percent
 from .colours import ON_DARK
 from .data import LayerReport, ReportData
 from .inline_svg import css_variable
@@ -99,6 +99,9 @@ def _headlines(report: ReportData) -> list[Headline]:
     if report.flops_before is not None and report.flops_after is not None:
         note = f"of {format_count(report.flops_before)} ({format_change(report.flops_before, report.flops_after)})"
         figures.append(Headline("FLOPs per image", format_count(report.flops_after), note))
+    if report.latency:
+        note = f"of the dense model's, {format_milliseconds(report.latency['dense_seconds'])} per batch"
+        figures.append(Headline("predicted time", format_percent(report.latency["predicted_share"]), note))
     if hidden_units(report.layers):
         figures.append(Headline("hidden units", *hidden_units(report.layers).split(" ", 1)))
     if shared_factors(report.layers):

@@ -56,6 +56,7 @@ def test_the_whole_model_takes_no_longer_than_the_target(table, recipe, tmp_path
     assert report.latency["predicted_seconds"] < report.latency["dense_seconds"] == block_table().model_seconds
     (row,) = [line for line in format_table(report).splitlines() if line.startswith("Latency, predicted")]
     assert "of the dense model; batch 1, cpu, float32, eager)" in row
+    assert "predicted time" in report.to_html()
     assert CompressionReport.load(tmp_path / "out") == report
     # Paths of this machine are not published.
     stored = type(model).from_pretrained(tmp_path / "out").config.quantization_config
