@@ -20,9 +20,12 @@ _PUBLIC = {
     "MixRankCompressor": "pipeline.compressor",
     "MixRankConfig": "checkpoint.configuration",
     "evaluate_model": "evaluation.evaluate",
+    "export_model": "deployment.export",
     "find_targets": "calibration.targets",
     "load_image_dataset": "calibration.images.sources",
+    "open_exported": "deployment.opening",
     "to_dense": "checkpoint.dense",
+    "verify_model": "deployment.verify",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -49,6 +52,9 @@ if TYPE_CHECKING:
     from .checkpoint.dense import to_dense
     from .checkpoint.modeling import FactoredLinear, LowRankLinear
     from .checkpoint.pivoted import PivotedLinear
+    from .deployment.export import export_model
+    from .deployment.opening import open_exported
+    from .deployment.verify import verify_model
     from .evaluation.evaluate import evaluate_model
     from .pipeline.compressor import MixRankCompressor
 

@@ -7,9 +7,11 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from .benchmark import BenchmarkCommand
 from .compress import CompressCommand
 from .evaluate import EvaluateCommand
+from .export import ExportCommand
 from .inspect import InspectCommand
 from .merge import MergeCommand
 from .plan import PlanCommand
+from .verify import VerifyCommand
 
 
 class MixRankCommand(BaseOptimumCLICommand):
@@ -25,4 +27,6 @@ class MixRankCommand(BaseOptimumCLICommand):
             "inspect", "Show what a compressed checkpoint holds, without loading its weights.", InspectCommand
         ),
         CommandInfo("merge", "Turn a compressed checkpoint into a dense one that needs no plugin.", MergeCommand),
+        CommandInfo("export", "Write a file for ONNX Runtime or OpenVINO, in float32 or int8.", ExportCommand),
+        CommandInfo("verify", "Check that an exported model computes what its source does.", VerifyCommand),
     )
