@@ -15,8 +15,8 @@ class ExportCommand(MixRankSubcommand):
 
     description = """Write a checkpoint, compressed or dense, as a file for ONNX Runtime or OpenVINO.
 
-The file takes batches of any size. The folder also gets the configurations of the model and of its image processor. With --int8, weights are stored in 8 bits;
-given images, activations are quantized too, to ranges found on these.
+The file takes batches of any size, and the configurations of the model and of its image processor are written beside it.
+With --int8, weights are stored in 8 bits; given images, activations are quantized too, to ranges found on these.
 
 examples:
   optimum-cli mixrank export --model out --output out-onnx

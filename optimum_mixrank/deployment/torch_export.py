@@ -41,8 +41,9 @@ class _TorchModel(ExportedModel):
         weights = [each for each in program.state_dict.values() if each.ndim > 1]
         self.precision = named_precision(str(each.dtype).removeprefix("torch.") for each in weights)
         self.dtype = weights[0].dtype if weights and weights[0].is_floating_point() else torch.float32
-        self.program = program.module()
+        # Not a submodule: it has one mode alone, that of the export.
+        self.program = (program.module(),)
 
     def run(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        output = self.program(pixel_values=pixel_values.to(self.dtype))
+        output = self.program[0](pixel_values=pixel_values.to(self.dtype))
         return {name: value.float() for name, value in output.items() if isinstance(value, Tensor)}
