@@ -20,10 +20,13 @@ _PUBLIC = {
     "MixRankCompressor": "pipeline.compressor",
     "MixRankConfig": "checkpoint.configuration",
     "evaluate_model": "evaluation.evaluate",
+    "export_model": "deployment.export",
     "find_targets": "calibration.targets",
     "load_image_dataset": "calibration.images.sources",
+    "open_exported": "deployment.opening",
     "to_dense": "checkpoint.dense",
     "to_plain_factors": "checkpoint.plain_factors",
+    "verify_model": "deployment.verify",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -51,6 +54,9 @@ if TYPE_CHECKING:
     from .checkpoint.modeling import FactoredLinear, LowRankLinear
     from .checkpoint.pivoted import PivotedLinear
     from .checkpoint.plain_factors import to_plain_factors
+    from .deployment.export import export_model
+    from .deployment.opening import open_exported
+    from .deployment.verify import verify_model
     from .evaluation.evaluate import evaluate_model
     from .pipeline.compressor import MixRankCompressor
 

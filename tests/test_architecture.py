@@ -19,6 +19,7 @@ ROOMS = [
     "calibration",  # images to batches to statistics
     "compensation",  # repair of what compression has broken
     "evaluation",  # what was lost, and what it costs to run
+    "deployment",  # models for other runtimes: writing, running and checking them
     "reporting",  # how it is shown
     "pipeline",  # the order of things: `MixRankCompressor` and its steps
     "commands",  # `optimum-cli mixrank …`: parse, call the public API, print

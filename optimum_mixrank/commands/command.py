@@ -38,10 +38,12 @@ class MixRankSubcommand(BaseOptimumCLICommand):
         description: Text for `--help`, with examples.
         shares_work: Whether several processes, as `accelerate launch` starts them, share the work; otherwise only the
             main process works.
+        exit_code: Of a command that ran through; one that has found something wrong sets it.
     """
 
     description: ClassVar[str]
     shares_work: ClassVar[bool] = False
+    exit_code: int = 0
 
     @classmethod
     @abstractmethod
@@ -104,6 +106,8 @@ class MixRankSubcommand(BaseOptimumCLICommand):
         if index == 0:
             result = json.dumps(values, indent=2, ensure_ascii=False) if self.args.json else text
             print(printable(result, sys.stdout))
+        if self.exit_code:
+            sys.exit(self.exit_code)
 
     def _set_verbosity(self, is_main: bool) -> None:
         import datasets

@@ -10,10 +10,12 @@ from ..runtime.version import __version__
 from .benchmark import BenchmarkCommand
 from .compress import CompressCommand
 from .evaluate import EvaluateCommand
+from .export import ExportCommand
 from .inspect import InspectCommand
 from .merge import MergeCommand
 from .parsing import CommandParser
 from .plan import PlanCommand
+from .verify import VerifyCommand
 
 
 class MixRankCommand(BaseOptimumCLICommand):
@@ -32,6 +34,8 @@ Start with `compress`; `inspect`, `evaluate` and `benchmark` show what came out.
             "inspect", "Show what a compressed checkpoint holds, without loading its weights.", InspectCommand
         ),
         CommandInfo("merge", "Turn a compressed checkpoint into a dense one that needs no plugin.", MergeCommand),
+        CommandInfo("export", "Write a file for ONNX Runtime or OpenVINO, in float32 or int8.", ExportCommand),
+        CommandInfo("verify", "Check that an exported model computes what its source does.", VerifyCommand),
     )
 
     @staticmethod

@@ -30,8 +30,8 @@ def check_runtime(runtime: str, device: torch.device) -> None:
     if device.type != "cpu":
         raise ValueError(f"runtime='onnxruntime' is measured on the CPU, but the model is on {device.type!r}.")
     try:
-        import onnx  # type: ignore[import-not-found]  # noqa: F401 - the exporter needs it
-        import onnxruntime  # type: ignore[import-not-found]  # noqa: F401
+        import onnx  # noqa: F401 - the exporter needs it
+        import onnxruntime  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"runtime='onnxruntime' needs {error.name}: `python -m pip install 'optimum-mixrank[export]'`."

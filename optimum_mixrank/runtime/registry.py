@@ -1,4 +1,4 @@
-"""Registries of the classes among which a field of the configuration chooses by name.
+"""Registries of the classes among which a field of the configuration, or an option, chooses by name.
 
 They are here so that a configuration can check names without importing the classes. The package's own classes are
 imported when they are first requested; others register themselves.
@@ -18,7 +18,7 @@ class Registry(Mapping[str, type[Entry]], Generic[Entry]):
     """Classes by their `name`: the package's own first, then the others in the order of their registration.
 
     Args:
-        field: The field of `MixRankConfig` that takes these names.
+        field: The field of `MixRankConfig`, or the argument, that takes these names.
         built_in: For each built-in name, the module of this package that registers the class.
     """
 
@@ -94,5 +94,14 @@ COMPENSATORS: Registry[Any] = Registry(
         "residual": "compensation.layerwise.residual",
         "blocks": "compensation.training.blocks",
         "distillation": "compensation.training.distillation",
+    },
+)
+RUNTIMES: Registry[Any] = Registry(
+    "runtime",
+    {
+        "onnx": "deployment.onnx_runtime",
+        "openvino": "deployment.openvino_runtime",
+        "executorch": "deployment.executorch_runtime",
+        "torch": "deployment.torch_export",
     },
 )

@@ -1,0 +1,194 @@
+"""int8 on top of compression: bytes, time, top-1 and KL of a dense and a compressed model, in float32 and in int8.
+
+    pip install 'optimum-mixrank[int8,openvino]' optimum-quanto
+    python benchmarks/int8.py --original path/to/vit --model path/to/compressed --data path/to/images \
+        --output benchmarks/results/int8
+
+All variants are timed in one process, in turns, with one thread; times are ratios to the dense model in float32 under
+PyTorch. Images for the ranges of static int8 are drawn from the training split. A variant whose packages are missing is
+left out, and so is one that --only does not name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from support import described, machine, table, write
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from optimum_mixrank import MixRankCompressor, evaluate_model, export_model, load_image_dataset, open_exported
+from optimum_mixrank.calibration.images.batches import ImageBatches
+from optimum_mixrank.checkpoint.architecture import load_named, read_config
+from optimum_mixrank.evaluation.latency import Latency, measure_latency, time_ratio
+from optimum_mixrank.pipeline.images import ImageReader
+from optimum_mixrank.runtime.distributed import SINGLE_PROCESS
+from optimum_mixrank.runtime.forward import configured_shape
+
+
+Variant = tuple[nn.Module, int]
+"""A model, and its bytes on disk."""
+
+
+def torch_float32(model: PreTrainedModel, folder: Path, images: list[Tensor]) -> Variant:
+    model.save_pretrained(folder)
+    return model, (folder / "model.safetensors").stat().st_size
+
+
+def torchao(config: str) -> Callable[[PreTrainedModel, Path, list[Tensor]], Variant]:
+    def quantized(model: PreTrainedModel, folder: Path, images: list[Tensor]) -> Variant:
+        import torchao.quantization
+        from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+        torchao.quantization.quantize_(model, getattr(torchao.quantization, config)())
+        tensors, metadata = flatten_tensor_state_dict(model.state_dict())
+        save_file(tensors, folder / "int8.safetensors", metadata)
+        return model, (folder / "int8.safetensors").stat().st_size
+
+    return quantized
+
+
+def quanto(model: PreTrainedModel, folder: Path, images: list[Tensor]) -> Variant:
+    from optimum.quanto import freeze, qint8, quantize
+
+    quantize(model, weights=qint8)
+    freeze(model)
+    save_file(model.state_dict(), folder / "int8.safetensors")
+    return model, (folder / "int8.safetensors").stat().st_size
+
+
+def exported(runtime: str, int8: bool = False, static: bool = False) -> Callable[..., Variant]:
+    def written(model: PreTrainedModel, folder: Path, images: list[Tensor]) -> Variant:
+        calibration: Iterator[Tensor] | None = iter(images) if static else None
+        result = export_model(model, folder / "exported", runtime, int8=int8, calibration=calibration)
+        return open_exported(result.file), result.num_bytes
+
+    return written
+
+
+METHODS: dict[str, Callable[[PreTrainedModel, Path, list[Tensor]], Variant]] = {
+    "PyTorch, float32": torch_float32,
+    "torchao, int8 weights": torchao("Int8WeightOnlyConfig"),
+    "torchao, dynamic int8": torchao("Int8DynamicActivationInt8WeightConfig"),
+    "optimum-quanto, int8 weights": quanto,
+    "ONNX Runtime, float32": exported("onnx"),
+    "ONNX Runtime, dynamic int8": exported("onnx", int8=True),
+    "ONNX Runtime, static int8": exported("onnx", int8=True, static=True),
+    "OpenVINO, float32": exported("openvino"),
+    "OpenVINO, int8 weights": exported("openvino", int8=True),
+    "OpenVINO, static int8": exported("openvino", int8=True, static=True),
+}
+DENSE, COMPRESSED = "dense", "compressed"
+BASE = f"{DENSE}; PyTorch, float32"
+
+
+def open_model(path: str) -> PreTrainedModel:
+    return load_named(path, read_config(path, {}), None, dtype=torch.float32).eval()
+
+
+def make_variants(args: argparse.Namespace, images: list[Tensor], folder: Path) -> dict[str, Variant]:
+    """Every method on both models, by name; one that does not run is reported and left out."""
+    variants: dict[str, Variant] = {}
+    for index, (method, make) in enumerate(METHODS.items()):
+        for kind, path in {DENSE: args.original, COMPRESSED: args.model}.items():
+            name = f"{kind}; {method}"
+            if name != BASE and not fnmatch.fnmatch(name, args.only):
+                continue
+            place = folder / f"{index}-{kind}"
+            place.mkdir()
+            try:
+                variants[name] = make(open_model(path), place, images)
+            except ImportError as error:
+                print(f"{name} is left out: {error}", flush=True)
+    return variants
+
+
+def measure(args: argparse.Namespace, variants: dict[str, Variant], images: ImageBatches) -> list[dict[str, Any]]:
+    """A row for each variant: size, accuracy and fidelity, and times of all of them in turns."""
+    models = {name: model for name, (model, _) in variants.items()}
+    original = models[BASE]
+    latencies: dict[int, dict[str, Latency]] = {}
+    for size in args.batch_sizes:
+        batch = torch.randn(size, *configured_shape(original), generator=torch.Generator().manual_seed(0))
+        latencies[size] = measure_latency(models, {"pixel_values": batch}, repeats=args.repeats)
+    rows = []
+    for name, (model, num_bytes) in variants.items():
+        result = evaluate_model(model, images, original, progress=False)
+        ratios = {size: time_ratio(found[name], found[BASE]) for size, found in latencies.items()}
+        rows.append(
+            {
+                "model": name.partition("; ")[0],
+                "method": name.partition("; ")[2],
+                "bytes": num_bytes,
+                "bytes_ratio": variants[BASE][1] / num_bytes,
+                "top1": result.top1,
+                "kl": result.kl,
+                "milliseconds": {size: found[name].median * 1000 for size, found in latencies.items()},
+                "time_ratio": {size: [ratio.median, ratio.low, ratio.high] for size, ratio in ratios.items()},
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def as_table(rows: list[dict[str, Any]], batch_sizes: list[int]) -> list[str]:
+    """Lines of Markdown."""
+    times = [f"time, batch {size}" for size in batch_sizes]
+    cells = [
+        [
+            row["method"],
+            row["model"],
+            f"{row['bytes']:,}",
+            f"{row['bytes_ratio']:.2f}",
+            f"{row['top1']:.1%}",
+            f"{row['kl']:.4f}",
+            *(f"{median:.2f} ({low:.2f} to {high:.2f})" for median, low, high in row["time_ratio"].values()),
+        ]
+        for row in rows
+    ]
+    return table(["runtime and precision", "model", "bytes", "times smaller", "top-1", "KL in nats", *times], cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--original", required=True, help="dense checkpoint")
+    parser.add_argument("--model", required=True, help="its compressed checkpoint")
+    parser.add_argument("--data", required=True, help="labelled images with a training and a validation split")
+    parser.add_argument("--num-samples", type=int, default=1000, help="validation images; default: 1000")
+    parser.add_argument("--num-calibration", type=int, default=128, help="images for ranges; default: 128")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--only", default="*", help="pattern of variants such as 'compressed; ONNX*'")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output", type=Path, required=True, help="OUTPUT.md and OUTPUT.json are written")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    compressor = MixRankCompressor.from_pretrained(args.original, device="cpu")
+    reader = ImageReader(compressor.model, compressor.image_processor, SINGLE_PROCESS)
+    images = reader.read_labelled(args.data, num_samples=args.num_samples, seed=args.seed)
+    drawn = load_image_dataset(args.data, split="train", num_samples=args.num_calibration, seed=args.seed)
+    calibration = [batch.pixel_values for batch in reader.read(drawn)]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(args, make_variants(args, calibration, Path(folder)), images)
+    settings = {
+        "original": Path(args.original).name,
+        "compressed": Path(args.model).name,
+        "validation images": args.num_samples,
+        "images for ranges": args.num_calibration,
+        "repetitions": args.repeats,
+        "seed": args.seed,
+    }
+    lines = [*as_table(rows, args.batch_sizes), "", f"Times are ratios to {BASE}. {described(settings)}"]
+    write(args.output, {"settings": settings, "machine": machine(), "rows": rows}, lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Options of commands that may read images, and the images."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..calibration.images.batches import ImageBatches
+
+
+def add_image_arguments(parser: ArgumentParser, purpose: str, num_samples: int) -> None:
+    """Declare the options of `read_images`."""
+    add = parser.add_argument
+    add("--dataset", help=f"images {purpose}: local folder or Hub id")
+    add("--split", help="default: the usual one, or the only one")
+    add("--image-column", help="default: the only image column")
+    add("--num-samples", type=int, default=num_samples, help=f"number of images to draw; default: {num_samples}")
+    add("--seed", type=int, default=42, help="seed of that draw; default: 42")
+    add("--batch-size", type=int, default=8, help="images per forward pass; default: 8")
+
+
+def read_images(
+    args: Any, model: PreTrainedModel, image_processor: Any, default_splits: tuple[str, ...]
+) -> ImageBatches:
+    """Return the images that the options name, with labels if they have any.
+
+    Args:
+        args: The options.
+        model: The model that the images are for.
+        image_processor: Its image processor.
+        default_splits: Splits to choose where none is named, best first.
+
+    Raises:
+        ValueError: if the options name no such images.
+    """
+    from ..calibration.images.sources import load_image_dataset
+    from ..pipeline.images import ImageReader
+    from ..runtime.distributed import SINGLE_PROCESS
+
+    if args.num_samples < 1:
+        raise ValueError(f"--num-samples {args.num_samples} is not positive.")
+    reader = ImageReader(model, image_processor, SINGLE_PROCESS, batch_size=args.batch_size)
+    images = load_image_dataset(
+        args.dataset, split=args.split, default_splits=default_splits, image_column=args.image_column
+    )
+    return reader.read_labelled(images, args.image_column, num_samples=args.num_samples, seed=args.seed)

@@ -1,0 +1,127 @@
+"""`optimum-cli mixrank verify`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from .command import FAILED, MixRankSubcommand, add_hub_arguments, hub_arguments, load_checkpoint
+from .images import add_image_arguments, read_images
+
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from ..calibration.images.batches import Batch
+    from ..deployment.verify import Verification
+
+
+class VerifyCommand(MixRankSubcommand):
+    """Compare an exported model with its source."""
+
+    description = """Compare an exported model with the checkpoint that it was made from, on images.
+
+It is broken, and the exit code is 1, if an output is NaN or Inf, or if it differs by more than its precision explains:
+float32 by more than 1e-4, half precision and int8 by their predictions. With --dtype in place of --exported, a checkpoint
+is compared with itself in half precision; if that overflows, the first layer that does is named.
+
+examples:
+  optimum-cli mixrank verify --model out --exported out-onnx --dataset path/to/labelled/images
+  optimum-cli mixrank verify --model out --dtype float16 --dataset path/to/labelled/images
+"""
+
+    @classmethod
+    def add_arguments(cls, parser: ArgumentParser) -> None:
+        """See `MixRankSubcommand`."""
+        add = parser.add_argument
+        add("--model", required=True, help="the source: local folder or Hub id")
+        what = "ONNX file, OpenVINO .xml, ExecuTorch .pte, .pt2 of torch.export (can run code: only if you trust it), "
+        add("--exported", help=what + "a folder with one of them, or a checkpoint")
+        add("--dtype", help="in place of --exported: float16 or bfloat16, to compare the source with itself in that")
+        add("--max-difference", type=float, help="largest difference, absolute or relative to the largest output")
+        add("--min-agreement", type=float, help="smallest share of images with the same predicted class")
+        add("--max-kl", type=float, help="largest mean KL divergence, in nats; defaults depend on the precision")
+        add_image_arguments(parser, "to compare on; default: random pixels", 256)
+        add_hub_arguments(parser)
+
+    def execute(self) -> tuple[str, dict[str, Any]]:
+        """See `MixRankSubcommand`."""
+        import torch
+
+        from ..deployment.verify import LIMITS, Limits, precision_of, verify_model
+
+        args = self.args
+        if (args.exported is None) == (args.dtype is None):
+            raise ValueError(
+                "Name what to compare with the source: either --exported, or --dtype float16 or bfloat16."
+            )
+        source = load_checkpoint(args, args.model, torch.float32, complete=True).eval()
+        exported = self._exported()
+        given = (args.max_difference, args.min_agreement, args.max_kl)
+        limits = LIMITS[precision_of(exported)] if given == (None, None, None) else Limits(*given)
+        result = verify_model(source, exported, self._batches(source), limits=limits)
+        values, lines = result.to_dict(), _lines(result)
+        if args.dtype is not None:
+            found = self._range(source, exported)
+            values |= found
+            lines += [f"{name.replace('_', ' '):<22}{value}" for name, value in found.items()]
+        self.exit_code = 0 if result.is_ok else FAILED
+        verdict = "ok" if result.is_ok else f"broken: {'; '.join(result.problems)}"
+        return "\n".join([*lines, verdict]), values
+
+    def _exported(self) -> nn.Module:
+        from ..checkpoint.original import parse_dtype
+        from ..deployment.opening import find_exported, open_exported
+
+        args = self.args
+        if args.dtype is not None:
+            dtype = parse_dtype(args.dtype)
+            if str(dtype) not in ("torch.float16", "torch.bfloat16"):
+                raise ValueError(f"--dtype {args.dtype} is no half precision; choose float16 or bfloat16.")
+            return load_checkpoint(args, args.model, dtype).eval()
+        if find_exported(args.exported) is not None:
+            return open_exported(args.exported)
+        return load_checkpoint(args, args.exported, "auto", complete=True).eval()
+
+    def _batches(self, source: PreTrainedModel) -> Iterable[Batch]:
+        """Return the images that the options name, or random pixels."""
+        from ..calibration.images.batches import Batch
+        from ..checkpoint.original import load_image_processor
+        from ..deployment.verify import random_pixels
+        from ..runtime.logging import get_logger
+
+        args = self.args
+        if args.dataset is not None:
+            processor = load_image_processor(args.model, hub_arguments(args))
+            return read_images(args, source, processor, ("validation", "test"))
+        get_logger(__name__).warning(
+            "Compared on random pixels, which say little about half precision and int8; name images by --dataset."
+        )
+        return [Batch(part) for part in random_pixels(source).split(args.batch_size)]
+
+    def _range(self, source: nn.Module, half: nn.Module) -> dict[str, Any]:
+        """Return where half precision overflows, and how much of its range is used."""
+        import torch
+
+        from ..deployment.overflow import find_largest_activation, find_overflow
+
+        batch = next(iter(self._batches(source))).pixel_values
+        dtype = next(each.dtype for each in half.parameters() if each.is_floating_point())
+        largest = find_largest_activation(source, batch)
+        share = largest.value / torch.finfo(dtype).max
+        return {
+            "first_overflow": find_overflow(half, batch.to(dtype)) or "none",
+            "largest_activation": f"{largest.value:,.4g} in `{largest.layer}`, {share:.2%} of the range",
+        }
+
+
+def _lines(result: Verification) -> list[str]:
+    rows = {name: value for name, value in result.to_dict().items() if name not in ("ok", "problems")}
+    return [
+        f"{name.replace('_', ' '):<22}{value:.4g}"
+        if isinstance(value, float)
+        else f"{name.replace('_', ' '):<22}{value}"
+        for name, value in rows.items()
+    ]

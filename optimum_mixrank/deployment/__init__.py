@@ -1,0 +1,1 @@
+"""Models for other runtimes: writing them, running them, and whether they still compute what their source does."""

@@ -1,0 +1,145 @@
+"""Write a model for a runtime, with all that has to be beside it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..checkpoint.saving import writable_directory
+from ..runtime.files import explained_no_space, flush_tree
+from ..runtime.folders import can_be_renamed, remove_leftovers, resolved, staging_folder
+from ..runtime.forward import configured_shape, evaluation_mode
+from ..runtime.registry import RUNTIMES
+from .target import Runtime
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written.
+
+    Attributes:
+        file: The model.
+        runtime: The runtime that it is for.
+        quantized: What has 8 bits, in words; None for a file in float32.
+        num_bytes: Size of the model with all files that belong to it, without configurations.
+    """
+
+    file: Path
+    runtime: str
+    quantized: str | None
+    num_bytes: int
+
+
+def export_model(
+    model: PreTrainedModel,
+    output: str | Path,
+    runtime: str = "onnx",
+    *,
+    int8: bool = False,
+    calibration: Iterable[Tensor] | None = None,
+    image_processor: Any = None,
+    overwrite: bool = False,
+) -> ExportResult:
+    """Write a model, compressed or dense, to a folder for a runtime; it takes batches of any size.
+
+    The folder holds the model (`model.onnx`, `openvino_model.xml`, …) with files that belong to it, `config.json` without
+    the compression, which the file no longer needs, and the configuration of the image processor.
+
+    Args:
+        model: The model, in float32 and on the CPU; it stays as it is.
+        output: The folder, which is complete or not there in the end.
+        runtime: `"onnx"`, `"openvino"`, `"executorch"` or `"torch"`.
+        int8: Whether to store weights in 8 bits (`"onnx"` and `"openvino"`).
+        calibration: Batches of images, `[batch, channels, height, width]`, to find ranges for 8-bit activations with.
+            Without them ONNX Runtime determines the ranges in each call, and OpenVINO keeps activations in float32.
+        image_processor: The image processor whose configuration is written beside the model.
+        overwrite: Whether the folder may hold files; those of other names stay there.
+
+    Raises:
+        FileExistsError: if the folder holds files and may not be overwritten.
+        ImportError: if the runtime is not installed.
+        ValueError: for an unknown runtime, one without int8, calibration without int8, or a model that cannot be exported.
+    """
+    writer = RUNTIMES.create(runtime)
+    writer.check_packages(["nncf"] if int8 and runtime == "openvino" else [])
+    if calibration is not None and not int8:
+        raise ValueError("Images are for ranges of 8-bit activations; ask for int8 too, or leave them out.")
+    if int8 and type(writer).quantize is Runtime.quantize:
+        raise ValueError(f"runtime={runtime!r} has no int8 here; choose 'onnx' or 'openvino', or leave int8 out.")
+    _check_model(model)
+    destination = writable_directory(output, overwrite)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    inside = destination.is_dir() or not can_be_renamed(destination)
+    remove_leftovers(destination)
+    with explained_no_space(destination), staging_folder(destination, inside) as folder:
+        try:
+            quantized = _write(writer, model, folder, int8, calibration)
+            num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+            _write_configurations(model, image_processor, folder)
+            flush_tree(folder)
+            _move(folder, destination, Path(writer.file_name).stem)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return ExportResult(resolved(output) / writer.file_name, runtime, quantized, num_bytes)
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    wrong = {f"{each.dtype} on {each.device.type}" for each in model.parameters() if each.is_floating_point()}
+    wrong -= {"torch.float32 on cpu"}
+    if wrong:
+        raise ValueError(
+            f"The model is in {', '.join(sorted(wrong))}; export it from torch.float32 on the CPU: load it with "
+            "dtype='float32'."
+        )
+
+
+def _write(
+    writer: Runtime, model: PreTrainedModel, folder: Path, int8: bool, calibration: Iterable[Tensor] | None
+) -> str | None:
+    """Write the model into a folder; return what was quantized."""
+    generator = torch.Generator().manual_seed(0)
+    # PyTorch takes a dimension of size one for a constant.
+    pixel_values = torch.randn(2, *configured_shape(model), generator=generator)
+    file = folder / writer.file_name
+    if not int8:
+        with evaluation_mode(model):
+            writer.write(model, pixel_values, file)
+        return None
+    full = folder / "float32"
+    full.mkdir()
+    with evaluation_mode(model):
+        writer.write(model, pixel_values, full / writer.file_name)
+    quantized = writer.quantize(full / writer.file_name, file, calibration)
+    shutil.rmtree(full)
+    return quantized
+
+
+def _write_configurations(model: PreTrainedModel, image_processor: Any, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    # The factors are products of their own in the file, which nothing else has to know.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(folder)
+    if image_processor is not None:
+        image_processor.save_pretrained(folder)
+
+
+def _move(folder: Path, destination: Path, stem: str) -> None:
+    """Put files in their places; those of an earlier model of the same name that has more files are removed."""
+    destination.mkdir(exist_ok=True)
+    new = {file.name for file in folder.iterdir()}
+    old = {file for file in destination.iterdir() if file.is_file() and file.name.split(".")[0] == stem}
+    for file in folder.iterdir():
+        os.replace(file, destination / file.name)
+    for file in old:
+        if file.name not in new and file.suffix in (".data", ".bin"):
+            file.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""OpenVINO's intermediate representation, `openvino_model.xml` with its weights in `openvino_model.bin`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..runtime.registry import RUNTIMES
+from .target import ExportedModel, Runtime, named_precision, output_names
+
+
+@RUNTIMES.register
+class OpenVinoRuntime(Runtime):
+    """OpenVINO, converted from what `torch.export` gives and quantized by NNCF."""
+
+    name: ClassVar[str] = "openvino"
+    file_name: ClassVar[str] = "openvino_model.xml"
+    packages: ClassVar[tuple[str, ...]] = ("openvino",)
+    install: ClassVar[str] = "pip install 'optimum-mixrank[openvino]'"
+
+    def write(self, model: PreTrainedModel, pixel_values: Tensor, file: Path) -> None:
+        """See `Runtime.write`."""
+        import openvino
+
+        names = output_names(model, pixel_values)
+        shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
+        with torch.no_grad():
+            program = torch.export.export(model, (), {"pixel_values": pixel_values}, dynamic_shapes=shapes)
+        converted = openvino.convert_model(program)
+        converted.inputs[0].get_tensor().set_names({"pixel_values"})
+        for output, name in zip(converted.outputs, names, strict=True):
+            output.get_tensor().set_names({name})
+        openvino.save_model(converted, file, compress_to_fp16=False)
+
+    def open(self, file: Path) -> ExportedModel:
+        """See `Runtime.open`."""
+        return _OpenVinoModel(file)
+
+    def quantize(self, file: Path, target: Path, batches: Iterable[Tensor] | None) -> str:
+        """See `Runtime.quantize`; without images, activations stay in float32."""
+        self.check_packages(["nncf"])
+        import nncf
+        import openvino
+
+        model = openvino.Core().read_model(file)
+        if batches is None:
+            quantized = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+        else:
+            images = [image.float().numpy()[None] for batch in batches for image in batch]
+            quantized = nncf.quantize(
+                model, nncf.Dataset(images), subset_size=len(images), model_type=nncf.ModelType.TRANSFORMER
+            )
+        openvino.save_model(quantized, target, compress_to_fp16=False)
+        return "weights" if batches is None else "weights and activations"
+
+
+class _OpenVinoModel(ExportedModel):
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(file)
+        constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+        self.precision = named_precision(
+            node.get_element_type().get_type_name() for node in constants if len(node.get_output_shape(0)) > 1
+        )
+        if len(model.inputs) != 1:
+            found = ", ".join(each.any_name for each in model.inputs)
+            raise ValueError(f"{str(file)!r} takes {found}; a model for images takes pixel values alone.")
+        size = model.inputs[0].partial_shape[0]
+        self.batch_size = None if size.is_dynamic else size.get_length()
+        # Where the processor has bfloat16, OpenVINO would compute in that.
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self.compiled = core.compile_model(model, "CPU", settings)
+        self.names = [output.any_name for output in self.compiled.outputs]
+
+    def run(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        values = self.compiled([pixel_values.float().cpu().numpy()]).values()
+        return {name: torch.from_numpy(value.copy()) for name, value in zip(self.names, values, strict=True)}

@@ -1,0 +1,94 @@
+import json
+
+import pytest
+import torch
+from models import pixels
+from transformers import AutoConfig, ViTImageProcessor
+
+from optimum_mixrank import export_model, open_exported
+from optimum_mixrank.deployment.opening import find_exported
+
+
+def test_a_folder_holds_the_model_and_its_configurations(one_model, plain_runtime, tmp_path):
+    one_model.train()
+    result = export_model(one_model, tmp_path / "out", "plain", image_processor=ViTImageProcessor())
+    assert {each.name for each in (tmp_path / "out").iterdir()} == {
+        *("model.plain", "model.plain.data", "config.json", "preprocessor_config.json")
+    }
+    assert result.file == tmp_path / "out" / "model.plain"
+    assert (result.runtime, result.quantized, result.num_bytes) == ("plain", None, 3 + 7)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert AutoConfig.from_pretrained(tmp_path / "out").num_labels == one_model.config.num_labels
+    # The model itself stays as it was.
+    assert one_model.config.quantization_config.rank_map and one_model.training
+
+
+def test_int8_with_and_without_images(one_model, plain_runtime, tmp_path):
+    assert export_model(one_model, tmp_path / "a", "plain", int8=True).quantized == "0 images"
+    images = iter([pixels(3), pixels(2)])
+    assert export_model(one_model, tmp_path / "b", "plain", int8=True, calibration=images).quantized == "5 images"
+    # The file in float32 is not left beside it.
+    assert sorted(each.name for each in (tmp_path / "b").iterdir()) == ["config.json", "model.plain"]
+
+
+def test_what_is_there_is_only_replaced_on_demand(one_model, plain_runtime, tmp_path):
+    export_model(one_model, tmp_path, "plain")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        export_model(one_model, tmp_path, "plain", int8=True)
+    assert (tmp_path / "model.plain").read_text() == "1.0"
+    images = [pixels(2)]
+    export_model(one_model, tmp_path, "plain", int8=True, calibration=images, overwrite=True)
+    assert (tmp_path / "model.plain").read_text() == "3.0"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    # It belonged to the earlier model.
+    assert not (tmp_path / "model.plain.data").exists()
+
+
+def test_after_an_error_nothing_is_left(one_model, plain_runtime, monkeypatch, tmp_path):
+    monkeypatch.setattr(plain_runtime, "write", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_model(one_model, tmp_path / "out", "plain")
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_that_make_no_sense(one_model, plain_runtime, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="runtime='tensorrt' is unknown; choose one of 'onnx', 'openvino'"):
+        export_model(one_model, out, "tensorrt")
+    with pytest.raises(ValueError, match="ask for int8 too"):
+        export_model(one_model, out, "plain", calibration=[pixels()])
+    with pytest.raises(ValueError, match="runtime='torch' has no int8 here; choose 'onnx' or 'openvino'"):
+        export_model(one_model, out, "torch", int8=True)
+    with pytest.raises(ValueError, match=r"torch.bfloat16 on cpu; export it from torch.float32"):
+        export_model(one_model.to(torch.bfloat16), out, "plain")
+    monkeypatch.setattr(plain_runtime, "packages", ("no_such_package",))
+    with pytest.raises(ImportError, match="needs no_such_package: pip install torch"):
+        export_model(one_model, out, "plain")
+    assert not out.exists()
+
+
+def test_exported_models_are_found_by_their_files(plain_runtime, one_model, tmp_path):
+    export_model(one_model, tmp_path / "out", "plain")
+    for path in (tmp_path / "out", tmp_path / "out" / "model.plain"):
+        assert find_exported(path) == ("plain", tmp_path / "out" / "model.plain")
+    one_model.save_pretrained(tmp_path / "checkpoint")
+    assert find_exported(tmp_path / "checkpoint") is None
+    with pytest.raises(FileNotFoundError, match="holds no exported model"):
+        open_exported(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"known are the endings \.onnx, \.xml, \.pte, \.pt2, \.plain"):
+        find_exported(tmp_path / "checkpoint" / "config.json")
+    (tmp_path / "out" / "model.onnx").touch()
+    with pytest.raises(ValueError, match=r"several exported models \(model.onnx, model.plain\)"):
+        find_exported(tmp_path / "out")
+
+
+def test_a_file_for_one_batch_size_takes_any_number_of_images(plain_runtime, one_model, tmp_path):
+    model = open_exported(export_model(one_model, tmp_path / "out", "plain").file)
+    expected = model(pixels(5))["logits"]
+    called = []
+    run = model.run
+    model.run = lambda images: called.append(len(images)) or run(images)
+    model.batch_size = 2
+    torch.testing.assert_close(model(pixels(5))["logits"], expected)
+    assert called == [2, 2, 2]

@@ -1,0 +1,42 @@
+import pytest
+import torch
+from models import compressed, pixels, tiny_vit
+
+from optimum_mixrank import open_exported, verify_model
+from optimum_mixrank.calibration.images.batches import Batch
+
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+from optimum_mixrank.deployment.onnx_runtime import strip_metadata  # noqa: E402
+
+
+@pytest.mark.parametrize("external", [False, True], ids=["one file", "weights beside it"])
+def test_metadata_is_removed_and_nothing_else(tmp_path, external):
+    model = compressed(tiny_vit(), "pivoted").eval()
+    program = torch.onnx.export(model, kwargs={"pixel_values": pixels(2)}, dynamo=True, verbose=False)
+    file = tmp_path / "model.onnx"
+    program.save(file, external_data=external)
+    before, text = file.stat().st_size, file.read_bytes()
+    assert b"modeling_vit.py" in text
+    strip_metadata(file)
+    # Paths of this machine, and most of the bytes.
+    assert b".py" not in file.read_bytes() and file.stat().st_size < before - 100_000
+    assert (tmp_path / "model.onnx.data").exists() == external
+    onnx.checker.check_model(str(file))
+    exported = open_exported(file)
+    # Exported without a dynamic size, it takes two images at a time.
+    assert exported.batch_size == 2
+    assert verify_model(model, exported, [Batch(pixels(5))]).is_ok
+
+
+def test_a_model_with_other_inputs_is_refused(tmp_path):
+    class Sum(torch.nn.Module):
+        def forward(self, left, right):
+            return left + right
+
+    torch.onnx.export(Sum(), (pixels(1), pixels(1)), tmp_path / "sum.onnx", dynamo=True, verbose=False)
+    with pytest.raises(ValueError, match=r"takes left tensor\(float\), right tensor\(float\); a model for images"):
+        open_exported(tmp_path / "sum.onnx")
