@@ -8,6 +8,8 @@ from commands.calling import cli
 from models import IMAGE_SIZE, mixed, tiny_vit
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
+from optimum_mixrank import FactoredLinear
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -50,7 +52,7 @@ def test_a_broken_model_ends_with_an_error_code(checkpoint, exported, tmp_path):
 def test_a_checkpoint_in_half_precision_names_what_overflows(checkpoint, tmp_path):
     assert "first overflow        none" in cli("verify", "--model", checkpoint, "--dtype", "float16")[0]
     model = AutoModelForImageClassification.from_pretrained(checkpoint)
-    name, layer = next((name, each) for name, each in model.named_modules() if name.endswith("output.dense"))
+    name, layer = next((name, each) for name, each in model.named_modules() if isinstance(each, FactoredLinear))
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.mul_(1e5)
