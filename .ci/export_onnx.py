@@ -15,7 +15,7 @@ from optimum.onnxruntime import ORTModelForImageClassification
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from models import compressed, pixels, tiny_deit, tiny_swin, tiny_vit
+from models import compressed, mixed, pixels, tiny_deit, tiny_swin, tiny_vit
 
 from optimum_mixrank.checkpoint.rank_map import LAYOUT_NAMES
 
@@ -26,8 +26,10 @@ CLI = (sys.executable, "-c", "from optimum.commands.optimum_cli import main; mai
 
 def main(folder: Path) -> None:
     for name, build in MODELS.items():
-        for layout in LAYOUT_NAMES:
-            model = compressed(build(), layout).eval()
+        models = {layout: compressed(build(), layout) for layout in LAYOUT_NAMES}
+        models["mixed structure"] = mixed(build(), "pivoted")
+        for layout, model in models.items():
+            model.eval()
             source, target = folder / f"{name}-{layout}", folder / f"{name}-{layout}-onnx"
             model.save_pretrained(source)
             options = ("--model", source, "--task", "image-classification", target)

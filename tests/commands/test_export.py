@@ -1,0 +1,71 @@
+"""`optimum-cli mixrank export` and `verify`."""
+
+import json
+
+import pytest
+import torch
+from commands.calling import cli
+from models import IMAGE_SIZE, mixed, tiny_vit
+from transformers import AutoModelForImageClassification, ViTImageProcessor
+
+from optimum_mixrank import FactoredLinear
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "checkpoint"
+    mixed(tiny_vit(), "pivoted").save_pretrained(folder)
+    ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint):
+    folder = checkpoint.parent / "exported"
+    values = json.loads(cli("export", "--model", checkpoint, "--output", folder, "--runtime", "torch", "--json")[0])
+    assert values["file"] == str(folder / "model.pt2") and values["quantized"] is None
+    assert values["bytes"] == (folder / "model.pt2").stat().st_size
+    assert {each.name for each in folder.iterdir()} == {"model.pt2", "config.json", "preprocessor_config.json"}
+    return folder
+
+
+def test_an_exported_model_is_verified(checkpoint, exported):
+    stdout, _ = cli("verify", "--model", checkpoint, "--exported", exported)
+    assert stdout.splitlines()[-1] == "ok" and "max difference" in stdout
+    values = json.loads(cli("verify", "--model", checkpoint, "--exported", exported / "model.pt2", "--json")[0])
+    assert values["ok"] and values["num_images"] == 32 and values["max_difference"] < 1e-4
+
+
+def test_a_broken_model_ends_with_an_error_code(checkpoint, exported, tmp_path):
+    model = AutoModelForImageClassification.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.classifier.bias[0] += 1
+    model.save_pretrained(tmp_path / "other")
+    stdout, _ = cli("verify", "--model", tmp_path / "other", "--exported", exported, code=1)
+    assert stdout.splitlines()[-1] == "broken: the outputs differ by 1, the limit is 0.0001"
+    values = json.loads(cli("verify", "--model", tmp_path / "other", "--exported", checkpoint, "--json", code=1)[0])
+    assert not values["ok"] and values["problems"]
+    options = ("--max-difference", 1.001)
+    assert cli("verify", "--model", tmp_path / "other", "--exported", exported, *options)[0].endswith("ok\n")
+
+
+def test_a_checkpoint_in_half_precision_names_what_overflows(checkpoint, tmp_path):
+    assert "first overflow        none" in cli("verify", "--model", checkpoint, "--dtype", "float16")[0]
+    model = AutoModelForImageClassification.from_pretrained(checkpoint)
+    name, layer = next((name, each) for name, each in model.named_modules() if isinstance(each, FactoredLinear))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(1e5)
+    model.save_pretrained(tmp_path / "large")
+    stdout, _ = cli("verify", "--model", tmp_path / "large", "--dtype", "float16", code=1)
+    assert f"first overflow        in `{name}" in stdout and "outputs are NaN or Inf" in stdout
+
+
+def test_options_that_make_no_sense(checkpoint, exported):
+    again = ("export", "--model", checkpoint, "--output", exported, "--runtime", "torch")
+    assert "is not empty; choose another" in cli(*again, code=1)[1]
+    assert "name images for" not in cli(*again, "--overwrite")[1]
+    assert "add --int8, or leave it out" in cli(*again, "--dataset", "images", code=1)[1]
+    verify = ("verify", "--model", checkpoint)
+    assert "either --exported, or --dtype" in cli(*verify, code=1)[1]
+    assert "--dtype float32 is no half precision" in cli(*verify, "--dtype", "float32", code=1)[1]
