@@ -175,7 +175,7 @@ def _recorded(targets: Sequence[Target]) -> Iterator[_Trace]:
 
 def _find_mlps(trace: _Trace, groups: Sequence[Sequence[Target]], may_share: bool) -> list[Mlp]:
     """Return the MLPs among groups of layers; two layers for gate and value are one only if they may share a factor."""
-    found = []
+    found: list[Mlp] = []
     for group, following in itertools.pairwise(groups):
         second = following[0]
         # Of a chain of layers, such as a head of three, a layer in the middle belongs to one MLP.

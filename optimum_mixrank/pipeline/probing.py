@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import starmap
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils import logging
@@ -102,7 +102,7 @@ def _by_segment(
     """Yield the probes in forward order, with the function that returns the outputs of the model as it is then."""
     call, names = run.call, {target.canonical_name: target.name for target in run.targets}
     route = find_route(run.model, list(names.values()), batches, call, run.processes)
-    options = {"call": call, "keep_results": True, "own_outputs": route.own_outputs}
+    options: dict[str, Any] = {"call": call, "keep_results": True, "own_outputs": route.own_outputs}
     replay = _if_possible(lambda: SegmentReplay(run.model, route.segments, batches, **options))
     prefixes = tuple(f"{segment}." for segment in route.segments)
     for segment in route.segments:

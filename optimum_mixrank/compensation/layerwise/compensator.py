@@ -97,7 +97,7 @@ class LayerwiseCompensator(Compensator):
         places = _followed(find_places(task), route)
         layers = {layer.name: layer for place in places for layer in place.layers}
         segments, call = route.segments, task.call
-        options = {"call": call, "own_outputs": route.own_outputs}
+        options: dict[str, Any] = {"call": call, "own_outputs": route.own_outputs}
         bar = logging.tqdm(total=len(layers), desc=self.description, unit="layer")
         store = spilled(task.storage.on_disk, task.journal.directory, task.processes.index)
         with bar, evaluation_mode(task.original), evaluation_mode(task.model), store as keep:

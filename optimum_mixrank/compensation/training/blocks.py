@@ -41,7 +41,8 @@ class BlockCompensator(Compensator):
         config, processes = task.config, task.processes
         names = [target.name for target in task.factored]
         route = find_route(task.original, names, task.batches, task.call, processes)
-        segments, options = route.segments, {"call": task.call, "own_outputs": route.own_outputs}
+        segments = route.segments
+        options: dict[str, Any] = {"call": task.call, "own_outputs": route.own_outputs}
         if not segments:
             return {"blocks": 0, "blocks_improved": 0}
         size = config.train_batch_size
