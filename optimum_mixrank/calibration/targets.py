@@ -62,12 +62,30 @@ def encoder_linears(model: PreTrainedModel, call: ModelCall = PLAIN_CALL) -> lis
     _log_left_out([each for each in left if each.name in reached], "their inputs are the same for every image")
     _log_left_out([each for each in left if each.name not in reached], "they are not called when images are")
     found = [target for target in linears if reached.get(target.name, False)]
+    tied = _tied_to_others(model, found)
+    _log_left_out(tied, "their weights are used elsewhere too")
+    found = [target for target in found if target not in tied]
     if not found:
         raise ValueError(
             f"No image reaches any of the {len(linears)} linear layers in the blocks of this {type(model).__name__}. "
             "Compress its vision tower by itself, or name layers by target_modules."
         )
     return found
+
+
+def _tied_to_others(model: PreTrainedModel, linears: Sequence[Target]) -> list[Target]:
+    """Return layers whose weight belongs to another kind of layer as well, such as a head outside of the blocks.
+
+    A layer may have several names; two of the layers that share a weight are refused by `check_targets`.
+    """
+    own = {id(target.module) for target in linears}
+    others = {
+        id(parameter)
+        for module in model.modules()
+        if id(module) not in own
+        for parameter in module.parameters(recurse=False)
+    }
+    return [target for target in linears if id(target.module.weight) in others]
 
 
 def linears_in_blocks(model: PreTrainedModel) -> list[Target]:

@@ -141,7 +141,7 @@ def _read_images(
 def example_call(call: ModelCall, model: PreTrainedModel, read: Callable[[], ImageBatches | None]) -> ModelCall:
     """Return a call that is tried on a black image or, of a model that takes more or something else, on the first batch."""
     try:
-        if call.bound(model).part in (WHOLE, FEATURES):
+        if call.bound(model).part in (WHOLE, *FEATURES):
             return call
     except ValueError:
         call.check(model)

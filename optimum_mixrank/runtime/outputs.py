@@ -145,7 +145,7 @@ class ModelCall:
 
     def select(self, model: nn.Module, output: Any, num_images: int) -> ModelOutput:
         """Return what to compare of an output; see `select_output` and `select_features`."""
-        if self.part == FEATURES and not self.outputs:
+        if self.part in FEATURES and not self.outputs:
             return select_features(output, num_images)
         return select_output(output, getattr(model, "config", None), self.outputs, num_images)
 
@@ -226,7 +226,7 @@ def select_features(output: Any, num_images: int) -> ModelOutput:
             tensors = [torch.stack(tensors) if same else torch.cat(tensors)]
         found += tensors
     if not found:
-        raise ValueError(f"`{FEATURES}` returns no features of images, but {_listed(output)}.")
+        raise ValueError(f"`{FEATURES[0]}` returns no features of images, but {_listed(output)}.")
     return ModelOutput(features=tuple(tensor[:, None] if tensor.ndim == 1 else tensor for tensor in found))
 
 

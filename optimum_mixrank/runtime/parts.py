@@ -18,12 +18,14 @@ from .inputs import MAIN_NAMES, ModelInputs
 WHOLE = ""
 """The part that is the model itself."""
 
-FEATURES = "get_image_features"
-"""The method of models for images and text that gives what the rest of the model sees of images."""
+FEATURES = ("get_image_features", "get_video_features")
+"""The methods of models for images and text that give what the rest of the model sees of images and videos."""
 
 
-def takes(function: Callable[..., Any] | nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Return the arguments of a model or of one of its methods, by name."""
+def takes(function: Callable[..., Any] | nn.Module | None) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments of a model or of one of its methods, by name; none if there is no such method."""
+    if function is None:
+        return {}
     try:
         return inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
     except (TypeError, ValueError):
@@ -34,12 +36,12 @@ def part_of(model: nn.Module, name: str) -> Callable[..., Any]:
     """Return the part of a model, to be called."""
     if name == WHOLE:
         return model
-    return getattr(model, name) if name == FEATURES else model.get_submodule(name)
+    return getattr(model, name) if name in FEATURES else model.get_submodule(name)
 
 
 def input_names(model: nn.Module) -> frozenset[str]:
     """Return the names of all inputs that a model or the part of it that takes images may take."""
-    parts: list[Any] = [model, *([getattr(model, FEATURES)] if callable(getattr(model, FEATURES, None)) else [])]
+    parts: list[Any] = [model, *(getattr(model, name, None) for name in FEATURES)]
     parts += [module for module in model.modules() if any(name in takes(module) for name in MAIN_NAMES)]
     return frozenset(name for part in parts for name in takes(part))
 
@@ -47,8 +49,7 @@ def input_names(model: nn.Module) -> frozenset[str]:
 def possible_parts(model: nn.Module, inputs: ModelInputs) -> Iterator[str]:
     """Yield the parts of a model that may take such inputs by themselves, the most complete ones first."""
     yield WHOLE
-    if callable(getattr(model, FEATURES, None)):
-        yield FEATURES
+    yield from (name for name in FEATURES if inputs.main_name in takes(getattr(model, name, None)))
     # The outermost modules come first.
     names = {name: module for name, module in model.named_modules() if name}
     for name, module in sorted(names.items(), key=lambda item: item[0].count(".")):

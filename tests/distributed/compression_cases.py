@@ -107,7 +107,7 @@ class Nudge(Compensator):
 
     def compensate(self, task):
         assert task.processes.is_single
-        mean = torch.cat(list(task.batches)).mean()
+        mean = torch.cat([batch.main for batch in task.batches]).mean()
         for module in task.model.modules():
             if isinstance(module, FactoredLinear):
                 module.factor_a.weight.data.mul_(1 + 1e-3 * mean)

@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from .zoo import Family, clips, naflex, packed, sized, small_config, spectrograms, tiled, with_sizes
+from .zoo import Family, clips, flattened, naflex, packed, sized, small_config, spectrograms, tiled, with_sizes
 
 
 _STAGES: dict[str, Any] = {"depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
@@ -196,7 +196,7 @@ def _rt_detr(config: str, **changes: Any) -> Any:
 
 def _d_fine() -> Any:
     backbone = transformers.HGNetV2Config(
-        stage_in_channels=[8, 8, 8, 8],
+        stage_in_channels=[8, 8, 12, 16],
         stage_mid_channels=[4, 4, 4, 4],
         stage_out_channels=[8, 12, 16, 24],
         stage_num_blocks=[1, 1, 1, 1],
@@ -239,7 +239,7 @@ def _maskformer() -> Any:
 
 def _encoder_decoder(encoder: str) -> Any:
     def make() -> Any:
-        changes = dict(_SWIN) if "Swin" in encoder else {}
+        changes = {**_SWIN, "hidden_size": 64} if "Swin" in encoder else {}
         decoder = small_config(
             transformers.TrOCRConfig, cross_attention_hidden_size=64 if changes else 32, is_decoder=True
         )
@@ -350,7 +350,7 @@ FAMILIES: dict[str, Family] = {
             "mlp_ratios": [2, 2, 2, 2],
         },
     ),
-    "CvT": Family("CvtForImageClassification", {"embed_dim": [8, 16, 32], "depth": [1, 1, 2], "num_heads": [1, 2, 4]}),
+    "CvT": Family("CvtForImageClassification", {"embed_dim": [8, 16, 32], "depth": [1, 2, 3], "num_heads": [1, 2, 4]}),
     "FocalNet": Family(
         "FocalNetForImageClassification",
         {"embed_dim": 8, "depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 32, 64], "patch_size": 2},
@@ -463,7 +463,7 @@ FAMILIES: dict[str, Family] = {
         {
             "vision_config": {
                 "num_frames": 2,
-                "mit_hidden_size": 32,
+                "mit_hidden_size": 16,
                 "mit_intermediate_size": 64,
                 "mit_num_hidden_layers": 1,
                 "mit_num_attention_heads": 4,
@@ -495,7 +495,7 @@ FAMILIES: dict[str, Family] = {
             "vision_config": {"patch_embed_hidden_size": 48, "seq_len": 16, "d_ff": 64, "d_kv": 8},
             "text_config": {"d_kv": 8, "d_ff": 64, "num_layers": 1},
         },
-        spectrograms(50, 16, True, "flattened_patches"),
+        flattened,
     ),
     "Florence-2": Family(
         "Florence2ForConditionalGeneration",

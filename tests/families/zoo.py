@@ -122,6 +122,12 @@ def packed(count: int, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
+def flattened(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Patches behind the numbers of their rows and columns, which begin at one, as Pix2Struct takes them."""
+    places = torch.cartesian_prod(torch.arange(1.0, 5.0), torch.arange(1.0, 5.0)).expand(count, -1, -1)
+    return {"flattened_patches": torch.cat([places, torch.randn(count, 16, 48, generator=generator)], dim=-1)}
+
+
 def tiled(count: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Images that are divided into tiles, with the mask of their pixels, as Idefics and SmolVLM take them."""
     return {

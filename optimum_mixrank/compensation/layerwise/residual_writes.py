@@ -32,7 +32,8 @@ def find_residual_writes(segment: nn.Module, call: Call, names: Sequence[str]) -
         def perturb(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             generator = torch.Generator().manual_seed(0)
             drawn = torch.randn(output.shape, generator=generator).to(output)
-            noise.append(drawn * output.std())  # noqa: B023 - called before the loop goes on
+            # A layer of zeros, as some are at first, has an output without spread.
+            noise.append(drawn * (output.std() or 1.0))  # noqa: B023 - called before the loop goes on
             own.append(output + noise[0])  # noqa: B023
             return own[0]  # noqa: B023
 
