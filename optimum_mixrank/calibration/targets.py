@@ -32,7 +32,7 @@ from ..runtime.hooks import hooks_removed_on_exit
 from ..runtime.inputs import ModelInputs
 from ..runtime.logging import get_logger
 from ..runtime.outputs import PLAIN_CALL, ModelCall
-from ..runtime.parts import WHOLE
+from ..runtime.parts import WHOLE, text_model_refused
 from ..runtime.stacks import is_stack
 from .plain_layers import check_model, check_targets, check_uses
 
@@ -109,6 +109,8 @@ def linears_in_blocks(model: PreTrainedModel) -> list[Target]:
         if isinstance(module, nn.Linear) and id(module) in inside
     ]
     if not found:
+        if (refused := text_model_refused(model)) is not None:
+            raise ValueError(refused)
         convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
         kind = f": it is a convolutional network ({convolutions} convolutions)" if convolutions > 1 else ""
         raise ValueError(

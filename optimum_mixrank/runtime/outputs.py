@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .formatting import shorten
 from .forward import black_image, evaluation_mode, fixed_random_state, image_size_explained, placement
-from .inputs import MAIN_NAMES, ModelInputs
-from .parts import FEATURES, WHOLE, part_of, possible_parts, takes
+from .inputs import ModelInputs
+from .parts import FEATURES, WHOLE, part_of, possible_parts, takes, text_model_refused
 
 
 _PREFERRED = ("feature_maps", "last_hidden_state", "logits", "reconstruction", "pooler_output")
@@ -158,17 +158,13 @@ def _not_for_images(model: nn.Module, reason: Exception) -> str:
     """Return why a model cannot be called with images, and what to do."""
     name = type(model).__name__
     shown = shorten(" ".join(str(reason).split()), 300)
-    if getattr(model, "main_input_name", None) == "input_ids" and not _has_images(model):
-        return f"{name} is a text model: its main input is `input_ids`. Only what images go into can be compressed."
+    if (refused := text_model_refused(model)) is not None:
+        return refused
     return (
         f"What of {name} takes images is unknown, since no part of it runs on the images alone ({type(reason).__name__}: "
         f"{shown}). Calibrate with batches as the model's own processor returns them (a mapping of all its inputs), or "
         "compress the vision tower by itself (`model.vision_model`, for example)."
     )
-
-
-def _has_images(model: nn.Module) -> bool:
-    return any(name in takes(module) for module in model.modules() for name in MAIN_NAMES)
 
 
 PLAIN_CALL = ModelCall()

@@ -46,6 +46,15 @@ def input_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for part in parts for name in takes(part))
 
 
+def text_model_refused(model: nn.Module) -> str | None:
+    """Return why a text model cannot be compressed; None for a model that images or sounds go into."""
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return None
+    if any(name in takes(module) for module in model.modules() for name in MAIN_NAMES):
+        return None
+    return f"{type(model).__name__} is a text model: its main input is `input_ids`. Only what images go into can be compressed."
+
+
 def possible_parts(model: nn.Module, inputs: ModelInputs) -> Iterator[str]:
     """Yield the parts of a model that may take such inputs by themselves, the most complete ones first."""
     yield WHOLE

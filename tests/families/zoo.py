@@ -83,7 +83,12 @@ def small_config(config_class: type, /, **changes: Any) -> Any:
         if isinstance(value, dict) and isinstance(inner, transformers.PretrainedConfig):
             value = small_config(type(inner), **value)
         values[name] = value
-    return config_class(**values)
+    try:
+        return config_class(**values)
+    except TypeError:
+        # Transformers 4.57 takes the configurations of parts as mappings.
+        inner = transformers.PretrainedConfig
+        return config_class(**{k: v.to_dict() if isinstance(v, inner) else v for k, v in values.items()})
 
 
 def images(count: int, generator: torch.Generator) -> dict[str, Tensor]:
