@@ -16,10 +16,6 @@ def test_layers_of_position_biases_are_no_targets():
     assert names == [target.canonical_name for target in find_targets(tiny_swin())]
     inside = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert any("continuous_position_bias_mlp" in name for name in inside)
-    with pytest.raises(
-        ValueError, match="target_modules has 'continuous_position_bias_mlp.0', which matches no linear"
-    ):
-        find_targets(model, ["continuous_position_bias_mlp.0"])
 
 
 def test_looking_for_targets_leaves_no_trace():
@@ -32,10 +28,9 @@ def test_looking_for_targets_leaves_no_trace():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_model_that_cannot_run_is_judged_by_structure():
-    model = tiny_swin()
-    expected = [target.name for target in find_targets(model)]
-    assert [target.name for target in find_targets(model.to("meta"))] == expected
+def test_a_model_that_cannot_run_is_refused():
+    with pytest.raises(ValueError, match="What of SwinForImageClassification takes images is unknown"):
+        find_targets(tiny_swin().to("meta"))
 
 
 @pytest.mark.parametrize("metric", ["kfac", "second_moment"])

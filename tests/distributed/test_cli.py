@@ -60,7 +60,7 @@ def test_plan_writes_statistics_once_and_reuses_them(few, environment, tmp_path)
 def test_an_error_is_one_sentence(few, environment, tmp_path):
     options = ("compress", "--model", MODEL, "--dataset", few, "--split", "test", "--output", tmp_path / "out")
     _, stderr = cli_in_two(*options, "--ratio", 0.99, environment=environment, code=1)
-    assert stderr.count("Error: compression_ratio=0.99") == 1
+    assert stderr.count("Error: --ratio 0.99") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -58,7 +58,7 @@ NEEDED_MODULES = {
     ("deployment.md", "import onnxruntime"): ("onnx", "onnxscript", "onnxruntime"),
     ("deployment.md", "--runtime openvino\n"): ("openvino",),
     ("deployment.md", "--output deit-base-int8"): ("onnx", "onnxscript", "onnxruntime"),
-    ("deployment.md", "import copy"): ("torchao",),
+    ("deployment.md", "Int8WeightOnlyConfig"): ("torchao",),
     ("deployment.md", "flatten_tensor_state_dict"): ("torchao",),
     ("training.md", "get_peft_model(model"): ("peft",),
     ("training.md", "merge_and_unload()"): ("peft",),
@@ -74,9 +74,12 @@ def workplace(request, tmp_path, monkeypatch):
     for registry in (METRICS, ALLOCATORS, COMPENSATORS):
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
     # A page may make an Accelerator of another precision than earlier tests did.
     AcceleratorState._reset_state()
     yield request.param
+    # `benchmark --threads` sets their number for the rest of the process.
+    torch.set_num_threads(threads)
     AcceleratorState._reset_state()
     logging.enable_progress_bar()
     torch.compiler.reset()

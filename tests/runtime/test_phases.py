@@ -35,6 +35,7 @@ def test_a_line_per_phase(tmp_path, caplog):
         "Allocated: ranks ",
         "Factorized: ",
         "Compensated (sequential): error on 2 held-out images ",
+        "Compared with the original: 2 images, ",
         "Evaluated: 16 images, agreement ",
         f"Saved: {tmp_path / 'out'}, ",
     ]

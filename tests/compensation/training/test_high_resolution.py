@@ -13,6 +13,7 @@ from optimum_mixrank import MixRankCompressor
 from optimum_mixrank.calibration.images.batches import ImageBatches
 from optimum_mixrank.compensation.run import prepare_images
 from optimum_mixrank.compensation.training import distillation
+from optimum_mixrank.runtime.inputs import concatenated
 
 
 DISTILLATION = {"compensation": ["distillation"], "metric": "second_moment", "epochs": 1, "train_batch_size": 4}
@@ -29,7 +30,7 @@ def test_decoded_images_are_those_to_learn_from_in_the_same_order(tmp_path):
     prepared = prepare_images(FAMILIES["vit"](), list(batches), settings, source=batches)
     learned, high_resolution = prepared.batches, prepared.high_resolution.decode()
     assert list(high_resolution) == list(learned) and sum(map(len, learned.values())) == 7
-    large, small = torch.cat(list(high_resolution.values())), torch.cat(list(learned.values()))
+    large, small = torch.cat(list(high_resolution.values())), concatenated(list(learned.values())).main
     assert large.shape[2:] == (2 * IMAGE_SIZE, 2 * IMAGE_SIZE)
     again = interpolate(large.float(), (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
     distance = (again[:, None] - small[None]).square().mean(dim=(2, 3, 4))
