@@ -16,7 +16,7 @@ SHAPES = {"A": (40, 64), "C": (64, 40), "D": (40, 48), "G": (56, 48)}
 
 @pytest.fixture
 def file(tmp_path):
-    """The file of `relu(relu((x A + bias) C) D) Gᵀ`, in which C is stored transposed, and the weights as they are stored."""
+    """The file of `relu(relu((x A + bias) C) D) Gᵀ`, in which C is stored transposed, and its stored weights."""
     weights = {name: RNG.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
     weights |= {"bias": RNG.standard_normal(64).astype(np.float32)}
     weights["C"] = np.ascontiguousarray(weights["C"].T)
