@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..checkpoint.composite import nested_configurations
 from ..checkpoint.saving import writable_directory
 from ..runtime.files import explained_no_space, flush_tree
 from ..runtime.folders import can_be_renamed, remove_leftovers, resolved, staging_folder
@@ -126,8 +127,10 @@ def _write(
 def _write_configurations(model: PreTrainedModel, image_processor: Any, folder: Path) -> None:
     config = copy.deepcopy(model.config)
     # The factors are products of their own in the file, which nothing else has to know.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for part in nested_configurations(config):
+        # The second is a dtype that Transformers 4.57 notes and cannot save.
+        for name in ("quantization_config", "_pre_quantization_dtype"):
+            vars(part).pop(name, None)
     config.save_pretrained(folder)
     if image_processor is not None:
         image_processor.save_pretrained(folder)

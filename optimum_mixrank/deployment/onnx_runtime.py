@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..runtime.registry import RUNTIMES
+from .onnx_graph import PRODUCTS, second_products, store_weights_in_8_bits
 from .target import ExportedModel, Runtime, named_precision, output_names
 
 
-_PRODUCTS = ("MatMul", "Gemm")
 _INPUT_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 
 
@@ -51,21 +51,26 @@ class OnnxRuntime(Runtime):
         return _OnnxModel(file)
 
     def quantize(self, file: Path, target: Path, batches: Iterable[Tensor] | None) -> str:
-        """See `Runtime.quantize`; with images, activations get fixed ranges, otherwise those of each call."""
+        """See `Runtime.quantize`; with images, activations get fixed ranges, otherwise those of each call.
+
+        The second product of a factored layer, whose inputs differ much in size between channels, has weights that are
+        stored in 8 bits and inputs without a common range; so has the patch embedding.
+        """
+        import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
 
-        options = {"per_channel": True, "weight_type": QuantType.QInt8, "use_external_data_format": _is_large(file)}
+        options = {
+            "per_channel": True,
+            "weight_type": QuantType.QInt8,
+            "use_external_data_format": _is_large(file),
+            "op_types_to_quantize": list(PRODUCTS),
+            "nodes_to_exclude": second_products(onnx.load(file, load_external_data=False).graph),
+        }
         if batches is None:
-            quantize_dynamic(file, target, op_types_to_quantize=list(_PRODUCTS), **options)
+            quantize_dynamic(file, target, **options)
         else:
-            quantize_static(
-                file,
-                target,
-                _Images(batches),
-                op_types_to_quantize=[*_PRODUCTS, "Conv"],
-                extra_options={"MatMulConstBOnly": True},
-                **options,
-            )
+            quantize_static(file, target, _Images(batches), extra_options={"MatMulConstBOnly": True}, **options)
+        store_weights_in_8_bits(target)
         strip_metadata(target)
         return "weights, and activations in each call" if batches is None else "weights and activations"
 
