@@ -52,7 +52,8 @@ def text_model_refused(model: nn.Module) -> str | None:
         return None
     if any(name in takes(module) for module in model.modules() for name in MAIN_NAMES):
         return None
-    return f"{type(model).__name__} is a text model: its main input is `input_ids`. Only what images go into can be compressed."
+    name = type(model).__name__
+    return f"{name} is a text model: its main input is `input_ids`. Only what images go into can be compressed."
 
 
 def possible_parts(model: nn.Module, inputs: ModelInputs) -> Iterator[str]:
