@@ -48,7 +48,7 @@ def input_names(model: nn.Module) -> frozenset[str]:
 
 def text_model_refused(model: nn.Module) -> str | None:
     """Return why a text model cannot be compressed; None for a model that images or sounds go into."""
-    if getattr(model, "main_input_name", None) != "input_ids":
+    if "input_ids" not in takes(model):
         return None
     if any(name in takes(module) for module in model.modules() for name in MAIN_NAMES):
         return None
