@@ -18,9 +18,8 @@ _FEWEST_VALUES = 1024
 def second_products(graph: Any) -> list[str]:
     """Return the names of products with a weight whose input is the output of another, apart from a bias.
 
-    These are the second products of factored layers. Their inputs, the outputs of the first, are the coordinates of a
-    token in a basis that is ordered by importance: they differ so much in size that one range for all of them rounds most
-    of them away.
+    These are the second products of factored layers. In the pivoted layout they combine outputs of others with coefficients
+    `C`, whose rows have norms above one, and so amplify the rounding of their inputs.
     """
     makers = {output: node for node in graph.node for output in node.output}
     weights = {each.name for each in graph.initializer}

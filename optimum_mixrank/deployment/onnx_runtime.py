@@ -53,8 +53,8 @@ class OnnxRuntime(Runtime):
     def quantize(self, file: Path, target: Path, batches: Iterable[Tensor] | None) -> str:
         """See `Runtime.quantize`; with images, activations get fixed ranges, otherwise those of each call.
 
-        The second product of a factored layer, whose inputs differ much in size between channels, has weights that are
-        stored in 8 bits and inputs without a common range; so has the patch embedding.
+        The second product of a factored layer, which amplifies the rounding of its inputs, has weights that are stored in
+        8 bits and inputs without a common range; so has the patch embedding.
         """
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
