@@ -87,7 +87,7 @@ def export_model(
             num_bytes = sum(file.stat().st_size for file in folder.iterdir())
             _write_configurations(model, image_processor, folder)
             flush_tree(folder)
-            _move(folder, destination, Path(writer.file_name).stem)
+            _move(folder, destination, writer.file_name)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return ExportResult(resolved(output) / writer.file_name, runtime, quantized, num_bytes)
@@ -136,11 +136,12 @@ def _write_configurations(model: PreTrainedModel, image_processor: Any, folder: 
         image_processor.save_pretrained(folder)
 
 
-def _move(folder: Path, destination: Path, stem: str) -> None:
-    """Put files in their places; those of an earlier model of the same name that has more files are removed."""
+def _move(folder: Path, destination: Path, file_name: str) -> None:
+    """Put files in their places; the weights that an earlier model of the same name had beside it are removed."""
     destination.mkdir(exist_ok=True)
     new = {file.name for file in folder.iterdir()}
-    old = {file for file in destination.iterdir() if file.is_file() and file.name.split(".")[0] == stem}
+    # `model.onnx.data`, but not `model.safetensors`, which belongs to a checkpoint.
+    old = {file for file in destination.iterdir() if file.is_file() and file.name.startswith(f"{file_name}.")}
     for file in folder.iterdir():
         os.replace(file, destination / file.name)
     for file in old:

@@ -38,11 +38,13 @@ def test_what_is_there_is_only_replaced_on_demand(one_model, plain_runtime, tmp_
         export_model(one_model, tmp_path, "plain", int8=True)
     assert (tmp_path / "model.plain").read_text() == "1.0"
     images = [pixels(2)]
+    (tmp_path / "model.safetensors").write_bytes(b"weights of somebody")
     export_model(one_model, tmp_path, "plain", int8=True, calibration=images, overwrite=True)
     assert (tmp_path / "model.plain").read_text() == "3.0"
     assert (tmp_path / "notes.txt").read_text() == "mine"
     # It belonged to the earlier model.
     assert not (tmp_path / "model.plain.data").exists()
+    assert (tmp_path / "model.safetensors").read_bytes() == b"weights of somebody"
 
 
 def test_after_an_error_nothing_is_left(one_model, plain_runtime, monkeypatch, tmp_path):
