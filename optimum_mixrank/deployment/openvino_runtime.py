@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..runtime.registry import RUNTIMES
-from .target import ExportedModel, Runtime, named_precision, output_names
+from .target import ExportedModel, Runtime, exported_program, named_precision, output_names
 
 
 @RUNTIMES.register
@@ -28,10 +28,7 @@ class OpenVinoRuntime(Runtime):
         import openvino
 
         names = output_names(model, pixel_values)
-        shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
-        with torch.no_grad():
-            program = torch.export.export(model, (), {"pixel_values": pixel_values}, dynamic_shapes=shapes)
-        converted = openvino.convert_model(program)
+        converted = openvino.convert_model(exported_program(model, pixel_values))
         converted.inputs[0].get_tensor().set_names({"pixel_values"})
         for output, name in zip(converted.outputs, names, strict=True):
             output.get_tensor().set_names({name})

@@ -119,6 +119,13 @@ def output_names(model: PreTrainedModel, pixel_values: Tensor) -> list[str]:
     return list(output)
 
 
+def exported_program(model: PreTrainedModel, pixel_values: Tensor) -> torch.export.ExportedProgram:
+    """Return what `torch.export` makes of a model, for batches of any size."""
+    shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
+    with torch.no_grad():
+        return torch.export.export(model, (), {"pixel_values": pixel_values}, dynamic_shapes=shapes)
+
+
 def named_precision(types: Iterable[str]) -> str:
     """Return the precision of a file, given the names of the types of its weights, as in `INT8` or `f16`."""
     found = {name.lower() for name in types}

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..runtime.registry import RUNTIMES
-from .target import ExportedModel, Runtime, named_precision
+from .target import ExportedModel, Runtime, exported_program, named_precision
 
 
 @RUNTIMES.register
@@ -24,10 +24,7 @@ class TorchExport(Runtime):
 
     def write(self, model: PreTrainedModel, pixel_values: Tensor, file: Path) -> None:
         """See `Runtime.write`."""
-        shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
-        with torch.no_grad():
-            program = torch.export.export(model, (), {"pixel_values": pixel_values}, dynamic_shapes=shapes)
-        torch.export.save(program, file)
+        torch.export.save(exported_program(model, pixel_values), file)
 
     def open(self, file: Path) -> ExportedModel:
         """See `Runtime.open`."""
