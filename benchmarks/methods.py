@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields for every method, as JSON")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="also save every model, as FOLDER/method-kept-seed")
     args = parser.parse_args()
     fields = {name: json.loads(value) for name, value in (entry.split("=", 1) for entry in args.set)}
 
@@ -129,6 +130,9 @@ def main() -> None:
             else:
                 rows.append(measure(method, kept, config, compressor, images, calibrations, args, forward_seconds))
                 model = rows[-1].pop("model")
+                if args.save is not None:
+                    name = f"{method}-{kept:.0%}-{seed}".translate(str.maketrans(", ", "__", "%"))
+                    compressor.save_pretrained(model, args.save / name, overwrite=True)
                 rows[-1].update(compare(original, logits_of(model, test_batches), labels))
             line = {
                 key: rows[-1][key] for key in ("method", "seed", "kept", "top1", "kl", "seconds", "forward_passes")
