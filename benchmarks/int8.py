@@ -24,7 +24,7 @@ from support import described, machine, table, write
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optimum_mixrank import MixRankCompressor, export_model, load_image_dataset, open_exported
+from optimum_mixrank import MixRankCompressor, export_model, load_image_dataset, open_exported, to_plain_factors
 from optimum_mixrank.calibration.images.batches import Batch, ImageBatches
 from optimum_mixrank.checkpoint.architecture import load_named, read_config
 from optimum_mixrank.evaluation.latency import Latency, measure_latency, time_ratio
@@ -48,6 +48,9 @@ def torchao(config: str) -> Callable[[PreTrainedModel, Path, list[Tensor]], Vari
         import torchao.quantization
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
+        if "DynamicActivation" in config:
+            # As `export_model` does it for runtimes that round what passes between two factors.
+            to_plain_factors(model, rotated=True)
         torchao.quantization.quantize_(model, getattr(torchao.quantization, config)())
         tensors, metadata = flatten_tensor_state_dict(model.state_dict())
         save_file(tensors, folder / "int8.safetensors", metadata)

@@ -94,7 +94,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields for every method, as JSON")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="also save every model, as FOLDER/method-kept-seed")
+    parser.add_argument(
+        "--save", type=Path, metavar="FOLDER", help="also save every model, as FOLDER/method-kept-seed"
+    )
     args = parser.parse_args()
     fields = {name: json.loads(value) for name, value in (entry.split("=", 1) for entry in args.set)}
 

@@ -121,6 +121,14 @@ class FactoredLinear(GuardedLinear, ABC):
             ValueError: if an adapter or a quantizer has replaced a factor.
         """
 
+    @abstractmethod
+    def second_factor(self) -> Tensor:
+        """Return the matrix `B` with which `W = B A`, `[out_features, rank]`, where `A` is the weight of `factor_a`.
+
+        Raises:
+            ValueError: as `product`.
+        """
+
     @property
     def num_values(self) -> int:
         """Number of values stored for the weight, without bias and pivots."""
@@ -252,6 +260,11 @@ class LowRankLinear(FactoredLinear):
         """Map `[..., in_features]` to `[..., out_features]`."""
         # Through the modules, never through their weights: they may be replaced by quantized or adapted ones.
         return self.factor_b(self.factor_a(input))
+
+    def second_factor(self) -> Tensor:
+        """See `FactoredLinear.second_factor`."""
+        self._check_factors()
+        return self.factor_b.weight
 
     def product(self) -> Tensor:
         """See `FactoredLinear.product`; here `B A`."""

@@ -195,11 +195,7 @@ class PivotedLinear(FactoredLinear):
 
     @torch.no_grad()
     def second_factor(self) -> Tensor:
-        """Return the matrix `B` with which `W = B A`, `[out_features, rank]`: the rows of `[I; C]` in order.
-
-        Raises:
-            ValueError: as `product`.
-        """
+        """See `FactoredLinear.second_factor`; here the rows of `[I; C]` in the order of the outputs."""
         self._check_factors()
         return self._reordered(self.factor_b, self.factor_b.weight.device).weight.contiguous()
 

@@ -34,6 +34,7 @@ examples:
         add("--output", type=Path, required=True, help="folder for the exported model")
         add("--runtime", default="onnx", help=f"{', '.join(RUNTIMES)}; default: onnx")
         add("--int8", action="store_true", help="store weights in 8 bits (onnx and openvino)")
+        add("--plain-factors", action="store_true", help="faster and larger: pivoted layers as plain factors")
         add("--overwrite", action="store_true", help="replace what the output folder holds")
         add_image_arguments(parser, "to find the ranges of 8-bit activations with", 128)
         add_hub_arguments(parser)
@@ -64,6 +65,7 @@ examples:
             args.runtime,
             int8=args.int8,
             calibration=calibration,
+            plain_factors=args.plain_factors,
             image_processor=image_processor,
             overwrite=args.overwrite,
         )

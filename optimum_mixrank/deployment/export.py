@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from ..checkpoint.composite import nested_configurations
+from ..checkpoint.plain_factors import to_plain_factors
 from ..checkpoint.saving import writable_directory
 from ..runtime.files import explained_no_space, flush_tree
 from ..runtime.folders import can_be_renamed, remove_leftovers, resolved, staging_folder
@@ -47,6 +49,7 @@ def export_model(
     *,
     int8: bool = False,
     calibration: Iterable[Tensor] | None = None,
+    plain_factors: bool = False,
     image_processor: Any = None,
     overwrite: bool = False,
 ) -> ExportResult:
@@ -59,14 +62,17 @@ def export_model(
         model: The model, in float32 and on the CPU; it stays as it is.
         output: The folder, which is complete or not there in the end.
         runtime: `"onnx"`, `"openvino"`, `"executorch"` or `"torch"`.
-        int8: Whether to store weights in 8 bits (`"onnx"` and `"openvino"`).
+        int8: Whether to store weights in 8 bits (`"onnx"` and `"openvino"`). Factored layers become plain factors in the
+            basis that suits 8 bits best.
         calibration: Batches of images, `[batch, channels, height, width]`, to find ranges for 8-bit activations with.
             Without them ONNX Runtime determines the ranges in each call, and OpenVINO keeps activations in float32.
+        plain_factors: Whether pivoted layers become plain factors, see `to_plain_factors`: somewhat faster, with `rank²`
+            more values each. With `int8` they always do.
         image_processor: The image processor whose configuration is written beside the model.
         overwrite: Whether the folder may hold files; those of other names stay there.
 
     Raises:
-        FileExistsError: if the folder holds files and may not be overwritten.
+        FileExistsError: if the folder holds files and may not be overwritten, or a checkpoint.
         ImportError: if the runtime is not installed.
         ValueError: for an unknown runtime, one without int8, calibration without int8, or a model that cannot be exported.
     """
@@ -78,7 +84,10 @@ def export_model(
         raise ValueError(f"runtime={runtime!r} has no int8 here; choose 'onnx' or 'openvino', or leave int8 out.")
     _check_model(model)
     destination = writable_directory(output, overwrite)
+    _check_no_checkpoint(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
+    if int8 or plain_factors:
+        model = to_plain_factors(copy.deepcopy(model), rotated=int8)
     inside = destination.is_dir() or not can_be_renamed(destination)
     remove_leftovers(destination)
     with explained_no_space(destination), staging_folder(destination, inside) as folder:
@@ -101,6 +110,19 @@ def _check_model(model: PreTrainedModel) -> None:
             f"The model is in {', '.join(sorted(wrong))}; export it from torch.float32 on the CPU: load it with "
             "dtype='float32'."
         )
+
+
+def _check_no_checkpoint(folder: Path) -> None:
+    """A checkpoint would lose its `config.json`, without which nothing can open it."""
+    if not (folder / CONFIG_NAME).is_file():
+        return
+    for pattern in ("*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin"):
+        weights = next(folder.glob(pattern), None)
+        if weights is not None:
+            raise FileExistsError(
+                f"{str(folder)!r} holds a checkpoint ({weights.name}), whose {CONFIG_NAME} the exported model would "
+                "replace; export to another folder."
+            )
 
 
 def _write(
@@ -140,7 +162,7 @@ def _move(folder: Path, destination: Path, file_name: str) -> None:
     """Put files in their places; the weights that an earlier model of the same name had beside it are removed."""
     destination.mkdir(exist_ok=True)
     new = {file.name for file in folder.iterdir()}
-    # `model.onnx.data`, but not `model.safetensors`, which belongs to a checkpoint.
+    # `model.onnx.data`, for instance.
     old = {file for file in destination.iterdir() if file.is_file() and file.name.startswith(f"{file_name}.")}
     for file in folder.iterdir():
         os.replace(file, destination / file.name)

@@ -15,27 +15,6 @@ _FEWEST_VALUES = 1024
 """Smaller weights are not worth the nodes that they would need."""
 
 
-def second_products(graph: Any) -> list[str]:
-    """Return the names of products with a weight whose input is the output of another, apart from a bias.
-
-    These are the second products of factored layers. In the pivoted layout they combine outputs of others with coefficients
-    `C`, whose rows have norms above one, and so amplify the rounding of their inputs.
-    """
-    makers = {output: node for node in graph.node for output in node.output}
-    weights = {each.name for each in graph.initializer}
-    found = []
-    for node in graph.node:
-        if node.op_type not in PRODUCTS or _weight(node.input[1], makers, weights) is None:
-            continue
-        inner = makers.get(node.input[0])
-        if inner is not None and inner.op_type == "Add":
-            candidates = [makers[name] for name in inner.input if name in makers]
-            inner = candidates[0] if len(candidates) == 1 else None
-        if inner is not None and inner.op_type in PRODUCTS and _weight(inner.input[1], makers, weights) is not None:
-            found.append(node.name)
-    return found
-
-
 def store_weights_in_8_bits(file: str | Path) -> None:
     """Store the weights of all products and convolutions that compute in float32 in 8 bits, in place.
 

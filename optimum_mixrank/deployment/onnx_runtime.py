@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..runtime.registry import RUNTIMES
-from .onnx_graph import PRODUCTS, second_products, store_weights_in_8_bits
+from .onnx_graph import PRODUCTS, store_weights_in_8_bits
 from .target import ExportedModel, Runtime, named_precision, output_names
 
 
@@ -53,10 +53,8 @@ class OnnxRuntime(Runtime):
     def quantize(self, file: Path, target: Path, batches: Iterable[Tensor] | None) -> str:
         """See `Runtime.quantize`; with images, activations get fixed ranges, otherwise those of each call.
 
-        The second product of a factored layer, which amplifies the rounding of its inputs, has weights that are stored in
-        8 bits and inputs without a common range; so has the patch embedding.
+        The patch embedding only has weights that are stored in 8 bits.
         """
-        import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
 
         options = {
@@ -64,7 +62,6 @@ class OnnxRuntime(Runtime):
             "weight_type": QuantType.QInt8,
             "use_external_data_format": _is_large(file),
             "op_types_to_quantize": list(PRODUCTS),
-            "nodes_to_exclude": second_products(onnx.load(file, load_external_data=False).graph),
         }
         if batches is None:
             quantize_dynamic(file, target, **options)

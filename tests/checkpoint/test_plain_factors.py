@@ -46,3 +46,17 @@ def test_an_error_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="factor_b of a PivotedLinear"):
         to_plain_factors(model)
     assert not any(isinstance(each, LowRankLinear) for each in model.modules())
+
+
+@pytest.mark.parametrize("layout", ["pivoted", "factors"])
+def test_rotated_factors_spread_what_they_pass_on(layout):
+    model = mixed(tiny_vit(), layout).eval()
+    with torch.no_grad():
+        expected = model(pixels()).logits
+        rotated = to_plain_factors(model, rotated=True)
+        torch.testing.assert_close(rotated(pixels()).logits, expected, rtol=1e-4, atol=1e-4)
+    layers = [each for each in model.modules() if isinstance(each, LowRankLinear)]
+    assert layers
+    for layer in layers:
+        B = layer.factor_b.weight.double()
+        torch.testing.assert_close(B.T @ B, torch.eye(layer.rank, dtype=torch.float64), atol=1e-5, rtol=0)

@@ -36,6 +36,14 @@ def test_an_exported_model_is_verified(checkpoint, exported):
     assert values["ok"] and values["num_images"] == 32 and values["max_difference"] < 1e-4
 
 
+def test_plain_factors_have_nothing_to_reorder(checkpoint, exported, tmp_path):
+    out = tmp_path / "plain"
+    cli("export", "--model", checkpoint, "--output", out, "--runtime", "torch", "--plain-factors")
+    assert cli("verify", "--model", checkpoint, "--exported", out)[0].splitlines()[-1] == "ok"
+    reorders = ["index_select" in str(torch.export.load(each / "model.pt2").graph) for each in (exported, out)]
+    assert reorders == [True, False]
+
+
 def test_a_broken_model_ends_with_an_error_code(checkpoint, exported, tmp_path):
     model = AutoModelForImageClassification.from_pretrained(checkpoint)
     with torch.no_grad():

@@ -38,13 +38,21 @@ def test_what_is_there_is_only_replaced_on_demand(one_model, plain_runtime, tmp_
         export_model(one_model, tmp_path, "plain", int8=True)
     assert (tmp_path / "model.plain").read_text() == "1.0"
     images = [pixels(2)]
-    (tmp_path / "model.safetensors").write_bytes(b"weights of somebody")
     export_model(one_model, tmp_path, "plain", int8=True, calibration=images, overwrite=True)
     assert (tmp_path / "model.plain").read_text() == "3.0"
     assert (tmp_path / "notes.txt").read_text() == "mine"
     # It belonged to the earlier model.
     assert not (tmp_path / "model.plain.data").exists()
-    assert (tmp_path / "model.safetensors").read_bytes() == b"weights of somebody"
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_the_folder_of_a_checkpoint_is_refused(one_model, plain_runtime, tmp_path, weights):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / weights).write_bytes(b"weights of somebody")
+    with pytest.raises(FileExistsError, match=f"holds a checkpoint \\({weights}\\), whose config.json"):
+        export_model(one_model, tmp_path, "plain", overwrite=True)
+    assert (tmp_path / "config.json").read_text() == "{}"
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(["config.json", weights])
 
 
 def test_after_an_error_nothing_is_left(one_model, plain_runtime, monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ runtime = pytest.importorskip("onnxruntime")
 
 from onnx import helper, numpy_helper  # noqa: E402
 
-from optimum_mixrank.deployment.onnx_graph import second_products, store_weights_in_8_bits  # noqa: E402
+from optimum_mixrank.deployment.onnx_graph import store_weights_in_8_bits  # noqa: E402
 
 
 RNG = np.random.default_rng(0)
@@ -41,10 +41,6 @@ def file(tmp_path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(model, tmp_path / "model.onnx")
     return tmp_path / "model.onnx", weights
-
-
-def test_second_products_follow_a_product_and_at_most_a_bias(file):
-    assert second_products(onnx.load(file[0]).graph) == ["second"]
 
 
 def test_weights_are_rounded_per_output_channel(file):
