@@ -34,7 +34,7 @@ from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.calibration.targets import encoder_linears
 from optimum_mixrank.calibration.task import required_statistics
 from optimum_mixrank.decomposition import METRICS
-from optimum_mixrank.pipeline.memory_plan import decomposition_bytes, statistics_bytes
+from optimum_mixrank.pipeline.memory import decomposition_bytes, statistics_bytes
 from optimum_mixrank.pipeline.memory_probe import probe_model
 from optimum_mixrank.runtime.distributed import disconnect, find_processes
 from optimum_mixrank.runtime.formatting import format_bytes

@@ -163,7 +163,7 @@ def plan_memory(
     # Hidden units are chosen from these, and solved for, until the layers are made.
     in_mlps = {layer.name for site in task.sites if isinstance(site, Mlp) for layer in site.layers}
     mlps = statistics_bytes([layer for layer in size.layers if layer.name in in_mlps], task.required, joints)
-    found = sum(_decomposition_bytes(layer.shape, task.config.layout) for layer in size.layers)
+    found = sum(decomposition_bytes(layer.shape, task.config.layout) for layer in size.layers)
     # A pass holds its own statistics beside the results of earlier passes; the last pass holds the most.
     left = (store, (found + kept + mlps) * (1 - 1 / passes))
     # The Fisher information of MLPs is damped in a copy.
@@ -363,7 +363,7 @@ def _pass_bytes(size: ModelSize, task: MemoryTask, groups: Sequence[Sequence[Lay
     return batch * (activations + (4 if with_gradients else 2) * 4 * widest) + max(bases, default=0)
 
 
-def _decomposition_bytes(shape: tuple[int, int], layout: str) -> int:
+def decomposition_bytes(shape: tuple[int, int], layout: str) -> int:
     """Return the bytes of the components that are kept of a layer, in float32."""
     m, n = shape
     return 4 * max(1, int(break_even(m, n, layout))) * (m + n) + 8 * min(m, n)
