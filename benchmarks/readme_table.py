@@ -68,7 +68,7 @@ def results_table(results: Path = RESULTS) -> list[str]:
     sizes = sorted({size for row in rows for size in row.times})
     header = ["", "on disk", "FLOPs per image", "top-1"]
     header += [f"ms per image, batch {size}" for size in sizes]
-    cells = [[row.name, _megabytes(row.num_bytes), format_count(row.flops), f"{row.top1:.1%}"] for row in rows]
+    cells = [[row.name, _megabytes(row.num_bytes), format_count(row.flops), _percent(row.top1, 1)] for row in rows]
     for row, line in zip(rows, cells, strict=True):
         line += [_time(row.times[size], rows[0].times[size]) if size in row.times else "" for size in sizes]
     conditions = [f"Distilled on unlabelled images, one seed; top-1 on {report['evaluation']['num_images']:,} images."]
@@ -96,9 +96,10 @@ def shipped_table(results: Path = RESULTS) -> list[str]:
     for label, key, form in changes:
         before, after = report[f"{key}_before"], report[f"{key}_after"]
         cells.append([label, form.format(before), form.format(after), _signed(f"{100 * (after / before - 1):+.1f} %")])
-    top1 = [f"{evaluation[name]:.2%}" for name in ("reference_top1", "top1")]
+    top1 = [_percent(evaluation[name], 2) for name in ("reference_top1", "top1")]
     cells.append(["top-1", *top1, _signed(f"{points:+.2f} points")])
-    cells.append(["same class as the original", "", f"{evaluation['agreement']:.2%}", f"KL {evaluation['kl']:.4f} nats"])
+    agreement, kl = _percent(evaluation["agreement"], 2), f"KL {evaluation['kl']:.4f} nats"
+    cells.append(["same class as the original", "", agreement, kl])
     return _table(["", "original", "compressed", ""], cells)
 
 
@@ -159,6 +160,10 @@ def _time(milliseconds: float, first: float) -> str:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
+
+
+def _percent(share: float, digits: int) -> str:
+    return f"{100 * share:.{digits}f} %"
 
 
 def _signed(text: str) -> str:
