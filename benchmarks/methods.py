@@ -12,6 +12,7 @@ where it stopped; other settings need another `--output`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
 import statistics
@@ -145,7 +146,7 @@ def main() -> None:
 
 def parts_of(config: MixRankConfig) -> dict:
     """What a configuration asks for, whatever the recipe is called that filled it."""
-    return {key: value for key, value in config.to_dict().items() if key != "recipe"}
+    return {key: value for key, value in dataclasses.asdict(config).items() if key != "recipe"}
 
 
 def measure(

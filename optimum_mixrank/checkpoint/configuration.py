@@ -217,8 +217,23 @@ class MixRankConfig(QuantizationConfigMixin):
             validation.check_steps(self)
         validation.check_checkpoint(self)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values, as `config.json` holds them; `from_dict` is the inverse.
+
+        A field at its default stays out if it asks for nothing (None, False or empty) or belongs to a step that was not
+        used, such as `epochs` without training.
+        """
+        usual = {each.name: each.default for each in dataclasses.fields(self)} | RECIPES.get(self.recipe, {})
+        usual |= {"rank_pattern": {}, "ratio_pattern": {}}
+        unused = validation.fields_without_effect(self)
+        return {
+            name: value
+            for name, value in super().to_dict().items()
+            if value != usual[name] or not (name in unused or value is None or value is False or value == {})
+        }
+
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return all fields, as `to_dict` does; `repr` of the base class calls this, which Transformers 4.57 lacks."""
+        """Return what `to_dict` does; `repr` of the base class calls this, which Transformers 4.57 lacks."""
         return self.to_dict()
 
     @property

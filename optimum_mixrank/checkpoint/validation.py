@@ -123,6 +123,28 @@ def check_training(config: Any) -> None:
     _check_number("view_scale", config.view_scale, "[1, 8]", remedy)
 
 
+def fields_without_effect(config: Any) -> set[str]:
+    """Return the settings of steps that a configuration does not use.
+
+    Steps and metrics of other packages may use any of them.
+    """
+    steps = set(config.compensation)
+    if not steps <= {"sequential", "residual", "blocks", "distillation"}:
+        return set()
+    unused = set()
+    if not steps:
+        unused |= {"held_out_ratio"}
+    if not steps & {"sequential", "residual"}:
+        unused |= {"mirror"}
+    if not steps & {"blocks", "distillation"}:
+        unused |= {"epochs", "learning_rate", "train_batch_size"}
+    if "distillation" not in steps:
+        unused |= {"view_scale"}
+    if config.metric in ("svd", "diagonal", "mean_input", "second_moment"):
+        unused |= {"fisher_samples", "probed_images"}
+    return unused
+
+
 def check_data(config: Any) -> None:
     """Check which images are drawn, and the random numbers."""
     check_integer("fisher_samples", config.fisher_samples, 1)

@@ -17,6 +17,7 @@ from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.fidelity import agreement, kl_divergence, mean_relative_error
 from ..runtime.forward import evaluation_mode, placement
 from ..runtime.inputs import ModelInputs
+from ..runtime.intervals import paired_interval, wilson_interval
 from ..runtime.logging import get_logger
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
 
@@ -43,6 +44,9 @@ class EvaluationResult:
         agreement: Share of images on which both models predict the same class. Needs the original and such a head.
         kl: KL(original ‖ compressed) of the predicted distributions, in nats.
         feature_error: Relative squared error of the output, `‖f - f_ref‖² / ‖f_ref‖²`, for models without such a head.
+        gained: Share of images that only the compressed model classifies correctly; `top1` is `reference_top1` with these
+            and without `lost`.
+        lost: Share of images that only the original classifies correctly.
     """
 
     num_images: int
@@ -53,6 +57,21 @@ class EvaluationResult:
     agreement: float | None = None
     kl: float | None = None
     feature_error: float | None = None
+    gained: float | None = None
+    lost: float | None = None
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Return 95 % intervals: of `top1`, `reference_top1` and `agreement` by Wilson, of `change` in top-1 paired.
+
+        They are about the images: those of another draw from the same source would give such values.
+        """
+        shares = {name: getattr(self, name) for name in ("top1", "reference_top1", "agreement")}
+        found = {
+            name: wilson_interval(share, self.num_images) for name, share in shares.items() if share is not None
+        }
+        if self.gained is not None and self.lost is not None:
+            found["change"] = paired_interval(self.gained, self.lost, self.num_images)
+        return found
 
     def facts(self) -> list[str]:
         """Return the result in words: `2,000 images`, `top-1 90.45 % (original 90.30 %)`, …."""
@@ -193,14 +212,19 @@ def _count_correct(
 
     labels = torch.as_tensor(labels).cpu()
     sums: dict[str, float] = {}
+    right: dict[str, Tensor] = {}
     for name, scores in logits.items():
         if name not in metrics:
             metrics[name] = TopKAccuracy("rankings")
         rankings = rank_classes(scores, labels)
+        right[name] = rankings[:, 0] == labels
         correct = metrics[name].compute(predictions=rankings, references=labels, normalize=False)
         sums |= {f"{name}{top}": float(count) for top, count in correct.items()}
         sums[f"{name}_certainty"] = scores.double().softmax(dim=1).amax(dim=1).sum().item()
         sums[f"{name}_chance"] = len(scores) / scores.shape[1]
+    if right.keys() >= {COMPRESSED, ORIGINAL}:
+        sums["gained"] = float((right[COMPRESSED] & ~right[ORIGINAL]).sum())
+        sums["lost"] = float((right[ORIGINAL] & ~right[COMPRESSED]).sum())
     return sums
 
 

@@ -25,8 +25,10 @@ from ..checkpoint.validation import STRUCTURES, check_integer
 from ..decomposition import METRICS
 from ..evaluation.evaluate import EvaluationResult, evaluate_model
 from ..reporting import CompressionReport
+from ..reporting.build import original_name
 from ..reporting.profile import RankProfile
 from ..runtime.distributed import Processes, find_processes, quiet_unless_main
+from ..runtime.files import is_local_path
 from ..runtime.folders import resolved
 from ..runtime.forward import ordinary_modes
 from ..runtime.logging import get_logger
@@ -47,7 +49,7 @@ from .memory import MaxMemory, MemoryPlan, MemoryTask, estimate_memory
 from .profile import profile_model
 from .reports import Made, MadeModels
 from .run import CompressionRun, example_call, free_sites, shared_fingerprint
-from .saving import push_compressed, save_result
+from .saving import push_compressed, record_evaluation, save_result
 from .unfinished import check_output, open_run
 
 
@@ -467,7 +469,9 @@ class MixRankCompressor(OptimumQuantizer):
         output_names: str | Sequence[str] | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> EvaluationResult:
-        """Measure what a compressed model has lost against the original; kept in its report too, if it was made here.
+        """Measure what a compressed model has lost against the original; kept in its report, also on the disk.
+
+        A checkpoint in a local folder, saved here or opened from there, gets the figures into its report, page and card.
 
         Args:
             model: The compressed model, in memory or reloaded.
@@ -497,9 +501,17 @@ class MixRankCompressor(OptimumQuantizer):
         with phase("Evaluated") as evaluating:
             result = evaluate_model(model, batches, reference=self.model, processes=self.processes, call=call)
             evaluating.add_detail(*result.facts())
-        if (made := self._made.find(model)) is not None:
-            made.report = dataclasses.replace(made.report, evaluation=dataclasses.asdict(result))
+        self._keep(model, result)
         return result
+
+    def _keep(self, model: PreTrainedModel, result: EvaluationResult) -> None:
+        """Add an evaluation to the model's report and, where it lies in a local folder, to the files there."""
+        evaluation, made = dataclasses.asdict(result), self._made.find(model)
+        if made is not None:
+            made.report = dataclasses.replace(made.report, evaluation=evaluation)
+        folder = model.name_or_path if made is None or made.folder is None else made.folder
+        if self.processes.is_main and folder and is_local_path(folder):
+            record_evaluation(folder, evaluation, original_name(self.model))
 
     @_in_every_process
     def save_pretrained(
@@ -544,7 +556,7 @@ class MixRankCompressor(OptimumQuantizer):
                 report = save_result(*content, run, **kwargs)
         report = processes.broadcast(report)
         if made is not None and report is not None:
-            made.saved(model, report)
+            made.saved(model, report, resolved(save_directory))
 
     @_in_every_process
     def push_to_hub(self, model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:

@@ -35,16 +35,18 @@ class Made:
         report: Its report.
         run: The unfinished run that is removed once the model is saved.
         values: Some of its values by name of the tensor, float64, on the CPU.
+        folder: Where it was saved last; None before that.
     """
 
     model: weakref.ref[PreTrainedModel]
     report: CompressionReport
     run: UnfinishedRun | None
     values: dict[str, Tensor]
+    folder: Path | None = None
 
-    def saved(self, model: PreTrainedModel, report: CompressionReport) -> None:
+    def saved(self, model: PreTrainedModel, report: CompressionReport, folder: Path) -> None:
         """Record that the model was saved as it is now, with a report to which its size on disk was added."""
-        self.report, self.run, self.values = report, None, _some_values(model)
+        self.report, self.run, self.values, self.folder = report, None, _some_values(model), folder
 
 
 @dataclass

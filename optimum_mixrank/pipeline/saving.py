@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 
 from ..checkpoint.files import read_json, safetensors_bytes, stored_dtype
+from ..checkpoint.replacing import CARD_NAME
 from ..checkpoint.saving import save_checkpoint
 from ..checkpoint.self_contained import needs_of
-from ..reporting import HTML_NAME, RANKS_NAME, plot_ranks
-from ..reporting.card import model_card
+from ..reporting import HTML_NAME, RANKS_NAME, CompressionReport, plot_ranks
+from ..reporting.card import card_with_evaluation, model_card
+from ..reporting.data import write_text
 from ..runtime.folders import resolved
 from ..runtime.formatting import format_count
 from ..runtime.logging import get_logger
@@ -24,9 +26,6 @@ from .unfinished import UnfinishedRun, has_saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from ..reporting import CompressionReport
-
 
 logger = get_logger(__name__)
 
@@ -71,6 +70,7 @@ def save_compressed(
     report: CompressionReport | None,
     *,
     picture: bool = False,
+    name: str | None = None,
     **kwargs: Any,
 ) -> CompressionReport | None:
     """Save a compressed model, its image processor and its report, complete or not at all.
@@ -81,6 +81,7 @@ def save_compressed(
         image_processor: To save with it, or None.
         report: To save with it, or None.
         picture: Whether to save the picture of the ranks too.
+        name: What the card calls the model; default: the name of the folder.
         **kwargs: See `save_checkpoint`; `self_contained` says whether the checkpoint brings the code that opens it.
 
     Returns:
@@ -100,10 +101,43 @@ def save_compressed(
             )
             written.save(folder)
             _save_pictures(written, folder, picture)
-            model_card(model, written, needs_of(read_json(folder / "config.json"))).save(folder / "README.md")
+            needs = needs_of(read_json(folder / "config.json"))
+            model_card(model, written, needs, name or resolved(directory).name).save(folder / CARD_NAME)
 
     save_checkpoint(model, directory, image_processor, describe=describe, **kwargs)
     return written
+
+
+def record_evaluation(folder: str | Path, evaluation: Mapping[str, Any], original: str) -> bool:
+    """Add an evaluation to the report, the page and the card of a checkpoint that was saved before.
+
+    Args:
+        folder: The checkpoint.
+        evaluation: The fields of `EvaluationResult`.
+        original: Name of the model that the checkpoint was compared with.
+
+    Returns:
+        Whether the folder holds a report of a compression of that model and could be written.
+    """
+    folder = resolved(folder)
+    try:
+        report = CompressionReport.load(folder)
+        if report.model_name != original:
+            return False
+        report = dataclasses.replace(report, evaluation=evaluation)
+        report.save(folder)
+        _save_pictures(report, folder, picture=False)
+        card = folder / CARD_NAME
+        text = card_with_evaluation(card.read_text(encoding="utf-8"), report) if card.is_file() else None
+        if text is not None:
+            write_text(card, text)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        logger.warning(f"The evaluation could not be added to {str(folder)!r}: {error}")
+        return False
+    logger.info(f"The evaluation was added to the report, the page and the card in {str(folder)!r}.")
+    return True
 
 
 def _save_pictures(report: CompressionReport, folder: Path, picture: bool) -> None:
@@ -134,7 +168,7 @@ def push_compressed(
     """Save to a temporary folder and upload it; see `MixRankCompressor.push_to_hub`."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "checkpoint"
-        save_compressed(model, directory, image_processor, report, **kwargs)
+        save_compressed(model, directory, image_processor, report, name=repo_id, **kwargs)
         api = HfApi(token=token)
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         # As in Transformers; references of pull requests exist already.

@@ -149,7 +149,7 @@ def build_report(outcome: Outcome) -> CompressionReport:
             "num_broken": 0 if calibration is None else len(calibration.broken),
         },
         predicted_loss=sum(predicted) if outcome.predicted else None,
-        model_name=_name(model),
+        model_name=original_name(model),
         profile=_budgets(outcome),
         loss_unit=outcome.profile.unit,
         compensation=[dataclasses.asdict(result) for result in outcome.compensation],
@@ -226,7 +226,8 @@ def environment(used: torch.device | None = None) -> dict[str, Any]:
     }
 
 
-def _name(model: PreTrainedModel) -> str:
+def original_name(model: PreTrainedModel) -> str:
+    """Return what a report calls a model: its Hub id, the name of its folder, or its class."""
     # Reports are published with the model and must not show paths of this machine.
     name = str(model.name_or_path)
     return (Path(name).name if is_local_path(name) else name) or type(model).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from ..checkpoint.replacing import CARD_MARK
 from ..checkpoint.self_contained import Needs, auto_class_of
 from ..runtime.files import is_local_path
+from ..runtime.formatting import format_change
 from ..runtime.logging import get_logger
 from ..runtime.version import __version__
 from .data import ReportData
@@ -31,7 +33,16 @@ _TASKS = {
 }
 
 
-def model_card(model: PreTrainedModel, report: ReportData, needs: Needs = "plugin") -> ModelCard:
+_BEGIN, _END = "<!-- mixrank: before and after -->", "<!-- mixrank: end -->"
+"""Around the part of a card that a later evaluation writes again."""
+
+_PATHS = ("dataset", "latency_table")
+"""Settings that may be paths of this machine."""
+
+
+def model_card(
+    model: PreTrainedModel, report: ReportData, needs: Needs = "plugin", name: str | None = None
+) -> ModelCard:
     """Return a card that says what a model derives from, how it was compressed, what was lost and how to load it.
 
     The licence and the data sets come from the original's card if it can be read.
@@ -40,17 +51,19 @@ def model_card(model: PreTrainedModel, report: ReportData, needs: Needs = "plugi
         model: The compressed model; its `name_or_path` names the original.
         report: The report of the compression, with the evaluation if there was one.
         needs: What opens the checkpoint.
+        name: Name of the compressed model: an id on the Hub or the name of its folder; default: from the original's.
     """
     original = str(model.name_or_path)
-    name = type(model).__name__
-    task = next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), "image-feature-extraction")
+    class_name = type(model).__name__
+    task = next((task for suffix, task in _TASKS.items() if class_name.endswith(suffix)), "image-feature-extraction")
     inherited = _card_data(original)
     terms: dict[str, Any] = {
         key: inherited.get(key) for key in ("license", "license_name", "license_link", "datasets")
     }
     base_model = original if original and not is_local_path(original) else None
-    shown = report.model_name or name
-    auto_class = "AutoModelForImageClassification" if name.endswith("ForImageClassification") else name
+    title = name or f"{report.model_name or class_name}, {report.removed_of_model:.0%} smaller"
+    is_classifier = class_name.endswith("ForImageClassification")
+    auto_class = "AutoModelForImageClassification" if is_classifier else class_name
     if needs == "code":
         # Only an auto class finds the code in the checkpoint.
         auto_class = auto_class_of(model)
@@ -61,25 +74,48 @@ def model_card(model: PreTrainedModel, report: ReportData, needs: Needs = "plugi
         **terms,
         pipeline_tag=task,
         tags=["mixrank", "low-rank", "compressed"],
-        model_name=f"{shown} ({report.removed_of_model:.0%} smaller)",
+        model_name=title.rpartition("/")[2],
         eval_results=_results(report, task),
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(shown, auto_class, report, needs)}")
+    use = _use(auto_class, name or "path/or/id/of/this/model", needs)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(title, use, report, base_model)}")
 
 
-def _text(original: str, auto_class: str, report: ReportData, needs: Needs) -> str:
-    settings = {name: value for name, value in report.settings.items() if value not in (None, {}, [])}
+def card_with_evaluation(text: str, report: ReportData) -> str | None:
+    """Return a card with what was measured since it was written, or None if its table is no longer there.
+
+    Args:
+        text: The card, as `model_card` wrote it; all else may have been changed since.
+        report: The report with the evaluation.
+    """
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        return None
+    card = ModelCard(f"{before}{_before_and_after(report)}{after}")
+    card.data.eval_results = _results(report, card.data.get("pipeline_tag") or "image-classification")
+    return str(card)
+
+
+def _text(title: str, use: list[str], report: ReportData, base_model: str | None) -> str:
+    settings = {key: _shown(key, value) for key, value in report.settings.items() if value not in (None, {}, [])}
+    name = report.model_name or "a model"
+    original = f"[`{base_model}`](https://huggingface.co/{base_model})" if base_model else f"`{name}`"
     lines = [
-        f"# {original}, {report.removed_of_model:.0%} smaller",
+        f"# {title}",
         "",
-        f"`{original}` {CARD_MARK} {__version__}: {describe_encoder(report.layers)}, chosen so that the model's output "
-        "changes least. The method builds on [arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
+        f"{original} {CARD_MARK} {__version__}, {report.removed_of_model:.0%} smaller:",
+        "",
+        _before_and_after(report),
+        "",
+        f"This is what was changed: {describe_encoder(report.layers)}, chosen so that the model's output changes least. The "
+        "method builds on [arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
         "",
         "## Use",
         "",
-        *_use(auto_class, needs),
+        *use,
         "",
-        "## What was lost, layer by layer",
+        "## Layer by layer",
         "",
         "```",
         format_table(report),
@@ -94,7 +130,40 @@ def _text(original: str, auto_class: str, report: ReportData, needs: Needs) -> s
     return "\n".join(lines) + "\n"
 
 
-def _use(auto_class: str, needs: Needs) -> list[str]:
+def _shown(key: str, value: Any) -> Any:
+    """Return a setting without the folders of this machine."""
+    return Path(str(value)).name if key in _PATHS and is_local_path(str(value)) else value
+
+
+def _before_and_after(report: ReportData) -> str:
+    """Return the table of what the compression has changed, between marks that a later evaluation looks for."""
+    rows = [("parameters", report.model_parameters_before, report.model_parameters_after)]
+    if report.bytes_on_disk_before is not None and report.bytes_on_disk_after is not None:
+        rows.append(("bytes on disk", report.bytes_on_disk_before, report.bytes_on_disk_after))
+    if report.flops_before is not None and report.flops_after is not None:
+        rows.append(("FLOPs per image", report.flops_before, report.flops_after))
+    lines = ["| | original | this model | |", "| --- | --- | --- | --- |"]
+    lines += [f"| {label} | {old:,} | {new:,} | {format_change(old, new)} |" for label, old, new in rows]
+    evaluation, found = report.evaluation or {}, report.fidelity
+    for name, label in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
+        new, old = evaluation.get(name), evaluation.get(f"reference_{name}")
+        if new is not None:
+            change = "" if old is None else f"{100 * (new - old):+.2f} points".replace("-", "−")
+            lines.append(f"| {label} | {'' if old is None else f'{old:.2%}'} | {new:.2%} | {change} |")
+    measured, images = (evaluation, "") if evaluation else (found, ", measured while compressing")
+    if measured.get("agreement") is not None:
+        lines.append(f"| same class as the original | | {measured['agreement']:.2%} | {_divergence(measured)} |")
+    elif measured.get("feature_error") is not None:
+        lines.append(f"| relative error of the output | | {measured['feature_error']:.4g} | |")
+    count = f"\n\nOn {measured['num_images']:,} images{images}." if measured.get("num_images") else ""
+    return "\n".join([_BEGIN, *lines]) + f"{count}\n{_END}"
+
+
+def _divergence(measured: Mapping[str, Any]) -> str:
+    return "" if measured.get("kl") is None else f"KL {measured['kl']:.4f} nats"
+
+
+def _use(auto_class: str, name: str, needs: Needs) -> list[str]:
     """Return how to open the checkpoint."""
     plugin = needs == "plugin"
     trusted = ", trust_remote_code=True" if needs == "code" else ""
@@ -113,7 +182,7 @@ def _use(auto_class: str, needs: Needs) -> list[str]:
         *(["import optimum_mixrank"] if plugin else []),
         f"from transformers import {auto_class}",
         "",
-        f'model = {auto_class}.from_pretrained("path/or/id/of/this/model"{trusted})',
+        f'model = {auto_class}.from_pretrained("{name}"{trusted})',
         "```",
         "",
         remarks[needs],

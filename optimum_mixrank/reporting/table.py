@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..runtime.formatting import format_bytes, format_count, format_milliseconds
+from ..runtime.intervals import paired_interval, wilson_interval
 from .data import LayerReport, ReportData
 from .structure import hidden_units, shared_factors
 from .verdict import verdict
@@ -145,23 +146,46 @@ def _evaluation(report: ReportData) -> list[str]:
 
 
 def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
-    """Return the lines of an evaluation, given as the fields of `EvaluationResult`."""
-    lines = [f"Evaluation on {evaluation.get('num_images', 0):,} images"]
+    """Return the lines of an evaluation, given as the fields of `EvaluationResult`, with 95 % intervals where they apply."""
+    count = evaluation.get("num_images", 0)
+    lines = []
     for name in ("top1", "top5"):
         after, before = evaluation.get(name), evaluation.get(f"reference_{name}")
         if after is None:
             continue
         label = f"  top-{name.removeprefix('top')} accuracy"
-        change = "" if before is None else f"  ({100 * (after - before):+.2f} points)"
-        lines.append(_fact(label, f"{'' if before is None else f'{before:.2%} -> '}{after:.2%}{change}"))
+        values = f"{after:.2%}" if before is None else f"{before:.2%} -> {after:.2%}"
+        lines.append(_fact(label, f"{values}{_change_of_accuracy(evaluation, name)}"))
     for name, label, form, unit in (
         ("agreement", "  agreement with the original", ".2%", ""),
         ("kl", "  KL(original || compressed)", ".4f", " nats"),
         ("feature_error", "  relative error of the features", ".4g", ""),
     ):
-        if evaluation.get(name) is not None:
-            lines.append(_fact(label, f"{evaluation[name]:{form}}{unit}"))
-    return lines
+        if (value := evaluation.get(name)) is not None:
+            interval = _interval(value, count) if name == "agreement" else ""
+            lines.append(_fact(label, f"{value:{form}}{unit}{interval}"))
+    note = "; 95% intervals in brackets" if any(" to " in line for line in lines) else ""
+    return [f"Evaluation on {count:,} images{note}", *lines]
+
+
+def _change_of_accuracy(evaluation: Mapping[str, Any], name: str) -> str:
+    """Return the change in brackets with its paired interval or, where there is no original, that of the accuracy."""
+    after, before, count = evaluation[name], evaluation.get(f"reference_{name}"), evaluation.get("num_images", 0)
+    if before is None:
+        return _interval(after, count) if name == "top1" else ""
+    gained, lost = evaluation.get("gained"), evaluation.get("lost")
+    between = ""
+    if name == "top1" and count and gained is not None and lost is not None:
+        low, high = paired_interval(gained, lost, count)
+        between = f": {100 * low:+.2f} to {100 * high:+.2f}"
+    return f"  ({100 * (after - before):+.2f} points{between})"
+
+
+def _interval(share: float, count: int) -> str:
+    if not count:
+        return ""
+    low, high = wilson_interval(share, count)
+    return f"  ({low:.2%} to {high:.2%})"
 
 
 def _verdict(report: ReportData, width: int) -> list[str]:

@@ -56,6 +56,8 @@ def test_classifier_against_the_definitions(tiny, batches):
         reference_top5=1.0,
         agreement=pytest.approx((compressed.argmax(1) == original.argmax(1)).double().mean().item()),
         kl=pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-4),
+        gained=((compressed.argmax(1) == labels) & (original.argmax(1) != labels)).sum().item() / 11,
+        lost=((compressed.argmax(1) != labels) & (original.argmax(1) == labels)).sum().item() / 11,
     )
 
 
@@ -218,3 +220,11 @@ def test_an_output_of_zeros_has_no_relative_error():
 
     with pytest.raises(ValueError, match="is zero for an image.*name other outputs by `output_names`"):
         evaluate_model(Constant(1.0), [Batch(pixels(2))], reference=Constant(0.0))
+
+
+def test_intervals_hold_what_was_measured():
+    result = EvaluationResult(400, top1=0.88, reference_top1=0.9, agreement=0.95, gained=0.01, lost=0.03)
+    intervals = result.intervals()
+    assert intervals.keys() == {"top1", "reference_top1", "agreement", "change"}
+    assert all(low < getattr(result, name, -0.02) < high for name, (low, high) in intervals.items())
+    assert EvaluationResult(400, feature_error=0.1).intervals() == {}

@@ -1,11 +1,14 @@
 """The card that lies beside a checkpoint."""
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from models import pixels, tiny_swin, tiny_vit
 from reporting.reports import mixed_report, vit_report
+from transformers import ViTForImageClassification
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank.reporting import CompressionReport
 from optimum_mixrank.reporting.card import model_card
 
 
@@ -22,8 +25,6 @@ def card_of(tmp_path, model, labels=None):
 
 
 def test_metadata_and_text(tmp_path):
-    import torch
-
     card = card_of(tmp_path, tiny_vit(), torch.tensor([0, 1, 2, 3]))
     data = card.data.to_dict()
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "image-classification"
@@ -31,7 +32,44 @@ def test_metadata_and_text(tmp_path):
     metrics = {entry["name"]: entry["value"] for entry in data["model-index"][0]["results"][0]["metrics"]}
     assert {"top-1 accuracy", "KL from the original (nats)"} <= set(metrics)
     assert "import optimum_mixrank" in card.text and "30% smaller" in card.text
+    # The model's own name, and before all else the table of what has changed.
+    assert card.text.strip().startswith("# out\n") and 'from_pretrained("out")' in card.text
+    assert card.text.index("| parameters | ") < card.text.index("| top-1 accuracy | ") < card.text.index("## Use")
     assert "Parameters of the model" in card.text and "compression_ratio" in card.text
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_an_evaluation_after_saving_is_added(tmp_path, reopened):
+    tiny_vit().save_pretrained(tmp_path / "original")
+    compressor = MixRankCompressor.from_pretrained(tmp_path / "original")
+    compressor.compress(MixRankConfig(**CONFIG), [pixels(8)], save_directory=tmp_path / "out")
+    file = tmp_path / "out" / "README.md"
+    assert "top-1" not in file.read_text() and "measured while compressing" in file.read_text()
+    file.write_text(file.read_text().replace("## Use", "## A paragraph of the user's\n\n## Use"))
+    if reopened:
+        compressor = MixRankCompressor.from_pretrained(tmp_path / "original")
+    model = ViTForImageClassification.from_pretrained(tmp_path / "out")
+    result = compressor.evaluate(model, [(pixels(4), torch.tensor([0, 1, 2, 3]))])
+    card, report = ModelCard.load(file), CompressionReport.load(tmp_path / "out")
+    assert f"| {result.top1:.2%} |" in card.text and "measured while compressing" not in card.text
+    assert "## A paragraph of the user's" in card.text and "model-index" in card.data.to_dict()
+    assert report.evaluation["top1"] == result.top1
+    assert f"{100 * result.top1:.2f}" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_an_evaluation_against_another_model_is_not_added(tmp_path):
+    tiny_vit().save_pretrained(tmp_path / "original")
+    compressor = MixRankCompressor.from_pretrained(tmp_path / "original")
+    compressor.compress(MixRankConfig(**CONFIG), [pixels(8)], save_directory=tmp_path / "out")
+    model = ViTForImageClassification.from_pretrained(tmp_path / "out")
+    MixRankCompressor(tiny_vit()).evaluate(model, [pixels(4)])
+    assert CompressionReport.load(tmp_path / "out").evaluation is None
+
+
+def test_paths_of_the_machine_are_not_shown(tmp_path):
+    report = vit_report(settings={"dataset": str(tmp_path / "images"), "latency_table": "/somewhere/table.json"})
+    text = model_card(tiny_vit(), report).text
+    assert str(tmp_path) not in text and "/somewhere" not in text and "| dataset | `images` |" in text
 
 
 def test_without_evaluation_and_without_head(tmp_path):

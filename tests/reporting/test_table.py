@@ -89,6 +89,8 @@ def test_summary():
             "agreement": 0.905,
             "kl": 0.1912,
             "feature_error": None,
+            "gained": 0.01,
+            "lost": 0.054,
         },
     )
     summary = format_table(made).split("\n\n", 1)[1]
@@ -97,10 +99,10 @@ def test_summary():
         "400 -> 100  (-75.0%)",
         "512 images (3 broken ones left out), 100,864 tokens",
         "calibrate 12.3 s, allocate 0.2 s",
-        "Evaluation on 1,000 images",
-        "87.40% -> 83.00%  (-4.40 points)",
+        "Evaluation on 1,000 images; 95% intervals in brackets",
+        "87.40% -> 83.00%  (-4.40 points: -5.94 to -2.84)",
         "98.00% -> 97.00%  (-1.00 points)",
-        "90.50%",
+        "90.50%  (88.52% to 92.17%)",
         "0.1912 nats",
     ):
         assert piece in summary
@@ -116,7 +118,7 @@ def test_another_dtype_on_the_disk_is_named():
 def test_what_is_not_known_is_left_out():
     text = format_table(vit_report(evaluation={"num_images": 7, "top1": 0.5, "feature_error": 0.01}))
     assert not any(word in text for word in ("FLOPs", "Bytes", "Calibration", "Time", "None", "agreement", "KL("))
-    assert "top-1 accuracy                 50.00%\n" in text
+    assert "top-1 accuracy                 50.00%  (" in text
     assert "0.01" in text
 
 
