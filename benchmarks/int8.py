@@ -1,8 +1,9 @@
-"""int8 on top of compression: bytes, time, top-1 and KL of a dense and a compressed model, in float32 and in int8.
+"""int8 on top of compression: bytes, time, top-1 and KL of a dense model and compressed ones, in float32 and in int8.
 
     pip install 'optimum-mixrank[int8,openvino]' optimum-quanto
-    python benchmarks/int8.py --original path/to/vit --model path/to/compressed --data path/to/images \
+    python benchmarks/int8.py --dense path/to/vit --models "40 % kept=path/to/compressed" --data path/to/images \
         --output benchmarks/results/int8
+    python benchmarks/int8.py --render benchmarks/results/int8.json
 
 All variants are timed in one process, in turns, with one thread; times are ratios to the dense model in float32 under
 PyTorch. Images for the ranges of static int8 are drawn from the training split. A variant whose packages are missing is
@@ -12,7 +13,10 @@ left out, and so is one that --only does not name.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
+import importlib.metadata
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +24,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from support import described, machine, table, write
+from support import machine, table, write
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_mixrank import MixRankCompressor, export_model, load_image_dataset, open_exported, to_plain_factors
 from optimum_mixrank.calibration.images.batches import Batch, ImageBatches
 from optimum_mixrank.checkpoint.architecture import load_named, read_config
+from optimum_mixrank.evaluation.flops import flops_per_image
 from optimum_mixrank.evaluation.latency import Latency, measure_latency, time_ratio
 from optimum_mixrank.pipeline.images import ImageReader
 from optimum_mixrank.runtime.distributed import SINGLE_PROCESS
@@ -89,7 +94,7 @@ METHODS: dict[str, Callable[[PreTrainedModel, Path, list[Tensor]], Variant]] = {
     "OpenVINO, int8 weights": exported("openvino", int8=True),
     "OpenVINO, static int8": exported("openvino", int8=True, static=True),
 }
-DENSE, COMPRESSED = "dense", "compressed"
+DENSE = "dense"
 BASE = f"{DENSE}; PyTorch, float32"
 
 
@@ -97,15 +102,21 @@ def open_model(path: str) -> PreTrainedModel:
     return load_named(path, read_config(path, {}), None, dtype=torch.float32).eval()
 
 
+def models_of(args: argparse.Namespace) -> dict[str, str]:
+    """Checkpoints by label, the dense one first."""
+    entries = [entry.rpartition("=") for entry in args.models]
+    return {DENSE: args.dense, **{label or Path(path).name: path for label, _, path in entries}}
+
+
 def make_variants(args: argparse.Namespace, images: list[Tensor], folder: Path) -> dict[str, Variant]:
-    """Every method on both models, by name; one that does not run is reported and left out."""
+    """Every method on all models, by name; one that does not run is reported and left out."""
     variants: dict[str, Variant] = {}
     for index, (method, make) in enumerate(METHODS.items()):
-        for kind, path in {DENSE: args.original, COMPRESSED: args.model}.items():
-            name = f"{kind}; {method}"
+        for number, (label, path) in enumerate(models_of(args).items()):
+            name = f"{label}; {method}"
             if name != BASE and not fnmatch.fnmatch(name, args.only):
                 continue
-            place = folder / f"{index}-{kind}"
+            place = folder / f"{index}-{number}"
             place.mkdir()
             try:
                 variants[name] = make(open_model(path), place, images)
@@ -132,6 +143,7 @@ def measure(args: argparse.Namespace, variants: dict[str, Variant], images: Imag
     batches = list(images)
     labels = torch.cat([batch.labels for batch in batches])
     expected = logits_of(original, batches)
+    flops = {label: flops_per_image(open_model(path)) for label, path in models_of(args).items()}
     rows = []
     for name, (model, num_bytes) in variants.items():
         logits = logits_of(model, batches)
@@ -139,6 +151,7 @@ def measure(args: argparse.Namespace, variants: dict[str, Variant], images: Imag
         rows.append(
             {
                 "model": name.partition("; ")[0],
+                "flops": flops[name.partition("; ")[0]],
                 "method": name.partition("; ")[2],
                 "bytes": num_bytes,
                 "bytes_ratio": variants[BASE][1] / num_bytes,
@@ -152,9 +165,9 @@ def measure(args: argparse.Namespace, variants: dict[str, Variant], images: Imag
     return rows
 
 
-def as_table(rows: list[dict[str, Any]], batch_sizes: list[int]) -> list[str]:
+def as_table(rows: list[dict[str, Any]]) -> list[str]:
     """Lines of Markdown."""
-    times = [f"time, batch {size}" for size in batch_sizes]
+    times = [f"time, batch {size}" for size in rows[0]["time_ratio"]]
     cells = [
         [
             row["method"],
@@ -172,20 +185,26 @@ def as_table(rows: list[dict[str, Any]], batch_sizes: list[int]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--original", required=True, help="dense checkpoint")
-    parser.add_argument("--model", required=True, help="its compressed checkpoint")
-    parser.add_argument("--data", required=True, help="labelled images with a training and a validation split")
+    parser.add_argument("--dense", help="checkpoint that --models are compared to")
+    parser.add_argument("--models", nargs="+", default=[], help="LABEL=CHECKPOINT, compressed from it")
+    parser.add_argument("--data", help="labelled images with a training and a validation split")
     parser.add_argument("--num-samples", type=int, default=1000, help="validation images; default: 1000")
     parser.add_argument("--num-calibration", type=int, default=128, help="images for ranges; default: 128")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--only", default="*", help="pattern of variants such as 'compressed; ONNX*'")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output", type=Path, required=True, help="OUTPUT.md and OUTPUT.json are written")
+    parser.add_argument("--output", type=Path, help="OUTPUT.md and OUTPUT.json are written")
+    parser.add_argument("--render", type=Path, help="print the table of this record and measure nothing")
     args = parser.parse_args()
+    if args.render is not None:
+        print("\n".join(rendered(json.loads(args.render.read_text()))))
+        return
+    if None in (args.dense, args.data, args.output):
+        parser.error("--dense, --data and --output are needed")
     torch.set_num_threads(1)
 
-    compressor = MixRankCompressor.from_pretrained(args.original, device="cpu")
+    compressor = MixRankCompressor.from_pretrained(args.dense, device="cpu")
     reader = ImageReader(compressor.model, compressor.image_processor, SINGLE_PROCESS)
     images = reader.read_labelled(args.data, num_samples=args.num_samples, seed=args.seed)
     drawn = load_image_dataset(args.data, split="train", num_samples=args.num_calibration, seed=args.seed)
@@ -193,15 +212,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(args, make_variants(args, calibration, Path(folder)), images)
     settings = {
-        "original": Path(args.original).name,
-        "compressed": Path(args.model).name,
+        "models": {label: Path(path).name for label, path in models_of(args).items()},
         "validation images": args.num_samples,
         "images for ranges": args.num_calibration,
         "repetitions": args.repeats,
         "seed": args.seed,
     }
-    lines = [*as_table(rows, args.batch_sizes), "", f"Times are ratios to {BASE}. {described(settings)}"]
-    write(args.output, {"settings": settings, "machine": machine(), "rows": rows}, lines)
+    packages = ("onnxruntime", "openvino", "nncf", "torchao", "optimum-quanto", "optimum-mixrank")
+    versions = {name: importlib.metadata.version(name) for name in packages if _is_installed(name)}
+    record = {"settings": settings, "machine": {**machine(), **versions}, "rows": rows}
+    write(args.output, record, rendered(record))
+
+
+def rendered(record: dict[str, Any]) -> list[str]:
+    """The table of a record with its settings, as Markdown."""
+    settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items() if name != "models")
+    where = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
+    return [*as_table(record["rows"]), "", f"Times are ratios to {BASE}, with 95 % intervals; {settings}; {where}."]
+
+
+def _is_installed(package: str) -> bool:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version(package))
+    return False
 
 
 if __name__ == "__main__":
