@@ -1,12 +1,13 @@
-"""The tables of results in the README, from the records in `benchmarks/results`.
+"""The tables of results in the README and on the page about deployment, from the records in `benchmarks/results`.
 
-    python benchmarks/readme_table.py          # writes the tables into README.md
+    python benchmarks/readme_table.py          # writes the tables into the pages
     python benchmarks/readme_table.py --print  # prints them
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. "results" is about the real ViT-S: its sizes and
 accuracies come from `vit_s_distilled.json`; where there is a record of `benchmarks/int8.py` (`int8.json`) or of
 `benchmarks/latency.py` (`latency.json`) on that model, its times are shown, and with the former its 8-bit files too.
-"shipped" is what `examples/quickstart.py` gives (`quickstart.json`, a copy of its report).
+"shipped" is what `examples/quickstart.py` gives (`quickstart.json`, a copy of its report), "int8" what
+`examples/int8.py --record` writes (`int8_shipped.json`).
 """
 
 from __future__ import annotations
@@ -103,7 +104,32 @@ def shipped_table(results: Path = RESULTS) -> list[str]:
     return _table(["", "original", "compressed", ""], cells)
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {"results": results_table, "shipped": shipped_table}
+def int8_table(results: Path = RESULTS) -> list[str]:
+    """Return the lines of the table about 8-bit files of the model of the repository."""
+    record = load("int8_shipped", results)
+    assert record is not None
+    versions = record["environment"]
+    names = {
+        "original": "original, float32",
+        "compressed": "compressed, float32",
+        "torchao int8": f"torchao {versions['torchao']}, int8 weights",
+        "onnx": f"ONNX Runtime {versions['onnxruntime']}, float32",
+        "onnx int8": f"ONNX Runtime {versions['onnxruntime']}, int8",
+    }
+    cells = []
+    for name, label in names.items():
+        row = record["models"][name]
+        compared = ["", ""] if name == "original" else [_percent(row["agreement"], 2), f"{row['kl']:.4f} nats"]
+        cells.append([label, f"{row['bytes']:,}", _percent(row["top1"], 2), *compared])
+    return _table(["", "bytes on disk", "top-1", "agreement with the original", "KL"], cells)
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "results": results_table,
+    "shipped": shipped_table,
+    "int8": int8_table,
+}
+PAGES = ("README.md", "docs/deployment.md")
 
 
 def with_tables(text: str) -> str:
@@ -183,8 +209,9 @@ def main() -> None:
         for name, make in TABLES.items():
             print("\n".join([f"{name}:", *make(), ""]))
         return
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        file = ROOT / page
+        file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,41 +12,25 @@ optimum-mixrank has compressed:
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
-import onnxruntime
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForImageClassification, PreTrainedModel
-from transformers.modeling_outputs import ImageClassifierOutput
 
-from optimum_mixrank import FactoredLinear, MixRankCompressor, MixRankConfig
+from optimum_mixrank import FactoredLinear, MixRankCompressor, MixRankConfig, export_model, open_exported
 from optimum_mixrank.evaluation.latency import measure_latency
 from optimum_mixrank.runtime.forward import configured_shape
 
 
 SHIPPED = Path(__file__).parent / "fashion_mnist"
-
-
-class OnnxModel(nn.Module):
-    """An ONNX file with the interface of a Transformers model."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
-        """Run the session on `[batch, channels, height, width]`."""
-        (logits,) = self.session.run(["logits"], {"pixel_values": pixel_values.numpy()})
-        return ImageClassifierOutput(logits=torch.from_numpy(logits))
 
 
 def torchao_int8(checkpoint: Path, file: Path) -> PreTrainedModel:
@@ -72,30 +56,10 @@ def factored_layers(model: nn.Module) -> list[FactoredLinear]:
     return [module for module in model.modules() if isinstance(module, FactoredLinear)]
 
 
-def export_onnx(checkpoint: Path, file: Path) -> OnnxModel:
-    """Export with a dynamic batch size, and load the exported file."""
-    # With fused attention, PyTorch 2.13 cannot export a Swin of Transformers 5.23, whether dense or compressed.
-    model = AutoModelForImageClassification.from_pretrained(checkpoint, attn_implementation="eager").eval()
-    program = torch.onnx.export(
-        model,
-        kwargs={"pixel_values": torch.randn(2, *configured_shape(model))},
-        dynamo=True,
-        input_names=["pixel_values"],
-        output_names=["logits"],
-        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
-        verbose=False,
-    )
-    # Every node records the stack trace of the Python code that it comes from, with paths of this machine.
-    for node in program.model.graph:
-        node.metadata_props.clear()
-    program.save(file)
-    return OnnxModel(file)
-
-
-def onnx_int8(full: Path, file: Path) -> OnnxModel:
-    """Quantize the weights of all products; the convolution of the patch embedding stays in float32."""
-    quantize_dynamic(full, file, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
-    return OnnxModel(file)
+def export_onnx(checkpoint: Path, folder: Path, int8: bool = False) -> nn.Module:
+    """Export with a dynamic batch size, and open the file; `optimum-cli mixrank export` does the same."""
+    model = AutoModelForImageClassification.from_pretrained(checkpoint)
+    return open_exported(export_model(model, folder, "onnx", int8=int8, overwrite=True).file)
 
 
 def main() -> None:
@@ -111,6 +75,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--output", type=Path, default=Path("int8-output"))
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--record", type=Path, help="JSON file to write the table to")
     args = parser.parse_args()
     if args.calibration_data == str(SHIPPED / "data"):
         args.calibration_split = args.calibration_split or "calibration"
@@ -131,20 +96,21 @@ def main() -> None:
         "original": original / "model.safetensors",
         "compressed": args.model / "model.safetensors",
         "torchao int8": args.output / "torchao-int8.safetensors",
-        "onnx": args.output / "model.onnx",
-        "onnx int8": args.output / "model-int8.onnx",
+        "onnx": args.output / "onnx" / "model.onnx",
+        "onnx int8": args.output / "onnx-int8" / "model.onnx",
     }
     loaders: dict[str, Callable[[], nn.Module]] = {
         "original": lambda: compressor.model,
         "compressed": lambda: AutoModelForImageClassification.from_pretrained(args.model),
         "torchao int8": lambda: torchao_int8(args.model, files["torchao int8"]),
-        "onnx": lambda: export_onnx(args.model, files["onnx"]),
-        "onnx int8": lambda: onnx_int8(files["onnx"], files["onnx int8"]),
+        "onnx": lambda: export_onnx(args.model, args.output / "onnx"),
+        "onnx int8": lambda: export_onnx(args.model, args.output / "onnx-int8", int8=True),
     }
     models = {name: load() for name, load in loaders.items()}
     batch = torch.randn(args.batch_size, *configured_shape(compressor.model))
     latencies = measure_latency(models, {"pixel_values": batch})
     print(f"{'':14}{'bytes':>12}{'top-1':>9}{'agreement':>11}{'KL in nats':>12}{'ms per image':>14}")
+    rows = {}
     for name, model in models.items():
         result = compressor.evaluate(
             model,
@@ -155,10 +121,15 @@ def main() -> None:
             batch_size=args.batch_size,
         )
         milliseconds = 1000 * latencies[name].median / args.batch_size
+        # Weights of more than 2 GB are in a file beside the model, `model.onnx.data`.
+        size = sum(part.stat().st_size for part in files[name].parent.glob(f"{files[name].name}*"))
         print(
-            f"{name:14}{files[name].stat().st_size:>12,}{result.top1:>9.2%}{result.agreement:>11.2%}{result.kl:>12.4f}"
-            f"{milliseconds:>14.3f}"
+            f"{name:14}{size:>12,}{result.top1:>9.2%}{result.agreement:>11.2%}{result.kl:>12.4f}{milliseconds:>14.3f}"
         )
+        rows[name] = {"bytes": size, "top1": result.top1, "agreement": result.agreement, "kl": result.kl}
+    if args.record is not None:
+        packages = {name: version(name) for name in ("torch", "transformers", "torchao", "onnxruntime")}
+        args.record.write_text(json.dumps({"environment": packages, "seed": args.seed, "models": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

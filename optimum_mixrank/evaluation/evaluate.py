@@ -66,9 +66,7 @@ class EvaluationResult:
         They are about the images: those of another draw from the same source would give such values.
         """
         shares = {name: getattr(self, name) for name in ("top1", "reference_top1", "agreement")}
-        found = {
-            name: wilson_interval(share, self.num_images) for name, share in shares.items() if share is not None
-        }
+        found = {name: wilson_interval(share, self.num_images) for name, share in shares.items() if share is not None}
         if self.gained is not None and self.lost is not None:
             found["change"] = paired_interval(self.gained, self.lost, self.num_images)
         return found

@@ -108,8 +108,8 @@ def _text(title: str, use: list[str], report: ReportData, base_model: str | None
         "",
         _before_and_after(report),
         "",
-        f"This is what was changed: {describe_encoder(report.layers)}, chosen so that the model's output changes least. The "
-        "method builds on [arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
+        f"What was changed: {describe_encoder(report.layers)}, chosen so that the model's output changes least. The method "
+        "builds on [arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
         "",
         "## Use",
         "",

@@ -63,17 +63,32 @@ def plot_ranks(report: ReportData, path: str | Path) -> Path:
     """
     from matplotlib import rc_context
 
-    path = Path(path)
-    form = _FORMATS.get(path.suffix.lower())
-    if form is None:
-        raise ValueError(f"{path.name!r} has the suffix {path.suffix!r}; choose one of {', '.join(_FORMATS)}.")
+    path = picture_path(path)
     with rc_context(STYLE):
         before, after = report.model_parameters_before, report.model_parameters_after
         removed = f"{report.removed_of_model:.1%} of the model removed"
         figure = draw_ranks(report, f"{format_count(before)} → {format_count(after)} parameters ({removed})")
-        metadata: dict[str, Any] = {} if form == "png" else {"Date" if form == "svg" else "CreationDate": None}
-        figure.savefig(path, format=form, metadata=metadata)
+        save_picture(figure, path)
     return path
+
+
+def picture_path(path: str | Path) -> Path:
+    """Return the path of a picture, whose suffix gives its format.
+
+    Raises:
+        ValueError: if it is not one of `.png`, `.svg` and `.pdf`.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(f"{path.name!r} has the suffix {path.suffix!r}; choose one of {', '.join(_FORMATS)}.")
+    return path
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Save a figure, without the date, so that the same figure gives the same file."""
+    form = _FORMATS[path.suffix.lower()]
+    metadata: dict[str, Any] = {} if form == "png" else {"Date" if form == "svg" else "CreationDate": None}
+    figure.savefig(path, format=form, metadata=metadata)
 
 
 def draw_ranks(report: ReportData, title: str | None = None) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..allocation.choice import LayerChoice
 from ..allocation.profile import BudgetPoint
-from .colours import DENSE, FACTORED, SHARED, WIDTH
+from .colours import DENSE, FACTORED, GRID, INK, SERIES, SHARED, WIDTH
+from .plots import STYLE, picture_path, save_picture
 from .structure import block_table
 
 
@@ -24,6 +26,10 @@ _BECOMES: dict[str, tuple[str, Callable[[LayerChoice], bool]]] = {
     "dense": (DENSE, lambda choice: True),
 }
 """What a layer becomes, and its colour; the first that applies."""
+
+
+_MAX_TICKS = 9
+"""As many budgets have room for a tick each."""
 
 
 @dataclass(frozen=True)
@@ -68,24 +74,32 @@ class RankProfile:
 
         Returns:
             The path of the file.
+
+        Raises:
+            ValueError: for another suffix.
         """
         # matplotlib takes a while to import; figures made without pyplot need no display and leave no global state.
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
-        path = Path(path).expanduser()
+        path = picture_path(path)
         removed = [100 * point.ratio for point in self.points]
-        with rc_context({"svg.hashsalt": "mixrank", "font.size": 9}):
-            figure = Figure(figsize=(14, 4), dpi=150, layout="constrained")
+        with rc_context(STYLE):
+            figure = Figure(figsize=(12, 3.9), dpi=150, layout="constrained")
             left, middle, right = figure.subplots(1, 3)
-            left.plot(removed, [point.loss for point in self.points], marker="o", color="#3b75af")
+            left.plot(removed, [point.loss for point in self.points], "o-", color=FACTORED)
             left.set(ylabel=f"predicted loss ({self.unit})", ylim=(0, None))
             _draw_mean_ranks(middle, removed, self.points)
             _draw_structures(right, removed, self.points)
             what = "parameters" if self.points[0].latency is None else "time"
             for axes in (left, middle, right):
                 axes.set(xlabel=f"{what} removed (%)")
-            figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
+                if axes is not right and len(removed) <= _MAX_TICKS:
+                    axes.set_xticks(removed, [f"{value:g}" for value in removed])
+                axes.grid(axis="y" if axes is right else "both", color=GRID, linewidth=0.7)
+                axes.set_axisbelow(True)
+                axes.spines[["top", "right"]].set_visible(False)
+            save_picture(figure, path)
         return path
 
 
@@ -105,14 +119,14 @@ def _draw_mean_ranks(axes: Axes, removed: Sequence[float], points: Sequence[Budg
     kinds: dict[str, list[str]] = {}
     for name in points[0].choices:
         kinds.setdefault(re.sub(r"\d+", "*", name).split("*.")[-1], []).append(name)
-    for kind, names in kinds.items():
+    for colour, (kind, names) in zip(itertools.cycle(SERIES), kinds.items(), strict=False):
         means = []
         for point in points:
             ranks = [rank for name in names if (rank := point.choices[name].rank) is not None]
             means.append(sum(ranks) / len(ranks) if ranks else float("nan"))
-        axes.plot(removed, means, marker=".", label=kind)
+        axes.plot(removed, means, "o-", markersize=4, color=colour, label=kind)
     axes.set(ylabel="mean rank of the factored layers", ylim=(0, None))
-    axes.legend(fontsize=7)
+    _legend(axes, 2)
 
 
 def _draw_structures(axes: Axes, removed: Sequence[float], points: Sequence[BudgetPoint]) -> None:
@@ -126,9 +140,15 @@ def _draw_structures(axes: Axes, removed: Sequence[float], points: Sequence[Budg
             axes.bar(positions, shares, bottom=bottom, color=colour, width=0.8, label=label)
         bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
     axes.set_xticks(positions, [f"{ratio:g}" for ratio in removed])
-    # Room for the legend above the bars.
-    axes.set(ylabel="layers (%)", ylim=(0, 125), yticks=range(0, 101, 20))
-    axes.legend(fontsize=7, ncols=2, loc="upper center")
+    axes.set(ylabel="layers (%)", ylim=(0, 100))
+    _legend(axes, 2)
+
+
+def _legend(axes: Axes, columns: int) -> None:
+    """Add a legend above the axes, where it hides nothing."""
+    axes.legend(
+        frameon=False, fontsize=8, labelcolor=INK, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )
 
 
 def _structure(choice: LayerChoice) -> str:

@@ -146,7 +146,7 @@ def _evaluation(report: ReportData) -> list[str]:
 
 
 def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
-    """Return the lines of an evaluation, given as the fields of `EvaluationResult`, with 95 % intervals where they apply."""
+    """Return the lines of an evaluation, given as the fields of `EvaluationResult`, with their 95 % intervals."""
     count = evaluation.get("num_images", 0)
     lines = []
     for name in ("top1", "top5"):

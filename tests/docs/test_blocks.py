@@ -18,6 +18,8 @@ from optimum_mixrank.decomposition import METRICS
 
 
 NOT_EXECUTED = {
+    ("README.md", "pip install optimum-mixrank"): "installs a release; .ci/wheel.sh installs the wheel",
+    ("README.md", "git clone"): "downloads the repository; .ci/run clones it",
     (
         "README.md",
         "examples/quickstart.py",
@@ -25,6 +27,7 @@ NOT_EXECUTED = {
     ("README.md", "-m pytest -n 2"): "creates an environment and runs the tests; .ci/run executes it",
     ("CONTRIBUTING.md", "-m pytest -m real_model"): "needs a pretrained checkpoint and its images; .ci/full",
     ("CONTRIBUTING.md", "mkdocs build"): "installs into the environment; .ci/run executes it",
+    ("install.md", "pip install optimum-mixrank"): "installs a release; .ci/wheel.sh installs the wheel",
     ("install.md", "pip install ."): "installs into the environment; .ci/run installs the same",
     ("checkpoints.md", "push_to_hub"): "needs the Hub and a token",
     (

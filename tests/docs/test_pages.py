@@ -2,8 +2,11 @@
 
 import ast
 import dataclasses
-import importlib
+import importlib.util
+import json
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -117,6 +120,63 @@ def test_pictures_are_drawn_by_their_script(tmp_path):
 
 def _words(svg):
     return re.findall(r"<text[^>]*>([^<]+)", svg)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_fits_a_screen_of_1366_pixels(page):
+    fences = re.findall(r"^ *```\w*\n(.*?)^ *```", PAGES[page].read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert not [line for text in fences for line in text.splitlines() if len(line) > 104]
+
+
+def test_tables_are_those_of_the_records():
+    script = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in script["PAGES"]]
+    assert [script["with_tables"](text) for text in texts] == texts
+    assert sum(text.count("<!-- table: ") for text in texts) == len(script["TABLES"])
+
+
+def test_tables_of_times_show_what_was_recorded(tmp_path):
+    """With a record of int8 its four kinds of models are shown, with one of latency only the two in every runtime."""
+    script = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))
+    shutil.copy(ROOT / "benchmarks" / "results" / "vit_s_distilled.json", tmp_path)
+    name = json.loads((tmp_path / "vit_s_distilled.json").read_text())["model_name"]
+    runs = [
+        {"runtime": "PyTorch", "batch_size": 8, "model": model, "median": seconds}
+        for model, seconds in (("dense", 0.8), ("best, 40 %", 0.4))
+    ]
+    cases = [{"name": name, "models": {"dense": {}, "best, 40 %": {}}, "runs": runs}]
+    machine = {"torch": "2", "processor": "a processor"}
+    record = {"environment": machine, "settings": {"repeats": 6}, "cases": cases}
+    (tmp_path / "latency.json").write_text(json.dumps(record))
+    assert "| 1.21 G | 88.1 % | 50.0 (0.50) |" in "\n".join(script["results_table"](tmp_path))
+    rows = [
+        {"model": model, "method": method, "bytes": 2_000_000, "top1": 0.5, "milliseconds": {"8": 8 * milliseconds}}
+        for method, milliseconds in (("PyTorch, float32", 10), ("ONNX Runtime, dynamic int8", 5), ("another", 1))
+        for model in ("dense", "compressed")
+    ]
+    record = {"machine": machine, "settings": {"repetitions": 6}, "rows": rows}
+    (tmp_path / "int8.json").write_text(json.dumps(record))
+    table = script["results_table"](tmp_path)
+    assert "| compressed, ONNX Runtime, int8 | 2.0 MB | 1.21 G | 50.0 % | 5.0 (0.50) |" in table
+    assert len(table) == 8 and "a processor" in table[-1]
+
+
+def test_the_address_of_the_repository_is_one():
+    repository = re.search(r'^Repository = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    for file in (ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "CITATION.cff"):
+        found = re.findall(r"https://github.com/\w[\w-]*/optimum-mixrank", file.read_text(encoding="utf-8"))
+        assert set(found) == {repository}, file
+
+
+def test_links_of_the_readme_are_absolute_on_pypi():
+    script = runpy.run_path(str(ROOT / "hatch_build.py")) if importlib.util.find_spec("hatchling") else None
+    if script is None:
+        pytest.skip("hatchling, which builds the package, is not installed; .ci/wheel.sh looks at the wheel")
+    text = script["with_absolute_links"](PAGES["README.md"].read_text(encoding="utf-8"), "https://host/a/b")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links and all(link.startswith("https://") for link in links)
+    assert "https://host/a/b/raw/main/docs/pictures/results.svg" in links
+    assert "https://host/a/b/blob/main/docs/performance.md#latency" in links
 
 
 def test_every_page_is_in_the_navigation():

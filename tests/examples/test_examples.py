@@ -85,7 +85,7 @@ def test_int8(tmp_path):
     full, *others = (figures(text, row) for row in ("compressed ", "torchao int8", "onnx ", "onnx int8"))
     assert all(abs(row[0] - full[0]) < 2 and row[2] < full[2] + 0.01 for row in others)
     assert (tmp_path / "torchao-int8.safetensors").stat().st_size < 450_000
-    assert (tmp_path / "model-int8.onnx").stat().st_size < 600_000
+    assert (tmp_path / "onnx-int8" / "model.onnx").stat().st_size < 600_000
     assert b"stack_trace" not in (tmp_path / "model.onnx").read_bytes()
 
 

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from optimum_mixrank.allocation.choice import LayerChoice
 from optimum_mixrank.allocation.profile import BudgetPoint
 from optimum_mixrank.reporting.profile import RankProfile
@@ -92,3 +94,5 @@ def test_other_structures_are_counted():
 def test_the_suffix_gives_the_format_of_the_plot(tmp_path):
     assert PROFILE.plot(tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
     assert PROFILE.plot(str(tmp_path / "profile.svg")).read_text().lstrip().startswith("<?xml")
+    with pytest.raises(ValueError, match=r"'\.txt'; choose one of \.png, \.svg, \.pdf"):
+        PROFILE.plot(tmp_path / "profile.txt")
