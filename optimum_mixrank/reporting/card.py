@@ -15,7 +15,7 @@ from ..runtime.logging import get_logger
 from ..runtime.version import __version__
 from .data import ReportData
 from .structure import describe_encoder
-from .table import format_table
+from .table import format_table, size_text
 
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _text(original: str, auto_class: str, report: ReportData, needs: Needs) -> s
         f"# {original}, {report.removed_of_model:.0%} smaller",
         "",
         f"`{original}` {CARD_MARK} {__version__}: {describe_encoder(report.layers)}, chosen so that the model's output "
-        "changes least. The method builds on [arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
+        f"changes least. {_size(report)}The method builds on [arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
         "",
         "## Use",
         "",
@@ -92,6 +92,11 @@ def _text(original: str, auto_class: str, report: ReportData, needs: Needs) -> s
         *(f"| {key} | `{value}` |" for key, value in {**settings, **report.environment}.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _size(report: ReportData) -> str:
+    size = size_text(report)
+    return f"It was compressed to {size}. " if size else ""
 
 
 def _use(auto_class: str, needs: Needs) -> list[str]:
