@@ -18,7 +18,7 @@ from .choice import Allocation, LayerChoice
 from .costs import PARAMETERS, Costs, MeasuredTime
 from .probes import Probe, probe_of
 from .sites import NewProfile, SiteProfile, mlp_profile, shared_input_profile
-from .specs import LayerSpec, MlpSpec, SharedInputSpec, SiteSpec
+from .specs import LayerSpec, MlpSpec, ModelSize, SharedInputSpec, SiteSpec
 
 
 logger = get_logger(__name__)
@@ -50,6 +50,7 @@ class RankBudget:
         costs: Prices layers.
         factored: Whether single layers may be factored; if not, they stay dense unless they are part of a site.
         sites: Layers whose structures are decided together; a layer is in one of them at most.
+        size: Parameters that the whole model may have, exactly; the ratio then says about the same.
 
     Raises:
         ValueError: if the rank or ratio that the user asked for does not fit a layer.
@@ -67,6 +68,7 @@ class RankBudget:
     costs: Costs = PARAMETERS
     factored: bool = True
     sites: Sequence[SiteSpec] = ()
+    size: ModelSize | None = None
 
     def __post_init__(self) -> None:
         for layer in self.layers:
@@ -84,6 +86,8 @@ class RankBudget:
     @property
     def budget(self) -> int:
         """Cost that all targeted layers together may have."""
+        if self.size is not None:
+            return self.size.parameters - (self.model_cost - self._targeted)
         return math.floor(self._targeted - self.compression_ratio * self._base + _TOLERANCE)
 
     @property
@@ -339,6 +343,8 @@ class RankBudget:
         # The two budgets differ by the cost of the layers that stay dense.
         minimum = problem.min_cost + self.budget - problem.budget
         largest = max(targeted - minimum, 0) * 1000 // self._base / 1000
+        if self.size is not None:
+            return self._too_small(minimum)
         if self.counts_time and self.compression_scope == "model":
             return self._too_fast(largest, minimum)
         reachable = (
@@ -351,6 +357,17 @@ class RankBudget:
             f"targeted layers hold {targeted:,} of the model's {self.model_cost:,} {self.costs.unit} and keep at least "
             f"{minimum:,} under min_rank={self.min_rank}, min_rank_ratio={self.min_rank_ratio}, "
             f"rank_multiple={self.rank_multiple} and the patterns. {reachable}"
+        )
+
+    def _too_small(self, minimum: int) -> str:
+        """Return the message for a size below what can be reached; `minimum` is the least that targeted layers keep."""
+        rest = self.model_cost - self._targeted
+        return (
+            f"{self.size} cannot be reached: the targeted layers hold {self._targeted:,} of the model's "
+            f"{self.model_cost:,} {self.costs.unit} and keep at least {minimum:,} under min_rank={self.min_rank}, "
+            f"min_rank_ratio={self.min_rank_ratio}, rank_multiple={self.rank_multiple} and the patterns; everything else "
+            f"has {rest:,}. The smallest size that can be reached is target_parameters={rest + minimum}; give that or "
+            "more, lower these floors, or target more layers."
         )
 
     def _too_fast(self, largest: float, minimum: int) -> str:

@@ -77,3 +77,21 @@ class MlpSpec:
 
 
 SiteSpec = SharedInputSpec | MlpSpec
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """How many parameters the whole compressed model may have.
+
+    Attributes:
+        parameters: The number.
+        like: Name of the model whose size it is; empty for a number of the user's.
+    """
+
+    parameters: int
+    like: str = ""
+
+    def __str__(self) -> str:
+        if self.like:
+            return f"like={self.like!r} ({self.parameters:,} parameters)"
+        return f"target_parameters={self.parameters}"

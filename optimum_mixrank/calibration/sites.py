@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..allocation.choice import LayerChoice
 from ..checkpoint.modeling import replace_module
 from ..checkpoint.names import Target, joint_target
 from ..checkpoint.narrowing import selected_columns, selected_rows
@@ -274,3 +275,14 @@ def _agree(expected: ModelOutput, found: ModelOutput) -> bool:
         if not float((a.float() - b.float()).norm()) <= tolerance * float(a.float().norm()):
             return False
     return True
+
+
+def removed_biases(sites: Sequence[Site], choices: Mapping[str, LayerChoice]) -> int:
+    """Return how many biases the removed hidden units take with them; `choices` are by canonical name."""
+    removed = 0
+    for site in sites:
+        width = choices[site.second.canonical_name].width if isinstance(site, Mlp) else None
+        if isinstance(site, Mlp) and width is not None:
+            rows = sum(each.module.out_features for each in site.first.layers if each.module.bias is not None)
+            removed += rows - rows * width // site.num_units
+    return removed

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -34,6 +34,7 @@ from ..runtime.logging import get_logger
 from ..runtime.outputs import PLAIN_CALL, ModelCall
 from ..runtime.parts import WHOLE, text_model_refused
 from ..runtime.stacks import is_stack
+from .included import choose_included, layers_outside
 from .plain_layers import check_model, check_targets, check_uses
 
 
@@ -45,23 +46,29 @@ logger = get_logger(__name__)
 Value = TypeVar("Value")
 
 
-def encoder_linears(model: PreTrainedModel, call: ModelCall = PLAIN_CALL) -> list[Target]:
+def encoder_linears(
+    model: PreTrainedModel, call: ModelCall = PLAIN_CALL, include: Collection[str] = ()
+) -> list[Target]:
     """Return all linear layers in the blocks of a model that images pass through, in forward order.
 
     Args:
         model: The model.
         call: How it is called, and the images that it is tried on once; see `ModelCall.bound`.
+        include: Which layers beside those of the blocks are returned too; see `MixRankConfig`.
 
     Raises:
         ValueError: if the model has none, does not run on the images, or contains factored layers, adapters or quantized
             layers already.
     """
     linears = linears_in_blocks(model)
-    reached = _reached(model, linears, call.bound(model))
+    outside = layers_outside(model, linears) if include else []
+    reached = _reached(model, [*linears, *outside], call.bound(model))
     left = [target for target in linears if not reached.get(target.name, False)]
     _log_left_out([each for each in left if each.name in reached], "their inputs are the same for every image")
     _log_left_out([each for each in left if each.name not in reached], "they are not called when images are")
     found = [target for target in linears if reached.get(target.name, False)]
+    if include:
+        found = _in_order(model, [*found, *choose_included(model, outside, linears, reached, include)])
     tied = _tied_to_others(model, found)
     _log_left_out(tied, "their weights are used elsewhere too")
     found = [target for target in found if target not in tied]
@@ -71,6 +78,11 @@ def encoder_linears(model: PreTrainedModel, call: ModelCall = PLAIN_CALL) -> lis
             "Compress its vision tower by itself, or name layers by target_modules."
         )
     return found
+
+
+def _in_order(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
+    names = {target.name: target for target in targets}
+    return [names[name] for name, _ in model.named_modules() if name in names]
 
 
 def _tied_to_others(model: PreTrainedModel, linears: Sequence[Target]) -> list[Target]:
@@ -182,6 +194,7 @@ def find_targets(
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
     call: ModelCall = PLAIN_CALL,
+    include: Collection[str] = (),
 ) -> list[Target]:
     """Return the layers of a model that would be compressed; see `candidates` and `select_targets`.
 
@@ -190,14 +203,18 @@ def find_targets(
         target_modules: As in `MixRankConfig`.
         exclude_modules: As in `MixRankConfig`.
         call: As for `encoder_linears`.
+        include: As in `MixRankConfig`.
     """
-    targets = select_targets(candidates(model, target_modules, call), target_modules, exclude_modules)
+    targets = select_targets(candidates(model, target_modules, call, include), target_modules, exclude_modules)
     check_uses(model, targets)
     return targets
 
 
 def candidates(
-    model: PreTrainedModel, target_modules: str | Sequence[str] | None = None, call: ModelCall = PLAIN_CALL
+    model: PreTrainedModel,
+    target_modules: str | Sequence[str] | None = None,
+    call: ModelCall = PLAIN_CALL,
+    include: Collection[str] = (),
 ) -> list[Target]:
     """Return the layers that patterns select from: those that images reach, or all if a pattern matches others alone.
 
@@ -207,9 +224,9 @@ def candidates(
         ValueError: as `encoder_linears`, unless `target_modules` names layers.
     """
     if target_modules is None or target_modules == "all-linear":
-        return encoder_linears(model, call)
+        return encoder_linears(model, call, include)
     try:
-        reached = encoder_linears(model, call)
+        reached = encoder_linears(model, call, include)
     except ValueError:
         every = linears_in_blocks(model)
         _select(every, target_modules, "target_modules")

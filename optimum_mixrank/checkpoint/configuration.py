@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,9 +48,13 @@ class MixRankConfig(QuantizationConfigMixin):
 
     Args:
         compression_ratio (`float`): Fraction of the parameters to **remove**, in (0, 1), or of what else `cost` names.
-            With `target_latency` it is left out.
+            With `target_parameters`, `like` or `target_latency` it is left out.
         compression_scope (`str`): What the ratio refers to: `"model"`, all parameters of the model, as in the paper's
             headline; `"targets"`, the weights of the targeted layers alone.
+        target_parameters (`int`, *optional*): Parameters that the whole compressed model may have, in place of a ratio: it
+            gets at most this many, and as many as the steps between ranks allow.
+        like (`str`, *optional*): Hub id or folder of a smaller model, in place of a ratio: the compressed model gets at
+            most as many parameters as that one. Only its configuration is read, and no code that comes with it is run.
         recipe (`str`): Named choice of the fields from `metric` to `min_rank_ratio` that are optional: `"best"`,
             `"distilled"` (the same, then distillation; for a few thousand images or more), `"fast"` (one forward pass,
             closed form), `"paper"` (arXiv 2402.06004) or `"paper_second_moment"` (the same with that metric). Each of
@@ -92,6 +97,10 @@ class MixRankConfig(QuantizationConfigMixin):
         target_modules (`str`, `list[str]`, *optional*): Layers to compress, as in PEFT: a regular expression that must
             match the whole name, or a list of names or their last parts, as in Transformers 4.x
             (`attention.attention.query`) or 5.x (`attention.q_proj`). Default: all linear layers of the encoder.
+        include (`list[str]`): What to compress beside the linear layers of the blocks: `"patch_embedding"`, convolutions
+            whose patches do not overlap, and linear layers before the blocks; `"pointwise_convolutions"`, those of single
+            pixels; `"pooling"`, linear layers that follow the blocks inside the base model; `"heads"`, those outside of it;
+            `"projections"`, those of either kind that are called so, as in CLIP. Default: none of them.
         exclude_modules (`str`, `list[str]`, *optional*): Layers not to compress, in the same form.
         rank_pattern (`dict[str, int]`): Ranks of individual layers; keys are names, last parts of names or regular
             expressions, as in PEFT. The first matching key applies.
@@ -129,6 +138,8 @@ class MixRankConfig(QuantizationConfigMixin):
     quant_method: str = QUANT_METHOD
     compression_ratio: float = _BY_COST
     compression_scope: Scope = "model"
+    target_parameters: int | None = None
+    like: str | None = None
     recipe: Recipe = "best"
     metric: Metric | str = _BY_RECIPE
     allocation: Allocation | str = _BY_RECIPE
@@ -147,6 +158,7 @@ class MixRankConfig(QuantizationConfigMixin):
     probed_images: int = _BY_RECIPE
     closed_form_images: int | None = _BY_RECIPE
     target_modules: str | list[str] | None = None
+    include: list[str] = field(default_factory=list)
     exclude_modules: str | list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     ratio_pattern: dict[str, float] = field(default_factory=dict)
@@ -171,6 +183,8 @@ class MixRankConfig(QuantizationConfigMixin):
         for field_name, value in RECIPES[self.recipe].items():
             if getattr(self, field_name) is None:
                 setattr(self, field_name, copy.copy(value))
+        if isinstance(self.like, os.PathLike):
+            self.like = os.fspath(self.like)
         self._fill_in_by_cost()
         self.validate()
 
@@ -178,17 +192,20 @@ class MixRankConfig(QuantizationConfigMixin):
         """Show what was asked for: the fields that differ from those of the recipe, and how many layers are factored."""
         usual = type(self)(recipe=self.recipe)
         names = [each.name for each in dataclasses.fields(self) if each.name not in ("quant_method", "rank_map")]
-        always = ("compression_ratio", "recipe")
+        always = ("recipe",) if self.compression_ratio is None else ("compression_ratio", "recipe")
         shown = {name: getattr(self, name) for name in names}
         parts = [
-            f"{name}={value!r}" for name, value in shown.items() if name in always or value != getattr(usual, name)
+            f"{name}={value!r}"
+            for name, value in shown.items()
+            if name in always or (value is not None and value != getattr(usual, name))
         ]
         if self.rank_map:
             parts.append(f"rank_map=<{len(self.rank_map)} layers>")
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _fill_in_by_cost(self) -> None:
-        if self.compression_ratio is None:
+        # A size becomes a ratio when the model is known.
+        if self.compression_ratio is None and self.target_parameters is None and self.like is None:
             given = self.target_latency
             # 1 - 0.7 is 0.30000000000000004.
             self.compression_ratio = round(1 - given, 12) if validation.is_share(given) else 0.5
@@ -208,6 +225,7 @@ class MixRankConfig(QuantizationConfigMixin):
             ValueError: for an invalid value; the message names field, value and remedy.
         """
         validation.check_method(self)
+        validation.check_size(self)
         validation.check_cost(self)
         validation.check_ranks(self)
         validation.check_training(self)

@@ -17,6 +17,7 @@ from .narrowing import mark_narrow
 from .pivoted import PivotedLinear
 from .rank_map import FactoredLayer, decode_rows
 from .shared import share
+from .views import insert_views
 
 
 logger = get_logger(__name__)
@@ -32,6 +33,7 @@ def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]
         ValueError: if the model has none of the map's layers, or if an entry names something other than a linear layer
             or does not fit its layer.
     """
+    insert_views(model, layers)
     names = {canonical: name for name, canonical in canonical_names(model).items()}
     present = {canonical: layer for canonical, layer in layers.items() if canonical in names}
     missing = [canonical for canonical in layers if canonical not in names]

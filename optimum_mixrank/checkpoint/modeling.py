@@ -38,23 +38,15 @@ class Guard(nn.Parameter):
         return self
 
 
-class GuardedLinear(nn.Module):
-    """A module in place of a linear layer `[out_features, in_features]` whose values are stored elsewhere.
+class Guarded(nn.Module):
+    """A module in place of a dense one whose values are stored elsewhere.
 
-    `weight` is an empty parameter where a dense layer keeps its weight: a program that does not know this class and
-    expects a dense layer stops with a size mismatch instead of continuing with random weights. It is never trainable.
+    `weight` is an empty parameter where the dense module keeps its weight: a program that does not know this class and
+    expects a dense module stops with a size mismatch instead of continuing with random weights. It is never trainable.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
         # A parameter rather than a buffer: buffers of size zero break disk offload in Transformers 4.57.
         self.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
 
@@ -62,7 +54,7 @@ class GuardedLinear(nn.Module):
         """Register a parameter; `weight` as one that is never trainable. Assigning an attribute calls this as well."""
         super().register_parameter(name, _guarding(param) if name == "weight" else param)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GuardedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Guarded:
         super()._apply(fn, recurse)
         # Moved to another kind of device, a parameter is replaced by an ordinary one.
         self._parameters["weight"] = _guarding(self._parameters["weight"])
@@ -74,11 +66,26 @@ class GuardedLinear(nn.Module):
         self._parameters["weight"] = _guarding(self._parameters["weight"])
 
 
+class GuardedLinear(Guarded):
+    """A module in place of a linear layer `[out_features, in_features]` whose values are stored elsewhere."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(device, dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+
+
 class FactoredLinear(GuardedLinear, ABC):
     """A linear layer `y = W x + b` whose weight has low rank and is stored as two factors.
 
     The factors are ordinary `nn.Linear` modules, `factor_a` and `factor_b`, which quantizers and PEFT recognize. For the
-    empty `weight` see `GuardedLinear`.
+    empty `weight` see `Guarded`.
 
     Attributes:
         layout: Name of the layout in the rank map.

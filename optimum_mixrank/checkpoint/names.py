@@ -62,14 +62,24 @@ def _joined(names: Sequence[str]) -> str:
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
     """Return the canonical name of every linear layer of the model, dense or factored, by module name."""
+    canonical = canonical_naming(model)
+    return {
+        name: canonical(name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | GuardedLinear)
+    }
+
+
+def canonical_naming(model: nn.Module) -> Callable[[str], str]:
+    """Return the function from the name of a layer of the model, which need not exist yet, to its canonical name."""
     to_disk = _renaming_to_disk(model)
     prefix = getattr(model, "base_model_prefix", "")
-    names = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | GuardedLinear):
-            on_disk = to_disk(f"{name}.weight").removesuffix(".weight")
-            names[name] = on_disk.removeprefix(f"{prefix}.") if prefix else on_disk
-    return names
+
+    def canonical(name: str) -> str:
+        on_disk = to_disk(f"{name}.weight").removesuffix(".weight")
+        return on_disk.removeprefix(f"{prefix}.") if prefix else on_disk
+
+    return canonical
 
 
 def saving_conversions(model: nn.Module) -> list[Any]:

@@ -100,10 +100,12 @@ class MixRankHfQuantizer(HfQuantizer):
         from .dense import dense_layers
         from .modeling import replace_module
         from .plain import make_plain
+        from .views import remove_dense_views
 
         # All products before the first replacement, so that an error leaves the model as it was.
         for name, module in dense_layers(model, keep_widths).items():
             replace_module(model, name, module)
+        remove_dense_views(model)
         if not keep_widths:
             forget_compression(model)
         elif not make_plain(model):
@@ -131,6 +133,7 @@ def attach(model: PreTrainedModel, quantizer: MixRankHfQuantizer) -> None:
     config = quantizer.quantization_config
     # Checkpoints are published, and must not show paths of the machine on which they were made.
     config.dataset = None if config.dataset is None or is_local_path(config.dataset) else config.dataset
+    config.like = config.like if config.like is None or not is_local_path(config.like) else Path(config.like).name
     config.latency_table = None if config.latency_table is None else Path(config.latency_table).name
     model.config.quantization_config = config
     model.is_quantized = False

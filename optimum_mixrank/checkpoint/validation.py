@@ -18,7 +18,13 @@ from .recipes import RECIPES
 STRUCTURES = ("rank", "shared", "width")
 """What layers may become; see `MixRankConfig`."""
 
+INCLUDED = ("patch_embedding", "pointwise_convolutions", "pooling", "heads", "projections")
+"""What can be compressed beside the linear layers of the blocks; see `MixRankConfig`."""
+
 LARGEST_SEED = 2**64 - 1
+
+MAX_PARAMETERS = 10**15
+"""More than any model has."""
 
 
 def check_method(config: Any) -> None:
@@ -27,7 +33,8 @@ def check_method(config: Any) -> None:
     is_percentage = isinstance(ratio, int | float) and 5 <= ratio < 100
     meant = f"Did you mean {ratio / 100:g}? " if is_percentage else ""
     remedy = f"{meant}It is the fraction of parameters to remove: 0.6 removes 60 %."
-    _check_number("compression_ratio", config.compression_ratio, "(0, 1)", remedy)
+    if ratio is not None or (config.target_parameters is None and config.like is None):
+        _check_number("compression_ratio", ratio, "(0, 1)", remedy)
     check_choice("compression_scope", config.compression_scope, ("model", "targets"))
     check_choice("recipe", config.recipe, tuple(RECIPES))
     check_choice("metric", config.metric, tuple(METRICS))
@@ -48,6 +55,36 @@ def check_method(config: Any) -> None:
     if not is_known(steps, known):
         names = ", ".join(map(repr, known))
         raise ValueError(f"compensation={quote(steps)} has an unknown step; choose among {names}.")
+
+
+def check_size(config: Any) -> None:
+    """Check a size of the whole model that takes the place of a ratio, and that nothing else says how much to remove."""
+    count, like = config.target_parameters, config.like
+    if count is not None:
+        if isinstance(count, float | str):
+            raise ValueError(
+                f"target_parameters={quote(count)} is not an integer; write the number out: 22 million are 22_000_000."
+            )
+        check_integer("target_parameters", count, 1, MAX_PARAMETERS)
+    if like is not None and (not isinstance(like, str) or not like):
+        raise ValueError(f"like={quote(like)} is not the Hub id or the folder of a model whose size is wanted.")
+    if config.rank_map:
+        # A checkpoint records what was asked for beside the ratio that it has come to.
+        return
+    names = ("compression_ratio", "target_parameters", "like", "target_latency")
+    given = [f"{name}={quote(getattr(config, name))}" for name in names if getattr(config, name) is not None]
+    if count is None and like is None:
+        return
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} all say how small the model is to become. Give only one of them.")
+    if config.cost != "parameters" or config.compression_scope != "model":
+        name, value = (
+            ("cost", config.cost) if config.cost != "parameters" else ("compression_scope", config.compression_scope)
+        )
+        raise ValueError(
+            f"{given[0]} counts the parameters of the whole model, which {name}={quote(value)} contradicts; leave one of "
+            "the two out."
+        )
 
 
 def check_cost(config: Any) -> None:
@@ -91,6 +128,12 @@ def is_share(value: object) -> bool:
 
 def check_ranks(config: Any) -> None:
     """Check which layers are selected, and the bounds of their ranks."""
+    check_include(config.include)
+    if config.include and config.cost == "latency":
+        raise ValueError(
+            f"include={quote(config.include)} names layers of which a table of latencies holds no times; leave it out with "
+            "cost='latency'."
+        )
     _check_patterns("target_modules", config.target_modules)
     _check_patterns("exclude_modules", config.exclude_modules)
     _check_mapping("rank_pattern", config.rank_pattern)
@@ -109,6 +152,20 @@ def check_ranks(config: Any) -> None:
         interval = f"({config.min_rank_ratio}, 1]"
         remedy = f"It is a share of the break-even rank, above min_rank_ratio={quote(config.min_rank_ratio)}."
         _check_number("max_rank_ratio", config.max_rank_ratio, interval, remedy)
+
+
+def check_include(include: object) -> None:
+    """Check what is compressed beside the linear layers of the blocks."""
+    if not isinstance(include, list | tuple) or not all(isinstance(each, str) for each in include):
+        raise ValueError(
+            f"include={quote(include)} is not a list; name what to compress beside the blocks: {_INCLUDED}."
+        )
+    unknown = [each for each in include if each not in INCLUDED]
+    if unknown:
+        raise ValueError(f"include has {quote(unknown[0])}, which is unknown; choose among {_INCLUDED}.")
+
+
+_INCLUDED = ", ".join(map(repr, INCLUDED))
 
 
 def check_training(config: Any) -> None:

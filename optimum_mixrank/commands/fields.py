@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.recipes import RECIPES
 from .hub import hub_arguments
-from .parsing import fraction, merged, pattern
+from .parsing import count, fraction, merged, pattern
 
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ FIELDS: dict[str, Field] = {
         "ratio", fraction, "fraction of parameters or of the --cost to remove, in (0, 1); default: 0.5"
     ),
     "compression_scope": Field("scope", str, "what the ratio refers to: model (default) or targets"),
+    "target_parameters": Field(
+        "target-parameters", count, "most parameters of the whole compressed model, such as 22M; in place of --ratio"
+    ),
+    "like": Field("like", str, "model whose number of parameters to meet, a Hub id or folder; in place of --ratio"),
     "recipe": Field("recipe", str, "best (default), distilled, fast, paper or paper_second_moment"),
     "metric": Field("metric", str, "kfac, second_moment, mean_input, diagonal or svd"),
     "allocation": Field("allocation", str, "global, greedy or uniform"),
@@ -50,6 +54,11 @@ FIELDS: dict[str, Field] = {
         "closed-form-images", int, "images for statistics and layer-wise steps; default: all, 2048 of distilled"
     ),
     "target_modules": Field("target-modules", list, "layers to compress; default: all linear layers of the encoder"),
+    "include": Field(
+        "include",
+        list,
+        "compress also: patch_embedding, pointwise_convolutions, pooling, heads, projections; default: none",
+    ),
     "exclude_modules": Field("exclude-modules", list, "layers not to compress"),
     "rank_pattern": Field("rank-pattern", pattern, "ranks of individual layers, such as query=64"),
     "ratio_pattern": Field("ratio-pattern", pattern, "ratios of individual layers, such as query=0.5"),
@@ -111,6 +120,8 @@ def configuration(args: Any) -> MixRankConfig:
     fields = {} if args.config is None else _read(args.config)
     fields.update({name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None})
     fields.update({name: merged(fields[name]) for name in _PATTERNS if isinstance(fields.get(name), list)})
+    if isinstance(fields.get("target_parameters"), str):
+        fields["target_parameters"] = _count_in_file(fields["target_parameters"])
     if fields.get("compensation") == ["none"]:
         fields["compensation"] = []
     for name in ("target_modules", "exclude_modules"):
@@ -138,6 +149,13 @@ def calibration_images(args: Any, compressor: MixRankCompressor, config: MixRank
         **({"streaming": True} if args.streaming else {}),
         **hub,
     )
+
+
+def _count_in_file(text: str) -> int:
+    try:
+        return count(text)
+    except ArgumentTypeError as error:
+        raise ValueError(f"target_parameters: {error}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 
@@ -103,6 +105,21 @@ def fraction(text: str) -> float:
         return value
     meant = f": did you mean {value / 100:g}?" if 5 <= value < 100 else "; give a fraction, such as 0.6."
     raise argparse.ArgumentTypeError(f"{text} is not in (0, 1){meant}")
+
+
+_NUMBER = re.compile(r"(\d{1,3}(?:,\d{3})+|[\d_]*\.?\d+(?:e\d{1,2})?)\s?([kmbg]?)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+
+
+def count(text: str) -> int:
+    """Return the number of an option that counts parameters: `22M`, `1.2B`, `22_050_664` or `22,050,664`."""
+    found = _NUMBER.fullmatch(text.strip())
+    value = (
+        0 if found is None else round(Decimal(found[1].replace(",", "").replace("_", "")) * _UNITS[found[2].lower()])
+    )
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters; give one such as 22M or 22050664.")
+    return value
 
 
 def pattern(text: str) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .command import MixRankSubcommand, add_model_arguments, open_compressor
 from .fields import add_field_arguments, calibration_images, configuration
 from .parsing import fraction
 from .statistics import add_statistics_argument, has_statistics, read_statistics, take_statistics
 
+
+if TYPE_CHECKING:
+    from ..checkpoint.configuration import MixRankConfig
 
 RATIOS = [0.3, 0.4, 0.5, 0.6, 0.7]
 
@@ -37,8 +40,8 @@ example:
         add("--model", required=True, help="local folder or Hub id")
         add_statistics_argument(parser)
         ratios = (
-            "fractions of parameters, or of the --cost, to remove; default: that of --target-latency, else 0.3 0.4 0.5 "
-            "0.6 0.7"
+            "fractions of parameters, or of the --cost, to remove; default: that of --target-parameters, --like or "
+            "--target-latency, else 0.3 0.4 0.5 0.6 0.7"
         )
         add("--ratios", type=fraction, nargs="+", help=ratios)
         add("--plot", type=Path, help="plot to write: .png, .svg or .pdf")
@@ -49,8 +52,13 @@ example:
         """See `MixRankSubcommand`."""
         args = self.args
         config = configuration(args)
+        if args.ratios and (config.target_parameters is not None or config.like is not None):
+            option = "--like" if config.target_parameters is None else "--target-parameters"
+            raise ValueError(f"--ratios and {option} both say how much to remove. Give only one of them.")
         from ..calibration.result import Calibration
         from ..decomposition import METRICS
+        from ..pipeline.profile import check_ratios
+        from ..pipeline.size import with_known_ratio
         from ..runtime.files import check_writable_file
 
         if args.plot is not None:
@@ -63,13 +71,25 @@ example:
             raise ValueError("--dataset is missing: name a folder of images, or --statistics of an earlier run.")
         compressor = open_compressor(args, args.model)
         images = None if config.dataset is None else calibration_images(args, compressor, config)
+        with compressor.processes.raise_on_all_ranks():
+            sized = with_known_ratio(compressor.model, config)
+            is_named = sized is not config or config.target_latency is not None
+            ratios = args.ratios or ([sized.compression_ratio] if is_named else RATIOS)
+            check_ratios(compressor.model, config, ratios)
         calibration = Calibration({}, 0)
         if needed:
             calibration = take_statistics(args, compressor, config, images)
         elif reuse:
             calibration = read_statistics(args, compressor, config, images)
-        default = RATIOS if config.target_latency is None else [config.compression_ratio]
-        profile = compressor.profile(calibration, config, args.ratios or default)
+        profile = compressor.profile(calibration, config, ratios)
         if args.plot is not None and compressor.processes.is_main:
             profile.plot(args.plot)
-        return str(profile), profile.to_dict()
+        return f"{_heading(sized)}{profile}", {"target_parameters": sized.target_parameters, **profile.to_dict()}
+
+
+def _heading(config: MixRankConfig) -> str:
+    """Return what a size of the whole model means as a ratio."""
+    if config.target_parameters is None:
+        return ""
+    like = f", the size of {config.like}" if config.like else ""
+    return f"A ratio of {config.compression_ratio:.1%} leaves {config.target_parameters:,} parameters{like}.\n\n"

@@ -49,7 +49,7 @@ def take_statistics(
     args: Any, compressor: MixRankCompressor, config: MixRankConfig, images: datasets.Dataset
 ) -> Calibration:
     """Compute statistics of all layers of the encoder, and write them to the file if one is named."""
-    names = ("fisher_samples", "seed", "output_names", "interpolate_pos_encoding", "structures")
+    names = ("include", "fisher_samples", "seed", "output_names", "interpolate_pos_encoding", "structures")
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
     calibration = compressor.calibrate(images, config.metric, **settings, **reading_arguments(args))
     with compressor.processes.raise_on_all_ranks():
@@ -72,5 +72,5 @@ def read_statistics(
             "out, or name another file."
         )
     if images is not None:
-        compressor.check_calibration(calibration, images, **reading_arguments(args))
+        compressor.check_calibration(calibration, images, include=config.include, **reading_arguments(args))
     return calibration

@@ -42,6 +42,7 @@ from .fidelity import measure_fidelity
 from .memory import MemoryPlan, MemoryTask, agree_on_plan, estimate_memory
 from .probing import scale_losses
 from .run import CompressionRun
+from .size import solve_to_size
 from .unfinished import check_images
 
 
@@ -256,7 +257,7 @@ def _allocate(run: CompressionRun, decompositions: Decompositions) -> _Allocated
         losses = decompositions.losses(run.metric)
         mlp_losses = dict(decompositions.mlp_losses)
         problem = run.budget.problem(losses, mlp_losses)
-        allocation = run.processes.broadcast(run.budget.solve(problem, run.config.allocation))
+        allocation = run.processes.broadcast(solve_to_size(run.budget, problem, run.config.allocation, run.sites))
         allocating.add_detail(_rank_range(allocation.ranks))
     with phase("Profiled", logging.DEBUG) as profiling:
         profile = profile_budgets(_around(run.budget), losses, run.config.allocation, mlp_losses, problem)
@@ -274,7 +275,8 @@ def _rank_range(ranks: Mapping[str, int | None]) -> str:
 def _around(budget: RankBudget) -> list[RankBudget]:
     """Return the budget among those of other ratios that can be reached."""
     ratios = sorted({budget.compression_ratio, *(tenths / 10 for tenths in range(1, 10))})
-    budgets = [dataclasses.replace(budget, compression_ratio=ratio) for ratio in ratios]
+    others = [dataclasses.replace(budget, compression_ratio=ratio, size=None) for ratio in ratios]
+    budgets = [budget if each.compression_ratio == budget.compression_ratio else each for each in others]
     return [each for each in budgets if each.is_reachable]
 
 

@@ -13,6 +13,7 @@ from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
 from ..calibration.images.sources import load_image_dataset, local_paths
+from ..calibration.included import included_as_linear, without_views
 from ..calibration.plain_layers import MERGE
 from ..calibration.result import Calibration
 from ..calibration.sites import find_sites
@@ -22,6 +23,7 @@ from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.original import check_placement, open_original
 from ..checkpoint.saving import IMAGES, ORIGINAL, check_apart
 from ..checkpoint.validation import STRUCTURES, check_integer
+from ..checkpoint.views import remove_dense_views
 from ..decomposition import METRICS
 from ..evaluation.evaluate import EvaluationResult, evaluate_model
 from ..reporting import CompressionReport
@@ -50,6 +52,7 @@ from .profile import profile_model
 from .reports import Made, MadeModels
 from .run import CompressionRun, example_call, free_sites, shared_fingerprint
 from .saving import push_compressed, record_evaluation, save_result
+from .size import with_known_ratio
 from .unfinished import check_output, open_run
 
 
@@ -208,6 +211,7 @@ class MixRankCompressor(OptimumQuantizer):
         *,
         target_modules: str | list[str] | None = None,
         exclude_modules: str | list[str] | None = None,
+        include: Sequence[str] = (),
         fisher_samples: int = 1,
         seed: int = 42,
         batch_size: int = 32,
@@ -225,6 +229,7 @@ class MixRankCompressor(OptimumQuantizer):
             metric: One or several metrics.
             target_modules: As in `MixRankConfig`.
             exclude_modules: As in `MixRankConfig`.
+            include: As in `MixRankConfig`.
             fisher_samples: As in `MixRankConfig`.
             seed: Of the probes of the Fisher information.
             batch_size: See `compress`.
@@ -246,28 +251,41 @@ class MixRankCompressor(OptimumQuantizer):
             compensation=[],
             target_modules=target_modules,
             exclude_modules=exclude_modules,
+            include=list(include),
             fisher_samples=fisher_samples,
             seed=seed,
             structures=list(structures),
         )
         processes, call = self.processes, ModelCall.named(output_names, interpolate_pos_encoding)
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
-        with processes.raise_on_all_ranks():
-            read = functools.cache(lambda: reader.read(calibration_dataset))
-            linears_in_blocks(self.model)
-            call = example_call(call, self.model, read)
-            targets = find_targets(self.model, target_modules, exclude_modules, call)
-            if not required_statistics(metrics, targets):
-                return Calibration({}, 0)
-            call = bound_call(call, self.model, targets)
-            together = any(each.common_unit for each in metrics)
-            sites = find_sites(self.model, targets, structures, call) if together else []
-            batches = read()
-        fingerprint = shared_fingerprint(self.model, processes)
-        task = CalibrationTask(
-            self.model, fingerprint, batches, None, metrics, fisher_samples, seed, processes, call=call, sites=sites
-        )
-        return task.collect(targets)
+        with included_as_linear(self.model, include):
+            with processes.raise_on_all_ranks():
+                read = functools.cache(lambda: reader.read(calibration_dataset))
+                linears_in_blocks(self.model)
+                call = example_call(call, self.model, read)
+                targets = find_targets(self.model, target_modules, exclude_modules, call, include)
+                if not required_statistics(metrics, targets):
+                    return Calibration({}, 0)
+                call = bound_call(call, self.model, targets)
+                together = any(each.common_unit for each in metrics)
+                sites = (
+                    find_sites(self.model, without_views(self.model, targets), structures, call) if together else []
+                )
+                batches = read()
+            fingerprint = shared_fingerprint(self.model, processes)
+            task = CalibrationTask(
+                self.model,
+                fingerprint,
+                batches,
+                None,
+                metrics,
+                fisher_samples,
+                seed,
+                processes,
+                call=call,
+                sites=sites,
+            )
+            return task.collect(targets)
 
     @_in_every_process
     def check_calibration(
@@ -275,6 +293,7 @@ class MixRankCompressor(OptimumQuantizer):
         calibration: Calibration,
         calibration_dataset: Any,
         *,
+        include: Sequence[str] = (),
         batch_size: int = 32,
         max_broken_share: float = 0.05,
         max_image_pixels: int | None = None,
@@ -285,6 +304,7 @@ class MixRankCompressor(OptimumQuantizer):
         Args:
             calibration: Statistics from `calibrate`.
             calibration_dataset: See `compress`.
+            include: As the statistics were taken with.
             batch_size: See `compress`.
             max_broken_share: See `compress`.
             max_image_pixels: See `compress`.
@@ -297,7 +317,9 @@ class MixRankCompressor(OptimumQuantizer):
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         with self.processes.raise_on_all_ranks():
             batches = reader.read(calibration_dataset)
-        check_statistics(calibration, shared_fingerprint(self.model, self.processes), batches)
+        with included_as_linear(self.model, include):
+            fingerprint = shared_fingerprint(self.model, self.processes)
+        check_statistics(calibration, fingerprint, batches)
 
     # More than eight arguments: what users of Transformers set per call, as keywords.
     @_in_every_process
@@ -366,13 +388,15 @@ class MixRankCompressor(OptimumQuantizer):
         check_output(*output)
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         options: dict[str, Any] = {"calibration": calibration, "inplace": inplace, "max_memory": max_memory}
-        run = CompressionRun.start(config, reader, calibration_dataset, **options)
-        if resume_directory is not None:
-            self._made.leave(resolved(resume_directory))
-            unfinished = open_run(run, resume_directory, save_interval, self.allow_tf32)
-            # A run that has ended while this one waited for the folder may have saved its result.
-            check_output(*output)
-        model, report = compress(run)
+        with included_as_linear(self.model, config.include):
+            run = CompressionRun.start(config, reader, calibration_dataset, **options)
+            if resume_directory is not None:
+                self._made.leave(resolved(resume_directory))
+                unfinished = open_run(run, resume_directory, save_interval, self.allow_tf32)
+                # A run that has ended while this one waited for the folder may have saved its result.
+                check_output(*output)
+            model, report = compress(run)
+            remove_dense_views(model)
         self._made.add(model, report, unfinished)
         if save_directory is not None:
             self.save_pretrained(model, save_directory, overwrite=overwrite, checked=True)
@@ -396,17 +420,18 @@ class MixRankCompressor(OptimumQuantizer):
             inplace: See `compress`.
             max_memory: See `compress`.
         """
-        config = check_config(config)
+        config = with_known_ratio(self.model, check_config(config))
         if num_images is not None:
             check_integer("num_images", num_images, 1)
-        targets = find_targets(self.model, config.target_modules, config.exclude_modules, config.model_call)
-        call = bound_call(config.model_call, self.model, targets)
-        metric = METRICS.create(config.metric)
-        sites = free_sites(self.model, config, targets, metric, call=call)
-        required = required_statistics([metric], targets, sites)
-        images = self.processes.largest_share(num_images or config.num_samples, batch_size)
-        task = MemoryTask(config, required, images, batch_size, inplace, sites, call)
-        return estimate_memory(self.model, targets, task, max_memory)
+        patterns, metric = (config.target_modules, config.exclude_modules), METRICS.create(config.metric)
+        with included_as_linear(self.model, config.include):
+            targets = find_targets(self.model, *patterns, config.model_call, config.include)
+            call = bound_call(config.model_call, self.model, targets)
+            sites = free_sites(self.model, config, targets, metric, call=call)
+            required = required_statistics([metric], targets, sites)
+            images = self.processes.largest_share(num_images or config.num_samples, batch_size)
+            task = MemoryTask(config, required, images, batch_size, inplace, sites, call)
+            return estimate_memory(self.model, targets, task, max_memory)
 
     @_in_every_process
     def profile(
@@ -425,7 +450,9 @@ class MixRankCompressor(OptimumQuantizer):
         check_calibration(calibration)
         if not isinstance(ratios, Sequence) or isinstance(ratios, str) or not ratios:
             raise TypeError(f"ratios={ratios!r} is not a list of values of compression_ratio.")
-        return profile_model(self._reader(), calibration, check_config(config), ratios)
+        config = check_config(config)
+        with included_as_linear(self.model, config.include):
+            return profile_model(self._reader(), calibration, config, ratios)
 
     def quantize(
         self,

@@ -105,7 +105,7 @@ def table_of(costs: Costs) -> dict[str, Any] | None:
 
 def with_ratio(config: MixRankConfig, ratio: float) -> MixRankConfig:
     """Return the configuration with another ratio to remove, of whatever it counts."""
-    return dataclasses.replace(config, compression_ratio=ratio, target_latency=None)
+    return dataclasses.replace(config, compression_ratio=ratio, target_latency=None, target_parameters=None, like=None)
 
 
 def _table_for(model: PreTrainedModel, config: MixRankConfig, call: ModelCall) -> LatencyTable:

@@ -16,6 +16,7 @@ from ..runtime.forward import activation_gradients, evaluation_mode
 from ..runtime.hooks import hooks_removed_on_exit
 from ..runtime.inputs import ModelInputs
 from ..runtime.outputs import PLAIN_CALL, ModelCall
+from ..runtime.stacks import blocks_around
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _segments(
 ) -> tuple[int, int]:
     """Return the bytes of the largest segment input and of the largest layer outputs; zeros without segments."""
     try:
-        segments = find_segments(model, [layer.name for layer in layers])
+        segments = find_segments(model, [layer.name for layer in layers if blocks_around(model, layer.name)])
     except ValueError:
         return 0, 0
     boundaries: list[int] = []

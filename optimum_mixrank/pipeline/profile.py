@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..allocation.profile import NATS, NORMALISED, profile_budgets
+from ..calibration.included import included_as_linear
 from ..calibration.result import Calibration
 from ..calibration.targets import find_targets, linears_in_blocks, select_targets
 from ..checkpoint.configuration import MixRankConfig
@@ -14,6 +16,35 @@ from .costs import with_ratio
 from .decompose import check_weights, decompose, with_joints
 from .images import ImageReader
 from .run import free_sites, rank_budget, shared_fingerprint
+from .size import with_known_ratio
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_ratios(model: PreTrainedModel, config: MixRankConfig, ratios: Sequence[float]) -> None:
+    """Check, before any images are read, that budgets can be met; nothing is checked of a model that needs them to run.
+
+    Args:
+        model: The original.
+        config: All settings but the ratio.
+        ratios: Values of `compression_ratio`.
+
+    Raises:
+        ValueError: for a ratio, or the size that the configuration asks for, that cannot be reached.
+    """
+    sized = with_known_ratio(model, config)
+    with included_as_linear(model, config.include):
+        try:
+            selected = config.target_modules, config.exclude_modules
+            targets = find_targets(model, *selected, config.model_call, config.include)
+        except ValueError:
+            return
+        sites = free_sites(model, config, targets, METRICS.create(config.metric))
+        for ratio in ratios:
+            asked = sized if ratio == sized.compression_ratio else with_ratio(config, ratio)
+            rank_budget(model, asked, targets, sites).check()
 
 
 def profile_model(
@@ -33,7 +64,7 @@ def profile_model(
     model, processes, metric = reader.model, reader.processes, METRICS.create(config.metric)
     calibration.check(shared_fingerprint(model, processes))
     try:
-        targets = find_targets(model, config.target_modules, config.exclude_modules)
+        targets = find_targets(model, config.target_modules, config.exclude_modules, include=config.include)
     except ValueError:
         # There are no images to see what they reach, but their statistics tell it.
         linears = [each for each in linears_in_blocks(model) if each.name in calibration.layers]

@@ -12,6 +12,7 @@ from ..allocation.budget import RankBudget
 from ..allocation.specs import LayerSpec, MlpSpec, SharedInputSpec, SiteSpec
 from ..calibration.fingerprint import fingerprint_model
 from ..calibration.images.batches import ImageBatches
+from ..calibration.included import without_views
 from ..calibration.plain_layers import check_uses
 from ..calibration.result import Calibration
 from ..calibration.sites import Mlp, Site, find_sites
@@ -27,6 +28,7 @@ from .costs import model_costs, timed_sites
 from .decompose import check_weights, priced_sites
 from .images import ImageReader
 from .memory import MaxMemory
+from .size import size_of, with_known_ratio
 
 
 if TYPE_CHECKING:
@@ -91,12 +93,13 @@ class CompressionRun:
         """
         with reader.processes.raise_on_all_ranks():
             config.validate()
+            config = with_known_ratio(reader.model, config)
             metric = METRICS.create(config.metric)
             # Most models are refused, if they are, before any image is read.
             read = functools.cache(lambda: _read_images(config, reader, dataset, metric, options.get("calibration")))
             linears_in_blocks(reader.model)
             call = example_call(config.model_call, reader.model, read)
-            linears = candidates(reader.model, config.target_modules, call)
+            linears = candidates(reader.model, config.target_modules, call, config.include)
             targets = select_targets(linears, config.target_modules, config.exclude_modules)
             check_uses(reader.model, targets)
             check_weights(targets)
@@ -174,7 +177,7 @@ def free_sites(
         **match_values(targets, config.ratio_pattern, "ratio_pattern"),
     }
     free = [target for target in targets if target.canonical_name not in given]
-    sites = find_sites(model, free, together, call or config.model_call)
+    sites = find_sites(model, without_views(model, free), together, call or config.model_call)
     sites = timed_sites(model, config, sites, call or config.model_call)
     return sites if calibration is None else priced_sites(sites, calibration)
 
@@ -230,6 +233,7 @@ def rank_budget(
         layout=config.layout,
         sites=site_specs(sites),
         factored="rank" in config.structures,
+        size=size_of(config),
     )
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..allocation.choice import LayerChoice
 from ..calibration.result import Calibration
-from ..calibration.sites import Mlp, Site
+from ..calibration.sites import Mlp, Site, removed_biases
 from ..checkpoint.configuration import MixRankConfig
 from ..checkpoint.files import count_parameters, safetensors_bytes, stored_dtype
 from ..checkpoint.modeling import FactoredLinear
@@ -241,19 +241,8 @@ def _budgets(outcome: Outcome) -> list[dict[str, Any]]:
             "model_parameters": outcome.original.parameters
             - sum(targeted[name] for name in point.choices)
             + point.num_values
-            - _removed_biases(outcome.sites, point.choices),
+            - removed_biases(outcome.sites, point.choices),
             "loss": point.loss,
         }
         for point in outcome.profile.points
     ]
-
-
-def _removed_biases(sites: Sequence[Site], choices: Mapping[str, LayerChoice]) -> int:
-    """Return how many biases the removed hidden units take with them."""
-    removed = 0
-    for site in sites:
-        width = choices[site.second.canonical_name].width if isinstance(site, Mlp) else None
-        if isinstance(site, Mlp) and width is not None:
-            rows = sum(each.module.out_features for each in site.first.layers if each.module.bias is not None)
-            removed += rows - rows * width // site.num_units
-    return removed

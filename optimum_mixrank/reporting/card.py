@@ -17,7 +17,7 @@ from ..runtime.logging import get_logger
 from ..runtime.version import __version__
 from .data import ReportData
 from .structure import describe_encoder
-from .table import format_table
+from .table import format_table, size_text
 
 
 if TYPE_CHECKING:
@@ -108,8 +108,8 @@ def _text(title: str, use: list[str], report: ReportData, base_model: str | None
         "",
         _before_and_after(report),
         "",
-        f"What was changed: {describe_encoder(report.layers)}, chosen so that the model's output changes least. The method "
-        "builds on [arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
+        f"What was changed: {describe_encoder(report.layers)}, chosen so that the model's output changes least. "
+        f"{_size(report)}The method builds on [arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
         "",
         "## Use",
         "",
@@ -161,6 +161,11 @@ def _before_and_after(report: ReportData) -> str:
 
 def _divergence(measured: Mapping[str, Any]) -> str:
     return "" if measured.get("kl") is None else f"KL {measured['kl']:.4f} nats"
+
+
+def _size(report: ReportData) -> str:
+    size = size_text(report)
+    return f"It was compressed to {size}. " if size else ""
 
 
 def _use(auto_class: str, name: str, needs: Needs) -> list[str]:

@@ -47,6 +47,14 @@ def dtype_change(report: ReportData) -> str:
     return f"{before} -> {after}" if before and after and before != after else ""
 
 
+def size_text(report: ReportData) -> str:
+    """Return the size that was asked for, as in `at most 22,050,664 parameters, the size of "org/name"`; else nothing."""
+    count, like = (report.settings.get(name) for name in ("target_parameters", "like"))
+    if not isinstance(count, int):
+        return ""
+    return f"at most {count:,} parameters" + (f', the size of "{like}"' if like else "")
+
+
 def latency_text(report: ReportData) -> str:
     """Return the predicted latency, such as `84.2 ms -> 50.4 ms  (0.599 of the dense model; batch 1, cpu, eager)`."""
     latency = report.latency
@@ -106,6 +114,7 @@ def _shortened(name: str, width: int) -> str:
 def _summary(report: ReportData) -> list[str]:
     lines = [
         _change("Parameters of the model", report.model_parameters_before, report.model_parameters_after),
+        *([_fact("  asked for", size)] if (size := size_text(report)) else []),
         _fact("  removed of the model", f"{report.removed_of_model:.2%}"),
         _fact("  removed of the targeted layers", f"{report.removed_of_targets:.2%}"),
         _fact("  kept of all encoder linears", f"{report.kept_of_encoder:.2%}"),

@@ -70,5 +70,8 @@ def _advice(report: ReportData) -> str:
     elif "distillation" not in steps:
         found.append("recipe 'distilled' with a few thousand images")
     ratio = settings.get("compression_ratio")
+    if settings.get("target_parameters") is not None:
+        found.append("a larger size")
+        return ", or ".join(found)
     found.append(f"a ratio below {ratio:g}" if isinstance(ratio, float) else "a smaller ratio")
     return ", or ".join(found)

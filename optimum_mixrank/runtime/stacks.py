@@ -22,7 +22,8 @@ def is_stack(module: nn.Module) -> bool:
 
 
 def _is_block(module: nn.Module) -> bool:
-    return not isinstance(module, nn.Linear) and any(isinstance(each, nn.Linear) for each in module.modules())
+    is_layer = isinstance(module, nn.Linear) or getattr(module, "is_linear_view", False)
+    return not is_layer and any(isinstance(each, nn.Linear) for each in module.modules())
 
 
 def blocks_around(model: nn.Module, name: str) -> list[str]:

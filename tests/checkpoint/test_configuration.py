@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -44,6 +45,7 @@ FULL = {
     "view_scale": 1.5,
     "output_names": ["predicted_depth"],
     "interpolate_pos_encoding": True,
+    "include": ["heads"],
     "dataset": "path/to/images",
     "num_samples": 64,
     "seed": 7,
@@ -54,8 +56,10 @@ FULL = {
 LATENCY = {"cost": "latency", "latency_table": "latencies.json", "target_latency": 0.7}
 """Fields that contradict some of the others."""
 
+SIZES = [{"target_parameters": 22_000_000}, {"like": "facebook/deit-small-patch16-224"}]
 
-@pytest.fixture(params=[{}, FULL, LATENCY], ids=["default", "full", "latency"])
+
+@pytest.fixture(params=[{}, FULL, LATENCY, *SIZES], ids=["default", "full", "latency", "size", "like"])
 def config(request):
     return MixRankConfig(**copy.deepcopy(request.param))
 
@@ -76,7 +80,10 @@ def warnings(caplog, monkeypatch):
 
 def test_full_really_is_full():
     provided = {"quant_method", "layout_version", "library_version"}
-    assert {field.name for field in dataclasses.fields(MixRankConfig)} == FULL.keys() | LATENCY.keys() | provided
+    assert {field.name for field in dataclasses.fields(MixRankConfig)} == FULL.keys() | LATENCY.keys() | {
+        *SIZES[0],
+        *SIZES[1],
+    } | provided
     for name, value in FULL.items():
         assert value != getattr(MixRankConfig(), name)
 
@@ -180,7 +187,7 @@ def test_the_signature_shows_every_field_with_its_default():
         if fields[name].default_factory is dataclasses.MISSING:
             assert parameter.default == fields[name].default
         else:
-            assert fields[name].default_factory() == {}
+            assert not fields[name].default_factory()
 
 
 USER_CODE = """\
@@ -445,6 +452,44 @@ def test_warnings_about_a_stored_configuration_are_short_and_harmless(warnings):
 def test_settings_of_a_budget_of_time(changes, message):
     with pytest.raises(ValueError, match=message):
         MixRankConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"target_parameters": 10, "compression_ratio": 0.5},
+            r"compression_ratio=0.5 and target_parameters=10 all say how small .* Give only one of them",
+        ),
+        ({"target_parameters": 10, "like": "a/b"}, r"target_parameters=10 and like='a/b' all say"),
+        ({"like": "a/b", "compression_ratio": 0.5}, r"compression_ratio=0.5 and like='a/b' all say"),
+        ({**LATENCY, "target_parameters": 10}, r"target_parameters=10 and target_latency=0.7 all say"),
+        (
+            {"like": "a/b", "compression_scope": "targets"},
+            r"like='a/b' counts .* compression_scope='targets' contradicts",
+        ),
+        ({"target_parameters": 10, "cost": "flops"}, r"target_parameters=10 counts .* cost='flops' contradicts"),
+        ({"target_parameters": 0}, r"target_parameters=0 is not an integer of at least 1"),
+        ({"target_parameters": "22M"}, r"target_parameters='22M' is not an integer; write the number out"),
+        ({"target_parameters": 22e6}, r"target_parameters=22000000.0 is not an integer"),
+        ({"target_parameters": True}, r"target_parameters=True is not an integer"),
+        ({"target_parameters": 10**16}, r"target_parameters=10000000000000000 is too large"),
+        ({"like": ""}, r"like='' is not the Hub id or the folder"),
+        ({"like": 3}, r"like=3 is not the Hub id or the folder"),
+    ],
+    ids=str,
+)
+def test_a_size_excludes_what_contradicts_it(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MixRankConfig(**changes)
+
+
+def test_a_size_takes_the_place_of_the_ratio():
+    config = MixRankConfig(target_parameters=22_000_000)
+    assert config.compression_ratio is None
+    assert repr(config) == "MixRankConfig(target_parameters=22000000, recipe='best')"
+    assert MixRankConfig.from_dict(config.to_dict()) == config
+    assert MixRankConfig(like=Path("a") / "b").like == "a/b"
 
 
 def test_the_target_takes_the_place_of_the_ratio():

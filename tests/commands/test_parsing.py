@@ -10,7 +10,7 @@ import pytest
 from commands.calling import cli, process
 
 from optimum_mixrank import __version__
-from optimum_mixrank.commands.parsing import CommandParser, fraction, merged, pattern, printable
+from optimum_mixrank.commands.parsing import CommandParser, count, fraction, merged, pattern, printable
 
 
 def compress(*arguments, code=2):
@@ -100,3 +100,26 @@ def test_fractions():
     for text in ("0", "1", "-3", "250", "nan", "inf"):
         with pytest.raises(ArgumentTypeError, match=re.escape(f"{text} is not in (0, 1); give a fraction")):
             fraction(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("22M", 22_000_000),
+        ("22.05m", 22_050_000),
+        ("1.2B", 1_200_000_000),
+        ("680 k", 680_000),
+        ("22_050_664", 22_050_664),
+        ("22,050,664", 22_050_664),
+        ("22e6", 22_000_000),
+        ("0.5G", 500_000_000),
+    ],
+)
+def test_counts(text, number):
+    assert count(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "M", "-3", "0", "22MB", "22,5M", "many", "1e999", "0.1"])
+def test_what_is_no_count(text):
+    with pytest.raises(ArgumentTypeError, match="is no number of parameters; give one such as 22M"):
+        count(text)

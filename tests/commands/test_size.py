@@ -1,0 +1,58 @@
+"""A size of the whole model, on the command line."""
+
+import json
+
+import pytest
+from commands.calling import cli
+from shipped import write_few_images, write_tiny_model
+from transformers import AutoModelForImageClassification
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    return write_few_images(tmp_path_factory.mktemp("few"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def parameters(folder) -> int:
+    return AutoModelForImageClassification.from_pretrained(folder).num_parameters()
+
+
+def test_compress_to_the_size_of_another_model(tiny, few, tmp_path):
+    target = round(0.7 * parameters(tiny))
+    arguments = ("compress", "--model", tiny, "--dataset", few, "--split", "calibration", "--recipe", "fast")
+    cli(*arguments, "--target-parameters", f"{target / 1000}k", "--output", tmp_path / "first")
+    assert 0.97 * target < parameters(tmp_path / "first") <= target
+    stdout, _ = cli(*arguments, "--like", tmp_path / "first", "--output", tmp_path / "second")
+    assert parameters(tmp_path / "second") == parameters(tmp_path / "first")
+    assert f'at most {parameters(tmp_path / "first"):,} parameters, the size of "first"' in stdout
+
+
+def test_plan_for_a_size(tiny, few):
+    target = round(0.7 * parameters(tiny))
+    arguments = ("plan", "--model", tiny, "--dataset", few, "--split", "calibration", "--recipe", "fast")
+    stdout, _ = cli(*arguments, "--target-parameters", target)
+    assert f"leaves {target:,} parameters." in stdout and stdout.count("Ranks at ratio") == 1
+    content = json.loads(cli(*arguments, "--target-parameters", target, "--json")[0])
+    assert content["target_parameters"] == target and len(content["points"]) == 1
+    _, stderr = cli(*arguments, "--target-parameters", 100, code=1)
+    assert "--target-parameters 100 cannot be reached" in stderr and "can be reached is --target-parameters" in stderr
+    _, stderr = cli(*arguments, "--target-parameters", target, "--ratios", 0.5, code=1)
+    assert "Give only one of them" in stderr
+
+
+def test_a_ratio_and_a_size_exclude_each_other_before_anything_is_opened(tmp_path):
+    arguments = ("compress", "--model", tmp_path / "none", "--output", tmp_path / "out", "--ratio", 0.5)
+    _, stderr = cli(*arguments, "--target-parameters", "22M", code=1)
+    assert "Error: --ratio 0.5 and --target-parameters 22000000 all say how small the model is to become." in stderr
+
+
+def test_a_size_in_a_file(tmp_path):
+    file = tmp_path / "fields.yaml"
+    file.write_text("target_parameters: 22,5M\n")
+    arguments = ("compress", "--model", tmp_path / "none", "--output", tmp_path / "out", "--config", file)
+    assert "is no number of parameters" in cli(*arguments, code=1)[1]
