@@ -498,7 +498,7 @@ class MixRankCompressor(OptimumQuantizer):
             result = evaluate_model(model, batches, reference=self.model, processes=self.processes, call=call)
             evaluating.add_detail(*result.facts())
         if (made := self._made.find(model)) is not None:
-            made.report = dataclasses.replace(made.report, evaluation=dataclasses.asdict(result))
+            made.report = dataclasses.replace(made.report, evaluation=result.to_dict())
         return result
 
     @_in_every_process

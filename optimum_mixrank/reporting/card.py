@@ -10,6 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 
 from ..checkpoint.replacing import CARD_MARK
 from ..checkpoint.self_contained import Needs, auto_class_of
+from ..evaluation.measures import MEASURES, Measure
 from ..runtime.files import is_local_path
 from ..runtime.logging import get_logger
 from ..runtime.version import __version__
@@ -127,9 +128,7 @@ def _results(report: ReportData, task: str) -> list[EvalResult] | None:
     names = {
         "top1": ("accuracy", "top-1 accuracy"),
         "top5": ("accuracy", "top-5 accuracy"),
-        "agreement": ("agreement", "agreement with the original"),
-        "kl": ("kl", "KL from the original (nats)"),
-        "feature_error": ("feature_error", "relative error of the features"),
+        **{key: (key, _title(measure)) for key, measure in MEASURES.items()},
     }
     images = evaluation.get("num_images")
     return [
@@ -144,6 +143,10 @@ def _results(report: ReportData, task: str) -> list[EvalResult] | None:
         for key, (kind, label) in names.items()
         if evaluation.get(key) is not None
     ] or None
+
+
+def _title(measure: type[Measure]) -> str:
+    return (measure.title or measure.label) + (f" ({measure.unit.strip()})" if measure.unit else "")
 
 
 def _card_data(original: str) -> dict[str, Any]:

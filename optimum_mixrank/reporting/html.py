@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..evaluation.measures import MEASURES
 from ..runtime.formatting import format_change, format_count, format_milliseconds, format_percent
 from .colours import ON_DARK
 from .data import LayerReport, ReportData
@@ -121,12 +122,11 @@ def _measured(evaluation: Mapping[str, Any]) -> list[Headline]:
             note = "" if before is None else f"original {format_percent(before, 2)} ({points} points)"
             figures.append(Headline(f"top-{name.removeprefix('top')} accuracy", format_percent(after, 2), note))
     images = f"on {evaluation.get('num_images', 0):,} images"
-    if evaluation.get("agreement") is not None:
-        figures.append(Headline("agreement with the original", format_percent(evaluation["agreement"], 2), images))
-    if evaluation.get("kl") is not None:
-        figures.append(Headline("KL from the original", f"{evaluation['kl']:.4f} nats", images))
-    if evaluation.get("feature_error") is not None:
-        figures.append(Headline("relative error of the features", f"{evaluation['feature_error']:.4g}", images))
+    for name, measure in MEASURES.items():
+        if evaluation.get(name) is not None:
+            value, is_share = evaluation[name], measure.form.endswith("%")
+            text = format_percent(value, 2) if is_share else measure.text(value)
+            figures.append(Headline(measure.title or measure.label, text, images))
     return figures
 
 

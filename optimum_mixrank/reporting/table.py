@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..evaluation.measures import MEASURES
 from ..runtime.formatting import format_bytes, format_count, format_milliseconds
 from .data import LayerReport, ReportData
 from .structure import hidden_units, shared_factors
@@ -154,13 +155,9 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
         label = f"  top-{name.removeprefix('top')} accuracy"
         change = "" if before is None else f"  ({100 * (after - before):+.2f} points)"
         lines.append(_fact(label, f"{'' if before is None else f'{before:.2%} -> '}{after:.2%}{change}"))
-    for name, label, form, unit in (
-        ("agreement", "  agreement with the original", ".2%", ""),
-        ("kl", "  KL(original || compressed)", ".4f", " nats"),
-        ("feature_error", "  relative error of the features", ".4g", ""),
-    ):
+    for name, measure in MEASURES.items():
         if evaluation.get(name) is not None:
-            lines.append(_fact(label, f"{evaluation[name]:{form}}{unit}"))
+            lines.append(_fact(f"  {measure.label}", measure.text(evaluation[name])))
     return lines
 
 
