@@ -15,6 +15,7 @@ from ..runtime.files import is_local_path
 from ..runtime.logging import get_logger
 from ..runtime.version import __version__
 from .data import ReportData
+from .reach import left_out_text, targeted_text
 from .structure import describe_encoder
 from .table import format_table
 
@@ -76,6 +77,8 @@ def _text(original: str, auto_class: str, report: ReportData, needs: Needs) -> s
         f"`{original}` {CARD_MARK} {__version__}: {describe_encoder(report.layers)}, chosen so that the model's output "
         "changes least. The method builds on [arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
         "",
+        f"The targeted layers are {targeted_text(report)}.{_left_out(report)}",
+        "",
         "## Use",
         "",
         *_use(auto_class, needs),
@@ -93,6 +96,11 @@ def _text(original: str, auto_class: str, report: ReportData, needs: Needs) -> s
         *(f"| {key} | `{value}` |" for key, value in {**settings, **report.environment}.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _left_out(report: ReportData) -> str:
+    text = left_out_text(report)
+    return f" Left out: {text}." if text else ""
 
 
 def _use(auto_class: str, needs: Needs) -> list[str]:

@@ -14,6 +14,7 @@ from .colours import ON_DARK
 from .data import LayerReport, ReportData
 from .inline_svg import css_variable
 from .pictures import draw_pictures
+from .reach import left_out_text, targeted_text
 from .structure import describe_encoder, hidden_units, shared_factors
 from .table import common_prefix, count_values, dtype_change
 from .verdict import verdict
@@ -65,6 +66,8 @@ def render_html(report: ReportData, others: Sequence[ReportData] = (), theme: st
         rows=[_row(layer, prefix, report, errors) for layer in report.layers],
         repaired=bool(errors),
         totals=_totals(report),
+        targeted=targeted_text(report),
+        left_out=left_out_text(report),
         settings=_as_text(report.settings),
         environment=_as_text(report.environment),
         calibration=_as_text(report.calibration),

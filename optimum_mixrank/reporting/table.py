@@ -9,6 +9,7 @@ from typing import Any
 from ..evaluation.measures import MEASURES
 from ..runtime.formatting import format_bytes, format_count, format_milliseconds
 from .data import LayerReport, ReportData
+from .reach import left_out_text, targeted_text
 from .structure import hidden_units, shared_factors
 from .verdict import verdict
 
@@ -38,7 +39,9 @@ def format_table(report: ReportData, width: int = 100) -> str:
     table = [*head, rule, *body, rule, *foot]
     if prefix:
         table.insert(0, _shortened(f"Names below {prefix.removesuffix('.')}", width))
-    return "\n".join([*table, "", *_summary(report), *_evaluation(report), *_verdict(report, width)])
+    return "\n".join(
+        [*table, "", *_summary(report), *_left_out(report, width), *_evaluation(report), *_verdict(report, width)]
+    )
 
 
 def dtype_change(report: ReportData) -> str:
@@ -107,6 +110,7 @@ def _summary(report: ReportData) -> list[str]:
     lines = [
         _change("Parameters of the model", report.model_parameters_before, report.model_parameters_after),
         _fact("  removed of the model", f"{report.removed_of_model:.2%}"),
+        _fact("Targeted layers", targeted_text(report)),
         _fact("  removed of the targeted layers", f"{report.removed_of_targets:.2%}"),
         _fact("  kept of all encoder linears", f"{report.kept_of_encoder:.2%}"),
     ]
@@ -141,6 +145,10 @@ def _summary(report: ReportData) -> list[str]:
     return lines
 
 
+def _left_out(report: ReportData, width: int) -> list[str]:
+    return _wrapped("Left out", left_out_text(report), width)
+
+
 def _evaluation(report: ReportData) -> list[str]:
     return [] if report.evaluation is None else ["", *evaluation_lines(report.evaluation)]
 
@@ -165,8 +173,13 @@ def _verdict(report: ReportData, width: int) -> list[str]:
     found = verdict(report)
     if found is None:
         return []
-    first, *others = textwrap.wrap(str(found), width - len(_fact("", "")))
-    return ["", _fact("Verdict", first), *(_fact("", line) for line in others)]
+    return ["", *_wrapped("Verdict", str(found), width)]
+
+
+def _wrapped(label: str, text: str, width: int) -> list[str]:
+    """Return a fact in lines of the width; none for an empty text."""
+    lines = textwrap.wrap(text, width - len(_fact("", "")))
+    return [_fact("" if index else label, line) for index, line in enumerate(lines)]
 
 
 def _change(label: str, before: int, after: int) -> str:
