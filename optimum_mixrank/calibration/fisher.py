@@ -210,6 +210,8 @@ def probe_likelihood(output: ModelOutput, generator: torch.Generator) -> Tensor:
     `S = diag(√p) (I - √p √pᵀ)`. Drawing a label from `p` gives a gradient with that second moment; `S v` with normal
     `v` has the same one, and involves all classes in every draw instead of mostly the likeliest.
 
+    Distributions at many places, such as pixels, are treated alike, for the mean over all places.
+
     Other outputs are treated as Gaussian, with the variance of the feature tensor times its size, so that an error as
     large as the features' own spread has a loss of 1/2.
 
@@ -217,11 +219,14 @@ def probe_likelihood(output: ModelOutput, generator: torch.Generator) -> Tensor:
     """
     if output.logits is not None:
         # On the host, since Apple's GPUs have no float64.
-        root = output.logits.detach().float().cpu().double().softmax(dim=-1).sqrt()
-        noise = torch.randn(root.shape, generator=generator, dtype=torch.float64)
-        direction = root * (noise - root * (root * noise).sum(dim=-1, keepdim=True))
+        direction = _direction(output.logits.detach().float().cpu().double(), generator)
         return (output.logits * direction.to(output.logits)).sum()
-    total = output.features[0].new_zeros(())
+    total = output.tensors[0].new_zeros(())
+    for logits in output.distributions:
+        places = logits[0].numel() // logits.shape[-1] * len(output.distributions)
+        # Image by image, since there may be many pixels.
+        directions = [_direction(each.detach().float().cpu(), generator) for each in logits]
+        total = total + (logits * torch.stack(directions).to(logits)).sum() / places**0.5
     for feature in output.features:
         values = feature.detach().float()
         spread = values.std(correction=0)
@@ -231,3 +236,10 @@ def probe_likelihood(output: ModelOutput, generator: torch.Generator) -> Tensor:
         noise = torch.randn(feature.shape, generator=generator).to(feature)
         total = total + (feature * noise).sum() / scale.clamp_min(1e-12)
     return total
+
+
+def _direction(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return `S v` for every distribution, of the shape and dtype of the logits; see `probe_likelihood`."""
+    root = logits.softmax(dim=-1).sqrt()
+    noise = torch.randn(root.shape, generator=generator, dtype=root.dtype)
+    return root * (noise - root * (root * noise).sum(dim=-1, keepdim=True))

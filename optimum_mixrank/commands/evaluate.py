@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from argparse import ArgumentParser
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,8 @@ if TYPE_CHECKING:
 class EvaluateCommand(MixRankSubcommand):
     """Compare the predictions of a checkpoint with those of another."""
 
-    description = """Compare a compressed checkpoint with its original: accuracy, agreement and Kullback-Leibler divergence.
+    description = """Compare a compressed checkpoint with its original, by what the models return: classes, boxes,
+masks, depth, embeddings or features. Accuracy needs labels; all else needs images alone.
 
 example:
   optimum-cli mixrank evaluate --model out --reference facebook/deit-base-patch16-224 --dataset path/to/labelled/images
@@ -60,7 +60,7 @@ Two compressed checkpoints can be compared in the same way.
         names = ("split", "image_column", "label_column", "num_samples", "seed")
         settings = {name: getattr(args, name) for name in (*names, "output_names", "interpolate_pos_encoding")}
         result = compressor.evaluate(model, args.dataset, **settings, **reading_arguments(args))
-        values = {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
+        values = {name: value for name, value in result.to_dict().items() if value is not None}
         return "\n".join(evaluation_lines(values)), values
 
     def _models(self) -> tuple[MixRankCompressor, PreTrainedModel]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .command import MixRankSubcommand, add_hub_arguments, hub_arguments
 
 
 if TYPE_CHECKING:
+    from ..checkpoint.files import StoredTensor
     from ..checkpoint.rank_map import FactoredLayer
 
 
@@ -55,11 +57,22 @@ examples:
             report = CompressionReport.load(contents.folder)
         except FileNotFoundError:
             lines = [f"{shorten(name)}: {_described(layer)}" for name, layer in config.factored_layers.items()]
-            text = "\n".join([*lines, "", "There is no report of the compression."])
+            held = _values_of(config.factored_layers, contents.tensors)
+            values["compressed_share"] = share = held / max(values["stored_values"], 1)
+            remark = (
+                f"There is no report of the compression. The compressed layers hold {share:.1%} of the stored values."
+            )
+            text = "\n".join([*lines, "", remark])
         else:
             values["report"] = report.to_dict()
             text = format_table(report)
         return f"{text}\n\n{values['stored_values']:,} stored values, {values['bytes_on_disk']:,} bytes", values
+
+
+def _values_of(layers: Iterable[str], tensors: Mapping[str, StoredTensor]) -> int:
+    """Return how many values a checkpoint stores for these layers; names of tensors may begin with that of the encoder."""
+    ends = [f".{layer}." for layer in layers]
+    return sum(tensor.num_values for name, tensor in tensors.items() if any(end in f".{name}" for end in ends))
 
 
 def _described(layer: FactoredLayer) -> str:

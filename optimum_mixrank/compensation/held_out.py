@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checkpoint.factorize import share_model
 from ..checkpoint.modeling import FactoredLinear, replace_module
 from ..runtime.distributed import SINGLE_PROCESS, Processes
-from ..runtime.fidelity import kl_divergence, mean_relative_error
+from ..runtime.fidelity import output_divergence
 from ..runtime.forward import evaluation_mode
 from ..runtime.inputs import ModelInputs, concatenated
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
@@ -89,14 +89,10 @@ def output_error(
 ) -> float:
     """Return the mean error over the images of all processes.
 
-    The error is KL(reference ‖ output) in nats, or the relative squared error of features where there are no logits.
+    The error is KL(reference ‖ output) in nats of classes, the relative squared error of features, or the sum of both;
+    see `output_divergence`.
     """
-    errors = []
-    for output, reference in zip(outputs, references, strict=True):
-        if output.logits is not None and reference.logits is not None:
-            errors.append(kl_divergence(reference.logits, output.logits))
-        else:
-            errors.append(mean_relative_error(reference.features, output.features))
+    errors = [output_divergence(reference, output) for output, reference in zip(outputs, references, strict=True)]
     total = sum(float(error.double().sum()) for error in errors)
     gathered = processes.gather((total, sum(len(error) for error in errors)))
     return sum(total for total, _ in gathered) / sum(count for _, count in gathered)

@@ -214,5 +214,4 @@ class _Sums:
 
 
 def _tensors(output: ModelOutput) -> tuple[Tensor, ...]:
-    tensors = output.features if output.logits is None else (output.logits,)
-    return tuple(tensor.float().cpu() for tensor in tensors)
+    return tuple(tensor.float().cpu() for tensor in output.tensors)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,12 @@ from transformers.utils import logging
 
 from ..calibration.images.batches import Batch, ImageBatches
 from ..runtime.distributed import SINGLE_PROCESS, Processes
-from ..runtime.fidelity import agreement, kl_divergence, mean_relative_error
 from ..runtime.forward import evaluation_mode, placement
 from ..runtime.inputs import ModelInputs
 from ..runtime.intervals import paired_interval, wilson_interval
 from ..runtime.logging import get_logger
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
+from .measures import MEASURES, Comparison
 
 
 if TYPE_CHECKING:
@@ -42,11 +42,18 @@ class EvaluationResult:
         reference_top1: `top1` of the original model.
         reference_top5: `top5` of the original model.
         agreement: Share of images on which both models predict the same class. Needs the original and such a head.
-        kl: KL(original ‖ compressed) of the predicted distributions, in nats.
-        feature_error: Relative squared error of the output, `‖f - f_ref‖² / ‖f_ref‖²`, for models without such a head.
+            Of tokens and pixels it is the share of those.
+        kl: KL(original ‖ compressed) of the predicted distributions, in nats: of images, or the mean over pixels, tokens or
+            boxes.
+        feature_error: Relative squared error of the output, `‖f - f_ref‖² / ‖f_ref‖²`, for models without such a head, and
+            of boxes.
         gained: Share of images that only the compressed model classifies correctly; `top1` is `reference_top1` with these
             and without `lost`.
         lost: Share of images that only the original classifies correctly.
+        kind: What the models return, such as `"classes"`, `"segmentation"`, `"detection"`, `"depth"` or `"embeddings"`.
+        measures: The values of all other measures of this kind by name, such as `"mask_iou"`, `"matched_boxes"`,
+            `"correlation"`, `"cosine_similarity"` and `"retrieval_agreement"`; see `evaluation.measures`. Each is an
+            attribute too.
     """
 
     num_images: int
@@ -59,13 +66,27 @@ class EvaluationResult:
     feature_error: float | None = None
     gained: float | None = None
     lost: float | None = None
+    kind: str | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> float | None:
+        if not name.startswith("_") and name in MEASURES:
+            return self.measures.get(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values by name, those of `measures` among them."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "measures"}
+        return {**values, **self.measures}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Return 95 % intervals: of `top1`, `reference_top1` and `agreement` by Wilson, of `change` in top-1 paired.
 
-        They are about the images: those of another draw from the same source would give such values.
+        They are about the images: those of another draw from the same source would give such values. Pixels or tokens of
+        one image are not independent, so that their agreement has none.
         """
-        shares = {name: getattr(self, name) for name in ("top1", "reference_top1", "agreement")}
+        names = ["top1", "reference_top1", *(["agreement"] if self.kind == "classes" else [])]
+        shares = {name: getattr(self, name) for name in names}
         found = {name: wilson_interval(share, self.num_images) for name, share in shares.items() if share is not None}
         if self.gained is not None and self.lost is not None:
             found["change"] = paired_interval(self.gained, self.lost, self.num_images)
@@ -77,12 +98,8 @@ class EvaluationResult:
         if self.top1 is not None:
             original = "" if self.reference_top1 is None else f" (original {self.reference_top1:.2%})"
             found.append(f"top-1 {self.top1:.2%}{original}")
-        if self.agreement is not None:
-            found.append(f"agreement {self.agreement:.2%}")
-        if self.kl is not None:
-            found.append(f"KL {self.kl:.4g} nats")
-        if self.feature_error is not None:
-            found.append(f"relative error of features {self.feature_error:.4g}")
+        values = self.to_dict()
+        found += [measure.brief(values[name]) for name, measure in MEASURES.items() if values.get(name) is not None]
         return found
 
 
@@ -97,9 +114,9 @@ def evaluate_model(
     """Measure a model on images and, if its original is given, how far the two differ.
 
     Every image goes through each model once, without gradients and in evaluation mode, on the model's device and in its
-    dtype. Afterwards both models are as they were. Models with one softmax over classes are compared by their
-    predictions. All others (encoders, backbones, dense, multi-label or regression heads) are compared by the relative
-    error of their output: feature maps, else the last hidden state, else the output of the head.
+    dtype. Afterwards both models are as they were. They are compared by the measures that suit what they return, which
+    need no labels: agreement of classes, IoU of masks, matched boxes, similarity of embeddings, relative error and
+    correlation of depth and features.
 
     An original that is right much less often than its own probabilities promise, or than chance, is warned about: the
     labels are probably in another order than its classes.
@@ -121,7 +138,7 @@ def evaluate_model(
     """
     models = {COMPRESSED: model} if reference is None else {COMPRESSED: model, ORIGINAL: reference}
     metrics: dict[str, TopKAccuracy] = {}
-    own, total = _Sums(), _Sums()
+    own, total, comparison = _Sums(), _Sums(), Comparison()
     num_images = getattr(batches, "num_images", None)
     share = None if num_images is None else math.ceil(num_images / processes.count)
     bar = logging.tqdm(total=share, desc="Evaluating", unit="img", disable=not progress)
@@ -132,8 +149,10 @@ def evaluate_model(
         for batch in batches:
             inputs = ModelInputs.of(getattr(batch, "inputs", batch.pixel_values))
             outputs = {name: _run(each, inputs, name, call) for name, each in models.items()}
-            sums = _count_correct(outputs, batch.labels, metrics) | _compare(outputs, len(inputs))
-            if not sums:
+            sums = _count_correct(outputs, batch.labels, metrics)
+            if ORIGINAL in outputs:
+                comparison.add(outputs[ORIGINAL], outputs[COMPRESSED], len(inputs))
+            elif not sums:
                 raise ValueError(
                     "There is nothing to measure: give labels (and a model with a classification head) for accuracy, "
                     "or the original as `reference`."
@@ -145,7 +164,7 @@ def evaluate_model(
     for part in processes.gather(own):
         total.add(part)
     total.warn_about_labels(COMPRESSED if reference is None else ORIGINAL)
-    return total.means()
+    return total.means(*comparison.result(processes))
 
 
 @dataclass
@@ -162,12 +181,19 @@ class _Sums:
             self.values[name] = self.values.get(name, 0.0) + value
         self.num_images += other.num_images
 
-    def means(self) -> EvaluationResult:
+    def means(self, kind: str | None, measures: Mapping[str, float]) -> EvaluationResult:
         if not self.num_images:
             raise ValueError("There is no image to evaluate; the dataset is empty or has been used up.")
+        if any(not math.isfinite(value) for value in measures.values()):
+            raise ValueError(
+                "The output of the original is zero for an image, so that the relative error of the compressed model is "
+                "infinite; name other outputs by `output_names`."
+            )
         known = {each.name for each in fields(EvaluationResult)}
         means = {name: value / self.num_images for name, value in self.values.items() if name in known}
-        return EvaluationResult(self.num_images, **means)
+        means |= {name: value for name, value in measures.items() if name in known}
+        others = {name: value for name, value in measures.items() if name not in known}
+        return EvaluationResult(self.num_images, **means, kind=kind, measures=others)
 
     def warn_about_labels(self, model: str) -> None:
         """Warn if a model is so often wrong that the labels are probably not those of its classes."""
@@ -226,37 +252,11 @@ def _count_correct(
     return sums
 
 
-def _compare(outputs: Mapping[str, ModelOutput], num_images: int) -> dict[str, float]:
-    """Return how far the model is from its original, if that is given, summed over the images of a batch."""
-    if ORIGINAL not in outputs:
-        return {}
-    output, original = outputs[COMPRESSED], outputs[ORIGINAL]
-    if output.logits is not None and original.logits is not None:
-        values = {
-            "agreement": agreement(original.logits, output.logits),
-            "kl": kl_divergence(original.logits, output.logits),
-        }
-    elif output.logits is None and original.logits is None and len(output.features) == len(original.features):
-        values = {"feature_error": mean_relative_error(original.features, output.features)}
-        if torch.isinf(values["feature_error"]).any():
-            raise ValueError(
-                "The output of the original is zero for an image, so that the relative error of the compressed model is "
-                "infinite; name other outputs by `output_names`."
-            )
-    else:
-        raise ValueError(
-            "The model and its original have different heads, so their outputs cannot be compared; load both with the "
-            "same class."
-        )
-    # Features may have a row for every token, see `select_features`.
-    return {name: value.double().sum().item() * (num_images / len(value)) for name, value in values.items()}
-
-
 def _run(model: nn.Module, inputs: ModelInputs, name: str, call: ModelCall) -> ModelOutput:
     """Return the output on the CPU, where those of two models can be compared."""
     device, dtype = placement(model)
     output = call(model, inputs.to(device, dtype, non_blocking=True)).cpu()
-    for tensor in (*output.features, *(() if output.logits is None else (output.logits,))):
+    for tensor in output.tensors:
         if not torch.isfinite(tensor).all():
             raise ValueError(
                 f"{'The original model' if name == ORIGINAL else 'The model'} gives NaN or Inf. Check its weights and "

@@ -69,7 +69,7 @@ def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:
             is left as it was.
     """
     with bounded_heap(run.max_memory is not None and run.model.device.type == "cpu"):
-        original = measure(run.model, run.call)
+        original = measure(run.model, run.call, run.targets)
         images, memory = _images_within_memory(run)
         learning = _prepare_compensation(run, images)
         decompositions, calibration = _decompose(run, images, memory)

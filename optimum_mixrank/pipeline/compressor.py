@@ -533,11 +533,11 @@ class MixRankCompressor(OptimumQuantizer):
 
     def _keep(self, model: PreTrainedModel, result: EvaluationResult) -> None:
         """Add an evaluation to the model's report and, where it lies in a local folder, to the files there."""
-        evaluation, made = dataclasses.asdict(result), self._made.find(model)
+        evaluation, made = result.to_dict(), self._made.find(model)
         if made is not None:
             made.report = dataclasses.replace(made.report, evaluation=evaluation)
         folder = getattr(model, "name_or_path", "") if made is None or made.folder is None else made.folder
-        if self.processes.is_main and folder and is_local_path(folder):
+        if self.processes.is_main and folder and is_local_path(str(folder)):
             record_evaluation(folder, evaluation, original_name(self.model))
 
     @_in_every_process

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..calibration.images.subsets import spread_batches, spread_images
-from ..compensation.held_out import model_outputs, output_error
+from ..compensation.held_out import model_outputs
 from ..compensation.run import CompensationImages
-from ..runtime.fidelity import agreement
+from ..evaluation.measures import Comparison
 from ..runtime.inputs import ModelInputs
-from ..runtime.outputs import ModelOutput
 from ..runtime.phases import phase
 from .run import CompressionRun
 
@@ -32,8 +29,8 @@ def measure_fidelity(run: CompressionRun, model: nn.Module, images: Compensation
         images: The images for compensation, if there is any.
 
     Returns:
-        `num_images`, `held_out`, and `agreement` and `kl` as in `EvaluationResult`, or `feature_error` for models without
-        one softmax; an error that is not finite is None. Empty if there are no images that can be read again.
+        `num_images`, `held_out`, `kind` and the measures of this kind as in `EvaluationResult`, such as `agreement` and
+        `kl`; a value that is not finite is None. Empty if there are no images that can be read again.
     """
     call, held_out = run.call, images is not None
     with phase("Compared with the original") as comparing:
@@ -46,15 +43,14 @@ def measure_fidelity(run: CompressionRun, model: nn.Module, images: Compensation
         count = sum(run.processes.gather(sum(map(len, batches))))
         if count == 0:
             return {}
-        found: dict[str, Any] = {"num_images": count, "held_out": held_out}
-        error: float | None = output_error(outputs, references, run.processes)
-        error = error if error is not None and math.isfinite(error) else None
-        if any(run.processes.gather(any(output.logits is not None for output in outputs))):
-            found.update(agreement=sum(run.processes.gather(_agreeing(outputs, references))) / count, kl=error)
-        else:
-            found["feature_error"] = error
+        comparison = Comparison()
+        with run.processes.raise_on_all_ranks():
+            for batch, reference, output in zip(batches, references, outputs, strict=True):
+                comparison.add(reference, output, len(batch))
+        kind, values = comparison.result(run.processes)
+        found = {name: value if math.isfinite(value) else None for name, value in values.items()}
         comparing.add_detail(f"{count:,} images")
-    return found
+    return {"num_images": count, "held_out": held_out, "kind": kind, **found}
 
 
 def _calibration_images(run: CompressionRun) -> list[ModelInputs]:
@@ -72,9 +68,3 @@ def _calibration_images(run: CompressionRun) -> list[ModelInputs]:
     sizes = {processes.index + position * processes.count: run.reader.batch_size for position in range(count)}
     chosen = set(spread_batches(sizes, NUM_IMAGES, processes))
     return [batch.inputs for batch in batches if batch.index in chosen]
-
-
-def _agreeing(outputs: Sequence[ModelOutput], references: Sequence[ModelOutput]) -> int:
-    pairs = zip(outputs, references, strict=True)
-    same = [agreement(b.logits, a.logits) for a, b in pairs if a.logits is not None and b.logits is not None]
-    return int(torch.cat(same).sum()) if same else 0

@@ -156,5 +156,4 @@ def _segments(
 def _gradients(model: nn.Module, image: ModelInputs, call: ModelCall) -> None:
     """Run a forward and backward pass."""
     found = call(model, image.requiring_gradients())
-    tensors = [found.logits] if found.logits is not None else list(found.features)
-    torch.stack([tensor.sum() for tensor in tensors]).sum().backward()
+    torch.stack([tensor.sum() for tensor in found.tensors]).sum().backward()

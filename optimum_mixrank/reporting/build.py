@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..allocation.choice import LayerChoice
+from ..calibration.reach import Reach, measure_reach
 from ..calibration.result import Calibration
 from ..calibration.sites import Mlp, Site, removed_biases
 from ..checkpoint.configuration import MixRankConfig
@@ -51,16 +52,21 @@ class Measurement:
         flops: FLOPs per image; None if they could not be counted.
         bytes: Size of the safetensors files it was loaded from; None if they are not in a local folder.
         dtype: The dtype of most values in these files.
+        reach: Which of the parameters are targeted, and what the others are; None if nothing is.
     """
 
     parameters: int
     flops: int | None
     bytes: int | None = None
     dtype: str | None = None
+    reach: Reach | None = None
 
 
-def measure(model: PreTrainedModel, call: ModelCall = PLAIN_CALL) -> Measurement:
-    """Measure a model in its present state; `call` says how it is called, and on which images."""
+def measure(
+    model: PreTrainedModel, call: ModelCall = PLAIN_CALL, targets: Sequence[Target] | None = None
+) -> Measurement:
+    """Measure a model in its present state; `call` says how it is called, `targets` which layers are compressed."""
+    reach = None if targets is None else measure_reach(model, targets, call)
     try:
         flops = flops_per_image(model, call=call)
     except Exception as error:
@@ -70,10 +76,10 @@ def measure(model: PreTrainedModel, call: ModelCall = PLAIN_CALL) -> Measurement
     folder = Path(model.name_or_path)
     if model.name_or_path and any(folder.glob("*.safetensors")):
         try:
-            return Measurement(count_parameters(model), flops, safetensors_bytes(folder), stored_dtype(folder))
+            return Measurement(count_parameters(model), flops, safetensors_bytes(folder), stored_dtype(folder), reach)
         except (OSError, ValueError) as error:
             logger.warning(f"The size of the original on disk is unknown: {error}")
-    return Measurement(count_parameters(model), flops)
+    return Measurement(count_parameters(model), flops, reach=reach)
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,7 @@ def build_report(outcome: Outcome) -> CompressionReport:
         memory=outcome.memory,
         fidelity=outcome.fidelity,
         latency=outcome.latency,
+        reach={} if original.reach is None else original.reach.to_dict(),
     )
 
 

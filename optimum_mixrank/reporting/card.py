@@ -11,11 +11,13 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 
 from ..checkpoint.replacing import CARD_MARK
 from ..checkpoint.self_contained import Needs, auto_class_of
+from ..evaluation.measures import MEASURES, Measure
 from ..runtime.files import is_local_path
 from ..runtime.formatting import format_change
 from ..runtime.logging import get_logger
 from ..runtime.version import __version__
 from .data import ReportData
+from .reach import left_out_text, targeted_text
 from .structure import describe_encoder
 from .table import format_table, size_text
 
@@ -93,7 +95,7 @@ def card_with_evaluation(text: str, report: ReportData) -> str | None:
     if not begin or not end:
         return None
     card = ModelCard(f"{before}{_before_and_after(report)}{after}")
-    card.data.eval_results = _results(report, card.data.get("pipeline_tag") or "image-classification")
+    vars(card.data)["eval_results"] = _results(report, card.data.get("pipeline_tag") or "image-classification")
     return str(card)
 
 
@@ -110,6 +112,8 @@ def _text(title: str, use: list[str], report: ReportData, base_model: str | None
         "",
         f"What was changed: {describe_encoder(report.layers)}, chosen so that the model's output changes least. "
         f"{_size(report)}The method builds on [arXiv 2402.06004](https://arxiv.org/abs/2402.06004).",
+        "",
+        f"The targeted layers are {targeted_text(report)}.{_left_out(report)}",
         "",
         "## Use",
         "",
@@ -153,8 +157,9 @@ def _before_and_after(report: ReportData) -> str:
     measured, images = (evaluation, "") if evaluation else (found, ", measured while compressing")
     if measured.get("agreement") is not None:
         lines.append(f"| same class as the original | | {measured['agreement']:.2%} | {_divergence(measured)} |")
-    elif measured.get("feature_error") is not None:
-        lines.append(f"| relative error of the output | | {measured['feature_error']:.4g} | |")
+    for name, measure in MEASURES.items():
+        if name not in ("agreement", "kl") and measured.get(name) is not None:
+            lines.append(f"| {measure.title or measure.label} | | {measure.text(measured[name])} | |")
     count = f"\n\nOn {measured['num_images']:,} images{images}." if measured.get("num_images") else ""
     return "\n".join([_BEGIN, *lines]) + f"{count}\n{_END}"
 
@@ -166,6 +171,11 @@ def _divergence(measured: Mapping[str, Any]) -> str:
 def _size(report: ReportData) -> str:
     size = size_text(report)
     return f"It was compressed to {size}. " if size else ""
+
+
+def _left_out(report: ReportData) -> str:
+    text = left_out_text(report)
+    return f" Left out: {text}." if text else ""
 
 
 def _use(auto_class: str, name: str, needs: Needs) -> list[str]:
@@ -201,9 +211,7 @@ def _results(report: ReportData, task: str) -> list[EvalResult] | None:
     names = {
         "top1": ("accuracy", "top-1 accuracy"),
         "top5": ("accuracy", "top-5 accuracy"),
-        "agreement": ("agreement", "agreement with the original"),
-        "kl": ("kl", "KL from the original (nats)"),
-        "feature_error": ("feature_error", "relative error of the features"),
+        **{key: (key, _title(measure)) for key, measure in MEASURES.items()},
     }
     images = evaluation.get("num_images")
     return [
@@ -218,6 +226,10 @@ def _results(report: ReportData, task: str) -> list[EvalResult] | None:
         for key, (kind, label) in names.items()
         if evaluation.get(key) is not None
     ] or None
+
+
+def _title(measure: type[Measure]) -> str:
+    return (measure.title or measure.label) + (f" ({measure.unit.strip()})" if measure.unit else "")
 
 
 def _card_data(original: str) -> dict[str, Any]:

@@ -122,9 +122,11 @@ class ReportData:
             `estimated_bytes` by place (`host`, `device`), `disk_bytes` of activations on the disk, `passes` over the
             images for statistics, and `not_counted`, the steps that the estimate leaves out. Empty without a limit.
         fidelity: Comparison with the original on images that were at hand: `num_images`, whether they are `held_out`,
-            `agreement` and `kl`, or `feature_error`. Empty without images.
+            the `kind` of the output and its measures, such as `agreement` and `kl`. Empty without images.
         latency: If the budget was one of time, by the table of latencies: `predicted_share` of the dense model's time,
             `predicted_seconds` and `dense_seconds` per batch, and the `conditions` of the measurement. Empty otherwise.
+        reach: Parameters of the original: `targeted`, those of what runs when `images` go in (None if unknown), and those
+            that are `left_out`, by kind.
 
     Raises:
         TypeError: if settings and the like hold anything but JSON values.
@@ -153,6 +155,7 @@ class ReportData:
     dtype_on_disk_before: str | None = None
     dtype_on_disk_after: str | None = None
     fidelity: Mapping[str, Any] = field(default_factory=dict)
+    reach: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -178,6 +181,17 @@ class ReportData:
     def removed_of_targets(self) -> float:
         """Share removed of the targeted layers' weights, which `compression_scope="targets"` counts."""
         return 1 - _share([layer for layer in self.layers if layer.targeted])
+
+    @property
+    def targeted_of_model(self) -> float:
+        """Share of the model's parameters that are weights of targeted layers."""
+        return sum(layer.parameters_before for layer in self.layers if layer.targeted) / self.model_parameters_before
+
+    @property
+    def targeted_of_images(self) -> float | None:
+        """The same of the part that images reach, such as the vision tower with its projection; None if unknown."""
+        images = self.reach.get("images")
+        return self.reach["targeted"] / images if images else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report with its ratios as JSON values; `from_dict` is the exact inverse."""
@@ -230,7 +244,14 @@ class ReportData:
         return cls.from_dict(content)
 
 
-_RATIOS = ("removed_of_model", "removed_of_targets", "removed_of_encoder", "kept_of_encoder")
+_RATIOS = (
+    "removed_of_model",
+    "removed_of_targets",
+    "removed_of_encoder",
+    "kept_of_encoder",
+    "targeted_of_model",
+    "targeted_of_images",
+)
 
 
 def _share(layers: Sequence[LayerReport]) -> float:

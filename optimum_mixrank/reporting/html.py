@@ -8,11 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..evaluation.measures import MEASURES
 from ..runtime.formatting import format_change, format_count, format_milliseconds, format_percent
 from .colours import ON_DARK
 from .data import LayerReport, ReportData
 from .inline_svg import css_variable
 from .pictures import draw_pictures
+from .reach import left_out_text, targeted_text
 from .structure import describe_encoder, hidden_units, shared_factors
 from .table import common_prefix, count_values, dtype_change
 from .verdict import verdict
@@ -64,6 +66,8 @@ def render_html(report: ReportData, others: Sequence[ReportData] = (), theme: st
         rows=[_row(layer, prefix, report, errors) for layer in report.layers],
         repaired=bool(errors),
         totals=_totals(report),
+        targeted=targeted_text(report),
+        left_out=left_out_text(report),
         settings=_as_text(report.settings),
         environment=_as_text(report.environment),
         calibration=_as_text(report.calibration),
@@ -121,12 +125,11 @@ def _measured(evaluation: Mapping[str, Any]) -> list[Headline]:
             note = "" if before is None else f"original {format_percent(before, 2)} ({points} points)"
             figures.append(Headline(f"top-{name.removeprefix('top')} accuracy", format_percent(after, 2), note))
     images = f"on {evaluation.get('num_images', 0):,} images"
-    if evaluation.get("agreement") is not None:
-        figures.append(Headline("agreement with the original", format_percent(evaluation["agreement"], 2), images))
-    if evaluation.get("kl") is not None:
-        figures.append(Headline("KL from the original", f"{evaluation['kl']:.4f} nats", images))
-    if evaluation.get("feature_error") is not None:
-        figures.append(Headline("relative error of the features", f"{evaluation['feature_error']:.4g}", images))
+    for name, measure in MEASURES.items():
+        if evaluation.get(name) is not None:
+            value, is_share = evaluation[name], measure.form.endswith("%")
+            text = format_percent(value, 2) if is_share else measure.text(value)
+            figures.append(Headline(measure.title or measure.label, text, images))
     return figures
 
 

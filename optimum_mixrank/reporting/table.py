@@ -6,9 +6,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..evaluation.measures import MEASURES
 from ..runtime.formatting import format_bytes, format_count, format_milliseconds
 from ..runtime.intervals import paired_interval, wilson_interval
 from .data import LayerReport, ReportData
+from .reach import left_out_text, targeted_text
 from .structure import hidden_units, shared_factors
 from .verdict import verdict
 
@@ -38,7 +40,9 @@ def format_table(report: ReportData, width: int = 100) -> str:
     table = [*head, rule, *body, rule, *foot]
     if prefix:
         table.insert(0, _shortened(f"Names below {prefix.removesuffix('.')}", width))
-    return "\n".join([*table, "", *_summary(report), *_evaluation(report), *_verdict(report, width)])
+    return "\n".join(
+        [*table, "", *_summary(report), *_left_out(report, width), *_evaluation(report), *_verdict(report, width)]
+    )
 
 
 def dtype_change(report: ReportData) -> str:
@@ -116,6 +120,7 @@ def _summary(report: ReportData) -> list[str]:
         _change("Parameters of the model", report.model_parameters_before, report.model_parameters_after),
         *([_fact("  asked for", size)] if (size := size_text(report)) else []),
         _fact("  removed of the model", f"{report.removed_of_model:.2%}"),
+        _fact("Targeted layers", targeted_text(report)),
         _fact("  removed of the targeted layers", f"{report.removed_of_targets:.2%}"),
         _fact("  kept of all encoder linears", f"{report.kept_of_encoder:.2%}"),
     ]
@@ -150,6 +155,10 @@ def _summary(report: ReportData) -> list[str]:
     return lines
 
 
+def _left_out(report: ReportData, width: int) -> list[str]:
+    return _wrapped("Left out", left_out_text(report), width)
+
+
 def _evaluation(report: ReportData) -> list[str]:
     return [] if report.evaluation is None else ["", *evaluation_lines(report.evaluation)]
 
@@ -165,14 +174,12 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
         label = f"  top-{name.removeprefix('top')} accuracy"
         values = f"{after:.2%}" if before is None else f"{before:.2%} -> {after:.2%}"
         lines.append(_fact(label, f"{values}{_change_of_accuracy(evaluation, name)}"))
-    for name, label, form, unit in (
-        ("agreement", "  agreement with the original", ".2%", ""),
-        ("kl", "  KL(original || compressed)", ".4f", " nats"),
-        ("feature_error", "  relative error of the features", ".4g", ""),
-    ):
+    for name, measure in MEASURES.items():
         if (value := evaluation.get(name)) is not None:
-            interval = _interval(value, count) if name == "agreement" else ""
-            lines.append(_fact(label, f"{value:{form}}{unit}{interval}"))
+            of_images = name == "agreement" and evaluation.get("kind", "classes") == "classes"
+            lines.append(
+                _fact(f"  {measure.label}", f"{measure.text(value)}{_interval(value, count) if of_images else ''}")
+            )
     note = "; 95% intervals in brackets" if any(" to " in line for line in lines) else ""
     return [f"Evaluation on {count:,} images{note}", *lines]
 
@@ -201,8 +208,13 @@ def _verdict(report: ReportData, width: int) -> list[str]:
     found = verdict(report)
     if found is None:
         return []
-    first, *others = textwrap.wrap(str(found), width - len(_fact("", "")))
-    return ["", _fact("Verdict", first), *(_fact("", line) for line in others)]
+    return ["", *_wrapped("Verdict", str(found), width)]
+
+
+def _wrapped(label: str, text: str, width: int) -> list[str]:
+    """Return a fact in lines of the width; none for an empty text."""
+    lines = textwrap.wrap(text, width - len(_fact("", "")))
+    return [_fact("" if index else label, line) for index, line in enumerate(lines)]
 
 
 def _change(label: str, before: int, after: int) -> str:

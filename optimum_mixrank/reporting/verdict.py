@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..evaluation.measures import MEASURES
 from .data import ReportData
 
-
-GOOD, USABLE = 0.95, 0.85
-"""Agreement with the original from which a result is good or usable.
-
-Where both were measured, top-1 fell by about one point at an agreement of 95 %, by two to four at 90 %, and by ten at 80 %.
-"""
-
-GOOD_ERROR, USABLE_ERROR = 0.05, 0.2
-"""The same for the relative error of features, for models that predict no class."""
 
 FEW_IMAGES = 256
 
@@ -38,24 +30,22 @@ class Verdict:
 
 
 def verdict(report: ReportData) -> Verdict | None:
-    """Return the verdict on a result, or None if it was compared with the original on no image."""
+    """Return the verdict on a result, or None if it was compared with the original on no image.
+
+    What decides is the first measure that does of those that suit the output; see `evaluation.measures`.
+    """
     found = report.fidelity
     if not found:
         return None
     images = f"{found['num_images']:,} {'held-out' if found['held_out'] else 'calibration'} images"
-    if "agreement" in found:
-        share, kl = found["agreement"], found["kl"]
-        word = "good" if share >= GOOD else "usable" if share >= USABLE else "broken"
-        reason = f"the same class as the original on {share:.1%} of {images}"
-        reason += "" if kl is None else f", KL {kl:.2g} nats"
-        is_finite = kl is not None
-    else:
-        error = found["feature_error"]
-        is_finite = error is not None
-        word = "broken" if error is None or error > USABLE_ERROR else "usable" if error > GOOD_ERROR else "good"
-        reason = "" if error is None else f"a relative error of the output of {error:.2g} on {images}"
-    if not is_finite:
+    measured = {name: measure for name, measure in MEASURES.items() if name in found}
+    if any(found[name] is None for name in measured):
         return Verdict("broken", f"NaN or Inf on {images}", "compress in float32 (dtype='float32')")
+    deciding = next((name for name, measure in measured.items() if measure.good is not None), None)
+    if deciding is None:
+        return None
+    word, reason = measured[deciding].word(found[deciding]), measured[deciding].sentence(found[deciding], images)
+    reason = ", ".join([reason, *(each.brief(found[name]) for name, each in measured.items() if name != deciding)])
     return Verdict(word, reason, "" if word == "good" else _advice(report))
 
 

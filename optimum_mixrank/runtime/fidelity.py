@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .model_output import ModelOutput
 from .precision import to_float64
 
 
@@ -24,6 +25,52 @@ def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
     log_q = to_float64(logits).log_softmax(dim=-1)
     # Rounding can take the divergence of two equal distributions below zero.
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0)
+
+
+def mean_kl_divergence(reference: Sequence[Tensor], distributions: Sequence[Tensor]) -> Tensor:
+    """Return the mean of `kl_divergence` over all places of an image, such as pixels, and over several kinds of places.
+
+    From lists of logits `[images, ..., classes]` to `[images]`, float64, in nats.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    found = []
+    for original, compressed in zip(reference, distributions, strict=True):
+        _check_distributions(original, compressed)
+        # Image by image, since there may be many pixels.
+        pairs = zip(original.flatten(1, -2), compressed.flatten(1, -2), strict=True)
+        found.append(torch.stack([kl_divergence(*pair).mean() for pair in pairs]))
+    return torch.stack(found).mean(dim=0)
+
+
+def output_divergence(reference: ModelOutput, output: ModelOutput) -> Tensor:
+    """Return the error of what a model says about images, `[images]`, float64.
+
+    It is KL(original ‖ compressed) in nats of the predicted classes, of images or at every place, plus the relative error
+    of features; most outputs have one of the two. Features may have a row for every token rather than for every image.
+
+    Raises:
+        ValueError: if the two outputs are of different kinds or shapes.
+    """
+    if [each is None for each in (reference.logits, output.logits)] in ([True, False], [False, True]):
+        raise ValueError(_DIFFERENT_HEADS)
+    if len(reference.features) != len(output.features) or len(reference.distributions) != len(output.distributions):
+        raise ValueError(_DIFFERENT_HEADS)
+    if reference.logits is not None and output.logits is not None:
+        return kl_divergence(reference.logits, output.logits)
+    errors = []
+    if reference.distributions:
+        errors.append(mean_kl_divergence(reference.distributions, output.distributions))
+    if reference.features:
+        errors.append(mean_relative_error(reference.features, output.features))
+    return torch.stack(errors).sum(dim=0)
+
+
+_DIFFERENT_HEADS = (
+    "The model and its original have different heads, so their outputs cannot be compared; load both with the same "
+    "class."
+)
 
 
 def agreement(reference_logits: Tensor, logits: Tensor) -> Tensor:
@@ -69,4 +116,12 @@ def _check_logits(reference_logits: Tensor, logits: Tensor) -> None:
         raise ValueError(
             f"Logits of shape {tuple(logits.shape)} cannot be compared with the original's, "
             f"{tuple(reference_logits.shape)}; both must be [images, classes] of the same head."
+        )
+
+
+def _check_distributions(reference: Tensor, distributions: Tensor) -> None:
+    if distributions.ndim < 3 or reference.shape != distributions.shape:
+        raise ValueError(
+            f"Distributions of shape {tuple(distributions.shape)} cannot be compared with the original's, "
+            f"{tuple(reference.shape)}; both must be [images, ..., classes] of the same head."
         )

@@ -1,9 +1,9 @@
-"""How a model is called, and what to compare of its output, whatever its head: the logits of one softmax, or features."""
+"""How a model is called, and what to compare of its output, whatever its head: distributions of classes, or features."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from .formatting import shorten
 from .forward import black_image, evaluation_mode, fixed_random_state, image_size_explained, placement
 from .inputs import ModelInputs
+from .kinds import recognized
+from .model_output import ModelOutput as ModelOutput
+from .output_fields import field_of, fields_of, listed, per_image, tensors_in
 from .parts import FEATURES, WHOLE, part_of, possible_parts, takes, text_model_refused
 
 
@@ -20,28 +23,6 @@ _PREFERRED = ("feature_maps", "last_hidden_state", "logits", "reconstruction", "
 
 _SEEN = ("pooler_output", "image_embeds", "deepstack_features")
 """What `get_image_features` returns for the rest of the model."""
-
-_BESIDE = ("loss", "hidden_states", "attentions", "past_key_values", "cache")
-"""Ends of the names of outputs that say nothing about the result."""
-
-
-@dataclass(frozen=True)
-class ModelOutput:
-    """The output of a model for a batch.
-
-    Attributes:
-        logits: `[batch, classes]`, of one softmax; None for other heads.
-        features: Tensors `[batch, ...]`; empty if there are logits.
-    """
-
-    logits: Tensor | None = None
-    features: Sequence[Tensor] = ()
-
-    def cpu(self) -> ModelOutput:
-        """Return a copy on the CPU."""
-        return ModelOutput(
-            None if self.logits is None else self.logits.cpu(), tuple(feature.cpu() for feature in self.features)
-        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +128,9 @@ class ModelCall:
         """Return what to compare of an output; see `select_output` and `select_features`."""
         if self.part in FEATURES and not self.outputs:
             return select_features(output, num_images)
-        return select_output(output, getattr(model, "config", None), self.outputs, num_images)
+        # A tower inside a model has a configuration of its own.
+        part = model if self.part in (WHOLE, *FEATURES) else part_of(model, self.part)
+        return select_output(output, getattr(part, "config", None), self.outputs, num_images)
 
     def __call__(self, model: nn.Module, inputs: ModelInputs | Tensor) -> ModelOutput:
         """Call a model and return what to compare of its output."""
@@ -171,11 +154,11 @@ PLAIN_CALL = ModelCall()
 
 
 def select_output(output: Any, config: Any, names: Sequence[str] = (), num_images: int | None = None) -> ModelOutput:
-    """Select logits or features from whatever a model returns.
+    """Select what to compare from whatever a model returns.
 
-    Models with one softmax over classes give logits. All others (encoders, backbones, dense, multi-label or regression
-    heads) give feature maps, or else the last hidden state, or else the output of the head: all its floating-point
-    tensors, except losses, hidden states, attentions and caches.
+    Outputs of a known kind come first: classes, boxes, masks, tokens, depth, …; see `kinds`. All others (encoders,
+    backbones, multi-label or regression heads) give feature maps, or else the last hidden state, or else the output of the
+    head: all its floating-point tensors, except losses, hidden states, attentions and caches.
 
     Args:
         output: The value that the model returned.
@@ -186,20 +169,20 @@ def select_output(output: Any, config: Any, names: Sequence[str] = (), num_image
     Raises:
         ValueError: if the output holds no such tensor; the message lists what it holds.
     """
-    logits = _field(output, "logits")
-    # Classes that do not exclude one another have no common distribution.
-    exclusive = getattr(config, "problem_type", None) not in ("multi_label_classification", "regression")
-    is_softmax = exclusive and isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 1
-    if is_softmax and tuple(names) in ((), ("logits",)):
-        return ModelOutput(logits=logits)
+    features: list[Tensor] = []
     if names:
         features = [feature for name in names for feature in _named(output, name, num_images)]
-    else:
-        preferred = (list(_tensors(_field(output, name))) for name in _PREFERRED)
-        features = next((found for found in preferred if found), []) or _per_image(_tensors(output), num_images)
+    known = recognized({name: field_of(output, name) for name in names} if names else output, config)
+    # What the kind does not know of must not be dropped if it was asked for.
+    is_all = known is not None and (not names or len(known.tensors) == len(features))
+    if known is not None and is_all and all(num_images in (None, len(each)) for each in known.tensors):
+        return known
+    if not names:
+        preferred = (list(tensors_in(field_of(output, name))) for name in _PREFERRED)
+        features = next((found for found in preferred if found), []) or per_image(tensors_in(output), num_images)
     if not features:
         raise ValueError(
-            f"A {type(output).__name__} holds neither logits nor features of images, but {_listed(output)}; use a model "
+            f"A {type(output).__name__} holds neither logits nor features of images, but {listed(output)}; use a model "
             "for images, or name the outputs to compare by `output_names`."
         )
     return ModelOutput(features=tuple(features))
@@ -209,76 +192,38 @@ def select_features(output: Any, num_images: int) -> ModelOutput:
     """Select what the rest of a model sees of images from what its `get_image_features` returns.
 
     Transformers 5 returns it beside the states of the tower; 4.57 returns it alone. Features of images of different sizes
-    are one tensor with a row for every token.
+    are one tensor with a row for every token. One vector per image is its embedding.
 
     Raises:
         ValueError: if there is no tensor.
     """
     found: list[Tensor] = []
-    for value in [_field(output, name) for name in _SEEN] if _fields(output) else [output]:
-        tensors = list(_tensors(value))
+    for value in [field_of(output, name) for name in _SEEN] if fields_of(output) else [output]:
+        tensors = list(tensors_in(value))
         if isinstance(value, list | tuple) and len(tensors) == num_images and len({t.shape[1:] for t in tensors}) == 1:
             same = len({tensor.shape for tensor in tensors}) == 1
             tensors = [torch.stack(tensors) if same else torch.cat(tensors)]
         found += tensors
     if not found:
-        raise ValueError(f"`{FEATURES[0]}` returns no features of images, but {_listed(output)}.")
-    return ModelOutput(features=tuple(tensor[:, None] if tensor.ndim == 1 else tensor for tensor in found))
+        raise ValueError(f"`{FEATURES[0]}` returns no features of images, but {listed(output)}.")
+    features = tuple(tensor[:, None] if tensor.ndim == 1 else tensor for tensor in found)
+    is_embedding = len(features) == 1 and features[0].ndim == 2 and len(features[0]) == num_images
+    return ModelOutput(features=features, kind="embeddings" if is_embedding else "")
 
 
 def _named(output: Any, name: str, num_images: int | None) -> list[Tensor]:
     """Return the tensors of a named output."""
-    value = output
-    for part in name.split("."):
-        value = _field(value, part)
-    found = list(_tensors(value))
+    found = list(tensors_in(field_of(output, name)))
     if not found:
         raise ValueError(
             f"output_names={name!r}: a {type(output).__name__} holds no such tensors of floating-point numbers, but "
-            f"{_listed(output)}."
+            f"{listed(output)}."
         )
-    fitting = _per_image(found, num_images)
+    fitting = per_image(found, num_images)
     if len(fitting) < len(found):
         shapes = ", ".join(str(list(tensor.shape)) for tensor in found)
         raise ValueError(
             f"output_names={name!r} has the shape {shapes} for {num_images} images; only outputs with one row per image "
-            f"can be compared. A {type(output).__name__} holds {_listed(output)}."
+            f"can be compared. A {type(output).__name__} holds {listed(output)}."
         )
     return fitting
-
-
-def _per_image(tensors: Iterator[Tensor] | Sequence[Tensor], num_images: int | None) -> list[Tensor]:
-    """Return the tensors with one row per image; a single number becomes a row."""
-    fitting = [tensor for tensor in tensors if num_images is None or (tensor.ndim and len(tensor) == num_images)]
-    return [tensor[:, None] if tensor.ndim == 1 else tensor for tensor in fitting]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Return the floating-point tensors in a value, however it is nested."""
-    if isinstance(value, Tensor):
-        if torch.is_floating_point(value):
-            yield value
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)
-    else:
-        for name, each in _fields(value).items():
-            if not name.endswith(_BESIDE):
-                yield from _tensors(each)
-
-
-def _fields(output: Any) -> Mapping[str, Any]:
-    if isinstance(output, Mapping):
-        return {str(name): value for name, value in output.items()}
-    return vars(output) if is_dataclass(output) else {}
-
-
-def _field(output: Any, name: str) -> Any:
-    # Transformers' outputs are mappings as well as objects; some attributes are deprecated names that warn when read.
-    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-
-
-def _listed(output: Any) -> str:
-    """Describe what an output holds, for messages."""
-    names = [name for name, value in _fields(output).items() if any(True for _ in _tensors(value))]
-    return ", ".join(f"`{name}`" for name in names) or "no named tensors"

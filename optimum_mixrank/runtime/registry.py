@@ -51,6 +51,11 @@ class Registry(Mapping[str, type[Entry]], Generic[Entry]):
             raise ValueError(f"{self._field}={name!r} is unknown; choose one of {known}.")
         return self[name]()
 
+    @property
+    def added(self) -> list[str]:
+        """The names of classes that are not the package's own."""
+        return [name for name in self._classes if name not in self._built_in]
+
     def __contains__(self, name: object) -> bool:
         return name in self._built_in or name in self._classes
 
@@ -103,5 +108,35 @@ RUNTIMES: Registry[Any] = Registry(
         "openvino": "deployment.openvino_runtime",
         "executorch": "deployment.executorch_runtime",
         "torch": "deployment.torch_export",
+    },
+)
+KINDS: Registry[Any] = Registry(
+    "kind",
+    dict.fromkeys(
+        (
+            "segments",
+            "detection",
+            "segmentation",
+            "masks",
+            "tokens",
+            "classes",
+            "depth",
+            "heatmaps",
+            "embeddings",
+        ),
+        "runtime.kinds",
+    ),
+)
+MEASURES: Registry[Any] = Registry(
+    "measure",
+    {
+        "mask_iou": "evaluation.measures.mask_iou",
+        "matched_boxes": "evaluation.measures.matched_boxes",
+        "cosine_similarity": "evaluation.measures.cosine_similarity",
+        "retrieval_agreement": "evaluation.measures.retrieval_agreement",
+        "agreement": "evaluation.measures.agreement",
+        "kl": "evaluation.measures.kl",
+        "feature_error": "evaluation.measures.feature_error",
+        "correlation": "evaluation.measures.correlation",
     },
 )

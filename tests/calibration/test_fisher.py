@@ -138,3 +138,19 @@ def test_the_gradients_of_a_joint_layer_are_those_of_its_parts_stacked():
         assert torch.equal(statistics[part].input_covariance, joint.input_covariance)
     assert torch.allclose(joint.input_covariance, alone[parts[0]].input_covariance)
     assert joint.num_tokens == alone[parts[0]].num_tokens and joint.num_images == 8
+
+
+def test_probes_of_distributions_have_the_fisher_information_of_the_mean_over_places():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 2, 3, generator=generator)
+    probes = 20000
+    logits = values.expand(probes, -1, -1).clone().requires_grad_()
+    probe_likelihood(ModelOutput(distributions=(logits,), kind="segmentation"), generator).backward()
+    gradients = logits.grad.double()
+    p = values[0].double().softmax(-1)
+    for place in range(2):
+        found = gradients[:, place].T @ gradients[:, place] / probes
+        # Two places, so that each has half of the weight.
+        expected = (p[place].diag() - p[place].outer(p[place])) / 2
+        assert torch.allclose(found, expected, atol=5e-3)
+    assert (gradients[:, 0].T @ gradients[:, 1] / probes).abs().max() < 5e-3

@@ -58,6 +58,7 @@ def test_classifier_against_the_definitions(tiny, batches):
         kl=pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-4),
         gained=((compressed.argmax(1) == labels) & (original.argmax(1) != labels)).sum().item() / 11,
         lost=((compressed.argmax(1) != labels) & (original.argmax(1) == labels)).sum().item() / 11,
+        kind="classes",
     )
 
 
@@ -69,7 +70,7 @@ def test_model_with_itself(batches):
 def test_without_labels_there_is_no_accuracy():
     model = tiny_vit()
     result = evaluate_model(model, [Batch(pixels())], reference=model)
-    assert result == EvaluationResult(num_images=4, agreement=1.0, kl=0.0)
+    assert result == EvaluationResult(num_images=4, agreement=1.0, kl=0.0, kind="classes")
 
 
 def test_without_original_there_is_only_accuracy(batches):
@@ -97,7 +98,14 @@ def test_encoder_by_its_last_hidden_state(batches):
     with torch.no_grad():
         pair = reference(images).last_hidden_state, model(images).last_hidden_state
     result = evaluate_model(model, batches, reference)
-    assert result == EvaluationResult(num_images=11, feature_error=_feature_error([pair]))
+    correlation = [torch.corrcoef(torch.stack(each).flatten(1))[0, 1].double() for each in zip(*pair, strict=True)]
+    assert result == EvaluationResult(
+        num_images=11,
+        feature_error=_feature_error([pair]),
+        kind="features",
+        measures={"correlation": pytest.approx(torch.stack(correlation).mean().item(), rel=1e-4)},
+    )
+    assert result.correlation == result.to_dict()["correlation"] and result.mask_iou is None
 
 
 def test_backbone_by_its_feature_maps():

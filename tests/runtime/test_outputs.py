@@ -24,9 +24,9 @@ def rows(*shape):
 
 
 @dataclass
-class Masks(TransformersOutput):
+class Several(TransformersOutput):
     loss: torch.Tensor | None = None
-    pred_masks: torch.Tensor | None = None
+    maps: torch.Tensor | None = None
     iou_scores: torch.Tensor | None = None
     vision_hidden_states: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
@@ -56,9 +56,9 @@ def test_a_head_without_a_known_name():
 
 def test_all_tensors_of_the_result_and_no_others():
     more = {name: (rows(2, 2),) for name in ("vision_hidden_states", "cross_attentions", "past_key_values")}
-    masks, scores = rows(1, 8, 8), rows(3)
-    found = select_output(Masks(torch.tensor(1.0), masks, scores, **more), PLAIN, (), IMAGES)
-    assert [id(each) for each in found.features] == [id(masks), id(scores)]
+    maps, scores = rows(1, 8, 8), rows(3)
+    found = select_output(Several(torch.tensor(1.0), maps, scores, **more), PLAIN, (), IMAGES)
+    assert [id(each) for each in found.features] == [id(maps), id(scores)]
 
 
 def test_numbers_that_are_no_features_are_passed_over():

@@ -27,7 +27,8 @@ class DistillationCompensator(Compensator):
     """Trains the factors, biases and normalizations of the encoder to predict what the original predicts.
 
     The loss of an image is `KL(original ‖ compressed)` in nats plus `feature_weight` times the relative squared error
-    of the last hidden state over all tokens; without a class head, the feature terms alone. Few images are the limit, so
+    of the last hidden state over all tokens; KL is the mean over pixels, tokens or boxes where each has a distribution,
+    and without any distribution there are the feature terms alone. Few images are the limit, so
     each looks different every time: both models see the same random views, see `Views`, cropped from images
     `view_scale` times as large as the model sees where the source has them. The state with the lowest held-out error is
     kept.
@@ -102,6 +103,9 @@ class DistillationCompensator(Compensator):
             log_q = compressed.logits.float().log_softmax(dim=-1)
             log_p = original.logits.float().log_softmax(dim=-1)
             total = share * nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+        for reference, found in zip(original.distributions, compressed.distributions, strict=True):
+            divergence = _place_divergence(reference.float(), found.float())
+            total = total + share * divergence.to(total.device) / len(original.distributions)
         features = list(zip(original.features, compressed.features, strict=True))
         if original_features is not None and compressed_features is not None:
             features.append((original_features, compressed_features))
@@ -109,6 +113,13 @@ class DistillationCompensator(Compensator):
             loss = relative_loss(reference, feature, share, task.processes)
             total = total + self.feature_weight * loss.to(total.device) / len(features)
         return total
+
+
+def _place_divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """Return the mean of KL(reference ‖ logits) over images and places."""
+    log_q = logits.log_softmax(dim=-1).flatten(0, -2)
+    log_p = reference.log_softmax(dim=-1).flatten(0, -2)
+    return nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
 def _run(model: nn.Module, inputs: ModelInputs, call: ModelCall) -> tuple[ModelOutput, Tensor | None]:
