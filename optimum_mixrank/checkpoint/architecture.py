@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ..runtime.files import is_local_path
@@ -112,20 +112,26 @@ def load_named(
     Args:
         path: Local folder or Hub id.
         config: The checkpoint's configuration.
-        auto_class: A class with `from_pretrained`; None is the class that the configuration names. If it names none, the
-            bare encoder is opened, provided that this is all that the checkpoint holds.
+        auto_class: A class with `from_pretrained`; None is the class that the configuration names. If it names none, as in
+            checkpoints of timm itself, see `_unnamed_class`; it has to be all that the checkpoint holds.
         complete: Whether every parameter has to be in the checkpoint.
         **kwargs: Arguments of Transformers' `from_pretrained`.
 
     Raises:
         ValueError: if the class is unknown, or the checkpoint does not hold what the model needs.
     """
+    if _is_timm(config) and "num_classes" in (config.model_args or {}):
+        # timm notes the number of classes twice, and Transformers passes it twice.
+        config.model_args = {name: value for name, value in config.model_args.items() if name != "num_classes"}
+        kwargs["config"] = config
     if auto_class is not None and not complete:
         return auto_class.from_pretrained(path, **kwargs)
     is_given = auto_class is not None
     is_guess = auto_class is None and not getattr(config, "architectures", None)
     if auto_class is None:
-        auto_class = AutoModel if is_guess else named_class(config, path, bool(kwargs.get("trust_remote_code")))
+        auto_class = (
+            _unnamed_class(config) if is_guess else named_class(config, path, bool(kwargs.get("trust_remote_code")))
+        )
     model, found = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
     parameters = dict(model.named_parameters())
     missing = sorted(name for name in found["missing_keys"] if name in parameters)
@@ -147,6 +153,15 @@ def load_named(
             "checkpoint is damaged, or belongs to another class; name that by `auto_class` or `--auto-class`."
         )
     return model
+
+
+def _unnamed_class(config: Any) -> Any:
+    """Return the class for a configuration that names none: a classifier of timm if it has classes, else the encoder."""
+    return AutoModelForImageClassification if _is_timm(config) and config.num_labels else AutoModel
+
+
+def _is_timm(config: Any) -> bool:
+    return getattr(config, "model_type", None) == "timm_wrapper"
 
 
 def named_class(config: Any, path: str | Path, trust_remote_code: bool = False) -> Any:

@@ -14,6 +14,7 @@ from ..runtime.logging import get_logger
 from .modeling import FactoredLinear, LowRankLinear, replace_module
 from .names import canonical_names
 from .narrowing import mark_narrow
+from .other_releases import under_present_names
 from .pivoted import PivotedLinear
 from .rank_map import FactoredLayer, decode_rows
 from .shared import share
@@ -23,16 +24,20 @@ from .views import insert_views
 logger = get_logger(__name__)
 
 
-def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]) -> None:
+def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]) -> dict[str, FactoredLayer]:
     """Replace every linear layer in the rank map by an empty factored layer on the meta device.
 
     All entries are checked before the first layer is replaced, since they may come from an untrusted file. A warning
     names the layers of the map that this model lacks, as when it is opened with fewer blocks.
 
+    Returns:
+        The rank map under the names that the layers have in this release of Transformers; see `other_releases`.
+
     Raises:
         ValueError: if the model has none of the map's layers, or if an entry names something other than a linear layer
             or does not fit its layer.
     """
+    layers = under_present_names(model, layers)
     insert_views(model, layers)
     names = {canonical: name for name, canonical in canonical_names(model).items()}
     present = {canonical: layer for canonical, layer in layers.items() if canonical in names}
@@ -71,6 +76,7 @@ def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]
             empty.update({names[member]: module for member, module in shared.items()})
     for name, module in empty.items():
         replace_module(model, name, module)
+    return layers
 
 
 def _empty_shared(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import nn
 
 from .modeling import GuardedLinear
 from .narrowing import stacked
+
+
+_PREFIX_CHANGE = "PrefixChange"
 
 
 @dataclass(frozen=True)
@@ -63,23 +67,34 @@ def _joined(names: Sequence[str]) -> str:
 def canonical_names(model: nn.Module) -> dict[str, str]:
     """Return the canonical name of every linear layer of the model, dense or factored, by module name."""
     canonical = canonical_naming(model)
-    return {
-        name: canonical(name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | GuardedLinear)
-    }
+    return {name: canonical(name) for name in _linear_names(model)}
 
 
 def canonical_naming(model: nn.Module) -> Callable[[str], str]:
     """Return the function from the name of a layer of the model, which need not exist yet, to its canonical name."""
-    to_disk = _renaming_to_disk(model)
+    to_disk = _naming_on_disk(model)
     prefix = getattr(model, "base_model_prefix", "")
 
     def canonical(name: str) -> str:
-        on_disk = to_disk(f"{name}.weight").removesuffix(".weight")
+        on_disk = to_disk(name)
         return on_disk.removeprefix(f"{prefix}.") if prefix else on_disk
 
     return canonical
+
+
+def names_on_disk(model: nn.Module) -> dict[str, str]:
+    """Return the names on disk of every linear layer of the model, dense or factored, by module name."""
+    to_disk = _naming_on_disk(model)
+    return {name: to_disk(name) for name in _linear_names(model)}
+
+
+def _naming_on_disk(model: nn.Module) -> Callable[[str], str]:
+    to_disk = _renaming_to_disk(model)
+    return lambda name: to_disk(f"{name}.weight").removesuffix(".weight")
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | GuardedLinear)]
 
 
 def saving_conversions(model: nn.Module) -> list[Any]:
@@ -88,6 +103,47 @@ def saving_conversions(model: nn.Module) -> list[Any]:
     Raises:
         RuntimeError: if this release keeps its tables elsewhere.
     """
+    # Changes of the prefix hold for loading alone; early releases of 5.x have none.
+    return [each for each in _conversions(model) if type(each).__name__ != _PREFIX_CHANGE]
+
+
+def prefix_changes(model: nn.Module) -> list[Any]:
+    """Return the changes of prefixes that this release of Transformers makes when it loads a model; 4.x makes none.
+
+    Raises:
+        RuntimeError: if this release keeps its tables elsewhere.
+    """
+    return [each for each in _conversions(model) if type(each).__name__ == _PREFIX_CHANGE]
+
+
+def loading_renamings(model: nn.Module) -> list[Callable[[str], str]]:
+    """Return how this release of Transformers may rename parameters of a model when it loads them.
+
+    Raises:
+        RuntimeError: if this release keeps its tables elsewhere.
+    """
+    older = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    found: list[Callable[[str], str]] = []
+    if older:
+        found.append(lambda name: _first_replaced(name, older))
+    conversions = _conversions(model)
+    if conversions:
+        from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        found.append(lambda name: apply_renamings(name, renamings))
+    return found
+
+
+def _first_replaced(name: str, patterns: Mapping[str, str]) -> str:
+    for pattern, replacement in patterns.items():
+        changed, count = re.subn(pattern, replacement, name)
+        if count:
+            return changed
+    return name
+
+
+def _conversions(model: nn.Module) -> list[Any]:
     if int(transformers.__version__.split(".")[0]) < 5:
         return []
     try:
@@ -98,9 +154,7 @@ def saving_conversions(model: nn.Module) -> list[Any]:
             f"Transformers {transformers.__version__} renames parameters in a way that this version of optimum-mixrank "
             "does not know. Upgrade with `pip install --upgrade optimum-mixrank`."
         ) from error
-    # Changes of the prefix hold for loading alone; early releases of 5.x have none.
-    found = get_model_conversion_mapping(model, add_legacy=False)
-    return [each for each in found if type(each).__name__ != "PrefixChange"]
+    return list(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def _renaming_to_disk(model: nn.Module) -> Callable[[str], str]:

@@ -56,10 +56,12 @@ class MixRankHfQuantizer(HfQuantizer):
         from . import completeness
         from .loading import insert_factored_layers
 
-        layers = self.quantization_config.factored_layers
-        if not layers:
+        stored = self.quantization_config.factored_layers
+        if not stored:
             return
-        insert_factored_layers(model, layers)
+        layers = insert_factored_layers(model, stored)
+        if layers.keys() != stored.keys():
+            self.quantization_config.rank_map = {name: layer.to_dict() for name, layer in layers.items()}
         completeness.refuse_missing_factors(model)
         if "checkpoint_files" in kwargs:
             completeness.check_stored_tensors(model, kwargs["checkpoint_files"] or [])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .composite import Attach, describe_factored_layers
 from .entries import compressed_layers
+from .other_releases import stored_with_prefixes
 from .plain import saved_plainly
 from .self_contained import brings_code, code_included
 from .stacking import stored_apart
@@ -48,7 +49,7 @@ def describe_on_saving(model_class: type[PreTrainedModel], attach: Attach) -> No
                 )
             with stored_apart(self):
                 return save(self, save_directory, *args, **kwargs)
-        with stored_apart(self), saved_plainly(self) as is_plain:
+        with stored_with_prefixes(self), stored_apart(self), saved_plainly(self) as is_plain:
             if is_plain:
                 return save(self, save_directory, *args, **kwargs)
             _check_upload(self, self_contained, kwargs)

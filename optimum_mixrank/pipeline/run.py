@@ -98,7 +98,7 @@ class CompressionRun:
             # Most models are refused, if they are, before any image is read.
             read = functools.cache(lambda: _read_images(config, reader, dataset, metric, options.get("calibration")))
             linears_in_blocks(reader.model)
-            call = example_call(config.model_call, reader.model, read)
+            call = example_call(config.model_call, reader.model, lambda: _any_images(read(), config, reader, dataset))
             linears = candidates(reader.model, config.target_modules, call, config.include)
             targets = select_targets(linears, config.target_modules, config.exclude_modules)
             check_uses(reader.model, targets)
@@ -139,6 +139,14 @@ def _read_images(
         )
     drawn = reader.draw(dataset, config.num_samples, config.seed)
     return reader.read(drawn, keep=bool(config.compensation))
+
+
+def _any_images(
+    batches: ImageBatches | None, config: MixRankConfig, reader: ImageReader, dataset: Any
+) -> ImageBatches | None:
+    """Return images to try a model on: those of a run, or of what was given to one that needs none."""
+    given = config.dataset if dataset is None else dataset
+    return batches if batches is not None or given is None else reader.read(reader.draw(given, 1, config.seed))
 
 
 def example_call(call: ModelCall, model: PreTrainedModel, read: Callable[[], ImageBatches | None]) -> ModelCall:

@@ -124,6 +124,8 @@ def configured_shape(model: nn.Module) -> tuple[int, ...]:
         ValueError: if the configuration does not give it.
     """
     config = getattr(model, "config", None)
+    if (described := _shape_by_timm(model)) is not None:
+        return described
     sizes = [(each, getattr(each, "image_size", None)) for each in _vision_configurations(config)]
     for each, size in sizes:
         pair = (size, size) if isinstance(size, int) else size
@@ -133,6 +135,26 @@ def configured_shape(model: nn.Module) -> tuple[int, ...]:
         f"The configuration of {type(model).__name__} has image_size={sizes[0][1]!r}, which is not an "
         "image size; pass `pixel_values_shape=(channels, height, width)`."
     )
+
+
+def _shape_by_timm(model: nn.Module) -> tuple[int, ...] | None:
+    """Return the shape of an image for a model of timm; None for others, and where none is named.
+
+    The arguments of its constructor come first, then what is said of its weights: in the checkpoint, or else in timm.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != "timm_wrapper":
+        return None
+    arguments = getattr(config, "model_args", None) or {}
+    sources = [getattr(each, "pretrained_cfg", None) or {} for each in (config, getattr(model, "timm_model", None))]
+    stored = next((size for each in sources if (size := each.get("input_size"))), None)
+    shape = [*stored] if isinstance(stored, list | tuple) and len(stored) == 3 else [3, None, None]
+    size = arguments.get("img_size")
+    if size is not None:
+        shape[1:] = [size, size] if isinstance(size, int) else [*size]
+    shape[0] = arguments.get("in_chans", shape[0])
+    found = tuple(each for each in shape if isinstance(each, int))
+    return found if len(found) == len(shape) == 3 else None
 
 
 def _vision_configurations(config: object) -> list[object]:

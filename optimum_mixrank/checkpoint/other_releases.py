@@ -1,0 +1,151 @@
+"""Names of layers in checkpoints that another release of Transformers has written.
+
+Releases differ in what they call the modules around a stack of blocks, not in what they call the layers inside: the tower
+that 4.57 knows as `vision_model.encoder.layers` is `encoder.layers` in 5.x. A rank map is therefore read stack by stack.
+The *root* of a layer is its name up to the number of the block, `encoder.layers`, and what follows is its *place*,
+`0.mlp.fc1`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .names import canonical_names, loading_renamings, names_on_disk, prefix_changes, saving_conversions
+from .rank_map import FactoredLayer
+
+
+_CONVERSIONS = "_weight_conversions"
+"""The attribute in which Transformers keeps how a model was loaded, by which it is saved again."""
+
+
+def under_present_names(model: nn.Module, layers: Mapping[str, FactoredLayer]) -> dict[str, FactoredLayer]:
+    """Return a rank map with the canonical names that its layers have in a model under the installed release.
+
+    Layers that the model does not have under any name keep theirs.
+
+    Args:
+        model: The model.
+        layers: The entries of a rank map by the canonical names of the release that wrote it.
+    """
+    present = _present_names(model, list(layers))
+    if not present:
+        return dict(layers)
+    found = {}
+    for name, layer in layers.items():
+        members = layer.members and tuple(present.get(member, member) for member in layer.members)
+        found[present.get(name, name)] = replace(layer, members=members)
+    return found
+
+
+def _present_names(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Return the canonical names of layers that a rank map calls otherwise, by what it calls them."""
+    canonical = canonical_names(model)
+    known = set(canonical.values())
+    places: dict[str, dict[str, str]] = {}
+    for name, on_disk in names_on_disk(model).items():
+        for spelling in (canonical[name], on_disk, name):
+            root, place = _root_and_place(spelling)
+            places.setdefault(root, {})[place] = canonical[name]
+    found: dict[str, str] = {}
+    for root, members in _by_root(names).items():
+        # A stack that the model has under this name is left as it is, even if some of its layers are lacking.
+        if known.isdisjoint(members):
+            there = _counterpart(
+                root, {_root_and_place(each)[1] for each in members}, places, loading_renamings(model)
+            )
+            found.update({each: there[place] for each in members if (place := _root_and_place(each)[1]) in there})
+    return found if len(set(found.values())) == len(found) and known.isdisjoint(found) else {}
+
+
+def _counterpart(
+    root: str, wanted: set[str], places: Mapping[str, Mapping[str, str]], renamings: Sequence[Callable[[str], str]]
+) -> Mapping[str, str]:
+    """Return the layers, by place, of the one stack of a model that a root in a rank map stands for; none if unclear."""
+    spellings = {root, *(rename(f"{root}.0.").removesuffix(".0.") for rename in renamings)}
+    scores: dict[tuple[int, int], list[Mapping[str, str]]] = {}
+    for candidate, layers in places.items():
+        blocks = {place.partition(".")[0] for place in layers}
+        # The model may have been opened with fewer blocks.
+        inside = {place for place in wanted if place.partition(".")[0] in blocks}
+        if not inside or not inside <= layers.keys():
+            continue
+        common = max((_common_end(each, candidate) for each in spellings if _may_be(each, candidate)), default=0)
+        if common:
+            scores.setdefault((len(inside), common), []).append(layers)
+    if not scores:
+        return {}
+    best = scores[max(scores)]
+    # One stack may be there under several spellings.
+    return best[0] if all(set(each.values()) == set(best[0].values()) for each in best) else {}
+
+
+def _may_be(root: str, other: str) -> bool:
+    """Return whether one of two roots is the other with more modules around or between its own."""
+    short, long = sorted((root.split("."), other.split(".")), key=len)
+    rest = iter(long)
+    return all(part in rest for part in short)
+
+
+def _common_end(root: str, other: str) -> int:
+    """Return how many parts the ends of two roots have in common."""
+    count = 0
+    for own, its in zip(reversed(root.split(".")), reversed(other.split(".")), strict=False):
+        if own != its:
+            break
+        count += 1
+    return count
+
+
+def _by_root(names: Iterable[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_root_and_place(name)[0], []).append(name)
+    return groups
+
+
+def _root_and_place(name: str) -> tuple[str, str]:
+    """Divide the name of a layer into its root and its place."""
+    match = re.match(r"(.*?)\.(\d+\..*)", name)
+    return (match[1], match[2]) if match else ("", name)
+
+
+@contextmanager
+def stored_with_prefixes(model: nn.Module) -> Iterator[None]:
+    """Make Transformers save a model under the names that files on the Hub have, which all releases know.
+
+    Transformers 5 knows some towers by names without the prefix that they have on the Hub. It writes the prefix again where
+    it has read it, but not for a model that was made from a configuration.
+    """
+    known = vars(model).get(_CONVERSIONS)
+    lacking = [each for each in prefix_changes(model) if not _is_among(each, known or []) and not _is_doubled(each)]
+    if not lacking:
+        yield
+        return
+    setattr(model, _CONVERSIONS, [*(saving_conversions(model) if known is None else known), *lacking])
+    try:
+        yield
+    finally:
+        if known is None:
+            delattr(model, _CONVERSIONS)
+        else:
+            setattr(model, _CONVERSIONS, known)
+
+
+def _is_among(change: Any, conversions: Sequence[Any]) -> bool:
+    def key(each: Any) -> tuple[Any, ...]:
+        names = ("prefix_to_add", "prefix_to_remove", "scope_prefix")
+        return (type(each).__name__, *(getattr(each, name, None) for name in names))
+
+    return key(change) in map(key, conversions)
+
+
+def _is_doubled(change: Any) -> bool:
+    """Return whether a tower has the name that is its prefix by itself: as a part of a classifier it has no other one."""
+    scope = getattr(change, "scope_prefix", None) or ""
+    return scope.rpartition(".")[2] == change.prefix_to_remove

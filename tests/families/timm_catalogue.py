@@ -1,0 +1,178 @@
+"""Architectures of timm, each as small as its arguments allow, without pretrained weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TimmFamily:
+    """An architecture of timm: its name, arguments of its constructor, and the side of its images."""
+
+    architecture: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    side: int = 32
+    with_head: bool = True
+
+    def config(self, **changes: Any) -> Any:
+        """Return the configuration, with what a checkpoint of timm says of its images."""
+        from transformers import TimmWrapperConfig
+
+        statistics = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+        images = {"input_size": [3, self.side, self.side], "crop_pct": 1.0, "interpolation": "bicubic", **statistics}
+        values = {"num_labels": 5, "model_args": self.arguments, "pretrained_cfg": images, **changes}
+        return TimmWrapperConfig(architecture=self.architecture, **values)
+
+    def make(self, seed: int = 0) -> Any:
+        """Return the model, in evaluation mode."""
+        from transformers import TimmWrapperForImageClassification, TimmWrapperModel
+
+        torch.manual_seed(seed)
+        return (TimmWrapperForImageClassification if self.with_head else TimmWrapperModel)(self.config()).eval()
+
+    def batches(self, count: int = 2, size: int = 4, seed: int = 0) -> list[dict[str, Tensor]]:
+        """Return batches of random images."""
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            {"pixel_values": torch.randn(size, 3, self.side, self.side, generator=generator)} for _ in range(count)
+        ]
+
+
+_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+_ROPE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+_EVA = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+_SWIN = {
+    "img_size": 32,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "window_size": 4,
+    "depths": [1, 1, 2],
+    "num_heads": [1, 2, 2],
+}
+_STAGES = {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}
+
+TIMM_FAMILIES: dict[str, TimmFamily] = {
+    "ViT": TimmFamily("vit_tiny_patch16_224", _VIT),
+    "ViT, encoder": TimmFamily("vit_tiny_patch16_224", _VIT, with_head=False),
+    "ViT, normalised queries": TimmFamily("vit_tiny_patch16_224", {**_VIT, "qk_norm": True}),
+    "ViT, test model": TimmFamily("test_vit3", {"img_size": 32, "depth": 2}),
+    "ViT, SigLIP": TimmFamily("vit_base_patch16_siglip_224", _VIT),
+    "ViT, CLIP": TimmFamily("vit_base_patch16_clip_224", _VIT),
+    "ViT, parallel": TimmFamily("vit_small_patch16_36x1_224", _VIT),
+    "ViT, two in parallel": TimmFamily("vit_small_patch16_18x2_224", _VIT),
+    "ViT, relative positions": TimmFamily("vit_relpos_small_patch16_224", _VIT),
+    "ViT, SAM": TimmFamily(
+        "samvit_base_patch16_224", {**_VIT, "window_size": 2, "global_attn_indexes": [1], "neck_chans": 16}
+    ),
+    "FlexiViT": TimmFamily("flexivit_small", _VIT),
+    "NaFlexViT": TimmFamily(
+        "naflexvit_base_patch16_gap", {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    ),
+    "AIMv2": TimmFamily("aimv2_large_patch14_224", _VIT),
+    "DINOv2 with registers": TimmFamily("vit_small_patch14_reg4_dinov2", _VIT),
+    "DINOv2, SwiGLU": TimmFamily("vit_giant_patch14_reg4_dinov2", _VIT),
+    "DINOv3": TimmFamily("vit_small_patch16_dinov3", _ROPE),
+    "DINOv3, SwiGLU": TimmFamily("vit_small_plus_patch16_dinov3", _ROPE),
+    "DeiT": TimmFamily("deit_tiny_patch16_224", _VIT),
+    "DeiT, distilled": TimmFamily("deit_tiny_distilled_patch16_224", _VIT),
+    "DeiT III": TimmFamily("deit3_small_patch16_224", _VIT),
+    "BEiT": TimmFamily("beit_base_patch16_224", _VIT),
+    "BEiT v2": TimmFamily("beitv2_base_patch16_224", _VIT),
+    "EVA": TimmFamily("eva_large_patch14_196", _VIT),
+    "EVA-02": TimmFamily("eva02_tiny_patch14_224", _EVA),
+    "EVA-02, base": TimmFamily("eva02_base_patch14_224", _EVA),
+    "EVA-02, separate q, k, v": TimmFamily("eva02_tiny_patch14_224", {**_EVA, "qkv_fused": False}),
+    "EVA-02, CLIP": TimmFamily("eva02_base_patch16_clip_224", _EVA),
+    "Swin": TimmFamily("swin_tiny_patch4_window7_224", _SWIN),
+    "Swin S3": TimmFamily("swin_s3_tiny_224", {**_SWIN, "window_size": [4, 4, 4]}),
+    "Swin V2": TimmFamily("swinv2_tiny_window8_256", _SWIN),
+    "Swin V2, CR": TimmFamily("swinv2_cr_tiny_224", _SWIN),
+    "ConvNeXt": TimmFamily("convnext_tiny", _STAGES),
+    "ConvNeXt V2": TimmFamily("convnextv2_tiny", _STAGES),
+    "MobileViT": TimmFamily("mobilevit_xxs", {}, side=64),
+    "LeViT": TimmFamily(
+        "levit_128s",
+        {"img_size": 64, "embed_dim": [16, 24, 32], "key_dim": 8, "num_heads": [2, 2, 2], "depth": [1, 1, 1]},
+        side=64,
+    ),
+    "CaiT": TimmFamily("cait_xxs24_224", {**_VIT, "depth_token_only": 1}),
+    "XCiT": TimmFamily("xcit_nano_12_p8_224", {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 4}),
+    "MaxViT": TimmFamily("test_maxvit", {"img_size": 64}, side=64),
+    "CoAtNet": TimmFamily("test_coatnet", {"img_size": 64}, side=64),
+    "Hiera": TimmFamily(
+        "hiera_tiny_224", {"img_size": 64, "embed_dim": 16, "num_heads": 1, "stages": [1, 1, 2, 1]}, side=64
+    ),
+    "SAM 2 Hiera": TimmFamily(
+        "sam2_hiera_tiny",
+        {
+            "embed_dim": 16,
+            "num_heads": 1,
+            "stages": [1, 1, 2, 1],
+            "global_att_blocks": [3],
+            "window_spec": [4, 4, 2, 2],
+        },
+        side=64,
+    ),
+    "PVT v2": TimmFamily(
+        "pvt_v2_b0", {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
+    ),
+    "Twins, PCPVT": TimmFamily(
+        "twins_pcpvt_small",
+        {"img_size": 64, "embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]},
+        side=64,
+    ),
+    "Twins, SVT": TimmFamily(
+        "twins_svt_small",
+        {"img_size": 64, "embed_dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]},
+        side=64,
+    ),
+    "MViT v2": TimmFamily(
+        "mvitv2_tiny", {"img_size": 64, "embed_dim": 16, "num_heads": 1, "depths": [1, 1, 1, 1]}, 64
+    ),
+    "TinyViT": TimmFamily(
+        "tiny_vit_5m_224",
+        {"img_size": 64, "embed_dims": [16, 16, 32, 32], "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]},
+        side=64,
+    ),
+    "CoaT": TimmFamily(
+        "coat_tiny",
+        {"img_size": 64, "embed_dims": [16] * 4, "serial_depths": [1] * 4, "parallel_depth": 1, "num_heads": 2},
+        side=64,
+    ),
+    "CrossViT": TimmFamily("crossvit_tiny_240", {"img_size": 48}, side=48),
+    "PiT": TimmFamily(
+        "pit_ti_224", {"img_size": 64, "base_dims": [8, 8, 8], "depth": [1, 1, 1], "heads": [1, 2, 2]}, side=64
+    ),
+    "DaViT": TimmFamily(
+        "davit_tiny",
+        {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 2},
+        side=64,
+    ),
+    "FocalNet": TimmFamily("focalnet_tiny_srf", {"embed_dim": 8, "depths": [1, 1, 2, 1]}, side=64),
+    "VOLO": TimmFamily("volo_d1_224", {"img_size": 64}, side=64),
+    "TNT": TimmFamily("tnt_s_patch16_224", {"img_size": 32, "embed_dim": 32, "depth": 2}),
+    "GCViT": TimmFamily(
+        "gcvit_xxtiny",
+        {
+            "img_size": 64,
+            "embed_dim": 8,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 1, 2, 2],
+            "window_size": [2, 2, 2, 2],
+        },
+        side=64,
+    ),
+    "NesT": TimmFamily(
+        "nest_tiny", {"img_size": 32, "embed_dims": [8, 16, 24], "num_heads": [1, 2, 2], "depths": [1, 1, 1]}
+    ),
+    "ConViT": TimmFamily(
+        "convit_tiny", {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    ),
+    "EdgeNeXt": TimmFamily("edgenext_xx_small", {"dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}, side=64),
+    "ViTamin": TimmFamily("vitamin_small_224", {"img_size": 64, "depth": 2}, side=64),
+    "CAFormer": TimmFamily("caformer_s18", {"dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}, side=64),
+}
