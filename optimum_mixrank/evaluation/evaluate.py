@@ -85,7 +85,7 @@ class EvaluationResult:
         They are about the images: those of another draw from the same source would give such values. Pixels or tokens of
         one image are not independent, so that their agreement has none.
         """
-        names = ["top1", "reference_top1", *(["agreement"] if self.kind == "classes" else [])]
+        names = ["top1", "reference_top1", *(["agreement"] if self.kind in (None, "classes") else [])]
         shares = {name: getattr(self, name) for name in names}
         found = {name: wilson_interval(share, self.num_images) for name, share in shares.items() if share is not None}
         if self.gained is not None and self.lost is not None:
