@@ -74,9 +74,19 @@ def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]
         elif canonical == layer.members[0] or layer.members[0] not in present:
             shared = _empty_shared(layer, present, linears)
             empty.update({names[member]: module for member, module in shared.items()})
+    places = _places(model)
     for name, module in empty.items():
-        replace_module(model, name, module)
+        for place in places[id(model.get_submodule(name))]:
+            replace_module(model, place, module)
     return layers
+
+
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """Return the names of all places in which a model holds a module, by its identity: a head may have several."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    return places
 
 
 def _empty_shared(

@@ -3,7 +3,7 @@
 Releases differ in what they call the modules around a stack of blocks, not in what they call the layers inside: the tower
 that 4.57 knows as `vision_model.encoder.layers` is `encoder.layers` in 5.x. A rank map is therefore read stack by stack.
 The *root* of a layer is its name up to the number of the block, `encoder.layers`, and what follows is its *place*,
-`0.mlp.fc1`.
+`0.mlp.fc1`; of a layer outside of blocks the place is its own name.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def _counterpart(
         inside = {place for place in wanted if place.partition(".")[0] in blocks}
         if not inside or not inside <= layers.keys():
             continue
-        common = max((_common_end(each, candidate) for each in spellings if _may_be(each, candidate)), default=0)
+        common = [_common_end(each, candidate) for each in spellings if _may_be(each, candidate)]
         if common:
-            scores.setdefault((len(inside), common), []).append(layers)
+            scores.setdefault((len(inside), max(common)), []).append(layers)
     if not scores:
         return {}
     best = scores[max(scores)]
@@ -87,7 +87,7 @@ def _counterpart(
 
 def _may_be(root: str, other: str) -> bool:
     """Return whether one of two roots is the other with more modules around or between its own."""
-    short, long = sorted((root.split("."), other.split(".")), key=len)
+    short, long = sorted((list(filter(None, each.split("."))) for each in (root, other)), key=len)
     rest = iter(long)
     return all(part in rest for part in short)
 
@@ -111,8 +111,9 @@ def _by_root(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _root_and_place(name: str) -> tuple[str, str]:
     """Divide the name of a layer into its root and its place."""
-    match = re.match(r"(.*?)\.(\d+\..*)", name)
-    return (match[1], match[2]) if match else ("", name)
+    match = re.match(r"(.*?)\.(\d+(?:\..*)?)$", name)
+    root, _, place = (match[1], ".", match[2]) if match else name.rpartition(".")
+    return root, place
 
 
 @contextmanager
@@ -147,5 +148,7 @@ def _is_among(change: Any, conversions: Sequence[Any]) -> bool:
 
 def _is_doubled(change: Any) -> bool:
     """Return whether a tower has the name that is its prefix by itself: as a part of a classifier it has no other one."""
-    scope = getattr(change, "scope_prefix", None) or ""
-    return scope.rpartition(".")[2] == change.prefix_to_remove
+    scope = getattr(change, "scope_prefix", None)
+    if scope == "":
+        scope = getattr(change, "base_model_prefix", None)
+    return scope is not None and scope.rpartition(".")[2] == change.prefix_to_remove

@@ -93,7 +93,7 @@ TIMM_FAMILIES: dict[str, TimmFamily] = {
     "Swin V2, CR": TimmFamily("swinv2_cr_tiny_224", _SWIN),
     "ConvNeXt": TimmFamily("convnext_tiny", _STAGES),
     "ConvNeXt V2": TimmFamily("convnextv2_tiny", _STAGES),
-    "MobileViT": TimmFamily("mobilevit_xxs", {}, side=64),
+    "MobileViT": TimmFamily("mobilevit_xxs", side=64),
     "LeViT": TimmFamily(
         "levit_128s",
         {"img_size": 64, "embed_dim": [16, 24, 32], "key_dim": 8, "num_heads": [2, 2, 2], "depth": [1, 1, 1]},
@@ -102,7 +102,6 @@ TIMM_FAMILIES: dict[str, TimmFamily] = {
     "CaiT": TimmFamily("cait_xxs24_224", {**_VIT, "depth_token_only": 1}),
     "XCiT": TimmFamily("xcit_nano_12_p8_224", {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 4}),
     "MaxViT": TimmFamily("test_maxvit", {"img_size": 64}, side=64),
-    "CoAtNet": TimmFamily("test_coatnet", {"img_size": 64}, side=64),
     "Hiera": TimmFamily(
         "hiera_tiny_224", {"img_size": 64, "embed_dim": 16, "num_heads": 1, "stages": [1, 1, 2, 1]}, side=64
     ),
@@ -130,20 +129,16 @@ TIMM_FAMILIES: dict[str, TimmFamily] = {
         {"img_size": 64, "embed_dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]},
         side=64,
     ),
-    "MViT v2": TimmFamily(
-        "mvitv2_tiny", {"img_size": 64, "embed_dim": 16, "num_heads": 1, "depths": [1, 1, 1, 1]}, 64
-    ),
     "TinyViT": TimmFamily(
         "tiny_vit_5m_224",
-        {"img_size": 64, "embed_dims": [16, 16, 32, 32], "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]},
+        {"embed_dims": [16, 16, 32, 32], "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_sizes": [2] * 4},
         side=64,
     ),
     "CoaT": TimmFamily(
         "coat_tiny",
-        {"img_size": 64, "embed_dims": [16] * 4, "serial_depths": [1] * 4, "parallel_depth": 1, "num_heads": 2},
+        {"img_size": 64, "embed_dims": [16] * 4, "serial_depths": [1] * 4, "parallel_depth": 1, "num_heads": 8},
         side=64,
     ),
-    "CrossViT": TimmFamily("crossvit_tiny_240", {"img_size": 48}, side=48),
     "PiT": TimmFamily(
         "pit_ti_224", {"img_size": 64, "base_dims": [8, 8, 8], "depth": [1, 1, 1], "heads": [1, 2, 2]}, side=64
     ),
@@ -152,27 +147,10 @@ TIMM_FAMILIES: dict[str, TimmFamily] = {
         {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 2},
         side=64,
     ),
-    "FocalNet": TimmFamily("focalnet_tiny_srf", {"embed_dim": 8, "depths": [1, 1, 2, 1]}, side=64),
-    "VOLO": TimmFamily("volo_d1_224", {"img_size": 64}, side=64),
-    "TNT": TimmFamily("tnt_s_patch16_224", {"img_size": 32, "embed_dim": 32, "depth": 2}),
-    "GCViT": TimmFamily(
-        "gcvit_xxtiny",
-        {
-            "img_size": 64,
-            "embed_dim": 8,
-            "depths": [1, 1, 1, 1],
-            "num_heads": [1, 1, 2, 2],
-            "window_size": [2, 2, 2, 2],
-        },
-        side=64,
-    ),
-    "NesT": TimmFamily(
-        "nest_tiny", {"img_size": 32, "embed_dims": [8, 16, 24], "num_heads": [1, 2, 2], "depths": [1, 1, 1]}
-    ),
+    "TNT": TimmFamily("tnt_s_patch16_224", {"img_size": 32, "embed_dim": 48, "depth": 2}),
     "ConViT": TimmFamily(
         "convit_tiny", {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
     ),
     "EdgeNeXt": TimmFamily("edgenext_xx_small", {"dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}, side=64),
     "ViTamin": TimmFamily("vitamin_small_224", {"img_size": 64, "depth": 2}, side=64),
-    "CAFormer": TimmFamily("caformer_s18", {"dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}, side=64),
 }
