@@ -129,7 +129,9 @@ def main() -> None:
         rows[name] = {"bytes": size, "top1": result.top1, "agreement": result.agreement, "kl": result.kl}
     if args.record is not None:
         packages = {name: version(name) for name in ("torch", "transformers", "torchao", "onnxruntime")}
-        args.record.write_text(json.dumps({"environment": packages, "seed": args.seed, "models": rows}, indent=1) + "\n")
+        args.record.write_text(
+            json.dumps({"environment": packages, "seed": args.seed, "models": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

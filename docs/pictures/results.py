@@ -33,7 +33,9 @@ KEPT = (0.5, 0.4)
 def draw() -> Figure:
     """Draw one row per method, one dot per budget, and a line for the original."""
     record = json.loads((RESULTS / "vit_s_methods.json").read_text(encoding="utf-8"))
-    measured = {method: label for method, label in METHODS.items() if any(r["method"] == method for r in record["rows"])}
+    measured = {
+        method: label for method, label in METHODS.items() if any(r["method"] == method for r in record["rows"])
+    }
     rows = {
         label: [
             statistics.mean(row["top1"] for row in record["rows"] if (row["method"], row["asked"]) == (method, kept))

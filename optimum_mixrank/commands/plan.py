@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-from .command import MixRankSubcommand, add_model_arguments, open_compressor
+from .command import MixRankSubcommand, add_model_arguments, open_compressor, reading_arguments
 from .fields import add_field_arguments, calibration_images, configuration
 from .parsing import fraction
 from .statistics import add_statistics_argument, has_statistics, read_statistics, take_statistics
@@ -41,6 +41,10 @@ example:
             "0.6 0.7"
         )
         add("--ratios", type=fraction, nargs="+", help=ratios)
+        measure = (
+            "compress by this ratio, in memory, and estimate agreement and KL of all ratios from what it has changed"
+        )
+        add("--measure", type=fraction, metavar="RATIO", help=measure)
         add("--plot", type=Path, help="plot to write: .png, .svg or .pdf")
         add_model_arguments(parser)
         add_field_arguments(parser)
@@ -51,6 +55,7 @@ example:
         config = configuration(args)
         from ..calibration.result import Calibration
         from ..decomposition import METRICS
+        from ..pipeline.costs import with_ratio
         from ..runtime.files import check_writable_file
 
         if args.plot is not None:
@@ -59,6 +64,8 @@ example:
             check_writable_file(args.plot)
         reuse = has_statistics(args, config)
         needed = METRICS[config.metric].uses_data and not reuse
+        if config.dataset is None and args.measure is not None:
+            raise ValueError("--measure needs --dataset: name a folder of images to compress and to compare with.")
         if config.dataset is None and needed:
             raise ValueError("--dataset is missing: name a folder of images, or --statistics of an earlier run.")
         compressor = open_compressor(args, args.model)
@@ -69,7 +76,13 @@ example:
         elif reuse:
             calibration = read_statistics(args, compressor, config, images)
         default = RATIOS if config.target_latency is None else [config.compression_ratio]
-        profile = compressor.profile(calibration, config, args.ratios or default)
+        ratios = args.ratios or default
+        measured = [] if args.measure is None else [args.measure]
+        profile = compressor.profile(calibration, config, sorted({*ratios, *measured}))
+        if measured:
+            compressor.compress(with_ratio(config, args.measure), images, **reading_arguments(args))
+            assert compressor.report is not None
+            profile = profile.calibrated(compressor.report)
         if args.plot is not None and compressor.processes.is_main:
             profile.plot(args.plot)
         return str(profile), profile.to_dict()
