@@ -61,7 +61,7 @@ Two compressed checkpoints can be compared in the same way.
         settings = {name: getattr(args, name) for name in (*names, "output_names", "interpolate_pos_encoding")}
         result = compressor.evaluate(model, args.dataset, **settings, **reading_arguments(args))
         values = {name: value for name, value in result.to_dict().items() if value is not None}
-        return "\n".join(evaluation_lines(values)), values
+        return "\n".join(evaluation_lines(values)), {**values, "intervals": result.intervals()}
 
     def _models(self) -> tuple[MixRankCompressor, PreTrainedModel]:
         """Return the compressor of the reference, and the model."""

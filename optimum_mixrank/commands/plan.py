@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import MixRankSubcommand, add_model_arguments, open_compressor
+from .command import MixRankSubcommand, add_model_arguments, open_compressor, reading_arguments
 from .fields import add_field_arguments, calibration_images, configuration
 from .parsing import fraction
 from .statistics import add_statistics_argument, has_statistics, read_statistics, take_statistics
@@ -44,6 +44,10 @@ example:
             "--target-latency, else 0.3 0.4 0.5 0.6 0.7"
         )
         add("--ratios", type=fraction, nargs="+", help=ratios)
+        measure = (
+            "compress by this ratio, in memory, and estimate agreement and KL of all ratios from what it has changed"
+        )
+        add("--measure", type=fraction, metavar="RATIO", help=measure)
         add("--plot", type=Path, help="plot to write: .png, .svg or .pdf")
         add_model_arguments(parser)
         add_field_arguments(parser)
@@ -57,6 +61,7 @@ example:
             raise ValueError(f"--ratios and {option} both say how much to remove. Give only one of them.")
         from ..calibration.result import Calibration
         from ..decomposition import METRICS
+        from ..pipeline.costs import with_ratio
         from ..pipeline.profile import check_ratios
         from ..pipeline.size import with_known_ratio
         from ..runtime.files import check_writable_file
@@ -67,6 +72,8 @@ example:
             check_writable_file(args.plot)
         reuse = has_statistics(args, config)
         needed = METRICS[config.metric].uses_data and not reuse
+        if config.dataset is None and args.measure is not None:
+            raise ValueError("--measure needs --dataset: name a folder of images to compress and to compare with.")
         if config.dataset is None and needed:
             raise ValueError("--dataset is missing: name a folder of images, or --statistics of an earlier run.")
         compressor = open_compressor(args, args.model)
@@ -75,13 +82,18 @@ example:
             sized = with_known_ratio(compressor.model, config)
             is_named = sized is not config or config.target_latency is not None
             ratios = args.ratios or ([sized.compression_ratio] if is_named else RATIOS)
-            check_ratios(compressor.model, config, ratios)
+            measured = [] if args.measure is None else [args.measure]
+            check_ratios(compressor.model, config, [*ratios, *measured])
         calibration = Calibration({}, 0)
         if needed:
             calibration = take_statistics(args, compressor, config, images)
         elif reuse:
             calibration = read_statistics(args, compressor, config, images)
-        profile = compressor.profile(calibration, config, ratios)
+        profile = compressor.profile(calibration, config, sorted({*ratios, *measured}))
+        if measured:
+            compressor.compress(with_ratio(config, args.measure), images, **reading_arguments(args))
+            assert compressor.report is not None
+            profile = profile.calibrated(compressor.report)
         if args.plot is not None and compressor.processes.is_main:
             profile.plot(args.plot)
         return f"{_heading(sized)}{profile}", {"target_parameters": sized.target_parameters, **profile.to_dict()}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..allocation.choice import LayerChoice
 from ..allocation.profile import BudgetPoint
 from .colours import DENSE, FACTORED, GRID, INK, SERIES, SHARED, WIDTH
+from .data import ReportData
 from .plots import STYLE, picture_path, save_picture
 from .structure import block_table
 
@@ -28,6 +29,30 @@ _BECOMES: dict[str, tuple[str, Callable[[LayerChoice], bool]]] = {
 """What a layer becomes, and its colour; the first that applies."""
 
 
+@dataclass(frozen=True)
+class MeasuredBudget:
+    """What a compression by one ratio has really changed.
+
+    Attributes:
+        ratio: Its `compression_ratio`.
+        loss: The predicted loss at that ratio.
+        kl: KL of its predictions from the original's, in nats.
+        agreement: Share of images that get the same class.
+        num_images: Number of images that were compared.
+    """
+
+    ratio: float
+    loss: float
+    kl: float
+    agreement: float
+    num_images: int
+
+    def at(self, loss: float) -> tuple[float, float]:
+        """Return estimates of KL and agreement where another loss is predicted."""
+        scale = loss / self.loss
+        return self.kl * scale, max(0.0, 1 - (1 - self.agreement) * scale**0.5)
+
+
 _MAX_TICKS = 9
 """As many budgets have room for a tick each."""
 
@@ -39,29 +64,69 @@ class RankProfile:
     Attributes:
         points: The budgets by ascending ratio.
         unit: The unit of the losses.
+        measured: The budget by which losses were calibrated, if they were: see `calibrated`.
     """
 
     points: Sequence[BudgetPoint]
     unit: str
+    measured: MeasuredBudget | None = None
 
     def __str__(self) -> str:
         timed = any(point.latency is not None for point in self.points)
-        time = f"{'time':>7}  " if timed else ""
-        lines = [f"{'ratio':>7}  {'kept':>7}  {time}predicted loss ({self.unit})"]
+        columns = [f"{'time':>7}"] * timed + [f"{'KL':>8}", f"{'agreement':>9}"] * (self.measured is not None)
+        lines = ["  ".join([f"{'ratio':>7}", f"{'kept':>7}", *columns, f"predicted loss ({self.unit})"])]
         for point in self.points:
-            time = "" if point.latency is None else f"{point.latency:>7.3f}  "
-            line = f"{point.ratio:>7.1%}  {point.kept:>7.1%}  {time}{point.loss:.4g}"
-            lines.append(", ".join([line, *_structures(point.choices.values())]))
+            cells = [f"{point.ratio:>7.1%}", f"{point.kept:>7.1%}"]
+            cells += [] if point.latency is None else [f"{point.latency:>7.3f}"]
+            if self.measured is not None:
+                kl, agreement = self.measured.at(point.loss)
+                cells += [f"{kl:>8.3g}", f"{agreement:>9.1%}"]
+            lines.append(", ".join(["  ".join([*cells, f"{point.loss:.4g}"]), *_structures(point.choices.values())]))
+        if self.measured is not None:
+            lines.append(
+                f"KL and agreement are estimated from one compression, by {self.measured.ratio:.1%}: KL "
+                f"{self.measured.kl:.3g} nats and agreement {self.measured.agreement:.1%} on "
+                f"{self.measured.num_images:,} images."
+            )
         for point in self.points:
             note = "; * one first factor for several layers" if _any_shared(point) else ""
             lines += ["", f"Ranks at ratio {point.ratio:.1%}{note}", *block_table(point.choices)]
         return "\n".join(lines)
+
+    def calibrated(self, report: ReportData) -> RankProfile:
+        """Return the profile with estimates of KL and agreement, from one compression that was compared with the original.
+
+        Losses of other budgets are scaled by what KL over predicted loss is there; the share of images that get another
+        class grows with the square root of KL, as it does where logits are changed by small random amounts.
+
+        Args:
+            report: The report of a compression of the same model with the same settings, by one of these ratios.
+
+        Raises:
+            ValueError: if its ratio is none of these, or agreement and KL were not measured.
+        """
+        ratio, found = report.settings.get("compression_ratio"), report.fidelity
+        loss = next((point.loss for point in self.points if point.ratio == ratio), None)
+        if ratio is None or loss is None or loss <= 0:
+            known = ", ".join(f"{point.ratio:g}" for point in self.points)
+            raise ValueError(f"The measured compression_ratio={ratio!r} is none of the profile's: {known}.")
+        if found.get("kl") is None or found.get("agreement") is None:
+            raise ValueError(
+                "The measured compression has no agreement and KL: its model predicts no classes, or gives NaN or Inf."
+            )
+        return replace(
+            self, measured=MeasuredBudget(ratio, loss, found["kl"], found["agreement"], found["num_images"])
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the profile as JSON values, with the ranks of every budget beside its structures."""
         content = asdict(self)
         for point, values in zip(self.points, content["points"], strict=True):
             values["ranks"] = point.ranks
+            if self.measured is not None:
+                values["estimated_kl"], values["estimated_agreement"] = self.measured.at(point.loss)
+        if self.measured is None:
+            del content["measured"]
         return content
 
     def plot(self, path: str | Path) -> Path:

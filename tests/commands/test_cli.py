@@ -138,6 +138,22 @@ def test_plan_shows_the_structure_of_every_block(tiny, few):
     assert point["ranks"] == {name: choice["rank"] for name, choice in point["choices"].items()}
 
 
+def test_plan_estimates_agreement_from_one_measured_budget(tiny, few):
+    images = ("--dataset", few, "--split", "calibration", "--num-samples", 32)
+    settings = ("--recipe", "fast", "--scope", "targets", "--ratios", 0.6, "--quiet")
+    values = json.loads(cli("plan", "--model", tiny, *images, *settings, "--measure", 0.4, "--json")[0])
+    assert [point["ratio"] for point in values["points"]] == [0.4, 0.6]
+    first, second = values["points"]
+    assert first["estimated_kl"] == pytest.approx(values["measured"]["kl"]) and values["measured"]["num_images"] == 32
+    assert first["estimated_agreement"] == pytest.approx(values["measured"]["agreement"])
+    assert second["estimated_kl"] > first["estimated_kl"]
+
+
+def test_plan_measures_only_with_images(tiny):
+    _, errors = cli("plan", "--model", tiny, "--metric", "svd", "--measure", 0.4, expected=1)
+    assert "--measure needs --dataset" in errors
+
+
 def test_inspect_without_a_report_describes_every_layer(tmp_path):
     mixed_model()[0].save_pretrained(tmp_path / "mixed")
     text, _ = cli("inspect", tmp_path / "mixed")

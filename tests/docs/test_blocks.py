@@ -65,6 +65,7 @@ NEEDED_MODULES = {
     ("deployment.md", "flatten_tensor_state_dict"): ("torchao",),
     ("training.md", "get_peft_model(model"): ("peft",),
     ("training.md", "merge_and_unload()"): ("peft",),
+    ("training.md", "canonical_names"): ("peft",),
 }
 """Blocks that run if these are installed, as in .ci/run, which sets MIXRANK_TEST_ALL_BLOCKS."""
 

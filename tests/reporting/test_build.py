@@ -18,7 +18,11 @@ def test_no_path_is_shown_when_the_original_is_gone(tmp_path):
     compressor.compress(config, [pixels(8)], save_directory=tmp_path / "out")
     assert compressor.report.model_name == "my-vit"
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert "base_model" not in card.data.to_dict() and "`my-vit` compressed by" in card.text and str(tmp_path) not in card.text
+    assert (
+        "base_model" not in card.data.to_dict()
+        and "`my-vit` compressed by" in card.text
+        and str(tmp_path) not in card.text
+    )
     for name in ("README.md", "report.html", "mixrank_report.json", "config.json"):
         assert "elsewhere" not in (tmp_path / "out" / name).read_text(encoding="utf-8"), name
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from reporting.reports import layer, report
 
 from optimum_mixrank.allocation.choice import LayerChoice
 from optimum_mixrank.allocation.profile import BudgetPoint
@@ -96,3 +97,27 @@ def test_the_suffix_gives_the_format_of_the_plot(tmp_path):
     assert PROFILE.plot(str(tmp_path / "profile.svg")).read_text().lstrip().startswith("<?xml")
     with pytest.raises(ValueError, match=r"'\.txt'; choose one of \.png, \.svg, \.pdf"):
         PROFILE.plot(tmp_path / "profile.txt")
+
+
+def measured(**fidelity):
+    return report([layer("fc1", (4, 4), 1)], settings={"compression_ratio": 0.4}, fidelity=fidelity)
+
+
+def test_one_measurement_gives_estimates_for_all_budgets():
+    found = PROFILE.calibrated(measured(num_images=100, held_out=True, kl=0.5, agreement=0.8))
+    # Losses are 0.0125 and 0.25: KL is twice the loss, and disagreement grows with the root.
+    points = found.to_dict()["points"]
+    assert [point["estimated_kl"] for point in points] == pytest.approx([0.025, 0.5])
+    assert [point["estimated_agreement"] for point in points] == pytest.approx([1 - 0.2 * 0.05**0.5, 0.8])
+    lines = str(found).splitlines()
+    assert lines[0].split()[:4] == ["ratio", "kept", "KL", "agreement"]
+    assert lines[2].split()[:4] == ["40.0%", "58.0%", "0.5", "80.0%"]
+    assert "on 100 images" in lines[3]
+    assert "measured" not in PROFILE.to_dict() and "agreement" not in str(PROFILE)
+
+
+def test_what_cannot_calibrate_is_refused():
+    with pytest.raises(ValueError, match="no agreement and KL"):
+        PROFILE.calibrated(measured(num_images=100, held_out=True, feature_error=0.1))
+    with pytest.raises(ValueError, match=r"compression_ratio=0\.4 is none of the profile's: 0\.2"):
+        RankProfile(PROFILE.points[:1], PROFILE.unit).calibrated(measured(num_images=1, kl=0.1, agreement=0.9))
