@@ -1,6 +1,12 @@
 """Try many families of Transformers with tiny random models, and write the table of the documentation.
 
-Run with `python benchmarks/families.py` (all) or `python benchmarks/families.py CLIP SigLIP`.
+Run with `python benchmarks/families.py` (all) or `python benchmarks/families.py CLIP SigLIP`, once in an environment with
+each line of Transformers:
+
+    python benchmarks/families.py --record --also compile export
+    python benchmarks/families.py --render docs/families.md
+
+What is in the record already is not tried again; `--again` starts over.
 """
 
 from __future__ import annotations
@@ -9,27 +15,34 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
 
-import transformers
-from families.catalogue import FAMILIES
-from families.checks import check_family, settings
-from families.zoo import Family
-from transformers.utils import logging
+RECORDS = {"5.x": "families_5.json", "4.57": "families_4.57.json"}
+"""The records by line of Transformers, the newest first."""
+
+CHECKS = ("compress", "reload", "dense", "train")
+COSTLY = ("compile", "export")
 
 
-def tried(family: Family, recipe: str) -> dict[str, object]:
+def tried(name: str, recipe: str, also: list[str]) -> dict[str, Any]:
     """Return what came of a family: a result by check, or the reason why there is none."""
+    from families.catalogue import FAMILIES
+    from families.checks import check_family, settings
+
+    family = FAMILIES[name]
     if not family.exists:
         return {"absent": True}
     start = time.perf_counter()
     try:
-        found = check_family(family, settings(recipe=recipe))
+        found = check_family(family, settings(recipe=recipe), also)
     except ImportError as error:
-        return {"absent": True, "reason": str(error).split(".")[0]}
+        return {"absent": True, "reason": str(error).strip().split(".")[0]}
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         refused = family.refused is not None and family.refused in reason
@@ -37,30 +50,187 @@ def tried(family: Family, recipe: str) -> dict[str, object]:
     return {**found, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def main() -> None:
-    """Try families and print a line for each; `--record` writes the results as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="FAMILY")
-    parser.add_argument("--recipe", default="best")
-    parser.add_argument("--record", type=Path)
-    args = parser.parse_args()
+def works(found: Mapping[str, Any]) -> bool:
+    """Return whether a family passes every check that is always made."""
+    return all(found.get(name) == "yes" for name in CHECKS)
+
+
+def _wanting(found: Mapping[str, Any] | None, also: list[str]) -> bool:
+    """Return whether a family still has to be tried."""
+    if found is None:
+        return True
+    return found.get("compress") == "yes" and not set(also) <= found.keys()
+
+
+def record(path: Path | None, names: list[str], recipe: str, also: list[str], again: bool) -> None:
+    """Try families, print a line for each, and write what came of them after each."""
+    import torch
+    import transformers
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    results = {}
-    for name in args.names or FAMILIES:
-        results[name] = tried(FAMILIES[name], args.recipe)
+    known = json.loads(path.read_text()) if path is not None and path.is_file() and not again else {}
+    results: dict[str, Any] = known.get("families", {})
+    for name in names:
+        if not _wanting(results.get(name), also):
+            continue
+        results[name] = tried(name, recipe, also)
         print(name, results[name], flush=True)
-    tested = [each for each in results.values() if "absent" not in each]
-    works = [
-        each
-        for each in tested
-        if "refused" in each or all(each.get(k) == "yes" for k in ("compress", "reload", "dense", "train"))
-    ]
-    compressed = [each for each in tested if "refused" in each or each.get("compress") == "yes"]
-    print(f"{len(tested)} families, {len(compressed)} compressed or rightly refused, {len(works)} pass every check")
-    if args.record is not None:
-        record = {"transformers": transformers.__version__, "recipe": args.recipe, "families": results}
-        args.record.write_text(json.dumps(record, indent=1) + "\n")
+        if path is not None:
+            about = {"transformers": transformers.__version__, "torch": torch.__version__, "recipe": recipe}
+            path.write_text(json.dumps({**about, "families": results}, indent=1) + "\n")
+    print(summary({"families": results}))
+
+
+def summary(recorded: Mapping[str, Any]) -> str:
+    """Return in a sentence how many families work."""
+    tested = [each for each in recorded["families"].values() if "absent" not in each]
+    refused = sum("refused" in each for each in tested)
+    passed = sum(map(works, tested))
+    return (
+        f"Of {len(tested)} families, {passed} pass every check, {refused} are refused as what they are, and "
+        f"{len(tested) - refused - passed} fail."
+    )
+
+
+def render(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the page of the documentation; the records are by line of Transformers."""
+    lines = [_INTRODUCTION.rstrip("\n"), ""]
+    for found in records.values():
+        lines += [f"- Transformers {found['transformers']}: {summary(found)}"]
+    lines += ["", *_table(records), "", *_remarks(records)]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+_INTRODUCTION = """\
+# Families that were tried
+
+A tiny model of every family with random weights is compressed with `recipe="best"`, saved, reloaded bit by bit, made dense
+again, and trained for a step. This says that the method applies, not how much a family loses: random weights have nothing
+to lose. Of a model for images and text the whole is compressed, and saved as a whole; its vision part alone changes.
+
+*Targeted* is the share of the tiny model's parameters that are weights of targeted layers, and in brackets the share of
+what images reach; a real model has larger layers beside its embeddings, so that its shares are larger. *Compared* is what
+the compression keeps close to the original; see [what is compared](extending.md#a-measure). *compile* is `torch.compile` up
+to the graphs of Inductor, *export* is `torch.export`, and a dot stands for what was not tried. The marks of a check are
+those of the lines of Transformers, in the order of this list; ✓ passes, and ✗ has its reason below the table.
+"""
+
+_COLUMNS = {
+    "compress": "compress",
+    "reload": "reload",
+    "dense": "to dense",
+    "train": "train",
+    "compile": "compile",
+    "export": "export",
+}
+
+
+def _table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(name for found in records.values() for name in found["families"]))
+    head = ["family", "targeted", "compared", *_COLUMNS.values()]
+    rows = [head, ["---"] * len(head)]
+    for name in names:
+        found = [each["families"].get(name, {"absent": True}) for each in records.values()]
+        if all("absent" in each or "refused" in each for each in found):
+            continue
+        shown = next((each for each in found if "targeted" in each), {})
+        marks = [" ".join(_mark(each, check) for each in found) for check in _COLUMNS]
+        rows.append([name, _share(shown), _objective(shown), *marks])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _mark(found: Mapping[str, Any], check: str) -> str:
+    if "absent" in found:
+        return "-"
+    value = found.get(check)
+    if value is None:
+        return "·"
+    return "✓" if value == "yes" else "✗"
+
+
+def _share(found: Mapping[str, Any]) -> str:
+    if "targeted" not in found:
+        return ""
+    of_images = found.get("targeted_of_images")
+    brackets = "" if of_images is None or abs(of_images - found["targeted"]) < 5e-4 else f" ({of_images:.0%})"
+    return f"{found['targeted']:.0%}{brackets}"
+
+
+def _objective(found: Mapping[str, Any]) -> str:
+    if "objective" not in found:
+        return ""
+    part = found.get("part", "whole")
+    return found["objective"] if part == "whole" else f"{found['objective']} of `{part}`"
+
+
+def _remarks(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the reasons of what fails, of what is refused and of what is not there."""
+    failures, refusals, absent = [], {}, []
+    for found in records.values():
+        version = found["transformers"]
+        for name, each in found["families"].items():
+            reasons = [(check, each.get(check)) for check in _COLUMNS]
+            failures += [
+                f"- {name}, {check}, Transformers {version}: {_plain(reason)}"
+                for check, reason in reasons
+                if reason not in (None, "yes")
+            ]
+            if "refused" in each:
+                refusals[name] = _plain(each["refused"])
+            if "absent" in each:
+                absent.append(f"{name} ({version}{'; ' + each['reason'] if 'reason' in each else ''})")
+    if failures:
+        yield from ("## What fails", "", *failures, "")
+    if refusals:
+        yield from ("## What is refused", "", *(f"- {name}: {reason}" for name, reason in refusals.items()), "")
+    if absent:
+        yield from (
+            "## What was not there",
+            "",
+            "A dash (–) in the table: the release does not have it, or it needs a package that was not installed.",
+            "",
+            f"{', '.join(absent)}.",
+        )
+
+
+def _plain(reason: str) -> str:
+    """Return an error without characters that mean something in Markdown."""
+    return reason.partition(": ")[2].replace("|", "/").replace("<", "‹").replace(">", "›").replace("*", "∗") or reason
+
+
+def read_records() -> dict[str, Any]:
+    """Return the records that exist, by line of Transformers."""
+    folder = ROOT / "benchmarks" / "results"
+    found = {line: folder / name for line, name in RECORDS.items()}
+    return {line: json.loads(path.read_text()) for line, path in found.items() if path.is_file()}
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="FAMILY")
+    parser.add_argument("--recipe", default="best")
+    parser.add_argument("--also", nargs="+", choices=COSTLY, default=[], help="what to check beside the usual")
+    where = "write what came of the families, by default to the record of this line of Transformers"
+    parser.add_argument("--record", type=Path, nargs="?", const=Path(), help=where)
+    parser.add_argument("--again", action="store_true", help="try again what is in the record")
+    parser.add_argument(
+        "--render", type=Path, metavar="PAGE", help="write the page of the documentation, and try nothing"
+    )
+    args = parser.parse_args()
+    if args.render is not None:
+        args.render.write_text(render(read_records()), encoding="utf-8")
+        return
+    import transformers
+    from families.catalogue import FAMILIES
+
+    path = args.record
+    if path == Path():
+        line = "4.57" if transformers.__version__.startswith("4.") else "5.x"
+        path = ROOT / "benchmarks" / "results" / RECORDS[line]
+    record(path, args.names or list(FAMILIES), args.recipe, args.also, args.again)
 
 
 if __name__ == "__main__":

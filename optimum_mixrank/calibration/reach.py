@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -44,18 +44,20 @@ class Reach:
 
     Attributes:
         targeted: Weights of the targeted layers.
+        targeted_by_images: Those of them that run when images go in.
         images: All that belong to what runs when images go in; None if the model could not be run.
         left_out: Those that are not targeted, by kind.
     """
 
     targeted: int
+    targeted_by_images: int
     images: int | None
     left_out: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts as JSON values, the largest kinds first."""
         kinds = dict(sorted(self.left_out.items(), key=lambda item: -item[1]))
-        return {"targeted": self.targeted, "images": self.images, "left_out": kinds}
+        return {**asdict(self), "left_out": kinds}
 
 
 def measure_reach(model: PreTrainedModel, targets: Sequence[Target], call: ModelCall) -> Reach:
@@ -70,7 +72,7 @@ def measure_reach(model: PreTrainedModel, targets: Sequence[Target], call: Model
     called = _called(model, call)
     places = _Places(model)
     counts: dict[str, int] = {}
-    total = images = 0
+    total = reached = images = 0
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
         # Some modules use the weights of others without calling them.
@@ -78,10 +80,11 @@ def measure_reach(model: PreTrainedModel, targets: Sequence[Target], call: Model
         images += parameter.numel() if runs else 0
         if id(parameter) in targeted:
             total += parameter.numel()
+            reached += parameter.numel() if runs else 0
             continue
         kind = places.kind(name, parameter) if runs else _kind_of_text(name)
         counts[kind] = counts.get(kind, 0) + parameter.numel()
-    return Reach(total, None if called is None else images, counts)
+    return Reach(total, reached, None if called is None else images, counts)
 
 
 def _kind_of_text(name: str) -> str:

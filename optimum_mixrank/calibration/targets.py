@@ -69,7 +69,7 @@ def encoder_linears(
     found = [target for target in linears if reached.get(target.name, False)]
     if include:
         found = _in_order(model, [*found, *choose_included(model, outside, linears, reached, include)])
-    tied = _tied_to_others(model, found)
+    tied = [*_tied_to_others(model, found), *_used_outside(model, found)]
     _log_left_out(tied, "their weights are used elsewhere too")
     found = [target for target in found if target not in tied]
     if not found:
@@ -98,6 +98,19 @@ def _tied_to_others(model: PreTrainedModel, linears: Sequence[Target]) -> list[T
         for parameter in module.parameters(recurse=False)
     }
     return [target for target in linears if id(target.module.weight) in others]
+
+
+def _used_outside(model: PreTrainedModel, linears: Sequence[Target]) -> list[Target]:
+    """Return layers that have a second name outside of the base model, such as heads that a decoder shares."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or model.base_model is model:
+        return []
+    outside = {
+        id(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear) and not name.startswith(f"{prefix}.")
+    }
+    return [target for target in linears if target.name.startswith(f"{prefix}.") and id(target.module) in outside]
 
 
 def linears_in_blocks(model: PreTrainedModel) -> list[Target]:

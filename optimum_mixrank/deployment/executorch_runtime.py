@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from ..runtime.registry import RUNTIMES
 from .target import ExportedModel, Runtime
@@ -26,7 +25,7 @@ class ExecuTorchRuntime(Runtime):
     packages: ClassVar[tuple[str, ...]] = ("executorch",)
     install: ClassVar[str] = "pip install executorch 'transformers>=5.23'"
 
-    def write(self, model: PreTrainedModel, pixel_values: Tensor, file: Path) -> None:
+    def write(self, model: nn.Module, pixel_values: Tensor, file: Path) -> None:
         """See `Runtime.write`; batches have up to `LARGEST_BATCH` images."""
         from transformers.exporters import ExecutorchConfig, ExecutorchExporter
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
@@ -22,6 +22,7 @@ from ..runtime.files import explained_no_space, flush_tree
 from ..runtime.folders import can_be_renamed, remove_leftovers, resolved, staging_folder
 from ..runtime.forward import configured_shape, evaluation_mode
 from ..runtime.registry import RUNTIMES
+from .image_part import image_part
 from .target import Runtime
 
 
@@ -55,6 +56,8 @@ def export_model(
 ) -> ExportResult:
     """Write a model, compressed or dense, to a folder for a runtime; it takes batches of any size.
 
+    Of a model for images and text that is what it sees of images: `image_embeds` of CLIP, for example.
+
     The folder holds the model (`model.onnx`, `openvino_model.xml`, …) with files that belong to it, `config.json` without
     the compression, which the file no longer needs, and the configuration of the image processor.
 
@@ -83,6 +86,7 @@ def export_model(
     if int8 and type(writer).quantize is Runtime.quantize:
         raise ValueError(f"runtime={runtime!r} has no int8 here; choose 'onnx' or 'openvino', or leave int8 out.")
     _check_model(model)
+    source = image_part(model)
     destination = writable_directory(output, overwrite)
     _check_no_checkpoint(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +96,7 @@ def export_model(
     remove_leftovers(destination)
     with explained_no_space(destination), staging_folder(destination, inside) as folder:
         try:
-            quantized = _write(writer, model, folder, int8, calibration)
+            quantized = _write(writer, source, folder, int8, calibration)
             num_bytes = sum(file.stat().st_size for file in folder.iterdir())
             _write_configurations(model, image_processor, folder)
             flush_tree(folder)
@@ -126,7 +130,7 @@ def _check_no_checkpoint(folder: Path) -> None:
 
 
 def _write(
-    writer: Runtime, model: PreTrainedModel, folder: Path, int8: bool, calibration: Iterable[Tensor] | None
+    writer: Runtime, model: nn.Module, folder: Path, int8: bool, calibration: Iterable[Tensor] | None
 ) -> str | None:
     """Write the model into a folder; return what was quantized."""
     generator = torch.Generator().manual_seed(0)

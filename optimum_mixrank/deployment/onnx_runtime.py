@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from ..runtime.registry import RUNTIMES
 from .onnx_graph import PRODUCTS, store_weights_in_8_bits
@@ -27,7 +26,7 @@ class OnnxRuntime(Runtime):
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
     install: ClassVar[str] = "pip install 'optimum-mixrank[export]'"
 
-    def write(self, model: PreTrainedModel, pixel_values: Tensor, file: Path) -> None:
+    def write(self, model: nn.Module, pixel_values: Tensor, file: Path) -> None:
         """See `Runtime.write`."""
         names = output_names(model, pixel_values)
         # With gradients, a position bias that is trainable makes PyTorch trace another attention kernel than it then

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from ..runtime.registry import RUNTIMES
 from .target import ExportedModel, Runtime, exported_program, named_precision, output_names
@@ -23,7 +22,7 @@ class OpenVinoRuntime(Runtime):
     packages: ClassVar[tuple[str, ...]] = ("openvino",)
     install: ClassVar[str] = "pip install 'optimum-mixrank[openvino]'"
 
-    def write(self, model: PreTrainedModel, pixel_values: Tensor, file: Path) -> None:
+    def write(self, model: nn.Module, pixel_values: Tensor, file: Path) -> None:
         """See `Runtime.write`."""
         import openvino
 

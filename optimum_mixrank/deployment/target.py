@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 
 FLOAT32, HALF, INT8 = "float32", "half", "int8"
@@ -62,7 +61,7 @@ class Runtime(ABC):
     install: ClassVar[str]
 
     @abstractmethod
-    def write(self, model: PreTrainedModel, pixel_values: Tensor, file: Path) -> None:
+    def write(self, model: nn.Module, pixel_values: Tensor, file: Path) -> None:
         """Write a model in evaluation mode, for batches of any size.
 
         Args:
@@ -103,7 +102,7 @@ class Runtime(ABC):
             raise ImportError(f"runtime={self.name!r} needs {', '.join(missing)}: {self.install}")
 
 
-def output_names(model: PreTrainedModel, pixel_values: Tensor) -> list[str]:
+def output_names(model: nn.Module, pixel_values: Tensor) -> list[str]:
     """Return the names of the tensors that a model returns, in their order.
 
     Raises:
@@ -119,7 +118,7 @@ def output_names(model: PreTrainedModel, pixel_values: Tensor) -> list[str]:
     return list(output)
 
 
-def exported_program(model: PreTrainedModel, pixel_values: Tensor) -> torch.export.ExportedProgram:
+def exported_program(model: nn.Module, pixel_values: Tensor) -> torch.export.ExportedProgram:
     """Return what `torch.export` makes of a model, for batches of any size."""
     shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
     with torch.no_grad():

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from ..runtime.registry import RUNTIMES
 from .target import ExportedModel, Runtime, exported_program, named_precision
@@ -22,7 +21,7 @@ class TorchExport(Runtime):
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     install: ClassVar[str] = "pip install torch"
 
-    def write(self, model: PreTrainedModel, pixel_values: Tensor, file: Path) -> None:
+    def write(self, model: nn.Module, pixel_values: Tensor, file: Path) -> None:
         """See `Runtime.write`."""
         torch.export.save(exported_program(model, pixel_values), file)
 

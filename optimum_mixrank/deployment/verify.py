@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..calibration.images.batches import Batch
 from ..runtime.fidelity import agreement, kl_divergence
 from ..runtime.forward import configured_shape, evaluation_mode
+from ..runtime.output_fields import fields_of
 from ..runtime.outputs import ModelOutput, select_output
+from .image_part import image_part
 from .target import FLOAT32, HALF, INT8
 
 
@@ -97,15 +99,17 @@ def verify_model(
     Raises:
         ValueError: if there are no images, the precision is unknown, or the outputs cannot be compared.
     """
+    source = image_part(source)
     precision = precision_of(exported) if precision is None else precision
     if precision not in LIMITS:
         raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(map(repr, LIMITS))}.")
     sums = _Sums()
     with evaluation_mode(source), evaluation_mode(exported):
         for batch in batches:
-            expected = _select(source(pixel_values=batch.pixel_values.float()), source, batch.num_images)
+            given = source(pixel_values=batch.pixel_values.float())
+            expected = _select(given, source, batch.num_images)
             output = exported(pixel_values=_as_input(batch.pixel_values, exported))
-            found = _select(_with_names(output, expected), source, batch.num_images)
+            found = _select(_with_names(output, given), source, batch.num_images)
             sums.add(expected, found, batch.labels)
     if not sums.num_images:
         raise ValueError("There is no image to compare the models on; the dataset is empty or has been used up.")
@@ -131,12 +135,13 @@ def _as_input(pixel_values: Tensor, model: nn.Module) -> Tensor:
     return pixel_values.to(parameters[0].dtype) if parameters else pixel_values.float()
 
 
-def _with_names(output: Any, expected: ModelOutput) -> Any:
-    """Give a single output whose name says nothing the name of what it is compared with."""
-    if not isinstance(output, Mapping) or len(output) != 1:
+def _with_names(output: Any, given: Any) -> Any:
+    """Give a single output whose name says nothing the name of the source's first output of its shape."""
+    if not isinstance(output, Mapping) or len(output) != 1 or output.keys() <= fields_of(given).keys():
         return output
     (value,) = output.values()
-    return {"logits" if expected.logits is not None else "last_hidden_state": value}
+    same = (name for name, each in fields_of(given).items() if isinstance(each, Tensor) and each.shape == value.shape)
+    return {next(same, next(iter(output))): value}
 
 
 def _select(output: Any, source: nn.Module, count: int) -> ModelOutput:

@@ -125,8 +125,8 @@ class ReportData:
             the `kind` of the output and its measures, such as `agreement` and `kl`. Empty without images.
         latency: If the budget was one of time, by the table of latencies: `predicted_share` of the dense model's time,
             `predicted_seconds` and `dense_seconds` per batch, and the `conditions` of the measurement. Empty otherwise.
-        reach: Parameters of the original: `targeted`, those of what runs when `images` go in (None if unknown), and those
-            that are `left_out`, by kind.
+        reach: Parameters of the original: `targeted`, those of what runs when `images` go in (None if unknown) and the
+            `targeted_by_images` of these, and those that are `left_out`, by kind.
 
     Raises:
         TypeError: if settings and the like hold anything but JSON values.
@@ -189,9 +189,9 @@ class ReportData:
 
     @property
     def targeted_of_images(self) -> float | None:
-        """The same of the part that images reach, such as the vision tower with its projection; None if unknown."""
-        images = self.reach.get("images")
-        return self.reach["targeted"] / images if images else None
+        """The same of the part that images reach, such as a vision tower; None if unknown, or if others are targeted."""
+        images, targeted = self.reach.get("images"), self.reach.get("targeted_by_images")
+        return targeted / images if images and targeted else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report with its ratios as JSON values; `from_dict` is the exact inverse."""

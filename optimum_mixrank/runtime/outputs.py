@@ -128,12 +128,12 @@ class ModelCall:
         """Return what to compare of an output; see `select_output` and `select_features`."""
         if self.part in FEATURES and not self.outputs:
             return select_features(output, num_images)
-        # A tower inside a model has a configuration of its own.
-        part = model if self.part in (WHOLE, *FEATURES) else part_of(model, self.part)
-        return select_output(output, getattr(part, "config", None), self.outputs, num_images)
+        # Of a tower inside a model the rest may read every token: the configuration of the whole is asked.
+        return select_output(output, getattr(model, "config", None), self.outputs, num_images)
 
     def __call__(self, model: nn.Module, inputs: ModelInputs | Tensor) -> ModelOutput:
         """Call a model and return what to compare of its output."""
+        inputs = ModelInputs.of(inputs)
         return self.select(model, self.run(model, inputs), len(inputs))
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from .catalogue import FAMILIES
-from .checks import check_family, settings
+from .checks import CHECKS, check_family, settings
 
 
 OFTEN = ["CLIP", "SigLIP2", "LLaVA", "Qwen2-VL", "SmolVLM", "TrOCR", "DETR", "MGP-STR", "PVT", "ViTMAE", "V-JEPA 2"]
@@ -26,9 +26,7 @@ def test_a_family(family, request):
         results = check_family(family, settings(recipe="fast", compensation=["sequential"]) if often else settings())
     except ImportError as error:
         pytest.skip(str(error).strip().split(".")[0])
-    assert {name: results[name] for name in ("compress", "reload", "dense", "train")} == dict.fromkeys(
-        ("compress", "reload", "dense", "train"), "yes"
-    )
+    assert {name: results[name] for name in CHECKS} == dict.fromkeys(CHECKS, "yes")
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -84,11 +84,14 @@ def small_config(config_class: type, /, **changes: Any) -> Any:
             value = small_config(type(inner), **value)
         values[name] = value
     try:
-        return config_class(**values)
+        made = config_class(**values)
+        if all(hasattr(made, name) for name, value in values.items() if name.endswith("_config")):
+            return made
     except TypeError:
-        # Transformers 4.57 takes the configurations of parts as mappings.
-        inner = transformers.PretrainedConfig
-        return config_class(**{k: v.to_dict() if isinstance(v, inner) else v for k, v in values.items()})
+        pass
+    # Transformers 4.57 takes the configurations of parts as mappings.
+    inner = transformers.PretrainedConfig
+    return config_class(**{k: v.to_dict() if isinstance(v, inner) else v for k, v in values.items()})
 
 
 def images(count: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -109,9 +109,9 @@ def test_outputs_that_are_named_have_their_kind():
 )
 def test_of_models(name, kind):
     family = FAMILIES[name]
-    model, inputs = family.make(), ModelInputs(family.batches(1, IMAGES)[0])
+    model, inputs = family.make(), family.batches(1, IMAGES)[0]
     with torch.no_grad():
-        found = ModelCall().bound(model, inputs)(model, inputs)
+        found = ModelCall().bound(model, ModelInputs(inputs))(model, inputs)
     assert found.kind == kind and all(len(each) == IMAGES for each in found.tensors)
 
 

@@ -1,0 +1,75 @@
+"""What of a model is exported: all of it or, of a model for images and text, what it sees of images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.forward import black_image, evaluation_mode
+from ..runtime.inputs import ModelInputs
+from ..runtime.output_fields import field_of
+from ..runtime.outputs import ModelCall
+from ..runtime.parts import FEATURES, WHOLE, part_of, possible_parts, takes
+
+
+EMBEDDINGS, FEATURE_MAP = "image_embeds", "image_features"
+"""Names of the only output of such a part: one vector per image, or one per token."""
+
+
+class ImagePart(nn.Module):
+    """`get_image_features` of a model as a model of its own: `pixel_values` in, a tensor by name out.
+
+    Args:
+        model: A model for images and text.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.config: Any = getattr(model, "config", None)
+
+    def forward(self, pixel_values: Tensor) -> Mapping[str, Tensor]:
+        """Return `image_embeds`, `[images, width]`, or `image_features`, `[images, tokens, width]`."""
+        output = part_of(self.model, FEATURES[0])(pixel_values=pixel_values)
+        for name in (None, "pooler_output", "image_embeds"):
+            value = output if name is None else field_of(output, name)
+            if isinstance(value, Tensor):
+                return {EMBEDDINGS if value.ndim == 2 else FEATURE_MAP: value}
+        raise ValueError(f"`{FEATURES[0]}` returns no tensor for a batch of images of one size.")
+
+
+def image_part(model: nn.Module) -> nn.Module:
+    """Return the model itself if it runs on images alone, else its `ImagePart`.
+
+    Raises:
+        ValueError: if neither runs on a batch of images; the message names the part to export.
+    """
+    if isinstance(model, ImagePart):
+        return model
+    name = type(model).__name__
+    try:
+        call = ModelCall().bound(model)
+        images = black_image(model).repeat(2, 1, 1, 1)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be exported, since a file takes images of one size alone: {error}") from error
+    if call.part == WHOLE and not call.with_text:
+        return model
+    part = ImagePart(model)
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            if call.part == FEATURES[0] and all(len(each) == 2 for each in part(images).values()):
+                return part
+    except Exception:  # it takes other inputs too, or returns something else
+        pass
+    inside = call.part if call.part not in (WHOLE, *FEATURES) else _tower(model, ModelInputs(images))
+    remedy = f" Export its vision part alone, such as `model.{inside}`, from Python." if inside else ""
+    raise ValueError(f"{name} takes more than images, and an exported file takes images alone.{remedy}")
+
+
+def _tower(model: nn.Module, inputs: ModelInputs) -> str | None:
+    """Return the name of the outermost part of a model that takes such inputs and no text."""
+    names = (name for name in possible_parts(model, inputs) if name not in (WHOLE, *FEATURES))
+    return next((name for name in names if "input_ids" not in takes(model.get_submodule(name))), None)
