@@ -62,7 +62,7 @@ def encoder_linears(model: PreTrainedModel, call: ModelCall = PLAIN_CALL) -> lis
     _log_left_out([each for each in left if each.name in reached], "their inputs are the same for every image")
     _log_left_out([each for each in left if each.name not in reached], "they are not called when images are")
     found = [target for target in linears if reached.get(target.name, False)]
-    tied = _tied_to_others(model, found)
+    tied = _tied_to_others(model, found) + _held_by_other_stacks(model, found)
     _log_left_out(tied, "their weights are used elsewhere too")
     found = [target for target in found if target not in tied]
     if not found:
@@ -86,6 +86,18 @@ def _tied_to_others(model: PreTrainedModel, linears: Sequence[Target]) -> list[T
         for parameter in module.parameters(recurse=False)
     }
     return [target for target in linears if id(target.module.weight) in others]
+
+
+def _held_by_other_stacks(model: PreTrainedModel, linears: Sequence[Target]) -> list[Target]:
+    """Return layers that a second stack holds as well, as the heads of detectors are held by the decoder and the model.
+
+    A layer that one stack holds twice is refused by `check_uses`.
+    """
+    stacks: dict[int, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            stacks.setdefault(id(module), set()).add(re.split(r"\.\d+", name)[0])
+    return [target for target in linears if len(stacks[id(target.module)]) > 1]
 
 
 def linears_in_blocks(model: PreTrainedModel) -> list[Target]:

@@ -129,7 +129,9 @@ def load_named(
     is_given = auto_class is not None
     is_guess = auto_class is None and not getattr(config, "architectures", None)
     if auto_class is None:
-        auto_class = _unnamed_class(config) if is_guess else named_class(config, path, bool(kwargs.get("trust_remote_code")))
+        auto_class = (
+            _unnamed_class(config) if is_guess else named_class(config, path, bool(kwargs.get("trust_remote_code")))
+        )
     model, found = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
     parameters = dict(model.named_parameters())
     missing = sorted(name for name in found["missing_keys"] if name in parameters)

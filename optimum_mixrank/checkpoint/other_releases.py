@@ -56,7 +56,9 @@ def _present_names(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     for root, members in _by_root(names).items():
         # A stack that the model has under this name is left as it is, even if some of its layers are lacking.
         if known.isdisjoint(members):
-            there = _counterpart(root, {_root_and_place(each)[1] for each in members}, places, loading_renamings(model))
+            there = _counterpart(
+                root, {_root_and_place(each)[1] for each in members}, places, loading_renamings(model)
+            )
             found.update({each: there[place] for each in members if (place := _root_and_place(each)[1]) in there})
     return found if len(set(found.values())) == len(found) and known.isdisjoint(found) else {}
 

@@ -45,7 +45,14 @@ class TimmFamily:
 _VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 _ROPE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 _EVA = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-_SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 8, "window_size": 4, "depths": [1, 1, 2], "num_heads": [1, 2, 2]}
+_SWIN = {
+    "img_size": 32,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "window_size": 4,
+    "depths": [1, 1, 2],
+    "num_heads": [1, 2, 2],
+}
 _STAGES = {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}
 
 TIMM_FAMILIES: dict[str, TimmFamily] = {
@@ -62,7 +69,9 @@ TIMM_FAMILIES: dict[str, TimmFamily] = {
         "samvit_base_patch16_224", {**_VIT, "window_size": 2, "global_attn_indexes": [1], "neck_chans": 16}
     ),
     "FlexiViT": TimmFamily("flexivit_small", _VIT),
-    "NaFlexViT": TimmFamily("naflexvit_base_patch16_gap", {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}),
+    "NaFlexViT": TimmFamily(
+        "naflexvit_base_patch16_gap", {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    ),
     "AIMv2": TimmFamily("aimv2_large_patch14_224", _VIT),
     "DINOv2 with registers": TimmFamily("vit_small_patch14_reg4_dinov2", _VIT),
     "DINOv2, SwiGLU": TimmFamily("vit_giant_patch14_reg4_dinov2", _VIT),
@@ -98,10 +107,18 @@ TIMM_FAMILIES: dict[str, TimmFamily] = {
     ),
     "SAM 2 Hiera": TimmFamily(
         "sam2_hiera_tiny",
-        {"embed_dim": 16, "num_heads": 1, "stages": [1, 1, 2, 1], "global_att_blocks": [3], "window_spec": [4, 4, 2, 2]},
+        {
+            "embed_dim": 16,
+            "num_heads": 1,
+            "stages": [1, 1, 2, 1],
+            "global_att_blocks": [3],
+            "window_spec": [4, 4, 2, 2],
+        },
         side=64,
     ),
-    "PVT v2": TimmFamily("pvt_v2_b0", {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}),
+    "PVT v2": TimmFamily(
+        "pvt_v2_b0", {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
+    ),
     "Twins, PCPVT": TimmFamily(
         "twins_pcpvt_small",
         {"img_size": 64, "embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]},
@@ -131,7 +148,9 @@ TIMM_FAMILIES: dict[str, TimmFamily] = {
         side=64,
     ),
     "TNT": TimmFamily("tnt_s_patch16_224", {"img_size": 32, "embed_dim": 48, "depth": 2}),
-    "ConViT": TimmFamily("convit_tiny", {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}),
+    "ConViT": TimmFamily(
+        "convit_tiny", {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    ),
     "EdgeNeXt": TimmFamily("edgenext_xx_small", {"dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}, side=64),
     "ViTamin": TimmFamily("vitamin_small_224", {"img_size": 64, "depth": 2}, side=64),
 }
