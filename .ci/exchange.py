@@ -7,6 +7,9 @@ There are dense models, compressed ones, and ones with layers that share a facto
 bit-identical logits for ViT and DeiT; for Swin, whose dense model itself differs between the releases, for a difference no
 larger than the dense model's, within a factor of four. Those of mixed structure bring their code, which has to compute the
 same as the package.
+
+Beside them there are tiny models of other families, `FAMILIES`, whose modules have other names in other releases. Their
+outputs have to be the same up to rounding.
 """
 
 import sys
@@ -19,14 +22,38 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from families.catalogue import FAMILIES as CATALOGUE
+from families.checks import settings
 from models import mixed, tiny_deit, tiny_swin, tiny_vit
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.checkpoint.entries import compressed_layers
+from optimum_mixrank.runtime.inputs import ModelInputs
+from optimum_mixrank.runtime.outputs import ModelCall
 
 
 MODELS = {"vit": tiny_vit, "deit": tiny_deit, "swin": tiny_swin}
 DTYPES = (torch.float32, torch.float16)
+FAMILIES = [
+    "BEiT",
+    "CLIP",
+    "CLIP, tower",
+    "CLIP, tower with projection",
+    "DINOv3 ViT",
+    "Florence-2",
+    "LLaVA",
+    "PVT",
+    "RT-DETR",
+    "RT-DETRv2",
+    "SigLIP, classifier",
+    "SigLIP, tower",
+    "SigLIP2",
+    "SigLIP2, classifier",
+    "SigLIP2, tower",
+    "YOLOS",
+]
+TOLERANCE = 1e-5
+"""Largest difference of an output of a family, as a share of its largest value."""
 
 
 def logits(model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -52,7 +79,45 @@ def write(folder: Path) -> None:
                 model.to(dtype).save_pretrained(target, max_shard_size="20KB", **code)
                 save_file({"pixels": pixels, "logits": logits(model, pixels)}, target / "expected.tensors")
                 model.to(torch.float32)
+    write_families(folder)
     print(f"transformers {transformers.__version__} wrote {len(list(folder.iterdir()))} checkpoints")
+
+
+def outputs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    inputs = ModelInputs(batch)
+    call = ModelCall().bound(model.eval(), inputs[:1])
+    with torch.no_grad():
+        found = call(model, inputs)
+    tensors = [found.logits] if found.logits is not None else found.features
+    return {f"output {index}": tensor.contiguous().clone() for index, tensor in enumerate(tensors)}
+
+
+def write_families(folder: Path) -> None:
+    config = settings(metric="second_moment", recipe="fast", structures=["rank"], compensation=[])
+    for name in FAMILIES:
+        family = CATALOGUE[name]
+        target = folder / f"{name.replace('-', '_')}-family-float32"
+        batch = family.batches(1, 2)[0]
+        compressed = MixRankCompressor(family.make()).compress(config, [batch], save_directory=target)
+        expected = outputs(compressed, batch)
+        save_file(
+            {**{f"input {key}": each.contiguous() for key, each in batch.items()}, **expected},
+            target / "expected.tensors",
+        )
+
+
+def check_family(target: Path) -> None:
+    architecture = transformers.AutoConfig.from_pretrained(target).architectures[0]
+    model = getattr(transformers, architecture).from_pretrained(target)
+    stored = load_file(target / "expected.tensors")
+    batch = {key.removeprefix("input "): each for key, each in stored.items() if key.startswith("input ")}
+    differences = [
+        float((found - stored[key]).abs().max() / stored[key].abs().max())
+        for key, found in outputs(model, batch).items()
+    ]
+    print(f"transformers {transformers.__version__}: {target.name:28} largest difference {max(differences):.2e}")
+    if not compressed_layers(model) or not max(differences) <= TOLERANCE:
+        sys.exit(f"{target.name}: outputs differ by {max(differences):.2e}, allowed are {TOLERANCE:.0e}")
 
 
 def opened_with_its_code(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
@@ -64,6 +129,9 @@ def check(folder: Path) -> None:
     differences = {}
     for target in sorted(folder.iterdir()):
         name, kind, dtype = target.name.split("-")
+        if kind == "family":
+            check_family(target)
+            continue
         architecture = transformers.AutoConfig.from_pretrained(target).architectures[0]
         model = getattr(transformers, architecture).from_pretrained(target, dtype=getattr(torch, dtype))
         if bool(compressed_layers(model)) != (kind != "dense"):

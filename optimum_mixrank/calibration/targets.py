@@ -69,7 +69,7 @@ def encoder_linears(
     found = [target for target in linears if reached.get(target.name, False)]
     if include:
         found = _in_order(model, [*found, *choose_included(model, outside, linears, reached, include)])
-    tied = [*_tied_to_others(model, found), *_used_outside(model, found)]
+    tied = [*_tied_to_others(model, found), *_held_by_other_stacks(model, found)]
     _log_left_out(tied, "their weights are used elsewhere too")
     found = [target for target in found if target not in tied]
     if not found:
@@ -100,17 +100,16 @@ def _tied_to_others(model: PreTrainedModel, linears: Sequence[Target]) -> list[T
     return [target for target in linears if id(target.module.weight) in others]
 
 
-def _used_outside(model: PreTrainedModel, linears: Sequence[Target]) -> list[Target]:
-    """Return layers that have a second name outside of the base model, such as heads that a decoder shares."""
-    prefix = getattr(model, "base_model_prefix", "")
-    if not prefix or model.base_model is model:
-        return []
-    outside = {
-        id(module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) and not name.startswith(f"{prefix}.")
-    }
-    return [target for target in linears if target.name.startswith(f"{prefix}.") and id(target.module) in outside]
+def _held_by_other_stacks(model: PreTrainedModel, linears: Sequence[Target]) -> list[Target]:
+    """Return layers that a second stack holds as well, as the heads of detectors are held by the decoder and the model.
+
+    A layer that one stack holds twice is refused by `check_uses`.
+    """
+    stacks: dict[int, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            stacks.setdefault(id(module), set()).add(re.split(r"\.\d+", name)[0])
+    return [target for target in linears if len(stacks[id(target.module)]) > 1]
 
 
 def linears_in_blocks(model: PreTrainedModel) -> list[Target]:

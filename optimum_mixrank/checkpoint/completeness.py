@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..runtime.formatting import quote
+from ..runtime.formatting import quote, shorten
 from .files import StoredTensor, tensors_in
 from .modeling import FactoredLinear, GuardedLinear
 from .names import canonical_names
@@ -126,8 +126,19 @@ def check_initialized(model: nn.Module, args: Sequence[Any]) -> None:
     if missing:
         raise ValueError(
             "The checkpoint lacks tensors of factored layers, or they do not fit: "
-            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. {_REMEDY}"
+            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. {_remedy(model)}"
         )
+
+
+def _remedy(model: nn.Module) -> str:
+    """Return what to do about tensors that are not found, which another release of Transformers may call otherwise."""
+    written = str(getattr(getattr(model, "config", None), "transformers_version", None) or transformers.__version__)
+    if written.partition(".")[0] == transformers.__version__.partition(".")[0]:
+        return _REMEDY
+    return (
+        f"The checkpoint was written under Transformers {shorten(written)}, whose names of tensors {type(model).__name__} of "
+        f"{transformers.__version__} does not know; open it under that release."
+    )
 
 
 def _is_missing(name: str, parameter: Tensor, listed: set[str] | None) -> bool:

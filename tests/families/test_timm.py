@@ -127,7 +127,7 @@ def test_fused_queries_keys_and_values_are_measured_as_the_joint_layer_of_separa
     joint = MixRankCompressor(separate).calibrate(batches, "kfac", structures=["rank", "shared"])
     single = MixRankCompressor(fused).calibrate(batches, "kfac", structures=["rank", "shared"])
     names = {index: next(each for each in joint.layers if f"{index}" in each and "+" in each) for index in (0, 1)}
-    weights = {target.canonical_name: target.module.weight.double() for target in find_targets(fused)}
+    weights = {target.canonical_name: target.module.weight.detach().double() for target in find_targets(fused)}
     for index, name in names.items():
         weight = weights[f"blocks.{index}.attn.qkv"]
         expected, found = (
