@@ -34,8 +34,10 @@ assert "](docs/" not in text and "/raw/main/docs/pictures/" in text, "the README
 PYTHON
 optimum-cli mixrank --version
 optimum-cli mixrank compress --model images/model --dataset images/data --split calibration --num-samples 64 \
-    --recipe fast --ratio 0.5 --evaluate-on images/data --evaluate-split test --output compressed --quiet
-optimum-cli mixrank inspect --model compressed
+    --recipe fast --ratio 0.5 --output compressed --quiet
+optimum-cli mixrank evaluate --model compressed --reference images/model --dataset images/data --split test \
+    --num-samples 200 --quiet
+optimum-cli mixrank inspect --model compressed | tail -1
 python - <<'PYTHON'
 import optimum_mixrank
 from transformers import AutoModelForImageClassification

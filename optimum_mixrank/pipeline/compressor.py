@@ -536,8 +536,8 @@ class MixRankCompressor(OptimumQuantizer):
         evaluation, made = result.to_dict(), self._made.find(model)
         if made is not None:
             made.report = dataclasses.replace(made.report, evaluation=evaluation)
-        folder = getattr(model, "name_or_path", "") if made is None or made.folder is None else made.folder
-        if self.processes.is_main and folder and is_local_path(str(folder)):
+        folder = str(getattr(model, "name_or_path", "") if made is None or made.folder is None else made.folder)
+        if self.processes.is_main and folder and is_local_path(folder):
             record_evaluation(folder, evaluation, original_name(self.model))
 
     @_in_every_process

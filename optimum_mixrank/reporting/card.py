@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
@@ -95,7 +95,8 @@ def card_with_evaluation(text: str, report: ReportData) -> str | None:
     if not begin or not end:
         return None
     card = ModelCard(f"{before}{_before_and_after(report)}{after}")
-    vars(card.data)["eval_results"] = _results(report, card.data.get("pipeline_tag") or "image-classification")
+    data = cast(ModelCardData, card.data)
+    data.eval_results = _results(report, data.get("pipeline_tag") or "image-classification")
     return str(card)
 
 

@@ -106,8 +106,8 @@ class RankProfile:
             ValueError: if its ratio is none of these, or agreement and KL were not measured.
         """
         ratio, found = report.settings.get("compression_ratio"), report.fidelity
-        loss = next((point.loss for point in self.points if point.ratio == ratio), None)
-        if ratio is None or loss is None or loss <= 0:
+        same = next((point for point in self.points if point.ratio == ratio and point.loss > 0), None)
+        if same is None:
             known = ", ".join(f"{point.ratio:g}" for point in self.points)
             raise ValueError(f"The measured compression_ratio={ratio!r} is none of the profile's: {known}.")
         if found.get("kl") is None or found.get("agreement") is None:
@@ -115,7 +115,8 @@ class RankProfile:
                 "The measured compression has no agreement and KL: its model predicts no classes, or gives NaN or Inf."
             )
         return replace(
-            self, measured=MeasuredBudget(ratio, loss, found["kl"], found["agreement"], found["num_images"])
+            self,
+            measured=MeasuredBudget(same.ratio, same.loss, found["kl"], found["agreement"], found["num_images"]),
         )
 
     def to_dict(self) -> dict[str, Any]:

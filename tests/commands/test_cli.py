@@ -150,7 +150,7 @@ def test_plan_estimates_agreement_from_one_measured_budget(tiny, few):
 
 
 def test_plan_measures_only_with_images(tiny):
-    _, errors = cli("plan", "--model", tiny, "--metric", "svd", "--measure", 0.4, expected=1)
+    _, errors = cli("plan", "--model", tiny, "--metric", "svd", "--measure", 0.4, code=1)
     assert "--measure needs --dataset" in errors
 
 
