@@ -2,7 +2,7 @@
 
     apt-get install dataset-fashion-mnist
     python benchmarks/large_to_small.py --models MODELS --output benchmarks/results/large_to_small
-    python benchmarks/large_to_small.py --render benchmarks/results/large_to_small.json
+    python benchmarks/large_to_small.py --render benchmarks/results/large_to_small.json --page docs/results.md
 
 For every seed, a larger and a smaller ViT are trained on Fashion-MNIST with the same recipe and the same images, and the
 larger one is compressed, without labels, with `like` naming the smaller. Accuracy is that on the 10,000 images of the
@@ -19,6 +19,7 @@ import json
 import math
 import statistics
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -46,7 +47,10 @@ STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 def main() -> None:
     args = arguments()
     if args.render is not None:
-        print("\n".join(rendered(json.loads(args.render.read_text()))))
+        lines = rendered(json.loads(args.render.read_text()))
+        print("\n".join(lines))
+        if args.page is not None:
+            args.page.write_text(with_lines(args.page.read_text(), lines))
         return
     torch.set_num_threads(args.threads)
     settings = {
@@ -83,6 +87,7 @@ def arguments() -> argparse.Namespace:
     add("--models", type=Path, help="folder in which the trained models are kept")
     add("--output", type=Path, help="OUTPUT.json and OUTPUT.md are written")
     add("--render", type=Path, help="print the tables of this record and measure nothing")
+    add("--page", type=Path, help="with --render, the page of the documentation to put the tables into")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--widths", type=int, nargs=2, default=[96, 48], help="of the larger and the smaller model")
     add("--blocks", type=int, default=6)
@@ -206,8 +211,17 @@ def is_correct(model: torch.nn.Module, pixels: torch.Tensor, labels: torch.Tenso
     return torch.cat(found) == labels
 
 
+BEGIN, END = "<!-- large_to_small.py: begin -->", "<!-- large_to_small.py: end -->"
+
+
+def with_lines(page: str, lines: list[str]) -> str:
+    """A page with other lines between the two comments that mark the place of the tables."""
+    before, _, rest = page.partition(BEGIN)
+    return "\n".join([before + BEGIN, "", *lines, "", END + rest.partition(END)[2]])
+
+
 def rendered(record: dict) -> list[str]:
-    """The tables of a record, as lines of Markdown."""
+    """The settings and the tables of a record, as lines of Markdown."""
     rows = {name: rows_of(record, name) for name in (SMALL, LARGE, *RECIPES)}
     lines = []
     for name, found in rows.items():
@@ -219,7 +233,26 @@ def rendered(record: dict) -> list[str]:
     head = ["model", "parameters", "top-1, mean", "top-1 by seed"]
     differences = [comparison(rows[name], rows[SMALL], name) for name in RECIPES if rows[name]]
     compared = ["compressed", "minus small, trained", "95 %, over images", "95 %, over seeds"]
-    return [*table(head, lines), "", *table(compared, [each for each in differences if each])]
+    measured = [*table(head, lines), "", *table(compared, [each for each in differences if each])]
+    return [*described(record), "", *measured]
+
+
+def described(record: dict) -> list[str]:
+    """A paragraph of settings and machine, in lines of the documentation's width."""
+    settings, here = record["settings"], record["environment"]
+    widths = " and ".join(str(each) for each in settings["widths"])
+    seeds = len({row["seed"] for row in record["rows"]})
+    tests = len(record["rows"][0]["correct"]) if record["rows"] else 0
+    text = (
+        f"ViTs of width {widths} with {settings['blocks']} blocks and patches of {settings['patch_size']} px; "
+        f"{settings['train_images']:,} training images, {settings['epochs']} epochs, batch size {settings['batch_size']}, "
+        f"learning rate {settings['learning_rate']:g}; {seeds} seeds, each with images, order and initial weights of its "
+        "own; "
+        f"`best` with {settings['calibration_images']:,} and `distilled` with {settings['distillation_images']:,} of the "
+        f"training images, without labels; {tests:,} test images. PyTorch {here['torch']}, Transformers "
+        f"{here['transformers']}, {here['threads']} thread of {here['processor']}."
+    )
+    return textwrap.wrap(text, 119)
 
 
 def rows_of(record: dict, name: str) -> list[dict]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..checkpoint.entries import is_compressed
 from ..checkpoint.names import Target, canonical_names
 from ..checkpoint.patterns import is_end, matching
+from ..checkpoint.views import view_class
 from ..runtime.formatting import quote
 from ..runtime.forward import activation_gradients, evaluation_mode
 from ..runtime.hooks import hooks_removed_on_exit
@@ -137,9 +138,15 @@ def linears_in_blocks(model: PreTrainedModel) -> list[Target]:
             raise ValueError(refused)
         convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
         kind = f": it is a convolutional network ({convolutions} convolutions)" if convolutions > 1 else ""
+        pixels = sum(view_class(module, ["pointwise_convolutions"]) is not None for module in model.modules())
+        remedy = (
+            f" Its {pixels} convolutions of single pixels can be compressed with include=['pointwise_convolutions']."
+            if pixels
+            else ""
+        )
         raise ValueError(
             f"{type(model).__name__} has no linear layer inside a stack of blocks (`nn.ModuleList`), so there is no "
-            f"encoder to compress{kind}. Encoders built like ViT, DeiT and Swin are supported."
+            f"encoder to compress{kind}. Encoders built like ViT, DeiT and Swin are supported.{remedy}"
         )
     return found
 

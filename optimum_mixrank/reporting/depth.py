@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from ..checkpoint.linear_view import INSIDE
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +57,8 @@ def _split(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 
 def _shortest_suffix(kind: tuple[str, ...], kinds: Sequence[tuple[str, ...]]) -> str:
-    for length in range(1, len(kind)):
+    # The last part of a layer inside a view is the same for all of them.
+    for length in range(1 + (kind[-1] == INSIDE), len(kind)):
         if sum(other[-length:] == kind[-length:] for other in kinds) == 1:
             return ".".join(kind[-length:])
     return ".".join(kind)

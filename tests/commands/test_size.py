@@ -51,6 +51,21 @@ def test_a_ratio_and_a_size_exclude_each_other_before_anything_is_opened(tmp_pat
     assert "Error: --ratio 0.5 and --target-parameters 22000000 all say how small the model is to become." in stderr
 
 
+def test_more_than_the_blocks(tiny, few, tmp_path):
+    arguments = ("--model", tiny, "--dataset", few, "--split", "calibration", "--recipe", "fast", "--scope", "targets")
+    include = ("--include", "patch_embedding", "heads")
+    statistics = ("--metric", "second_moment", "--statistics", tmp_path / "statistics.safetensors")
+    stdout, _ = cli("plan", *arguments, *include, *statistics, "--ratios", 0.5)
+    assert "classifier" in stdout and "projection.linear" in stdout
+    out = tmp_path / "out"
+    cli("compress", *arguments, *include, *statistics, "--ratio", 0.5, "--output", out)
+    assert "projection.linear" in cli("inspect", out)[0]
+    cli("merge", "--model", out, "--output", tmp_path / "dense")
+    assert parameters(tmp_path / "dense") == parameters(tiny) > parameters(out)
+    _, stderr = cli("compress", *arguments, "--include", "head", "--output", tmp_path / "other", code=1)
+    assert "include has 'head', which is unknown; choose among" in stderr
+
+
 def test_a_size_in_a_file(tmp_path):
     file = tmp_path / "fields.yaml"
     file.write_text("target_parameters: 22,5M\n")

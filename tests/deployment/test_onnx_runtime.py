@@ -2,7 +2,7 @@ import pytest
 import torch
 from models import compressed, pixels, tiny_vit
 
-from optimum_mixrank import open_exported, verify_model
+from optimum_mixrank import export_model, open_exported, verify_model
 from optimum_mixrank.calibration.images.batches import Batch
 
 
@@ -40,3 +40,12 @@ def test_a_model_with_other_inputs_is_refused(tmp_path):
     torch.onnx.export(Sum(), (pixels(1), pixels(1)), tmp_path / "sum.onnx", dynamo=True, verbose=False)
     with pytest.raises(ValueError, match=r"takes left tensor\(float\), right tensor\(float\); a model for images"):
         open_exported(tmp_path / "sum.onnx")
+
+
+def test_included_layers_are_exported(tmp_path):
+    # Patches of 192 values and 40 classes, so that factors are smaller.
+    include = {"include": ["patch_embedding", "heads"], "ratio_pattern": {}}
+    model = compressed(tiny_vit(num_labels=40), "pivoted", **include).eval()
+    assert model.vit.embeddings.patch_embeddings.projection.linear.rank and model.classifier.rank
+    file = export_model(model, tmp_path / "exported", "onnx").file
+    assert verify_model(model, open_exported(file), [Batch(pixels(5))]).is_ok

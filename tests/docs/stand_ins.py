@@ -12,6 +12,7 @@ from optimum_mixrank import MixRankCompressor, MixRankConfig
 
 
 MODEL = "facebook/deit-base-patch16-224"
+SMALL = "facebook/deit-small-patch16-224"
 IMAGES = "path/to/images"
 LABELLED_IMAGES = "path/to/labelled/images"
 CHECKPOINTS = {
@@ -34,6 +35,7 @@ STARTS = {
 def lay_out(folder: Path, page: str) -> None:
     """Put the stand-ins into an empty folder: the model, images, and the examples of the repository."""
     tiny_vit(num_hidden_layers=4).save_pretrained(folder / MODEL)
+    tiny_vit(num_hidden_layers=2).save_pretrained(folder / SMALL)
     ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder / MODEL)
     generator = np.random.default_rng(0)
     for index in range(24):

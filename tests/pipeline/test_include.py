@@ -14,12 +14,23 @@ from transformers import (
     CLIPVisionModelWithProjection,
     ConvNextConfig,
     ConvNextForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTForImageClassification,
 )
 
-from optimum_mixrank import MixRankCompressor, MixRankConfig, find_targets, to_dense
+from optimum_mixrank import (
+    MixRankCompressor,
+    MixRankConfig,
+    export_model,
+    find_targets,
+    open_exported,
+    to_dense,
+    verify_model,
+)
+from optimum_mixrank.calibration.images.batches import Batch
 from optimum_mixrank.checkpoint.convolution_view import ConvolutionView
 
 
@@ -139,6 +150,21 @@ def test_all_convolutions_of_a_convnext(tmp_path):
     )
 
 
+def test_bottlenecks_of_a_resnet(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 2], "layer_type": "bottleneck"}
+    original = ResNetForImageClassification(ResNetConfig(num_labels=10, **sizes)).eval()
+    images = [torch.randn(16, 3, 32, 32)]
+    with pytest.raises(ValueError, match=r"can be compressed with include=\['pointwise_convolutions'\]"):
+        MixRankCompressor(original).compress(MixRankConfig(**FAST), images)
+    config = MixRankConfig(include=["pointwise_convolutions"], **FAST)
+    model = MixRankCompressor(original).compress(config, images, tmp_path)
+    assert entries(model) and all(name.endswith("convolution.linear") for name in entries(model))
+    assert torch.equal(
+        output(ResNetForImageClassification.from_pretrained(tmp_path), images[0]), output(model, images[0])
+    )
+
+
 VISION = {
     "image_size": IMAGE_SIZE,
     "patch_size": 8,
@@ -201,6 +227,12 @@ def test_a_checkpoint_brings_the_code_of_its_views(tmp_path):
     assert "class ConvolutionView" in (tmp_path / "modeling_mixrank.py").read_text()
     reloaded = AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
     assert torch.equal(output(reloaded, pixels()), output(model, pixels()))
+
+
+def test_views_are_exported_for_batches_of_any_size(tmp_path):
+    model = MixRankCompressor(with_large_ends()).compress(MixRankConfig(include=ALL, **FAST), [pixels(16)])
+    file = export_model(model, tmp_path / "out", "torch").file
+    assert verify_model(model, open_exported(file), [Batch(pixels(5)), Batch(pixels(2))]).is_ok
 
 
 def test_layers_outside_of_the_blocks_are_found_only_if_they_are_included():
