@@ -6,7 +6,7 @@ each line of Transformers:
     python benchmarks/families.py --record --also compile export
     python benchmarks/families.py --render docs/families.md
 
-What is in the record already is not tried again; `--again` starts over.
+What is in the record already is not tried again, unless `--again` is given.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def record(path: Path | None, names: list[str], recipe: str, also: list[str], ag
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    known = json.loads(path.read_text()) if path is not None and path.is_file() and not again else {}
+    known = json.loads(path.read_text()) if path is not None and path.is_file() else {}
     results: dict[str, Any] = known.get("families", {})
     for name in names:
-        if not _wanting(results.get(name), also):
+        if not again and not _wanting(results.get(name), also):
             continue
         results[name] = tried(name, recipe, also)
         print(name, results[name], flush=True)

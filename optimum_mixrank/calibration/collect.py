@@ -14,11 +14,15 @@ from transformers.utils import logging
 from ..decomposition.statistics import GRADIENT_STATISTICS, LayerStatistics, Statistic
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.forward import activation_gradients, evaluation_mode
+from ..runtime.logging import get_logger
 from ..runtime.malloc import trim_heap
 from ..runtime.outputs import PLAIN_CALL, ModelCall
 from .collector import StatisticsCollector
 from .fisher import GradientCollector
 from .images.batches import Batch, ImageBatches
+
+
+logger = get_logger(__name__)
 
 
 def collect_statistics(
@@ -129,7 +133,20 @@ def _merged(
         for name in gradients.names:
             base = layers.get(name, LayerStatistics(0))
             layers[name] = replace(base, **gradients.statistics(name, required[name]))
+        if processes.is_main:
+            _warn_without_gradients([layers[name] for name in gradients.names])
     return layers, num_images
+
+
+def _warn_without_gradients(layers: Sequence[LayerStatistics]) -> None:
+    """Warn if the output depends on none of the layers, so that nothing says which of them matters."""
+    found = [getattr(layer, each.value) for layer in layers for each in GRADIENT_STATISTICS]
+    if layers and not any(bool(each.count_nonzero()) for each in found if each is not None):
+        logger.warning(
+            "The output does not change with any of the targeted layers: all gradients are zero, so that ranks are chosen "
+            "blindly. Is a weight behind them zero, such as that of a projection which was never trained? Load trained "
+            "weights, or name another output by output_names."
+        )
 
 
 def _with_joints(

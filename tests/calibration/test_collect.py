@@ -211,3 +211,14 @@ def test_progress_bar_can_be_switched_off(switch, capfd):
     finally:
         (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
     assert ("Calibrating" in capfd.readouterr().err) == (switch is logging.enable_progress_bar)
+
+
+def test_an_output_that_nothing_changes_is_warned_about(caplog):
+    model = tiny_vit()
+    required = required_for(model)
+    collect_statistics(model, batches(2), required)
+    assert "ranks are chosen blindly" not in caplog.text
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    collect_statistics(model, batches(2), required)
+    assert "ranks are chosen blindly" in caplog.text

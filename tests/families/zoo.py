@@ -178,7 +178,13 @@ class Family:
         torch.manual_seed(seed)
         cls = getattr(transformers, self.model)
         config = self.config() if self.config is not None else small_config(cls.config_class, **self.changes)
-        return cls(config).eval()
+        model = cls(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Nothing would pass through a projection that starts at zero, as that of Gemma 3.
+                if parameter.ndim > 1 and not parameter.count_nonzero():
+                    parameter.normal_(std=0.02)
+        return model
 
     def batches(self, count: int = 2, size: int = 4, seed: int = 0) -> list[dict[str, Tensor]]:
         """Return batches of random inputs."""
