@@ -1,4 +1,4 @@
-"""The tables of results in the README and on the page about deployment, from the records in `benchmarks/results`.
+"""The tables of results in the README and on pages of the documentation, from the records in `benchmarks/results`.
 
     python benchmarks/readme_table.py          # writes the tables into the pages
     python benchmarks/readme_table.py --print  # prints them
@@ -6,6 +6,7 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. "results" is about the real ViT-S: its sizes and
 accuracies come from `vit_s_distilled.json`; where there is a record of `benchmarks/int8.py` (`int8.json`) or of
 `benchmarks/latency.py` (`latency.json`) on that model, its times are shown, and with the former its 8-bit files too.
+"vit_s_int8" and "latency" are all of these two records,
 "shipped" is what `examples/quickstart.py` gives (`quickstart.json`, a copy of its report), "int8" what
 `examples/int8.py --record` writes (`int8_shipped.json`).
 """
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import runpy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +28,7 @@ from optimum_mixrank.runtime.formatting import format_count
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DENSE, COMPRESSED = "dense", "compressed"
+DENSE = "dense"
 SHOWN = {
     "PyTorch, float32": "PyTorch, float32",
     "ONNX Runtime, float32": "ONNX Runtime, float32",
@@ -59,7 +62,7 @@ def results_table(results: Path = RESULTS) -> list[str]:
     report, int8, latency = (load(name, results) for name in ("vit_s_distilled", "int8", "latency"))
     assert report is not None
     if int8 is not None:
-        rows, machine, what = _int8_rows(report, int8), int8["machine"], int8["settings"]
+        rows, machine, what = _int8_rows(int8), int8["machine"], int8["settings"]
         caption = f"Medians of {what['repetitions']} repetitions in turns"
     elif latency is not None and (case := _case(report, latency)) is not None:
         rows, machine, what = _latency_rows(report, case), latency["environment"], latency["settings"]
@@ -124,12 +127,37 @@ def int8_table(results: Path = RESULTS) -> list[str]:
     return _table(["", "bytes on disk", "top-1", "agreement with the original", "KL"], cells)
 
 
+def vit_s_int8_table(results: Path = RESULTS) -> list[str]:
+    """Return the lines of the table about 8-bit files of the ViT-S."""
+    record = load("int8", results)
+    assert record is not None
+    return _script("int8")["rendered"](record)
+
+
+def latency_table(results: Path = RESULTS) -> list[str]:
+    """Return the lines of the tables of latency, one for each dense model."""
+    record = load("latency", results)
+    assert record is not None
+    return _script("latency")["tables"](record)
+
+
+def _script(name: str) -> dict[str, Any]:
+    """Return what a benchmark defines; it imports its neighbours."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="benchmark")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "results": results_table,
     "shipped": shipped_table,
     "int8": int8_table,
+    "vit_s_int8": vit_s_int8_table,
+    "latency": latency_table,
 }
-PAGES = ("README.md", "docs/deployment.md")
+PAGES = ("README.md", "docs/deployment.md", "docs/performance.md")
 
 
 def with_tables(text: str) -> str:
@@ -162,17 +190,14 @@ def _latency_rows(report: Record, case: Record) -> list[Row]:
     return rows
 
 
-def _int8_rows(report: Record, record: Record) -> list[Row]:
-    names = {DENSE: "original", COMPRESSED: "compressed"}
-    flops = {DENSE: report["flops_before"], COMPRESSED: report["flops_after"]}
-    found = {(row["method"], row["model"]): row for row in record["rows"]}
+def _int8_rows(record: Record) -> list[Row]:
     rows = []
     for method, label in SHOWN.items():
-        for model, name in names.items():
-            row = found.get((method, model))
-            if row is not None:
+        for row in record["rows"]:
+            if row["method"] == method:
+                name = "original" if row["model"] == DENSE else row["model"]
                 times = {int(size): value / int(size) for size, value in row["milliseconds"].items()}
-                rows.append(Row(f"{name}, {label}", row["bytes"], flops[model], row["top1"], times))
+                rows.append(Row(f"{name}, {label}", row["bytes"], row["flops"], row["top1"], times))
     return rows
 
 

@@ -136,7 +136,7 @@ def test_tables_are_those_of_the_records():
 
 
 def test_tables_of_times_show_what_was_recorded(tmp_path):
-    """With a record of int8 its four kinds of models are shown, with one of latency only the two in every runtime."""
+    """With a record of int8 its models are shown in float32 and int8, with one of latency the two in every runtime."""
     script = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))
     shutil.copy(ROOT / "benchmarks" / "results" / "vit_s_distilled.json", tmp_path)
     name = json.loads((tmp_path / "vit_s_distilled.json").read_text())["model_name"]
@@ -150,14 +150,17 @@ def test_tables_of_times_show_what_was_recorded(tmp_path):
     (tmp_path / "latency.json").write_text(json.dumps(record))
     assert "| 1.21 G | 88.1 % | 50.0 (0.50) |" in "\n".join(script["results_table"](tmp_path))
     rows = [
-        {"model": model, "method": method, "bytes": 2_000_000, "top1": 0.5, "milliseconds": {"8": 8 * milliseconds}}
+        {
+            **{"model": model, "method": method, "bytes": 2_000_000, "flops": 2_000_000_000},
+            **{"top1": 0.5, "milliseconds": {"8": 8 * milliseconds}},
+        }
         for method, milliseconds in (("PyTorch, float32", 10), ("ONNX Runtime, dynamic int8", 5), ("another", 1))
-        for model in ("dense", "compressed")
+        for model in ("dense", "30 % kept")
     ]
     record = {"machine": machine, "settings": {"repetitions": 6}, "rows": rows}
     (tmp_path / "int8.json").write_text(json.dumps(record))
     table = script["results_table"](tmp_path)
-    assert "| compressed, ONNX Runtime, int8 | 2.0 MB | 1.21 G | 50.0 % | 5.0 (0.50) |" in table
+    assert "| 30 % kept, ONNX Runtime, int8 | 2.0 MB | 2.00 G | 50.0 % | 5.0 (0.50) |" in table
     assert len(table) == 8 and "a processor" in table[-1]
 
 
