@@ -156,7 +156,7 @@ def load_named(
 
 
 def _unnamed_class(config: Any) -> Any:
-    """Return the class for a configuration that names none: of timm a classifier if it has classes, else the bare encoder."""
+    """Return the class for a configuration that names none: a classifier of timm if it has classes, else a bare encoder."""
     return AutoModelForImageClassification if _is_timm(config) and config.num_labels else AutoModel
 
 
