@@ -70,7 +70,7 @@ def encoder_linears(
     found = [target for target in linears if reached.get(target.name, False)]
     if include:
         found = _in_order(model, [*found, *choose_included(model, outside, linears, reached, include)])
-    tied = [*_tied_to_others(model, found), *_held_by_other_stacks(model, found)]
+    tied = [*_tied_to_others(model, found), *_used_elsewhere(model, found)]
     _log_left_out(tied, "their weights are used elsewhere too")
     found = [target for target in found if target not in tied]
     if not found:
@@ -101,16 +101,23 @@ def _tied_to_others(model: PreTrainedModel, linears: Sequence[Target]) -> list[T
     return [target for target in linears if id(target.module.weight) in others]
 
 
-def _held_by_other_stacks(model: PreTrainedModel, linears: Sequence[Target]) -> list[Target]:
-    """Return layers that a second stack holds as well, as the heads of detectors are held by the decoder and the model.
+def _used_elsewhere(model: PreTrainedModel, linears: Sequence[Target]) -> list[Target]:
+    """Return layers that the model holds in a second place by design.
 
-    A layer that one stack holds twice is refused by `check_uses`.
+    That may be another stack, as for the heads of detectors, or the same block. A layer that is in two blocks of one stack
+    is refused by `check_uses`.
     """
-    stacks: dict[int, set[str]] = {}
+    places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
-            stacks.setdefault(id(module), set()).add(re.split(r"\.\d+", name)[0])
-    return [target for target in linears if len(stacks[id(target.module)]) > 1]
+            places.setdefault(id(module), []).append(name)
+
+    def is_by_design(names: list[str]) -> bool:
+        blocks = [re.match(r".*?\.\d+(?=\.|$)|", f"model.{name}")[0] for name in names]  # type: ignore[index]
+        stacks = {block.rpartition(".")[0] for block in blocks}
+        return len(names) > 1 and (len(stacks) > 1 or len(set(blocks)) < len(blocks))
+
+    return [target for target in linears if is_by_design(places[id(target.module)])]
 
 
 def linears_in_blocks(model: PreTrainedModel) -> list[Target]:

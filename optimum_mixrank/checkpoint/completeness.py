@@ -136,8 +136,8 @@ def _remedy(model: nn.Module) -> str:
     if written.partition(".")[0] == transformers.__version__.partition(".")[0]:
         return _REMEDY
     return (
-        f"The checkpoint was written under Transformers {shorten(written)}, whose names of tensors {type(model).__name__} "
-        f"of {transformers.__version__} does not know; open it under that release."
+        f"The checkpoint was written under Transformers {shorten(written)}, whose names of tensors the "
+        f"{type(model).__name__} of {transformers.__version__} does not know; open it under that release."
     )
 
 

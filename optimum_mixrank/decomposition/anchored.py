@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .damping import typical_scale
+
 
 def anchored_weight(weight: Tensor, input_moment: Tensor, target_moment: Tensor, ridge: float) -> Tensor:
     """Return the ridge regression weight `W*`, `[m, n]`, float64; `W` itself if the inputs do not vary at all.
@@ -22,9 +24,9 @@ def anchored_weight(weight: Tensor, input_moment: Tensor, target_moment: Tensor,
         weight: `W`, `[m, n]`, float64, to which the solution is anchored.
         input_moment: `S`, `[n, n]`, float64: covariance of the inputs, or second moment for a layer without bias.
         target_moment: `S_t`, `[m, n]`, float64: the same between targets and inputs.
-        ridge: `λ` as a multiple of the mean diagonal of `S`, above 0.
+        ridge: `λ` as a multiple of the `typical_scale` of `S`, above 0.
     """
-    scale = input_moment.diagonal().mean()
+    scale = typical_scale(input_moment.diagonal())
     if scale <= 0:
         return weight
     penalty = ridge * scale

@@ -153,8 +153,8 @@ def _shape_by_timm(model: nn.Module) -> tuple[int, ...] | None:
     if size is not None:
         shape[1:] = [size, size] if isinstance(size, int) else [*size]
     shape[0] = arguments.get("in_chans", shape[0])
-    found = tuple(each for each in shape if isinstance(each, int))
-    return found if len(found) == len(shape) == 3 else None
+    sizes = tuple(each for each in shape if isinstance(each, int))
+    return sizes if len(sizes) == len(shape) == 3 else None
 
 
 def _vision_configurations(config: object) -> list[object]:

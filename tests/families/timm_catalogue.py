@@ -134,11 +134,6 @@ TIMM_FAMILIES: dict[str, TimmFamily] = {
         {"embed_dims": [16, 16, 32, 32], "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_sizes": [2] * 4},
         side=64,
     ),
-    "CoaT": TimmFamily(
-        "coat_tiny",
-        {"img_size": 64, "embed_dims": [16] * 4, "serial_depths": [1] * 4, "parallel_depth": 1, "num_heads": 8},
-        side=64,
-    ),
     "PiT": TimmFamily(
         "pit_ti_224", {"img_size": 64, "base_dims": [8, 8, 8], "depth": [1, 1, 1], "heads": [1, 2, 2]}, side=64
     ),

@@ -25,8 +25,8 @@ class SequentialCompensator(LayerwiseCompensator):
     contain it. Needs no learning rate, labels or random numbers.
 
     Args:
-        ridge: Weight of the anchor, as a share of the mean variance of the inputs.
-        damping: Share of the mean diagonal of the Fisher information that is added to its diagonal.
+        ridge: Weight of the anchor, as a share of the typical variance of the inputs; see `typical_scale`.
+        damping: Share of the typical diagonal of the Fisher information that is added to its diagonal.
     """
 
     name = "sequential"
