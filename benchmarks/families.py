@@ -132,8 +132,8 @@ def _table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     head = ["family", "targeted", "compared", *_COLUMNS.values()]
     rows = [head, ["---"] * len(head)]
     for name in names:
-        found = [each["families"].get(name, {"absent": True}) for each in records.values()]
-        if all("absent" in each or "refused" in each for each in found):
+        found = [each["families"].get(name, {}) for each in records.values()]
+        if not any("compress" in each for each in found):
             continue
         shown = next((each for each in found if "targeted" in each), {})
         marks = [" ".join(_mark(each, check) for each in found) for check in _COLUMNS]
