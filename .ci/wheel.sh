@@ -21,6 +21,8 @@ trap 'rm -rf "$workspace"' EXIT
 "$workspace/alone/bin/pip" check
 cp -r "$root/examples/fashion_mnist" "$workspace/images"
 cd "$workspace"
+# So that other work on the machine does not make it wait for its own threads.
+export OMP_NUM_THREADS=1
 PATH="$workspace/alone/bin:$PATH"
 unset PYTHONPATH
 python - <<'PYTHON'

@@ -84,7 +84,8 @@ class MadeModels:
 def _some_values(model: PreTrainedModel) -> dict[str, Tensor]:
     found = {}
     for name, tensor in model.state_dict().items():
-        if tensor.numel() and not tensor.is_meta:
+        # Tensors of other classes, such as quantized ones, are never made here, and cannot all be indexed.
+        if type(tensor) is Tensor and tensor.numel() and not tensor.is_meta:
             last, count = tensor.numel() - 1, min(_SAMPLES, tensor.numel())
             # Integers, since floating-point numbers round the last place of large tensors beyond their end.
             places = torch.tensor([index * last // max(count - 1, 1) for index in range(count)], device=tensor.device)

@@ -187,7 +187,9 @@ def test_evaluate_prints_what_compress_prints(compressed, few):
     where = ("--dataset", few, "--split", "test", "--batch-size", 128)
     lines = cli("evaluate", "--model", out, "--reference", MODEL, *where)[0].splitlines()
     assert lines == evaluation_lines(values["evaluation"])
-    assert re.match(r"  top-1 accuracy +\d+\.\d\d% -> \d+\.\d\d%  \([+-]\d+\.\d\d points\)$", lines[1])
+    number = r"[+-]\d+\.\d\d"
+    change = rf"\({number} points: {number} to {number}\)"
+    assert re.match(rf"  top-1 accuracy +\d+\.\d\d% -> \d+\.\d\d%  {change}$", lines[1])
 
 
 def test_evaluate_compares_two_compressed_checkpoints(compressed, few):
