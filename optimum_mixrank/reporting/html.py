@@ -14,7 +14,7 @@ from .data import LayerReport, ReportData
 from .inline_svg import css_variable
 from .pictures import draw_pictures
 from .structure import describe_encoder, hidden_units, shared_factors
-from .table import common_prefix, count_values, dtype_change
+from .table import common_prefix, count_values, dtype_change, size_text
 from .verdict import verdict
 
 
@@ -89,7 +89,8 @@ def _template() -> Template:
 
 def _headlines(report: ReportData) -> list[Headline]:
     before, after = report.model_parameters_before, report.model_parameters_after
-    figures = [Headline("parameters", f"{after:,}", f"of {before:,} ({format_change(before, after)})")]
+    asked = f"; {size}" if (size := size_text(report)) else ""
+    figures = [Headline("parameters", f"{after:,}", f"of {before:,} ({format_change(before, after)}){asked}")]
     size, original = report.bytes_on_disk_after, report.bytes_on_disk_before
     if size is not None:
         change = (
