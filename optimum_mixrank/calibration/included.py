@@ -73,8 +73,8 @@ def choose_included(
     def kind(target: Target) -> str:
         if order[target.name] < first:
             return "patch_embedding"
-        last = target.canonical_name.rpartition(".")[2]
-        if last == "proj" or last.endswith("projection"):
+        *parents, last = target.canonical_name.split(".")
+        if last == "proj" or last.endswith("projection") or any(part.endswith("projector") for part in parents):
             return "projections"
         return "pooling" if id(target.module) in own else "heads"
 

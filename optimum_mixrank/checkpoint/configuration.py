@@ -100,7 +100,7 @@ class MixRankConfig(QuantizationConfigMixin):
         include (`list[str]`): What to compress beside the linear layers of the blocks: `"patch_embedding"`, convolutions
             whose patches do not overlap, and linear layers before the blocks; `"pointwise_convolutions"`, those of single
             pixels; `"pooling"`, linear layers that follow the blocks inside the base model; `"heads"`, those outside of it;
-            `"projections"`, those of either kind that are called so, as in CLIP. Default: none of them.
+            `"projections"`, those of either kind that are called so, as in CLIP and LLaVA. Default: none of them.
         exclude_modules (`str`, `list[str]`, *optional*): Layers not to compress, in the same form.
         rank_pattern (`dict[str, int]`): Ranks of individual layers; keys are names, last parts of names or regular
             expressions, as in PEFT. The first matching key applies.

@@ -128,7 +128,7 @@ def is_share(value: object) -> bool:
 
 def check_ranks(config: Any) -> None:
     """Check which layers are selected, and the bounds of their ranks."""
-    check_include(config.include)
+    _check_include(config)
     if config.include and config.cost == "latency":
         raise ValueError(
             f"include={quote(config.include)} names layers of which a table of latencies holds no times; leave it out with "
@@ -154,14 +154,16 @@ def check_ranks(config: Any) -> None:
         _check_number("max_rank_ratio", config.max_rank_ratio, interval, remedy)
 
 
-def check_include(include: object) -> None:
+def _check_include(config: Any) -> None:
     """Check what is compressed beside the linear layers of the blocks."""
-    if not isinstance(include, list | tuple) or not all(isinstance(each, str) for each in include):
+    include = config.include
+    if not isinstance(include, list) or not all(isinstance(each, str) for each in include):
         raise ValueError(
             f"include={quote(include)} is not a list; name what to compress beside the blocks: {_INCLUDED}."
         )
     unknown = [each for each in include if each not in INCLUDED]
-    if unknown:
+    # A checkpoint of a later version opens; the rank map says what is compressed.
+    if unknown and not config.rank_map:
         raise ValueError(f"include has {quote(unknown[0])}, which is unknown; choose among {_INCLUDED}.")
 
 

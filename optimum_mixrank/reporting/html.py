@@ -16,7 +16,7 @@ from .inline_svg import css_variable
 from .pictures import draw_pictures
 from .reach import left_out_text, targeted_text
 from .structure import describe_encoder, hidden_units, shared_factors
-from .table import common_prefix, count_values, dtype_change
+from .table import common_prefix, count_values, dtype_change, size_text
 from .verdict import verdict
 
 
@@ -93,7 +93,8 @@ def _template() -> Template:
 
 def _headlines(report: ReportData) -> list[Headline]:
     before, after = report.model_parameters_before, report.model_parameters_after
-    figures = [Headline("parameters", f"{after:,}", f"of {before:,} ({format_change(before, after)})")]
+    asked = f"; {size}" if (size := size_text(report)) else ""
+    figures = [Headline("parameters", f"{after:,}", f"of {before:,} ({format_change(before, after)}){asked}")]
     size, original = report.bytes_on_disk_after, report.bytes_on_disk_before
     if size is not None:
         change = (

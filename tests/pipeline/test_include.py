@@ -251,3 +251,9 @@ def test_layers_outside_of_the_blocks_are_found_only_if_they_are_included():
 def test_what_can_be_included_is_named(include, message):
     with pytest.raises(ValueError, match=message):
         MixRankConfig(include=include)
+
+
+def test_a_checkpoint_that_includes_what_a_later_version_knows_opens():
+    stored = {**MixRankConfig(include=["heads"]).to_dict(), "include": ["positions"]}
+    stored["rank_map"] = {"classifier": {"rank": 2, "bias": True, "layout": "factors"}}
+    assert MixRankConfig.from_dict(stored).include == ["positions"]

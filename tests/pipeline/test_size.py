@@ -11,6 +11,7 @@ from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.checkpoint.size import parameters_like
 from optimum_mixrank.reporting import format_table
 from optimum_mixrank.reporting.card import model_card
+from optimum_mixrank.reporting.html import render_html
 
 
 def size_of(model) -> int:
@@ -53,6 +54,7 @@ def test_the_size_of_another_model_is_met_and_shown(tmp_path):
     asked = f'at most {size_of(smaller):,} parameters, the size of "smaller"'
     assert re.search(rf"asked for +{asked}", format_table(compressor.report))
     assert asked in str(model_card(reloaded, compressor.report))
+    assert asked.replace('"', "&#34;") in render_html(compressor.report)
     assert config.target_parameters is None and config.compression_ratio is None, "the configuration is the user's"
 
 
