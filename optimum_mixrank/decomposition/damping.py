@@ -1,7 +1,10 @@
-"""The scale of a second moment that damping refers to.
+"""The scale of the inputs that the anchor of a layer refers to.
 
 A few channels may have variances that are thousands of times those of the others, as in DINOv3 and SigLIP2. The mean of
-the diagonal is then theirs, and a share of it drowns all the others.
+the diagonal is then theirs, and a share of it holds all the others fast.
+
+The damping of the Fisher information keeps to the mean: with outliers the measure comes closer to the plain output
+error, which costs little, and a smaller damping would trust the gradients of few images too much.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class KfacMetric(Metric):
     drawn from the model itself, so that no true labels are needed. All layers are measured in the same unit.
 
     Memory: two float64 matrices of the smaller side per layer, one of them shared by layers that share an input.
-    `damping` is the share of the `typical_scale` of `F` that is added to its diagonal.
+    `damping` is the share of the mean diagonal of `F` that is added to its diagonal.
     """
 
     name = "kfac"

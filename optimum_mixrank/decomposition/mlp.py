@@ -83,7 +83,7 @@ class TwoSidedMlp:
     ) -> TwoSidedMlp:
         """Take weights, float64, and statistics of the first and the second layer.
 
-        `damping` is the share of the `typical_scale` of a Fisher information that is added to its diagonal.
+        `damping` is the share of the mean diagonal of a Fisher information that is added to its diagonal.
 
         Raises:
             ValueError: if a statistic was not collected.

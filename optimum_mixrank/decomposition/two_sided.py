@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .damping import typical_scale
 from .factorization import Decomposition, decompose_by_input, decompose_by_output, extended, root_of_covariance
 from .statistics import LayerStatistics, Statistic
 
@@ -32,9 +31,9 @@ _TINY = 1e-200
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
-    """Return `F`, `[m, m]`, with a share of its `typical_scale` added to the diagonal; the identity if `F` is zero."""
+    """Return `F`, `[m, m]`, with a share of its mean diagonal added to the diagonal; the identity if `F` is zero."""
     identity = _identity_like(moment)
-    scale = typical_scale(moment.diagonal())
+    scale = moment.diagonal().mean()
     return identity if scale <= _TINY else moment + damping * scale * identity
 
 
@@ -56,8 +55,7 @@ class OutputFisher:
     def of(cls, weight: Tensor, statistics: LayerStatistics, damping: float) -> OutputFisher:
         """Derive it from the original weight, `[m, n]`, float64, and the gradient statistics of a layer.
 
-        `damping` is the share of the `typical_scale` that is added to the diagonal; of the mean diagonal where only the
-        trace is known.
+        `damping` is the share of the mean diagonal that is added to the diagonal.
         """
         if statistics.gradient_moment is not None:
             return cls(damped(statistics.gradient_moment.to(weight), damping))

@@ -26,7 +26,7 @@ class SequentialCompensator(LayerwiseCompensator):
 
     Args:
         ridge: Weight of the anchor, as a share of the typical variance of the inputs; see `typical_scale`.
-        damping: Share of the typical diagonal of the Fisher information that is added to its diagonal.
+        damping: Share of the mean diagonal of the Fisher information that is added to its diagonal.
     """
 
     name = "sequential"
