@@ -12,6 +12,9 @@ from ...runtime.model_output import ModelOutput
 from .measure import MEASURES, Measure
 
 
+MAX_IMAGES = 10_000
+"""The first images of each process are compared; every one with every other takes long for more."""
+
 _Embeddings = tuple[Tensor, Tensor]
 
 
@@ -32,6 +35,8 @@ class RetrievalAgreement(Measure):
 
     def add(self, original: ModelOutput, output: ModelOutput, num_images: int) -> None:
         """See `Measure.add`."""
+        if sum(len(each) for each, _ in self._pairs) >= MAX_IMAGES:
+            return
         self._pairs.append((original.features[0].float(), output.features[0].float()))
 
     def state(self) -> list[_Embeddings]:
