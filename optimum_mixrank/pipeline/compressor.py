@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import torch
+import transformers
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
@@ -115,6 +116,12 @@ class MixRankCompressor(OptimumQuantizer):
             if hasattr(model, "_orig_mod"):
                 raise TypeError(
                     "model is compiled; give the model as it was before (`model._orig_mod`), and compile the result."
+                )
+            if type(model).__module__.startswith("transformers."):
+                raise TypeError(
+                    f"model is a {type(model).__name__}, which is a part of a model and none of its own in Transformers "
+                    f"{transformers.__version__}. Give the whole model, of which only what images reach is compressed, or "
+                    "open its tower by the class for that, such as `CLIPVisionModel`."
                 )
             raise TypeError(
                 f"model is of type {type(model).__name__}, not a Transformers model; use "

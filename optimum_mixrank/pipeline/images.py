@@ -13,6 +13,7 @@ from ..calibration.images.rows import draw_images
 from ..calibration.images.sources import load_image_dataset
 from ..evaluation.labels import explain_missing_labels, find_label_column, map_labels
 from ..runtime.distributed import Processes
+from ..runtime.forward import configured_channels
 from ..runtime.logging import get_logger
 from ..runtime.parts import input_names
 
@@ -125,7 +126,7 @@ class ImageReader:
             num_workers=self.num_workers,
             max_broken_share=self.max_broken_share,
             max_image_pixels=self.max_image_pixels,
-            num_channels=getattr(self.model.config, "num_channels", 3),
+            num_channels=configured_channels(self.model),
             processes=self.processes,
             input_names=input_names(self.model),
             **options,

@@ -137,6 +137,14 @@ def configured_shape(model: nn.Module) -> tuple[int, ...]:
     )
 
 
+def configured_channels(model: nn.Module) -> int:
+    """Return the number of channels of an image according to the model's configuration, by default 3."""
+    try:
+        return configured_shape(model)[0]
+    except ValueError:
+        return getattr(getattr(model, "config", None), "num_channels", 3)
+
+
 def _shape_by_timm(model: nn.Module) -> tuple[int, ...] | None:
     """Return the shape of an image for a model of timm; None for others, and where none is named.
 

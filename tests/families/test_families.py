@@ -2,6 +2,9 @@
 
 import pytest
 
+from optimum_mixrank import MixRankCompressor
+from optimum_mixrank.checkpoint.entries import compressed_layers
+
 from .catalogue import FAMILIES
 from .checks import CHECKS, check_family, settings
 
@@ -35,3 +38,16 @@ def test_what_cannot_be_compressed_is_refused_as_what_it_is(name):
     reason = {"text": "is a text model", "convolution": "is a convolutional network", "whole": "What of .* is unknown"}
     with pytest.raises(ValueError, match=reason[family.refused]):
         check_family(family, settings(metric="svd", recipe="fast", compensation=[], structures=["rank"]))
+
+
+def test_weights_alone_are_decomposed_where_a_model_runs_on_the_given_images_alone():
+    family = FAMILIES["SigLIP2, tower"]
+    config = settings(metric="svd", recipe="fast", compensation=[], structures=["rank"])
+    made = MixRankCompressor(family.make()).compress(config, family.batches(1))
+    assert compressed_layers(made)
+
+
+def test_a_part_that_is_no_model_is_refused_as_what_it_is():
+    model = FAMILIES["ViT"].make()
+    with pytest.raises(TypeError, match="a part of a model and none of its own.*Give the whole model"):
+        MixRankCompressor(next(each for name, each in model.named_modules() if name.endswith("embeddings")))

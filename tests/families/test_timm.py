@@ -1,5 +1,6 @@
 """Models of timm inside Transformers' wrappers; they need timm and torchvision, in an environment of their own."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -51,6 +52,13 @@ def test_the_budget_counts_the_whole_model(recipe):
     )
     sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, made)]
     assert 0.57 * sizes[0] <= sizes[1] <= 0.6 * sizes[0]
+
+
+def test_images_of_one_channel():
+    family = dataclasses.replace(TIMM_FAMILIES["ViT"], arguments={**TIMM_FAMILIES["ViT"].arguments, "in_chans": 1})
+    images = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    made = MixRankCompressor(family.make()).compress(settings(recipe="fast", compensation=[]), [images])
+    assert made(images).logits.shape == (8, 5)
 
 
 @pytest.mark.parametrize(
