@@ -26,6 +26,13 @@ sys.path.insert(0, str(ROOT / "tests"))
 RECORDS = {"5.x": "families_5.json", "4.57": "families_4.57.json"}
 """The records by line of Transformers, the newest first."""
 
+REFUSALS = {
+    "text": "is a text model",
+    "convolution": "is a convolutional network",
+    "whole": "takes images is unknown",
+}
+"""What an error says of models that cannot be compressed, by why they cannot."""
+
 CHECKS = ("compress", "reload", "dense", "train")
 COSTLY = ("compile", "export")
 
@@ -45,7 +52,7 @@ def tried(name: str, recipe: str, also: list[str]) -> dict[str, Any]:
         return {"absent": True, "reason": str(error).strip().split(".")[0]}
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        refused = family.refused is not None and family.refused in reason
+        refused = family.refused is not None and REFUSALS[family.refused] in reason
         return {"refused" if refused else "compress": reason}
     return {**found, "seconds": round(time.perf_counter() - start, 1)}
 
@@ -143,7 +150,7 @@ def _table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _mark(found: Mapping[str, Any], check: str) -> str:
     if "absent" in found:
-        return "-"
+        return "–"
     value = found.get(check)
     if value is None:
         return "·"

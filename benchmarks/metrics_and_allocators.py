@@ -9,7 +9,6 @@ writes `results.md` and `results.json`. Ratios are fractions removed of the enco
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -68,7 +67,7 @@ def main() -> None:
                         "metric": metric,
                         "allocation": allocation,
                         "compress_seconds": round(seconds, 2),
-                        **dataclasses.asdict(result),
+                        **result.to_dict(),
                     }
                 )
                 print(json.dumps(rows[-1]), flush=True)

@@ -27,9 +27,7 @@ def test_the_page_is_that_of_the_records(script):
 def test_the_record_is_of_the_catalogue(script):
     from families.catalogue import FAMILIES
 
-    records = script["read_records"]()
-    assert set(records["5.x"]["families"]) == set(FAMILIES)
-    for record in records.values():
+    for record in script["read_records"]().values():
         assert set(record["families"]) <= set(FAMILIES)
 
 

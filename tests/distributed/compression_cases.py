@@ -37,7 +37,7 @@ def compress(name, processes, folder, family="vit", source=None, **changes):
         "saved": saved,
         "state": hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in state.values())).hexdigest(),
         "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
-        "evaluation": vars(result),
+        "evaluation": result.to_dict(),
         "file": str(folder / f"{name}.safetensors"),
     }
 

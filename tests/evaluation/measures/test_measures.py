@@ -158,3 +158,29 @@ def test_one_registration_adds_a_measure(monkeypatch):
     a = random(2, 4, 4)
     found = compared(*(ModelOutput(features=(each,), kind="depth") for each in (a, 1.05 * a)))
     assert found["within_a_tenth"] == 1.0
+
+
+class Several:
+    """Processes whose values are known."""
+
+    def __init__(self, *others):
+        self.others, self.values = others, []
+
+    def gather(self, value):
+        self.values.append(value)
+        return [value, *self.others]
+
+
+def test_several_processes_are_compared_like_one():
+    outputs = [ModelOutput(features=(each,), kind="embeddings") for each in (random(12, 8), random(12, 8, seed=1))]
+    whole, first, second, idle = (Comparison() for _ in range(4))
+    whole.add(*outputs, 12)
+    for comparison, rows in ((first, slice(0, 5)), (second, slice(5, 12))):
+        parts = [ModelOutput(features=(each.features[0][rows],), kind="embeddings") for each in outputs]
+        comparison.add(*parts, rows.stop - rows.start)
+    states = Several()
+    for comparison in (first, second):
+        comparison.result(states)
+    # A process without images knows neither kind nor measures.
+    kind, values = idle.result(Several(*states.values))
+    assert (kind, values) == (whole.result()[0], pytest.approx(whole.result()[1]))
