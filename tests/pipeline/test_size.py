@@ -28,7 +28,7 @@ def wide_vit():
     [{"recipe": "fast"}, {"compensation": [], "probed_images": 0}, {"metric": "svd", "compensation": []}],
     ids=["fast", "mixed structures", "svd"],
 )
-@pytest.mark.parametrize("share", [0.8, 0.45])
+@pytest.mark.parametrize("share", [0.8, 0.5])
 def test_the_reloaded_model_has_at_most_the_parameters_asked_for_and_hardly_fewer(settings, share, tmp_path):
     model = wide_vit()
     target = round(share * size_of(model))
@@ -36,7 +36,7 @@ def test_the_reloaded_model_has_at_most_the_parameters_asked_for_and_hardly_fewe
     assert config.compression_ratio is None
     MixRankCompressor(model).compress(config, [pixels(16)], tmp_path)
     found = size_of(ViTForImageClassification.from_pretrained(tmp_path))
-    assert 0.99 * target <= found <= target
+    assert 0.995 * target <= found <= target
 
 
 def test_the_size_of_another_model_is_met_and_shown(tmp_path):
