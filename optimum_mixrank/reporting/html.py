@@ -89,7 +89,7 @@ def _template() -> Template:
 
 def _headlines(report: ReportData) -> list[Headline]:
     before, after = report.model_parameters_before, report.model_parameters_after
-    asked = f"; {size}" if (size := size_text(report)) else ""
+    asked = f"; {wanted}" if (wanted := size_text(report)) else ""
     figures = [Headline("parameters", f"{after:,}", f"of {before:,} ({format_change(before, after)}){asked}")]
     size, original = report.bytes_on_disk_after, report.bytes_on_disk_before
     if size is not None:
