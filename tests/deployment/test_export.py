@@ -5,7 +5,7 @@ import torch
 from models import pixels
 from transformers import AutoConfig, ViTImageProcessor
 
-from optimum_mixrank import export_model, open_exported
+from optimum_mixrank import FactoredLinear, LowRankLinear, PivotedLinear, export_model, open_exported
 from optimum_mixrank.deployment.opening import find_exported
 
 
@@ -29,6 +29,24 @@ def test_int8_with_and_without_images(one_model, plain_runtime, tmp_path):
     assert export_model(one_model, tmp_path / "b", "plain", int8=True, calibration=images).quantized == "5 images"
     # The file in float32 is not left beside it.
     assert sorted(each.name for each in (tmp_path / "b").iterdir()) == ["config.json", "model.plain"]
+
+
+@pytest.mark.parametrize("options", [{}, {"plain_factors": True}, {"int8": True}])
+def test_layers_are_written_in_the_form_that_was_asked_for(one_model, plain_runtime, monkeypatch, tmp_path, options):
+    written = []
+    monkeypatch.setattr(plain_runtime, "write", lambda self, model, *_: written.append(model))
+    monkeypatch.setattr(plain_runtime, "quantize", lambda *_: "all")
+    export_model(one_model, tmp_path / "out", "plain", **options)
+    layers = [each for each in written[0].modules() if isinstance(each, FactoredLinear)]
+    kind = LowRankLinear if options else PivotedLinear
+    assert layers and {type(each) for each in layers} == {kind}
+    rotated = [torch.allclose(B.T @ B, torch.eye(B.shape[1]), atol=1e-5) for B in map(second_factor, layers)]
+    assert set(rotated) == {options.get("int8", False)}
+    assert any(isinstance(each, PivotedLinear) for each in one_model.modules())
+
+
+def second_factor(layer):
+    return layer.second_factor().detach()
 
 
 def test_what_is_there_is_only_replaced_on_demand(one_model, plain_runtime, tmp_path):
