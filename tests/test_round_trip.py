@@ -356,7 +356,7 @@ def test_a_rank_map_of_another_architecture_is_refused(tmp_path):
     compress(tiny_vit()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     entries = config["quantization_config"]["rank_map"]
-    config["quantization_config"]["rank_map"] = {f"other.{name}": entry for name, entry in entries.items()}
+    config["quantization_config"]["rank_map"] = {f"{name}.other": entry for name, entry in entries.items()}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="belongs to another architecture"):
         load(tmp_path)

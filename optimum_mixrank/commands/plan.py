@@ -62,7 +62,7 @@ example:
         from ..calibration.result import Calibration
         from ..decomposition import METRICS
         from ..pipeline.costs import with_ratio
-        from ..pipeline.profile import check_ratios
+        from ..pipeline.profile import check_ratios, reachable_ratios
         from ..pipeline.size import with_known_ratio
         from ..runtime.files import check_writable_file
 
@@ -81,9 +81,10 @@ example:
         with compressor.processes.raise_on_all_ranks():
             sized = with_known_ratio(compressor.model, config)
             is_named = sized is not config or config.target_latency is not None
-            ratios = args.ratios or ([sized.compression_ratio] if is_named else RATIOS)
+            asked = args.ratios or ([sized.compression_ratio] if is_named else [])
             measured = [] if args.measure is None else [args.measure]
-            check_ratios(compressor.model, config, [*ratios, *measured])
+            check_ratios(compressor.model, config, [*asked, *measured])
+            ratios = asked or reachable_ratios(compressor.model, config, RATIOS)
         calibration = Calibration({}, 0)
         if needed:
             calibration = take_statistics(args, compressor, config, images)

@@ -12,6 +12,7 @@ from ..calibration.targets import find_targets, linears_in_blocks, select_target
 from ..checkpoint.configuration import MixRankConfig
 from ..decomposition import METRICS
 from ..reporting.profile import RankProfile
+from ..runtime.logging import get_logger
 from .costs import with_ratio
 from .decompose import check_weights, decompose, with_joints
 from .images import ImageReader
@@ -21,6 +22,29 @@ from .size import with_known_ratio
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = get_logger(__name__)
+
+
+def reachable_ratios(model: PreTrainedModel, config: MixRankConfig, ratios: Sequence[float]) -> list[float]:
+    """Return those of some ratios that can be reached; a line says which cannot.
+
+    Raises:
+        ValueError: if none can.
+    """
+    found = []
+    for ratio in ratios:
+        try:
+            check_ratios(model, config, [ratio])
+        except ValueError:
+            continue
+        found.append(ratio)
+    if not found:
+        check_ratios(model, config, ratios)
+    left_out = [f"{ratio:g}" for ratio in ratios if ratio not in found]
+    if left_out:
+        logger.warning(f"Ratios that this model cannot reach are left out: {', '.join(left_out)}.")
+    return found
 
 
 def check_ratios(model: PreTrainedModel, config: MixRankConfig, ratios: Sequence[float]) -> None:

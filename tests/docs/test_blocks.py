@@ -15,6 +15,7 @@ from transformers.utils import logging
 from optimum_mixrank.allocation import ALLOCATORS
 from optimum_mixrank.compensation import COMPENSATORS
 from optimum_mixrank.decomposition import METRICS
+from optimum_mixrank.runtime.registry import KINDS, MEASURES
 
 
 NOT_EXECUTED = {
@@ -75,7 +76,9 @@ def workplace(request, tmp_path, monkeypatch):
     """Change to a folder with the page's stand-ins; extensions that its blocks register are forgotten afterwards."""
     lay_out(tmp_path, request.param)
     monkeypatch.chdir(tmp_path)
-    for registry in (METRICS, ALLOCATORS, COMPENSATORS):
+    for registry in (METRICS, ALLOCATORS, COMPENSATORS, KINDS, MEASURES):
+        # What is imported only now would be forgotten too.
+        assert all(registry[name] for name in registry)
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     torch.manual_seed(0)
     threads = torch.get_num_threads()
