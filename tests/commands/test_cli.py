@@ -122,11 +122,11 @@ def test_compress_says_where_its_files_are(tiny, tmp_path):
     assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
-def test_plan_leaves_out_ratios_that_cannot_be_reached(tiny, few):
+def test_plan_leaves_out_ratios_that_cannot_be_reached(tiny, caplog):
     options = ("plan", "--model", tiny, "--metric", "svd", "--json")
-    stdout, stderr = cli(*options)
-    assert [each["ratio"] for each in json.loads(stdout)["points"]] == [0.3, 0.4, 0.5, 0.6]
-    assert "Ratios that this model cannot reach are left out: 0.7." in stderr
+    points = json.loads(cli(*options)[0])["points"]
+    assert [each["ratio"] for each in points] == [0.3, 0.4, 0.5, 0.6]
+    assert "Ratios that this model cannot reach are left out: 0.7." in caplog.text
     assert "--ratio 0.7 (of the model) cannot be reached" in cli(*options, "--ratios", 0.7, code=1)[1]
 
 
