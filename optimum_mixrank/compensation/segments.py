@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.hooks import hooks_removed_on_exit
+from ..runtime.hooks import forwards_restored, hooks_removed_on_exit
 from ..runtime.inputs import ModelInputs
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
 from ..runtime.stacks import blocks_around
@@ -159,7 +159,8 @@ class SegmentReplay:
             raise StopForward
 
         handle = target.register_forward_pre_hook(hook, with_kwargs=True)
-        with suppress(StopForward), hooks_removed_on_exit([handle]), self._skipping(position, results):
+        restored = forwards_restored(self._model)
+        with suppress(StopForward), hooks_removed_on_exit([handle]), restored, self._skipping(position, results):
             self._call.run(self._model, batch.to(self._device, self._dtype))
         if not captured:
             raise RuntimeError(f"Segment {self._segments[position]!r} was not reached; the model skips its blocks.")

@@ -28,6 +28,25 @@ def hooks_removed_on_exit(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def forwards_restored(model: nn.Module) -> Iterator[None]:
+    """Give every module the `forward` that it had, on exit.
+
+    Models of Transformers 4.57 replace it on their modules while they run, to record outputs, and do not restore it if
+    their forward pass is left early. Copies of such a model would go on calling the modules of the model itself.
+    """
+    before = {module: vars(module).get("forward") for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            if vars(module).get("forward") is not forward:
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
+
+
 def group_by_tensor(calls: Iterable[tuple[Key, Tensor]]) -> list[list[Key]]:
     """Return the keys of calls, in their order; those called one after another with the very same tensor form a group."""
     groups: list[list[Key]] = []
