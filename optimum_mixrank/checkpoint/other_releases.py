@@ -18,10 +18,7 @@ from torch import nn
 
 from .names import canonical_names, loading_renamings, names_on_disk, prefix_changes, saving_conversions
 from .rank_map import FactoredLayer
-
-
-_CONVERSIONS = "_weight_conversions"
-"""The attribute in which Transformers keeps how a model was loaded, by which it is saved again."""
+from .stacking import CONVERSIONS, saved_by
 
 
 def under_present_names(model: nn.Module, layers: Mapping[str, FactoredLayer]) -> dict[str, FactoredLayer]:
@@ -123,19 +120,13 @@ def stored_with_prefixes(model: nn.Module) -> Iterator[None]:
     Transformers 5 knows some towers by names without the prefix that they have on the Hub. It writes the prefix again where
     it has read it, but not for a model that was made from a configuration.
     """
-    known = vars(model).get(_CONVERSIONS)
+    known = vars(model).get(CONVERSIONS)
     lacking = [each for each in prefix_changes(model) if not _is_among(each, known or []) and not _is_doubled(each)]
     if not lacking:
         yield
         return
-    setattr(model, _CONVERSIONS, [*(saving_conversions(model) if known is None else known), *lacking])
-    try:
+    with saved_by(model, [*(saving_conversions(model) if known is None else known), *lacking]):
         yield
-    finally:
-        if known is None:
-            delattr(model, _CONVERSIONS)
-        else:
-            setattr(model, _CONVERSIONS, known)
 
 
 def _is_among(change: Any, conversions: Sequence[Any]) -> bool:

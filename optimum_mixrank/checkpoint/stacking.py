@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from .modeling import GuardedLinear
 from .names import saving_conversions
 
 
-_CONVERSIONS = "_weight_conversions"
+CONVERSIONS = "_weight_conversions"
 """The attribute in which Transformers keeps how a model was loaded, by which it is saved again."""
 
 
@@ -25,20 +25,28 @@ def stored_apart(model: nn.Module) -> Iterator[None]:
     again. What is stored under the names of the single layers is loaded as it is.
     """
     layers = {name: isinstance(each, GuardedLinear) for name, each in model.named_modules() if _is_linear(each)}
-    known = vars(model).get(_CONVERSIONS)
+    known = vars(model).get(CONVERSIONS)
     conversions = saving_conversions(model) if known is None and any(layers.values()) else known or []
     kept = [each for each in conversions if not _mixes(each, layers)]
     if len(kept) == len(conversions):
         yield
         return
-    setattr(model, _CONVERSIONS, kept)
+    with saved_by(model, kept):
+        yield
+
+
+@contextmanager
+def saved_by(model: nn.Module, conversions: Sequence[Any]) -> Iterator[None]:
+    """Make Transformers save a model by these conversions, and by its own afterwards."""
+    known = vars(model).get(CONVERSIONS)
+    setattr(model, CONVERSIONS, conversions)
     try:
         yield
     finally:
         if known is None:
-            delattr(model, _CONVERSIONS)
+            delattr(model, CONVERSIONS)
         else:
-            setattr(model, _CONVERSIONS, known)
+            setattr(model, CONVERSIONS, known)
 
 
 def stack_again(model: nn.Module) -> None:
@@ -46,7 +54,7 @@ def stack_again(model: nn.Module) -> None:
 
     Transformers saves in the way in which it has loaded, and the layers may have been stored apart.
     """
-    known = vars(model).get(_CONVERSIONS)
+    known = vars(model).get(CONVERSIONS)
     if known is None:
         return
     stacked = {str(each.source_patterns) for each in known}
@@ -54,7 +62,7 @@ def stack_again(model: nn.Module) -> None:
         each for each in saving_conversions(model) if _is_stacking(each) and str(each.source_patterns) not in stacked
     ]
     if lacking:
-        setattr(model, _CONVERSIONS, [*known, *lacking])
+        setattr(model, CONVERSIONS, [*known, *lacking])
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -159,7 +159,7 @@ class SegmentReplay:
             raise StopForward
 
         handle = target.register_forward_pre_hook(hook, with_kwargs=True)
-        restored = forwards_restored(self._model)
+        restored = forwards_restored(self._model.modules())
         with suppress(StopForward), hooks_removed_on_exit([handle]), restored, self._skipping(position, results):
             self._call.run(self._model, batch.to(self._device, self._dtype))
         if not captured:
@@ -175,18 +175,10 @@ class SegmentReplay:
 @contextmanager
 def _returning(modules: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
     """Make modules return given outputs instead of computing them."""
-    # Accelerate and other libraries override `forward` on a module; their override has to be restored.
-    before = [vars(module).get("forward") for module in modules]
-    for module, output in zip(modules, outputs, strict=True):
-        module.forward = lambda *args, output=output, **kwargs: output
-    try:
+    with forwards_restored(modules):
+        for module, output in zip(modules, outputs, strict=True):
+            module.forward = lambda *args, output=output, **kwargs: output
         yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
 
 
 @dataclass

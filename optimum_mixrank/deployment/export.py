@@ -86,13 +86,12 @@ def export_model(
     if int8 and type(writer).quantize is Runtime.quantize:
         raise ValueError(f"runtime={runtime!r} has no int8 here; choose 'onnx' or 'openvino', or leave int8 out.")
     _check_model(model)
-    image_part(model)  # refuses before any work what cannot be exported
+    source = image_part(model)
     destination = writable_directory(output, overwrite)
     _check_no_checkpoint(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     if int8 or plain_factors:
-        model = to_plain_factors(copy.deepcopy(model), rotated=int8)
-    source = image_part(model)
+        source = image_part(to_plain_factors(copy.deepcopy(model), rotated=int8))
     inside = destination.is_dir() or not can_be_renamed(destination)
     remove_leftovers(destination)
     with explained_no_space(destination), staging_folder(destination, inside) as folder:

@@ -29,13 +29,13 @@ def hooks_removed_on_exit(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def forwards_restored(model: nn.Module) -> Iterator[None]:
-    """Give every module the `forward` that it had, on exit.
+def forwards_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Give modules the `forward` that each had, on exit; Accelerate and other libraries override it on a module.
 
     Models of Transformers 4.57 replace it on their modules while they run, to record outputs, and do not restore it if
     their forward pass is left early. Copies of such a model would go on calling the modules of the model itself.
     """
-    before = {module: vars(module).get("forward") for module in model.modules()}
+    before = {module: vars(module).get("forward") for module in modules}
     try:
         yield
     finally:

@@ -22,8 +22,7 @@ def wilson_interval(share: float, count: int, z: float = Z95) -> tuple[float, fl
     Raises:
         ValueError: if there is no image.
     """
-    if count < 1:
-        raise ValueError(f"count={count} images have no share; evaluate at least one.")
+    _check_count(count)
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -44,9 +43,13 @@ def paired_interval(gained: float, lost: float, count: int, z: float = Z95) -> t
     Raises:
         ValueError: if there is no image.
     """
-    if count < 1:
-        raise ValueError(f"count={count} images have no share; evaluate at least one.")
+    _check_count(count)
     total = count + 2
     up, down = (gained * count + 0.5) / total, (lost * count + 0.5) / total
     half = z * math.sqrt((up + down - (up - down) ** 2) / total)
     return max(-1.0, up - down - half), min(1.0, up - down + half)
+
+
+def _check_count(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"count={count} images have no share; evaluate at least one.")

@@ -14,7 +14,7 @@ import torch
 from checkpoint.mixed import mixed_model
 from commands.calling import cli, process
 from safetensors.torch import load_file, save_file
-from shipped import DATA, MODEL, ROOT, write_few_images, write_tiny_model
+from shipped import DATA, MODEL, ROOT
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
@@ -23,16 +23,6 @@ from optimum_mixrank.reporting.table import evaluation_lines
 
 
 GOLDEN = ROOT / "tests" / "golden"
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    return write_few_images(tmp_path_factory.mktemp("few"))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -2,20 +2,8 @@
 
 import json
 
-import pytest
 from commands.calling import cli
-from shipped import write_few_images, write_tiny_model
 from transformers import AutoModelForImageClassification
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    return write_few_images(tmp_path_factory.mktemp("few"))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 def parameters(folder) -> int:
