@@ -1,4 +1,8 @@
-"""Held-out images decide: a compensation step is kept only if it lowers the error on images it did not learn from."""
+"""Held-out images decide: a compensation step is rolled back if it does harm on images that it did not learn from.
+
+A tenth of the images may be few: their mean error then says little, since one image in twenty can hold most of it. So a
+step is rolled back only where the harm is larger than chance explains.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.fidelity import output_divergence
 from ..runtime.forward import evaluation_mode
 from ..runtime.inputs import ModelInputs, concatenated
+from ..runtime.intervals import Z95_ONE_SIDED
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
 from .compensator import CompensationResult, CompensationTask, Compensator
 
@@ -87,38 +92,65 @@ def model_outputs(model: nn.Module, batches: Sequence[ModelInputs], call: ModelC
 def output_error(
     outputs: Sequence[ModelOutput], references: Sequence[ModelOutput], processes: Processes = SINGLE_PROCESS
 ) -> float:
-    """Return the mean error over the images of all processes.
+    """Return the mean of `output_errors` over the images of all processes."""
+    return float(output_errors(outputs, references, processes).mean())
+
+
+def output_errors(
+    outputs: Sequence[ModelOutput], references: Sequence[ModelOutput], processes: Processes = SINGLE_PROCESS
+) -> Tensor:
+    """Return the error of every image of all processes, `[images]`, float64, on the CPU.
 
     The error is KL(reference ‖ output) in nats of classes, the relative squared error of features, or the sum of both;
     see `output_divergence`.
     """
     errors = [output_divergence(reference, output) for output, reference in zip(outputs, references, strict=True)]
-    total = sum(float(error.double().sum()) for error in errors)
-    gathered = processes.gather((total, sum(len(error) for error in errors)))
-    return sum(total for total, _ in gathered) / sum(count for _, count in gathered)
+    own = [error for each in errors for error in each.tolist()]
+    return torch.tensor([error for each in processes.gather(own) for error in each], dtype=torch.float64)
+
+
+def held_out_errors(task: CompensationTask) -> Tensor:
+    """Return the current error of the compressed model on each held-out image; see `output_errors`."""
+    with task.processes.raise_on_all_ranks():
+        outputs = model_outputs(task.model, task.held_out, task.call)
+    return output_errors(outputs, task.references, task.processes)
 
 
 def held_out_error(task: CompensationTask) -> float:
-    """Return the current error of the compressed model on the held-out images; see `output_error`."""
-    with task.processes.raise_on_all_ranks():
-        outputs = model_outputs(task.model, task.held_out, task.call)
-    return output_error(outputs, task.references, task.processes)
+    """Return the mean of `held_out_errors`."""
+    return float(held_out_errors(task).mean())
 
 
-def accept_if_improved(compensator: Compensator, task: CompensationTask) -> CompensationResult:
-    """Run a compensator, and restore the model unless the error on the held-out images fell."""
-    before = held_out_error(task)
+def is_significantly_larger(after: Tensor, before: Tensor, z: float = Z95_ONE_SIDED) -> bool:
+    """Return whether the mean of `after` exceeds that of `before` by more than chance explains, or is not a number.
+
+    A one-sided test of the differences, image by image, whose mean is taken as normally distributed. A single image has no
+    spread: any loss counts.
+
+    Args:
+        after: Errors of the same images after a step, `[images]`, float64.
+        before: Their errors before it, `[images]`, float64.
+        z: Standard errors of the mean difference from which on it is significant; by default for a level of 5 %.
+    """
+    difference = after - before
+    margin = z * difference.std() / math.sqrt(len(difference)) if len(difference) > 1 else difference.new_zeros(())
+    return not bool(difference.mean() <= margin)
+
+
+def accept_unless_harmful(compensator: Compensator, task: CompensationTask) -> CompensationResult:
+    """Run a compensator, and restore the model if the error on the held-out images rose significantly."""
+    before = held_out_errors(task)
     modes = {name: module.training for name, module in task.model.named_modules()}
     backup = _Backup(task.model)
     details = compensator.compensate(task) if compensator.shares_images else _run_on_all_images(compensator, task)
-    after = held_out_error(task)
-    kept = after < before
+    after = held_out_errors(task)
+    kept = not is_significantly_larger(after, before)
     if not kept:
         backup.restore(task.model)
     for name, module in task.model.named_modules():
         # New layers were made while the model was in evaluation mode.
         module.training = modes[name]
-    return CompensationResult(compensator.name, kept, before, after, details)
+    return CompensationResult(compensator.name, kept, float(before.mean()), float(after.mean()), details)
 
 
 def _run_on_all_images(compensator: Compensator, task: CompensationTask) -> Mapping[str, Any]:

@@ -8,6 +8,9 @@ import math
 Z95 = 1.959963984540054
 """Within so many standard deviations lies 95 % of a normal distribution."""
 
+Z95_ONE_SIDED = 1.6448536269514722
+"""Below so many standard deviations lies 95 % of a normal distribution."""
+
 
 def wilson_interval(share: float, count: int, z: float = Z95) -> tuple[float, float]:
     """Return the Wilson score interval of a share of independent images, by default at 95 %.

@@ -1,4 +1,4 @@
-"""Held-out images, and the rule that a step is kept only if it lowers the error on them."""
+"""Held-out images, and the rule that a step is undone if it does harm on them."""
 
 import copy
 
@@ -8,7 +8,13 @@ from compensation.cases import FAMILIES, compress, config, images
 
 from optimum_mixrank import FactoredLinear, MixRankCompressor
 from optimum_mixrank.compensation import CompensationTask, Compensator
-from optimum_mixrank.compensation.held_out import accept_if_improved, model_outputs, split_batches
+from optimum_mixrank.compensation.held_out import (
+    accept_unless_harmful,
+    held_out_errors,
+    is_significantly_larger,
+    model_outputs,
+    split_batches,
+)
 from optimum_mixrank.runtime.inputs import concatenated
 
 
@@ -22,16 +28,53 @@ class Spoiler(Compensator):
         return {"spoiled": True}
 
 
-def test_a_step_that_does_not_help_is_undone():
+@pytest.fixture
+def task():
     original = FAMILIES["vit"]()
     compressed, _ = compress(original, config(compensation=[]))
-    before = copy.deepcopy(compressed.state_dict())
     held_out = [images(8, seed=3)]
     references = model_outputs(original, held_out)
-    task = CompensationTask(original, compressed, [], {}, {}, [images(8)], held_out, references, config())
-    result = accept_if_improved(Spoiler(), task)
+    return CompensationTask(original, compressed, [], {}, {}, [images(8)], held_out, references, config())
+
+
+def test_a_step_that_does_harm_is_undone(task):
+    before = copy.deepcopy(task.model.state_dict())
+    result = accept_unless_harmful(Spoiler(), task)
     assert not result.kept and result.error_after > result.error_before and result.details == {"spoiled": True}
-    assert all(torch.equal(before[name], tensor) for name, tensor in compressed.state_dict().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in task.model.state_dict().items())
+
+
+def test_a_step_is_kept_whose_loss_chance_explains(task, monkeypatch):
+    before = held_out_errors(task)
+    # One image of eight gets much worse, all others a little better.
+    after = 0.9 * before + torch.tensor([float(before.sum()), *[0.0] * 7])
+    found = iter([before, after])
+    monkeypatch.setattr("optimum_mixrank.compensation.held_out.held_out_errors", lambda task: next(found))
+    result = accept_unless_harmful(Spoiler(), task)
+    assert result.kept and result.error_after > result.error_before
+    assert (result.error_before, result.error_after) == (float(before.mean()), float(after.mean()))
+
+
+def test_significance_is_that_of_a_paired_test():
+    generator = torch.Generator().manual_seed(0)
+    before = torch.rand(400, generator=generator, dtype=torch.float64) ** 8
+    change = 0.02 * torch.randn(400, generator=generator, dtype=torch.float64)
+    z = float(change.mean() / (change.std() / 400**0.5))
+    for shift in (-2, 1.6 - z, 1.7 - z, 3):
+        after = before + change + shift * change.std() / 400**0.5
+        assert is_significantly_larger(after, before) == (z + shift > 1.645), shift
+    # Unpaired, the spread of the images would hide a loss that every image shows.
+    assert is_significantly_larger(before + 1e-4, before)
+
+
+def test_equal_errors_are_no_harm_and_a_single_image_or_nan_decides():
+    ones = torch.ones(5, dtype=torch.float64)
+    assert not is_significantly_larger(ones, ones)
+    assert is_significantly_larger(ones.log() / 0, ones)
+    assert is_significantly_larger(ones * torch.inf, ones)
+    assert is_significantly_larger(ones[:1] + 1e-9, ones[:1]) and not is_significantly_larger(
+        ones[:1] - 1e-9, ones[:1]
+    )
 
 
 def test_split_holds_out_random_images_and_loses_none():
