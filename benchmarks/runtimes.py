@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from optimum_mixrank import to_plain_factors
+from optimum_mixrank.runtime.onnx_session import cpu_session
 
 
 Call = Callable[[], Any]
@@ -44,11 +45,6 @@ def onnxruntime(model: nn.Module, pixel_values: torch.Tensor) -> Call:
 
 def onnxruntime_as_stored(model: nn.Module, pixel_values: torch.Tensor) -> Call:
     """ONNX Runtime, pivoted layers exported as they are stored."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         torch.onnx.export(
@@ -61,7 +57,7 @@ def onnxruntime_as_stored(model: nn.Module, pixel_values: torch.Tensor) -> Call:
             dynamo=True,
             verbose=False,
         )
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        session = cpu_session(file)
     images = pixel_values.numpy()
     return lambda: torch.from_numpy(session.run(["logits"], {"pixel_values": images})[0])
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..runtime.onnx_session import cpu_session
 from ..runtime.registry import RUNTIMES
 from .onnx_graph import PRODUCTS, store_weights_in_8_bits
 from .target import ExportedModel, Runtime, named_precision, output_names
@@ -97,15 +98,12 @@ class _OnnxModel(ExportedModel):
     def __init__(self, file: Path) -> None:
         super().__init__()
         import onnx
-        import onnxruntime
 
         weights = onnx.load(file, load_external_data=False).graph.initializer
         self.precision = named_precision(
             onnx.TensorProto.DataType.Name(each.data_type) for each in weights if len(each.dims) > 1
         )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.session = cpu_session(file)
         inputs = self.session.get_inputs()
         if len(inputs) != 1 or inputs[0].type not in _INPUT_TYPES:
             found = ", ".join(f"{each.name} {each.type}" for each in inputs)

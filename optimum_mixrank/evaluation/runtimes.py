@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.onnx_session import cpu_session
+
 
 RUNTIMES = ("eager", "compile", "onnxruntime")
 """Eager PyTorch, `torch.compile`, and ONNX Runtime on the CPU."""
@@ -63,17 +65,12 @@ def _compiled(module: nn.Module) -> Callable[[Tensor], Any]:
 
 
 def _onnxruntime(module: nn.Module, example: Tensor) -> Callable[[], Any]:
-    import onnxruntime
-
     file = io.BytesIO()
     with warnings.catch_warnings():
         # The newer exporter takes ten times as long, which adds up over hundreds of small modules.
         warnings.simplefilter("ignore")
         torch.onnx.export(module, (example,), file, input_names=["input"], dynamo=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = cpu_session(file.getvalue())
     binding = session.io_binding()
     binding.bind_cpu_input("input", example.numpy())
     for output in session.get_outputs():

@@ -186,8 +186,10 @@ def plan_memory(
         phases["compensate"] = [
             images,
             (store, kept),
-            # A second compressed model is kept in case the step is rolled back.
-            (compute, copies - size.weights + 2 * size.weights * _kept_weights(task.config)),
+            (
+                compute,
+                copies - size.weights + size.weights * _kept_weights(task.config) * _compressed_copies(task.config),
+            ),
             (DISK if storage.on_disk else compute, 2 * views * size.boundary),
             (compute, min(views * size.outputs, storage.max_output_bytes)),
             (compute, batch * (size.forward + size.outputs)),
@@ -196,6 +198,15 @@ def plan_memory(
     not_counted = tuple(name for name in steps if name not in LAYERWISE)
     names = [[layer.name for layer in group] for group in groups]
     return MemoryPlan({phase: _by_place(parts) for phase, parts in phases.items()}, names, storage, not_counted)
+
+
+def _compressed_copies(config: MixRankConfig) -> int:
+    """Return how often the compressed weights are held while layers are solved.
+
+    A second model is kept in case the step is rolled back. A pivoted layer keeps its reordered matrix between forward
+    passes, `rank · out_features` values, which are not more than it stores.
+    """
+    return 3 if config.layout == "pivoted" else 2
 
 
 def _kept_weights(config: MixRankConfig) -> float:
