@@ -66,8 +66,8 @@ class MixRankConfig(QuantizationConfigMixin):
             or `"global"` (the global optimum of the summed losses). See `optimum_mixrank.allocation`.
         layout (`str`, *optional*): How factors are stored: `"factors"`, `r (m + n)` values; `"pivoted"`, the same
             product in `r (m + n) - r²`, so that a budget buys higher ranks, but every forward pass has to reorder rows.
-        compensation (`list[str]`, *optional*): Steps that repair what the compression has damaged, in this order. One
-            that does harm on held-out images is undone. See `optimum_mixrank.compensation`.
+        compensation (`list[str]`, *optional*): Steps that repair what the compression has damaged, in this order. Held-out
+            images decide which of them stay. See `optimum_mixrank.compensation`.
         structures (`list[str]`, *optional*): What layers may become, the best of which is chosen in every block:
             `"rank"`, two factors for each; `"shared"`, one first factor for all layers with the same input, such as query,
             key and value; `"width"`, an MLP with fewer hidden units, whose layers may be factored too. The last two need a

@@ -152,6 +152,8 @@ class Compensator(ABC):
         uses_high_resolution: Whether it uses `task.high_resolution`; only a compensator that shares images may.
         chooses_units: Whether it can choose the hidden units that an MLP keeps; needed of a step that starts anew.
         starts_anew: Whether it computes every layer afresh from the original, so that it has to be the first step.
+        closed_form: Whether it solves regularised least squares, which rarely fail on new images. It is then undone only
+            if held-out images show a significant loss; otherwise they have to show a gain. See `held_out.is_accepted`.
     """
 
     name: ClassVar[str]
@@ -159,6 +161,7 @@ class Compensator(ABC):
     uses_high_resolution: ClassVar[bool] = False
     starts_anew: ClassVar[bool] = False
     chooses_units: ClassVar[bool] = False
+    closed_form: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

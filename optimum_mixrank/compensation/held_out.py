@@ -1,8 +1,4 @@
-"""Held-out images decide: a compensation step is rolled back if it does harm on images that it did not learn from.
-
-A tenth of the images may be few: their mean error then says little, since one image in twenty can hold most of it. So a
-step is rolled back only where the harm is larger than chance explains.
-"""
+"""Held-out images decide: a compensation step that does not stand the test on images it did not learn from is undone."""
 
 from __future__ import annotations
 
@@ -137,14 +133,26 @@ def is_significantly_larger(after: Tensor, before: Tensor, z: float = Z95_ONE_SI
     return not bool(difference.mean() <= margin)
 
 
-def accept_unless_harmful(compensator: Compensator, task: CompensationTask) -> CompensationResult:
-    """Run a compensator, and restore the model if the error on the held-out images rose significantly."""
+def is_accepted(compensator: Compensator, before: Tensor, after: Tensor) -> bool:
+    """Return whether a step stays, by the errors of the held-out images before and after it, `[images]`, float64.
+
+    A step that trains has to lower the mean: it may have learned its images by heart, and has chosen its best state by
+    the held-out ones already. A closed form stays unless it raises the mean significantly: a tenth of the images may be
+    few, and where one in twenty holds most of the error their mean would decide by chance.
+    """
+    if compensator.closed_form:
+        return not is_significantly_larger(after, before)
+    return bool(after.mean() < before.mean())
+
+
+def compensate_or_restore(compensator: Compensator, task: CompensationTask) -> CompensationResult:
+    """Run a compensator, and restore the model if its result is not accepted; see `is_accepted`."""
     before = held_out_errors(task)
     modes = {name: module.training for name, module in task.model.named_modules()}
     backup = _Backup(task.model)
     details = compensator.compensate(task) if compensator.shares_images else _run_on_all_images(compensator, task)
     after = held_out_errors(task)
-    kept = not is_significantly_larger(after, before)
+    kept = is_accepted(compensator, before, after)
     if not kept:
         backup.restore(task.model)
     for name, module in task.model.named_modules():

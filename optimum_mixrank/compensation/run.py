@@ -15,7 +15,7 @@ from ..runtime.logging import get_logger
 from ..runtime.outputs import ModelCall, ModelOutput
 from ..runtime.phases import phase
 from .compensator import COMPENSATORS, CompensationResult, CompensationTask
-from .held_out import accept_unless_harmful, held_out_masks, model_outputs, output_error, split_batches
+from .held_out import compensate_or_restore, held_out_masks, model_outputs, output_error, split_batches
 from .saved_steps import resume_steps, save_steps
 from .training.high_resolution import HighResolutionImages
 
@@ -93,15 +93,15 @@ def compensate(task: CompensationTask) -> list[CompensationResult]:
     for position, name in enumerate(task.config.compensation[len(results) :], len(results)):
         step = replace(task, journal=task.journal.part(f"step{position}"))
         with phase(f"Compensated ({name})") as compensating:
-            result = accept_unless_harmful(COMPENSATORS.create(name), step)
+            result = compensate_or_restore(COMPENSATORS.create(name), step)
             compensating.add_detail(
                 f"error on {num_held_out:,} held-out images {result.error_before:.4g} -> {result.error_after:.4g}",
                 "kept" if result.kept else "not kept",
             )
         if not result.kept:
             logger.warning(
-                f"Compensation {name!r} raised the error on the {num_held_out} held-out images by more than chance "
-                f"explains ({result.error_before:.4g} -> {result.error_after:.4g}) and was not kept."
+                f"Compensation {name!r} failed the test on the {num_held_out} held-out images (error "
+                f"{result.error_before:.4g} -> {result.error_after:.4g}) and was not kept."
             )
         results.append(result)
         save_steps(task, results)

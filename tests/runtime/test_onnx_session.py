@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
-from optimum_mixrank.runtime.onnx_session import cpu_session  # noqa: E402
+from optimum_mixrank.runtime.onnx_session import cpu_session
 
 
 def test_files_and_their_contents_run_with_as_many_threads_as_pytorch_has(tmp_path):

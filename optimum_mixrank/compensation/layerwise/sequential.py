@@ -33,6 +33,7 @@ class SequentialCompensator(LayerwiseCompensator):
     description = "Solving in sequence"
     residual_targets = True
     chooses_units = True
+    closed_form = True
 
     def __init__(self, ridge: float = 0.03, damping: float = 0.03) -> None:
         self.ridge = ridge
