@@ -87,7 +87,8 @@ class ModelCall:
                 with evaluation_mode(model):
                     output = call.run(model, call.example_for(model))
             except Exception as error:
-                reason = reason or error
+                # The method for the features of images has more to say than the whole, which lacks the text.
+                reason = error if reason is None or call.part in FEATURES else reason
                 continue
             if self.outputs:
                 call.select(model, output, len(inputs))
@@ -192,23 +193,47 @@ def select_features(output: Any, num_images: int) -> ModelOutput:
     """Select what the rest of a model sees of images from what its `get_image_features` returns.
 
     Transformers 5 returns it beside the states of the tower; 4.57 returns it alone. Features of images of different sizes
-    are one tensor with a row for every token. One vector per image is its embedding.
+    are one tensor with a row for every token. One vector per image is its embedding. What belongs to no image, such as the
+    embeddings that Ovis2 puts around those of an image, is passed over.
 
     Raises:
         ValueError: if there is no tensor.
     """
-    found: list[Tensor] = []
-    for value in [field_of(output, name) for name in _SEEN] if fields_of(output) else [output]:
-        tensors = list(tensors_in(value))
-        if isinstance(value, list | tuple) and len(tensors) == num_images and len({t.shape[1:] for t in tensors}) == 1:
-            same = len({tensor.shape for tensor in tensors}) == 1
-            tensors = [torch.stack(tensors) if same else torch.cat(tensors)]
-        found += tensors
-    if not found:
+    values = [value for value in _seen(output) if any(True for _ in tensors_in(value))]
+    if not values:
         raise ValueError(f"`{FEATURES[0]}` returns no features of images, but {listed(output)}.")
-    features = tuple(tensor[:, None] if tensor.ndim == 1 else tensor for tensor in found)
+    found = _of_images(values[0], num_images)
+    first = found[0]
+    by_image = first.ndim > 2 and len(first) == num_images
+    tokens = first.shape[:2].numel() if by_image else len(first)
+    for value in values[1:]:
+        tensors = list(tensors_in(value))
+        if all(len(tensor) in (tokens, len(first)) for tensor in tensors):
+            # What several layers say of the tokens of all images, one after the other.
+            found += [t.unflatten(0, (num_images, -1)) if by_image and len(t) == tokens else t for t in tensors]
+        else:
+            found += _of_images(value, num_images)
+    features = tuple(tensor[:, None] if tensor.ndim == 1 else tensor for tensor in found if len(tensor) == len(first))
     is_embedding = len(features) == 1 and features[0].ndim == 2 and len(features[0]) == num_images
     return ModelOutput(features=features, kind="embeddings" if is_embedding else "")
+
+
+def _seen(output: Any) -> list[Any]:
+    """Return what the rest of a model sees: fields by name, or the elements of a tuple that has several of them."""
+    if fields_of(output):
+        return [field_of(output, name) for name in _SEEN]
+    is_nested = isinstance(output, tuple) and any(isinstance(each, list | tuple) for each in output)
+    return list(output) if is_nested else [output]
+
+
+def _of_images(value: Any, num_images: int) -> list[Tensor]:
+    """Return the tensors of a value, those of which there is one per image as a single one."""
+    tensors = list(tensors_in(value))
+    is_list = isinstance(value, list | tuple) and len(tensors) == num_images
+    if not is_list or len({tensor.shape[1:] for tensor in tensors}) > 1:
+        return tensors
+    same = len({tensor.shape for tensor in tensors}) == 1
+    return [torch.stack(tensors) if same else torch.cat(tensors)]
 
 
 def _named(output: Any, name: str, num_images: int | None) -> list[Tensor]:

@@ -252,7 +252,16 @@ def _encoder_decoder(encoder: str) -> Any:
 
 
 _PATCHES = {"in_channels": 3, "temporal_patch_size": 2, "spatial_merge_size": 2}
-_LANGUAGE = {**_TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+
+
+def _language(sections: list[int]) -> dict[str, Any]:
+    """Return what rotates by three dimensions takes, by the name that the installed release has for it."""
+    rope = {"rope_type": "default", "mrope_section": sections}
+    is_older = transformers.__version__.startswith("4.")
+    return {**_TEXT, **({"rope_scaling": rope} if is_older else {"rope_parameters": {**rope, "rope_theta": 1e4}})}
+
+
+_LANGUAGE = _language([1, 1, 2])
 
 FAMILIES: dict[str, Family] = {
     # Columns of equal blocks.
@@ -553,7 +562,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "Qwen3-VL": Family(
         "Qwen3VLForConditionalGeneration",
-        {"vision_config": {**_PATCHES, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}},
+        {
+            "vision_config": {**_PATCHES, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+            "text_config": _language([2, 1, 1]),
+        },
         packed,
     ),
     "GLM-4V": Family("Glm4vForConditionalGeneration", {"vision_config": _PATCHES}, packed),
@@ -597,7 +609,8 @@ FAMILIES: dict[str, Family] = {
             "crop_size": 32,
             "frames_per_clip": 4,
             "pred_hidden_size": 16,
-            "pred_num_attention_heads": 2,
+            "num_attention_heads": 2,
+            "pred_num_attention_heads": 1,
             "pred_num_hidden_layers": 1,
             "mlp_ratio": 2,
         },
