@@ -151,20 +151,20 @@ def test_features_of_images_and_of_several_layers_have_the_same_rows(sizes, rows
     tokens = tuple(torch.randn(size, 8) for size in sizes)
     layers = [torch.randn(sum(sizes), 8) for _ in range(3)]
     output = {"pooler_output": tokens, "deepstack_features": layers} if named else (tokens, layers)
-    assert _shapes(output, len(sizes)) == ("", [(*rows, 8)] * 4)
+    assert _shapes(output, len(sizes)) == ("features", [(*rows, 8)] * 4)
     (first, second, *_) = select_features(output, len(sizes)).features
     assert torch.equal(first.reshape(-1, 8), torch.cat(tokens)) and torch.equal(second.reshape(-1, 8), layers[0])
 
 
 def test_what_belongs_to_no_image_is_passed_over():
     """Ovis2 under Transformers 4.57 returns the embeddings of its marks beside the tokens of every image."""
-    assert _shapes((torch.randn(4, 3, 8), torch.randn(5, 8)), 4) == ("", [(4, 3, 8)])
+    assert _shapes((torch.randn(4, 3, 8), torch.randn(5, 8)), 4) == ("features", [(4, 3, 8)])
 
 
 def test_one_vector_per_image_is_an_embedding():
     for count in (1, 4):
         assert _shapes({"pooler_output": torch.randn(count, 8)}, count) == ("embeddings", [(count, 8)])
-        assert _shapes(torch.randn(count, 3, 8), count) == ("", [(count, 3, 8)])
+        assert _shapes(torch.randn(count, 3, 8), count) == ("features", [(count, 3, 8)])
 
 
 def test_the_error_of_the_method_for_features_is_the_one_that_is_told():
