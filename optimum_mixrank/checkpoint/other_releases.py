@@ -16,7 +16,15 @@ from typing import Any
 
 from torch import nn
 
-from .names import canonical_names, loading_renamings, names_on_disk, prefix_changes, saving_conversions
+from .names import (
+    all_conversions,
+    canonical_names,
+    loading_renamings,
+    names_on_disk,
+    prefix_changes,
+    reads_back,
+    saving_conversions,
+)
 from .rank_map import FactoredLayer
 from .stacking import CONVERSIONS, saved_by
 
@@ -121,20 +129,34 @@ def stored_with_prefixes(model: nn.Module) -> Iterator[None]:
     it has read it, but not for a model that was made from a configuration.
     """
     known = vars(model).get(CONVERSIONS)
-    lacking = [each for each in prefix_changes(model) if not _is_among(each, known or []) and not _is_doubled(each)]
-    if not lacking:
+    base = saving_conversions(model) if known is None else known
+    lacking = [each for each in prefix_changes(model) if not _is_among(each, base) and not _is_doubled(each)]
+    conversions = _in_order([*base, *lacking], all_conversions(model))
+    if not lacking or not reads_back(model, conversions):
         yield
         return
-    with saved_by(model, [*(saving_conversions(model) if known is None else known), *lacking]):
+    with saved_by(model, conversions):
         yield
+
+
+def _in_order(conversions: Sequence[Any], order: Sequence[Any]) -> list[Any]:
+    """Return conversions in the order in which Transformers makes them; what it does not list comes where it was."""
+    places = {_key(each): place for place, each in reversed(list(enumerate(order)))}
+    found: list[Any] = []
+    for each in conversions:
+        own = places.get(_key(each), len(order))
+        after = (at for at, other in enumerate(found) if places.get(_key(other), -1) > own)
+        found.insert(next(after, len(found)), each)
+    return found
 
 
 def _is_among(change: Any, conversions: Sequence[Any]) -> bool:
-    def key(each: Any) -> tuple[Any, ...]:
-        names = ("prefix_to_add", "prefix_to_remove", "scope_prefix")
-        return (type(each).__name__, *(getattr(each, name, None) for name in names))
+    return _key(change) in map(_key, conversions)
 
-    return key(change) in map(key, conversions)
+
+def _key(conversion: Any) -> tuple[str, ...]:
+    names = ("prefix_to_add", "prefix_to_remove", "scope_prefix", "source_patterns", "target_patterns")
+    return (type(conversion).__name__, *(str(getattr(conversion, name, None)) for name in names))
 
 
 def _is_doubled(change: Any) -> bool:
