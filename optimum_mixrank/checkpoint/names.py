@@ -168,7 +168,9 @@ def reads_back(model: nn.Module, conversions: Sequence[Any]) -> bool:
 
     forward = [each for each in all_conversions(model) if isinstance(each, WeightRenaming)]
     backward = [each.reverse_transform() for each in reversed(conversions) if isinstance(each, WeightRenaming)]
-    return all(apply_renamings(apply_renamings(name, backward), forward) == name for name, _ in model.named_parameters())
+    return all(
+        apply_renamings(apply_renamings(name, backward), forward) == name for name, _ in model.named_parameters()
+    )
 
 
 def _renaming_to_disk(model: nn.Module) -> Callable[[str], str]:

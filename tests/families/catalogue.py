@@ -291,6 +291,10 @@ FAMILIES: dict[str, Family] = {
     "AIMv2, tower": Family("Aimv2VisionModel"),
     "MLCD": Family("MLCDVisionModel"),
     "Pixio": Family("PixioModel"),
+    "RADIO": Family("RadioModel"),
+    "TIPSv2, tower": Family("Tipsv2VisionModel"),
+    "Sapiens 2": Family("Sapiens2Model"),
+    "Phi-4, tower": Family("Phi4MultimodalVisionModel"),
     "InternVL, tower": Family("InternVLVisionModel", {"image_size": [32, 32], "patch_size": [8, 8]}),
     "Pixtral, tower": Family("PixtralVisionModel"),
     "SmolVLM, tower": Family("SmolVLMVisionTransformer"),
@@ -480,6 +484,8 @@ FAMILIES: dict[str, Family] = {
         },
         clips(2),
     ),
+    "TIPSv2": Family("Tipsv2Model"),
+    "Vision-text dual encoder": Family("VisionTextDualEncoderModel"),
     "BLIP": Family("BlipModel"),
     "BLIP, retrieval": Family("BlipForImageTextRetrieval"),
     # Captions and answers.
@@ -568,6 +574,9 @@ FAMILIES: dict[str, Family] = {
         },
         packed,
     ),
+    "Qwen2.5-Omni, thinker": Family("Qwen2_5OmniThinkerForConditionalGeneration", {}, packed),
+    "Qwen3-Omni, thinker": Family("Qwen3OmniMoeThinkerForConditionalGeneration", {}, packed),
+    "Qwen3.5": Family("Qwen3_5ForConditionalGeneration", {}, packed),
     "GLM-4V": Family("Glm4vForConditionalGeneration", {"vision_config": _PATCHES}, packed),
     "InternVL": Family(
         "InternVLForConditionalGeneration", {"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}
