@@ -15,7 +15,7 @@ from .inputs import ModelInputs
 from .kinds import recognized
 from .model_output import ModelOutput as ModelOutput
 from .output_fields import field_of, fields_of, listed, per_image, tensors_in
-from .parts import FEATURES, WHOLE, part_of, possible_parts, takes, text_model_refused
+from .parts import FEATURES, WHOLE, is_features, part_of, possible_parts, takes, text_model_refused
 
 
 _PREFERRED = ("feature_maps", "last_hidden_state", "logits", "reconstruction", "pooler_output")
@@ -88,7 +88,7 @@ class ModelCall:
                     output = call.run(model, call.example_for(model))
             except Exception as error:
                 # The method for the features of images has more to say than the whole, which lacks the text.
-                reason = error if reason is None or call.part in FEATURES else reason
+                reason = error if reason is None or is_features(call.part) else reason
                 continue
             if self.outputs:
                 call.select(model, output, len(inputs))
@@ -127,7 +127,7 @@ class ModelCall:
 
     def select(self, model: nn.Module, output: Any, num_images: int) -> ModelOutput:
         """Return what to compare of an output; see `select_output` and `select_features`."""
-        if self.part in FEATURES and not self.outputs:
+        if is_features(self.part) and not self.outputs:
             return select_features(output, num_images)
         # Of a tower inside a model the rest may read every token: the configuration of the whole is asked.
         return select_output(output, getattr(model, "config", None), self.outputs, num_images)

@@ -605,6 +605,11 @@ FAMILIES: dict[str, Family] = {
     "DeepSeek-VL": Family("DeepseekVLForConditionalGeneration"),
     "LFM2-VL": Family("Lfm2VlForConditionalGeneration", {"vision_config": {"num_patches": 16}}, naflex),
     "ColPali": Family("ColPaliForRetrieval"),
+    "ColQwen2": Family(
+        "ColQwen2ForRetrieval",
+        {"vlm_config": {"vision_config": {**_PATCHES, "hidden_size": 32}, "text_config": _LANGUAGE}},
+        packed,
+    ),
     # Images and text together.
     "ViLT": Family("ViltForQuestionAnswering", refused="whole"),
     "LayoutLMv3": Family("LayoutLMv3ForSequenceClassification", {"input_size": 32}),

@@ -177,3 +177,30 @@ def test_the_error_of_the_method_for_features_is_the_one_that_is_told():
 
     with pytest.raises(ValueError, match="AttributeError: 'tuple' object"):
         ModelCall().bound(Broken(), ModelInputs(torch.zeros(1, 3, 8, 8)))
+
+
+def test_the_method_for_features_of_a_model_inside_a_retriever():
+    class Seeing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = nn.Linear(8, 3)
+
+        def get_image_features(self, pixel_values):
+            return self.tower(pixel_values.mean(dim=(1, 2)))
+
+        def forward(self, input_ids, pixel_values=None):
+            raise AssertionError("no text is given")
+
+    class Retriever(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vlm = nn.Module()
+            self.vlm.add_module("inside", Seeing())
+
+        def forward(self, input_ids, pixel_values=None):
+            return self.vlm.inside(input_ids, pixel_values)
+
+    model, inputs = Retriever(), ModelInputs(torch.randn(IMAGES, 3, 8, 8))
+    call = ModelCall().bound(model, inputs)
+    assert call.part == "vlm.inside.get_image_features"
+    assert call(model, inputs).kind == "embeddings" and call(model, inputs).features[0].shape == (IMAGES, 3)
