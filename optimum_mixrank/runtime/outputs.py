@@ -15,7 +15,7 @@ from .inputs import ModelInputs
 from .kinds import recognized
 from .model_output import ModelOutput as ModelOutput
 from .output_fields import field_of, fields_of, listed, per_image, tensors_in
-from .parts import FEATURES, WHOLE, is_features, part_of, possible_parts, takes, text_model_refused
+from .parts import FEATURES, WHOLE, accepted_by, is_features, part_of, possible_parts, takes, text_model_refused
 
 
 _PREFERRED = ("feature_maps", "last_hidden_state", "logits", "reconstruction", "pooler_output")
@@ -87,8 +87,8 @@ class ModelCall:
                 with evaluation_mode(model):
                     output = call.run(model, call.example_for(model))
             except Exception as error:
-                # The method for the features of images has more to say than the whole, which lacks the text.
-                reason = error if reason is None or is_features(call.part) else reason
+                # The whole without its text has the least to say.
+                reason = error if reason is None or call.with_text or is_features(call.part) else reason
                 continue
             if self.outputs:
                 call.select(model, output, len(inputs))
@@ -117,8 +117,7 @@ class ModelCall:
         inputs = ModelInputs.of(inputs)
         if not self.with_text:
             inputs = inputs.without_text()
-        called = part_of(model, self.part)
-        accepted = takes(called)
+        called, accepted = part_of(model, self.part), accepted_by(model, self.part)
         given: dict[str, Any] = dict(inputs.only(accepted))
         if self.interpolate_pos_encoding and "interpolate_pos_encoding" in accepted:
             given["interpolate_pos_encoding"] = True

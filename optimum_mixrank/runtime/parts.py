@@ -40,6 +40,16 @@ def part_of(model: nn.Module, name: str) -> Callable[..., Any]:
     return getattr(model.get_submodule(owner), last) if last in FEATURES else model.get_submodule(name)
 
 
+def accepted_by(model: nn.Module, name: str) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments of a part; of a method that passes others on, those of the method that it calls too."""
+    arguments = takes(part_of(model, name))
+    if not is_features(name) or all(each.kind is not each.VAR_KEYWORD for each in arguments.values()):
+        return arguments
+    owner, _, method = name.rpartition(".")
+    inner = [takes(getattr(module, method, None)) for module in model.get_submodule(owner).modules()]
+    return {argument: each for found in reversed(inner) for argument, each in found.items()}
+
+
 def is_features(name: str) -> bool:
     """Return whether a part is the method for the features of images, of the model or of one inside it."""
     return name.rpartition(".")[2] in FEATURES

@@ -179,28 +179,37 @@ def test_the_error_of_the_method_for_features_is_the_one_that_is_told():
         ModelCall().bound(Broken(), ModelInputs(torch.zeros(1, 3, 8, 8)))
 
 
-def test_the_method_for_features_of_a_model_inside_a_retriever():
+def test_the_method_for_features_of_a_model_inside_a_retriever_with_what_it_passes_on():
     class Seeing(nn.Module):
         def __init__(self):
             super().__init__()
             self.tower = nn.Linear(8, 3)
 
-        def get_image_features(self, pixel_values):
-            return self.tower(pixel_values.mean(dim=(1, 2)))
+        def get_image_features(self, pixel_values, merge_sizes):
+            return self.tower(pixel_values.mean(dim=(1, 2))) * merge_sizes[:, None]
 
         def forward(self, input_ids, pixel_values=None):
             raise AssertionError("no text is given")
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Seeing()
+
+        def get_image_features(self, pixel_values, **kwargs):
+            return self.model.get_image_features(pixel_values, **kwargs)
 
     class Retriever(nn.Module):
         def __init__(self):
             super().__init__()
             self.vlm = nn.Module()
-            self.vlm.add_module("inside", Seeing())
+            self.vlm.add_module("inside", Outer())
 
         def forward(self, input_ids, pixel_values=None):
-            return self.vlm.inside(input_ids, pixel_values)
+            return self.vlm.inside.model(input_ids, pixel_values)
 
-    model, inputs = Retriever(), ModelInputs(torch.randn(IMAGES, 3, 8, 8))
+    tensors = {"pixel_values": torch.randn(IMAGES, 3, 8, 8), "merge_sizes": torch.ones(IMAGES)}
+    model, inputs = Retriever(), ModelInputs({**tensors, "unknown": torch.ones(IMAGES)})
     call = ModelCall().bound(model, inputs)
     assert call.part == "vlm.inside.get_image_features"
     assert call(model, inputs).kind == "embeddings" and call(model, inputs).features[0].shape == (IMAGES, 3)
