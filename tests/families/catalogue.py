@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from .zoo import Family, clips, flattened, naflex, packed, sized, small_config, spectrograms, tiled, with_sizes
+from .zoo import Family, clips, flattened, merged, naflex, packed, sized, small_config, spectrograms, tiled, with_sizes
 
 
 _STAGES: dict[str, Any] = {"depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
@@ -577,6 +577,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen2.5-Omni, thinker": Family("Qwen2_5OmniThinkerForConditionalGeneration", {}, packed),
     "Qwen3-Omni, thinker": Family("Qwen3OmniMoeThinkerForConditionalGeneration", {}, packed),
     "Qwen3.5": Family("Qwen3_5ForConditionalGeneration", {}, packed),
+    "VideoLLaMA 3": Family("VideoLlama3ForConditionalGeneration", {}, merged),
     "GLM-4V": Family("Glm4vForConditionalGeneration", {"vision_config": _PATCHES}, packed),
     "InternVL": Family(
         "InternVLForConditionalGeneration", {"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}
@@ -629,6 +630,10 @@ FAMILIES: dict[str, Family] = {
             "mlp_ratio": 2,
         },
         clips(4, name="pixel_values_videos"),
+    ),
+    "VideoPrism": Family("VideoPrismVisionModel", {"num_frames": 2}, clips(2, name="pixel_values_videos")),
+    "VideoPrism, classifier": Family(
+        "VideoPrismForVideoClassification", {"num_frames": 2}, clips(2, name="pixel_values_videos")
     ),
     "AST": Family(
         "ASTForAudioClassification", {"max_length": 24, "num_mel_bins": 16}, spectrograms(16, 24, True, "input_values")

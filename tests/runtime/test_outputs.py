@@ -49,6 +49,13 @@ def test_logits_of_one_softmax():
         assert select_output(ImageClassifierOutput(logits=logits), PLAIN, names).logits is logits
 
 
+def test_logits_with_a_dimension_of_one_entry_for_what_was_pooled():
+    logits = rows(1, 5)
+    found = select_output({"logits": logits}, SimpleNamespace(num_labels=5), (), IMAGES)
+    assert found.kind == "classes" and torch.equal(found.logits, logits[:, 0])
+    assert select_output({"logits": logits}, SimpleNamespace(num_labels=7), (), IMAGES).kind == "features"
+
+
 def test_a_head_without_a_known_name():
     depth = rows(8, 8)
     output = DepthEstimatorOutput(loss=torch.tensor(1.0), predicted_depth=depth, hidden_states=(rows(3, 2),))
