@@ -104,7 +104,7 @@ def saving_conversions(model: nn.Module) -> list[Any]:
         RuntimeError: if this release keeps its tables elsewhere.
     """
     # Changes of the prefix hold for loading alone; early releases of 5.x have none.
-    return [each for each in _conversions(model) if type(each).__name__ != _PREFIX_CHANGE]
+    return [each for each in all_conversions(model) if type(each).__name__ != _PREFIX_CHANGE]
 
 
 def prefix_changes(model: nn.Module) -> list[Any]:
@@ -113,7 +113,7 @@ def prefix_changes(model: nn.Module) -> list[Any]:
     Raises:
         RuntimeError: if this release keeps its tables elsewhere.
     """
-    return [each for each in _conversions(model) if type(each).__name__ == _PREFIX_CHANGE]
+    return [each for each in all_conversions(model) if type(each).__name__ == _PREFIX_CHANGE]
 
 
 def loading_renamings(model: nn.Module) -> list[Callable[[str], str]]:
@@ -126,7 +126,7 @@ def loading_renamings(model: nn.Module) -> list[Callable[[str], str]]:
     found: list[Callable[[str], str]] = []
     if older:
         found.append(lambda name: _first_replaced(name, older))
-    conversions = _conversions(model)
+    conversions = all_conversions(model)
     if conversions:
         from transformers.core_model_loading import WeightRenaming, apply_renamings
 
@@ -143,7 +143,12 @@ def _first_replaced(name: str, patterns: Mapping[str, str]) -> str:
     return name
 
 
-def _conversions(model: nn.Module) -> list[Any]:
+def all_conversions(model: nn.Module) -> list[Any]:
+    """Return all conversions of this release of Transformers for a model, in its order; 4.x has none.
+
+    Raises:
+        RuntimeError: if this release keeps its tables elsewhere.
+    """
     if int(transformers.__version__.split(".")[0]) < 5:
         return []
     try:
@@ -155,6 +160,17 @@ def _conversions(model: nn.Module) -> list[Any]:
             "does not know. Upgrade with `pip install --upgrade optimum-mixrank`."
         ) from error
     return list(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def reads_back(model: nn.Module, conversions: Sequence[Any]) -> bool:
+    """Return whether names that are saved by these conversions are read again as what they were."""
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    forward = [each for each in all_conversions(model) if isinstance(each, WeightRenaming)]
+    backward = [each.reverse_transform() for each in reversed(conversions) if isinstance(each, WeightRenaming)]
+    return all(
+        apply_renamings(apply_renamings(name, backward), forward) == name for name, _ in model.named_parameters()
+    )
 
 
 def _renaming_to_disk(model: nn.Module) -> Callable[[str], str]:

@@ -16,7 +16,15 @@ from typing import Any
 
 from torch import nn
 
-from .names import canonical_names, loading_renamings, names_on_disk, prefix_changes, saving_conversions
+from .names import (
+    all_conversions,
+    canonical_names,
+    loading_renamings,
+    names_on_disk,
+    prefix_changes,
+    reads_back,
+    saving_conversions,
+)
 from .rank_map import FactoredLayer
 from .stacking import CONVERSIONS, saved_by
 
@@ -38,6 +46,57 @@ def under_present_names(model: nn.Module, layers: Mapping[str, FactoredLayer]) -
         members = layer.members and tuple(present.get(member, member) for member in layer.members)
         found[present.get(name, name)] = replace(layer, members=members)
     return found
+
+
+_FIND_NAMES = "_get_key_renaming_mapping"
+"""The method of a model in which Transformers 4.57 finds the name that each tensor of a file has in the model."""
+
+
+def read_renamed(model: nn.Module, stored: Iterable[str], present: Iterable[str]) -> None:
+    """Make Transformers 4.57 find the tensors of a file whose stacks another release has named otherwise.
+
+    What lies around a stack, such as the embeddings before it, has the same other name. Transformers 5 knows the names of
+    older releases by itself. A tensor is renamed only if the model lacks its name and has the other one.
+
+    Args:
+        model: The model, in which the factored layers are; its method is as before once it has been called.
+        stored: The canonical names of its factored layers in the checkpoint.
+        present: The names that these have in the model, in the same order.
+    """
+    find = getattr(model, _FIND_NAMES, None)
+    pairs = {
+        _differing(_root_and_place(old)[0], _root_and_place(new)[0]) for old, new in zip(stored, present, strict=True)
+    }
+    pairs = {(old, new) for old, new in pairs if old != new}
+    if find is None or not pairs:
+        return
+
+    def renamed(*args: Any, **kwargs: Any) -> dict[str, str]:
+        delattr(model, _FIND_NAMES)
+        found = find(*args, **kwargs)
+        wanted = set(model.state_dict())
+        lacking = wanted - set(found.values())
+        for key, name in found.items():
+            others = [each for pair in sorted(pairs) for each in _exchanged(name, *pair)] if name not in wanted else []
+            found[key] = next((each for each in others if each in lacking), name)
+        return found
+
+    setattr(model, _FIND_NAMES, renamed)
+
+
+def _differing(root: str, other: str) -> tuple[str, str]:
+    """Return two roots without the parts that their ends have in common."""
+    count = _common_end(root, other)
+    old, new = root.split("."), other.split(".")
+    return ".".join(old[: len(old) - count]), ".".join(new[: len(new) - count])
+
+
+def _exchanged(name: str, old: str, new: str) -> Iterator[str]:
+    """Yield a name with each run of its parts that is `old` exchanged for `new`, or with `new` put in before each part."""
+    parts, run, other = name.split("."), old.split(".") if old else [], new.split(".") if new else []
+    for start in range(len(parts) - len(run)):
+        if parts[start : start + len(run)] == run:
+            yield ".".join([*parts[:start], *other, *parts[start + len(run) :]])
 
 
 def _present_names(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
@@ -72,7 +131,7 @@ def _counterpart(
         inside = {place for place in wanted if place.partition(".")[0] in blocks}
         if not inside or not inside <= layers.keys():
             continue
-        common = [_common_end(each, candidate) for each in spellings if _may_be(each, candidate)]
+        common = [_common_end(each, candidate, _singular) for each in spellings if _may_be(each, candidate)]
         if common:
             scores.setdefault((len(inside), max(common)), []).append(layers)
     if not scores:
@@ -84,16 +143,21 @@ def _counterpart(
 
 def _may_be(root: str, other: str) -> bool:
     """Return whether one of two roots is the other with more modules around or between its own."""
-    short, long = sorted((list(filter(None, each.split("."))) for each in (root, other)), key=len)
+    short, long = sorted(([_singular(part) for part in each.split(".") if part] for each in (root, other)), key=len)
     rest = iter(long)
     return all(part in rest for part in short)
 
 
-def _common_end(root: str, other: str) -> int:
-    """Return how many parts the ends of two roots have in common."""
+def _singular(part: str) -> str:
+    """Return the part of a name without the difference between `layer` and `layers`, which some releases write."""
+    return part.removesuffix("s")
+
+
+def _common_end(root: str, other: str, alike: Callable[[str], str] = str) -> int:
+    """Return how many parts the ends of two roots have in common, under what is alike in them."""
     count = 0
     for own, its in zip(reversed(root.split(".")), reversed(other.split(".")), strict=False):
-        if own != its:
+        if alike(own) != alike(its):
             break
         count += 1
     return count
@@ -121,20 +185,34 @@ def stored_with_prefixes(model: nn.Module) -> Iterator[None]:
     it has read it, but not for a model that was made from a configuration.
     """
     known = vars(model).get(CONVERSIONS)
-    lacking = [each for each in prefix_changes(model) if not _is_among(each, known or []) and not _is_doubled(each)]
-    if not lacking:
+    base = saving_conversions(model) if known is None else known
+    lacking = [each for each in prefix_changes(model) if not _is_among(each, base) and not _is_doubled(each)]
+    conversions = _in_order([*base, *lacking], all_conversions(model))
+    if not lacking or not reads_back(model, conversions):
         yield
         return
-    with saved_by(model, [*(saving_conversions(model) if known is None else known), *lacking]):
+    with saved_by(model, conversions):
         yield
+
+
+def _in_order(conversions: Sequence[Any], order: Sequence[Any]) -> list[Any]:
+    """Return conversions in the order in which Transformers makes them; what it does not list comes where it was."""
+    places = {_key(each): place for place, each in reversed(list(enumerate(order)))}
+    found: list[Any] = []
+    for each in conversions:
+        own = places.get(_key(each), len(order))
+        after = (at for at, other in enumerate(found) if places.get(_key(other), -1) > own)
+        found.insert(next(after, len(found)), each)
+    return found
 
 
 def _is_among(change: Any, conversions: Sequence[Any]) -> bool:
-    def key(each: Any) -> tuple[Any, ...]:
-        names = ("prefix_to_add", "prefix_to_remove", "scope_prefix")
-        return (type(each).__name__, *(getattr(each, name, None) for name in names))
+    return _key(change) in map(_key, conversions)
 
-    return key(change) in map(key, conversions)
+
+def _key(conversion: Any) -> tuple[str, ...]:
+    names = ("prefix_to_add", "prefix_to_remove", "scope_prefix", "source_patterns", "target_patterns")
+    return (type(conversion).__name__, *(str(getattr(conversion, name, None)) for name in names))
 
 
 def _is_doubled(change: Any) -> bool:

@@ -55,6 +55,7 @@ class MixRankHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from . import completeness
         from .loading import insert_factored_layers
+        from .other_releases import read_renamed
 
         stored = self.quantization_config.factored_layers
         if not stored:
@@ -62,6 +63,7 @@ class MixRankHfQuantizer(HfQuantizer):
         layers = insert_factored_layers(model, stored)
         if layers.keys() != stored.keys():
             self.quantization_config.rank_map = {name: layer.to_dict() for name, layer in layers.items()}
+            read_renamed(model, stored, layers)
         completeness.refuse_missing_factors(model)
         if "checkpoint_files" in kwargs:
             completeness.check_stored_tensors(model, kwargs["checkpoint_files"] or [])

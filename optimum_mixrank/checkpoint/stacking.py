@@ -19,10 +19,10 @@ CONVERSIONS = "_weight_conversions"
 
 @contextmanager
 def stored_apart(model: nn.Module) -> Iterator[None]:
-    """Make Transformers save layers one by one if it would stack compressed ones with dense ones.
+    """Make Transformers save layers one by one if it would stack compressed ones with dense ones, or factors.
 
     The empty `weight` of a compressed layer, stacked with the matrix of a dense one, gives a matrix that cannot be divided
-    again. What is stored under the names of the single layers is loaded as it is.
+    again, and so do factors of different ranks. What is stored under the names of the single layers is loaded as it is.
     """
     layers = {name: isinstance(each, GuardedLinear) for name, each in model.named_modules() if _is_linear(each)}
     known = vars(model).get(CONVERSIONS)
@@ -70,7 +70,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _mixes(conversion: Any, layers: dict[str, bool]) -> bool:
-    """Return whether a conversion stacks compressed layers with dense ones.
+    """Return whether a conversion stacks compressed layers with dense ones, or the factors of compressed ones.
 
     Args:
         conversion: A conversion of Transformers.
@@ -79,11 +79,13 @@ def _mixes(conversion: Any, layers: dict[str, bool]) -> bool:
     if not _is_stacking(conversion):
         return False
     stems = [re.sub(r"\.(weight|bias)$", "", pattern) for pattern in conversion.target_patterns]
+    # A pattern without the name of a parameter stands for all of them.
+    with_factors = stems == list(conversion.target_patterns)
     kinds: dict[str, set[bool]] = {}
     for name, compressed in layers.items():
         if any(re.search(rf"(^|\.){stem}$", name) for stem in stems):
             kinds.setdefault(name.rpartition(".")[0], set()).add(compressed)
-    return any(len(each) > 1 for each in kinds.values())
+    return any(len(each) > 1 or (with_factors and True in each) for each in kinds.values())
 
 
 def _is_stacking(conversion: Any) -> bool:

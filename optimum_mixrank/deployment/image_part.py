@@ -12,7 +12,7 @@ from ..runtime.forward import black_image, evaluation_mode
 from ..runtime.inputs import ModelInputs
 from ..runtime.output_fields import field_of
 from ..runtime.outputs import ModelCall
-from ..runtime.parts import FEATURES, WHOLE, part_of, possible_parts, takes
+from ..runtime.parts import FEATURES, WHOLE, is_features, part_of, possible_parts, takes
 
 
 EMBEDDINGS, FEATURE_MAP = "image_embeds", "image_features"
@@ -64,12 +64,12 @@ def image_part(model: nn.Module) -> nn.Module:
                 return part
     except Exception:  # it takes other inputs too, or returns something else
         pass
-    inside = call.part if call.part not in (WHOLE, *FEATURES) else _tower(model, ModelInputs(images))
+    inside = call.part if call.part != WHOLE and not is_features(call.part) else _tower(model, ModelInputs(images))
     remedy = f" Export its vision part alone, such as `model.{inside}`, from Python." if inside else ""
     raise ValueError(f"{name} takes more than images, and an exported file takes images alone.{remedy}")
 
 
 def _tower(model: nn.Module, inputs: ModelInputs) -> str | None:
     """Return the name of the outermost part of a model that takes such inputs and no text."""
-    names = (name for name in possible_parts(model, inputs) if name not in (WHOLE, *FEATURES))
+    names = (name for name in possible_parts(model, inputs) if name != WHOLE and not is_features(name))
     return next((name for name in names if "input_ids" not in takes(model.get_submodule(name))), None)

@@ -23,7 +23,7 @@ from ..decomposition import METRICS, Metric
 from ..runtime.distributed import Processes
 from ..runtime.journal import NO_JOURNAL, Journal
 from ..runtime.outputs import PLAIN_CALL, ModelCall
-from ..runtime.parts import FEATURES, WHOLE
+from ..runtime.parts import WHOLE, is_features
 from .costs import model_costs, timed_sites
 from .decompose import check_weights, priced_sites
 from .images import ImageReader
@@ -152,7 +152,7 @@ def _any_images(
 def example_call(call: ModelCall, model: PreTrainedModel, read: Callable[[], ImageBatches | None]) -> ModelCall:
     """Return a call that is tried on a black image or, of a model that takes more or something else, on the first batch."""
     try:
-        if call.bound(model).part in (WHOLE, *FEATURES):
+        if (part := call.bound(model).part) == WHOLE or is_features(part):
             return call
     except ValueError:
         call.check(model)

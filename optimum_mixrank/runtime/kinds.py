@@ -146,16 +146,20 @@ def _vocabularies(config: Any, depth: int = 3) -> Iterator[int]:
 
 @KINDS.register
 class ClassesKind(OutputKind):
-    """One softmax over classes per image."""
+    """One softmax over classes per image; some models keep a dimension of one entry for what they have pooled."""
 
     name = CLASSES
 
     def select(self, output: Any, config: Any) -> ModelOutput | None:
         """See `OutputKind.select`."""
-        logits = _tensor(output, "logits", 2)
+        logits = _tensor(output, "logits")
+        if logits is not None and logits.ndim == 3 and logits.shape[1:] == (1, getattr(config, "num_labels", None)):
+            logits = logits.squeeze(1)
+        if logits is None or logits.ndim != 2:
+            return None
         # Classes that do not exclude one another have no common distribution.
         exclusive = getattr(config, "problem_type", None) not in ("multi_label_classification", "regression")
-        return ModelOutput(logits=logits) if logits is not None and exclusive and logits.shape[1] > 1 else None
+        return ModelOutput(logits=logits) if exclusive and logits.shape[1] > 1 else None
 
 
 class _ValuesKind(OutputKind):

@@ -15,7 +15,7 @@ from .inputs import ModelInputs
 from .kinds import recognized
 from .model_output import ModelOutput as ModelOutput
 from .output_fields import field_of, fields_of, listed, per_image, tensors_in
-from .parts import FEATURES, WHOLE, part_of, possible_parts, takes, text_model_refused
+from .parts import FEATURES, WHOLE, accepted_by, is_features, part_of, possible_parts, takes, text_model_refused
 
 
 _PREFERRED = ("feature_maps", "last_hidden_state", "logits", "reconstruction", "pooler_output")
@@ -87,7 +87,8 @@ class ModelCall:
                 with evaluation_mode(model):
                     output = call.run(model, call.example_for(model))
             except Exception as error:
-                reason = reason or error
+                # The whole without its text has the least to say.
+                reason = error if reason is None or call.with_text or is_features(call.part) else reason
                 continue
             if self.outputs:
                 call.select(model, output, len(inputs))
@@ -116,8 +117,7 @@ class ModelCall:
         inputs = ModelInputs.of(inputs)
         if not self.with_text:
             inputs = inputs.without_text()
-        called = part_of(model, self.part)
-        accepted = takes(called)
+        called, accepted = part_of(model, self.part), accepted_by(model, self.part)
         given: dict[str, Any] = dict(inputs.only(accepted))
         if self.interpolate_pos_encoding and "interpolate_pos_encoding" in accepted:
             given["interpolate_pos_encoding"] = True
@@ -126,7 +126,7 @@ class ModelCall:
 
     def select(self, model: nn.Module, output: Any, num_images: int) -> ModelOutput:
         """Return what to compare of an output; see `select_output` and `select_features`."""
-        if self.part in FEATURES and not self.outputs:
+        if is_features(self.part) and not self.outputs:
             return select_features(output, num_images)
         # Of a tower inside a model the rest may read every token: the configuration of the whole is asked.
         return select_output(output, getattr(model, "config", None), self.outputs, num_images)
@@ -192,23 +192,47 @@ def select_features(output: Any, num_images: int) -> ModelOutput:
     """Select what the rest of a model sees of images from what its `get_image_features` returns.
 
     Transformers 5 returns it beside the states of the tower; 4.57 returns it alone. Features of images of different sizes
-    are one tensor with a row for every token. One vector per image is its embedding.
+    are one tensor with a row for every token. One vector per image is its embedding. What belongs to no image, such as the
+    embeddings that Ovis2 puts around those of an image, is passed over.
 
     Raises:
         ValueError: if there is no tensor.
     """
-    found: list[Tensor] = []
-    for value in [field_of(output, name) for name in _SEEN] if fields_of(output) else [output]:
-        tensors = list(tensors_in(value))
-        if isinstance(value, list | tuple) and len(tensors) == num_images and len({t.shape[1:] for t in tensors}) == 1:
-            same = len({tensor.shape for tensor in tensors}) == 1
-            tensors = [torch.stack(tensors) if same else torch.cat(tensors)]
-        found += tensors
-    if not found:
+    values = [value for value in _seen(output) if any(True for _ in tensors_in(value))]
+    if not values:
         raise ValueError(f"`{FEATURES[0]}` returns no features of images, but {listed(output)}.")
-    features = tuple(tensor[:, None] if tensor.ndim == 1 else tensor for tensor in found)
+    found = _of_images(values[0], num_images)
+    first = found[0]
+    by_image = first.ndim > 2 and len(first) == num_images
+    tokens = first.shape[:2].numel() if by_image else len(first)
+    for value in values[1:]:
+        tensors = list(tensors_in(value))
+        if all(len(tensor) in (tokens, len(first)) for tensor in tensors):
+            # What several layers say of the tokens of all images, one after the other.
+            found += [t.unflatten(0, (num_images, -1)) if by_image and len(t) == tokens else t for t in tensors]
+        else:
+            found += _of_images(value, num_images)
+    features = tuple(tensor[:, None] if tensor.ndim == 1 else tensor for tensor in found if len(tensor) == len(first))
     is_embedding = len(features) == 1 and features[0].ndim == 2 and len(features[0]) == num_images
     return ModelOutput(features=features, kind="embeddings" if is_embedding else "")
+
+
+def _seen(output: Any) -> list[Any]:
+    """Return what the rest of a model sees: fields by name, or the elements of a tuple that has several of them."""
+    if fields_of(output):
+        return [field_of(output, name) for name in _SEEN]
+    is_nested = isinstance(output, tuple) and any(isinstance(each, list | tuple) for each in output)
+    return list(output) if is_nested else [output]
+
+
+def _of_images(value: Any, num_images: int) -> list[Tensor]:
+    """Return the tensors of a value, those of which there is one per image as a single one."""
+    tensors = list(tensors_in(value))
+    is_list = isinstance(value, list | tuple) and len(tensors) == num_images
+    if not is_list or len({tensor.shape[1:] for tensor in tensors}) > 1:
+        return tensors
+    same = len({tensor.shape for tensor in tensors}) == 1
+    return [torch.stack(tensors) if same else torch.cat(tensors)]
 
 
 def _named(output: Any, name: str, num_images: int | None) -> list[Tensor]:

@@ -36,7 +36,23 @@ def part_of(model: nn.Module, name: str) -> Callable[..., Any]:
     """Return the part of a model, to be called."""
     if name == WHOLE:
         return model
-    return getattr(model, name) if name in FEATURES else model.get_submodule(name)
+    owner, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(owner), last) if last in FEATURES else model.get_submodule(name)
+
+
+def accepted_by(model: nn.Module, name: str) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments of a part; of a method that passes others on, those of the method that it calls too."""
+    arguments = takes(part_of(model, name))
+    if not is_features(name) or all(each.kind is not each.VAR_KEYWORD for each in arguments.values()):
+        return arguments
+    owner, _, method = name.rpartition(".")
+    inner = [takes(getattr(module, method, None)) for module in model.get_submodule(owner).modules()]
+    return {argument: each for found in reversed(inner) for argument, each in found.items()}
+
+
+def is_features(name: str) -> bool:
+    """Return whether a part is the method for the features of images, of the model or of one inside it."""
+    return name.rpartition(".")[2] in FEATURES
 
 
 def input_names(model: nn.Module) -> frozenset[str]:
@@ -59,9 +75,14 @@ def text_model_refused(model: nn.Module) -> str | None:
 def possible_parts(model: nn.Module, inputs: ModelInputs) -> Iterator[str]:
     """Yield the parts of a model that may take such inputs by themselves, the most complete ones first."""
     yield WHOLE
-    yield from (name for name in FEATURES if inputs.main_name in takes(getattr(model, name, None)))
     # The outermost modules come first.
-    names = {name: module for name, module in model.named_modules() if name}
-    for name, module in sorted(names.items(), key=lambda item: item[0].count(".")):
+    names = sorted(dict(model.named_modules()).items(), key=lambda item: item[0].count(".") if item[0] else -1)
+    for name, module in names:
+        methods = [each for each in FEATURES if inputs.main_name in takes(getattr(module, each, None))]
+        if methods:
+            # Retrievers such as ColPali hold a model for images and text that has the method; so does what that holds.
+            yield from (f"{name}.{each}" if name else each for each in methods)
+            break
+    for name, module in names[1:]:
         if inputs.main_name in takes(module) and any(isinstance(each, nn.Linear) for each in module.modules()):
             yield name

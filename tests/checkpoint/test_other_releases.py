@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from optimum_mixrank import MixRankCompressor
 from optimum_mixrank.calibration.targets import find_targets
 from optimum_mixrank.checkpoint.entries import compressed_layers
-from optimum_mixrank.checkpoint.other_releases import under_present_names
+from optimum_mixrank.checkpoint.other_releases import read_renamed, under_present_names
 from optimum_mixrank.checkpoint.rank_map import FactoredLayer
 
 
@@ -99,6 +99,60 @@ def test_a_stack_that_is_unclear_is_not_guessed(root, found):
     assert set(under_present_names(Towers(PretrainedConfig()), layers)) == {
         name.replace(root, expected, 1) for name in layers
     }
+
+
+class Filled(nn.Module):
+    """A model as Transformers 4.57 fills it: a method finds the name that each tensor of a file has in the model."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names = names
+
+    def state_dict(self):
+        return dict.fromkeys(self.names)
+
+    def _get_key_renaming_mapping(self, names):
+        return {name: name for name in names}
+
+
+@pytest.mark.parametrize(
+    ("stored", "present", "in_file", "in_model"),
+    [
+        (
+            "encoder.layers",
+            "vision_model.encoder.layers",
+            "embeddings.patch.weight",
+            "vision_model.embeddings.patch.weight",
+        ),
+        ("encoder.layer", "encoder.layers", "encoder.layer.0.norm.bias", "encoder.layers.0.norm.bias"),
+        ("tower.layers", "tower.tower.layers", "model.tower.norm.bias", "model.tower.tower.norm.bias"),
+        ("tower.tower.layers", "tower.layers", "model.tower.tower.norm.bias", "model.tower.norm.bias"),
+    ],
+)
+def test_tensors_around_a_stack_of_another_name_are_found(stored, present, in_file, in_model):
+    model = Filled(in_model, "head.weight", f"{present}.0.fc1.weight")
+    read_renamed(model, [f"{stored}.0.fc1"], [f"{present}.0.fc1"])
+    found = model._get_key_renaming_mapping([in_file, "head.weight", "other.weight"])
+    assert found == {in_file: in_model, "head.weight": "head.weight", "other.weight": "other.weight"}
+    assert model._get_key_renaming_mapping([in_file]) == {in_file: in_file}
+
+
+def test_stacks_of_one_name_but_for_the_plural():
+    layers = {f"first.layer.{block}.{place}": FactoredLayer(1, True) for block in (0, 1) for place in (0, 1)}
+    assert all(name.startswith("first.layers.") for name in under_present_names(Towers(PretrainedConfig()), layers))
+
+
+@pytest.mark.parametrize("name", ["TIPSv2, tower", "Qwen2.5-Omni, thinker"])
+def test_prefixes_of_the_hub_that_are_read_as_something_else_are_not_written(name, tmp_path):
+    family = FAMILIES[name]
+    if not family.exists:
+        pytest.skip("This release of Transformers does not have it.")
+    batch = family.batches(1, 2)[0]
+    made = MixRankCompressor(family.make()).compress(CONFIG, [batch], save_directory=tmp_path)
+    reloaded, found = type(made).from_pretrained(tmp_path, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    state = reloaded.state_dict()
+    assert all(torch.equal(state[key], each) for key, each in made.state_dict().items())
 
 
 def test_heads_that_a_detector_holds_twice_are_left_out():

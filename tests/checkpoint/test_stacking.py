@@ -6,11 +6,13 @@ import pytest
 import torch
 import transformers
 from checkpoint.mixed import factored_layer, mixed_model
+from families.catalogue import FAMILIES
+from families.checks import settings
 from models import pixels
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2ForImageClassification
 
-from optimum_mixrank import MixRankConfig
+from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.checkpoint.factorize import (
     changed_layers,
     entry_within,
@@ -98,3 +100,20 @@ def test_all_processes_know_what_is_stacked():
     assert {entry.chunks for entry in expected.values()} == ({1} if IS_DIVIDED else {1, 2})
     with torch.no_grad():
         assert torch.equal(other(pixels()).logits, model(pixels()).logits)
+
+
+@pytest.mark.skipif(not FAMILIES["RADIO"].exists, reason="This release of Transformers does not have it.")
+def test_factors_of_layers_that_are_stacked_under_a_name_without_a_parameter(tmp_path):
+    family = FAMILIES["RADIO"]
+    config = settings(
+        metric="second_moment",
+        recipe="fast",
+        structures=["rank"],
+        compensation=[],
+        rank_pattern={"q_proj": 3, "v_proj": 5},
+    )
+    batch = family.batches(1, 2)[0]
+    made = MixRankCompressor(family.make()).compress(config, [batch], save_directory=tmp_path).eval()
+    again = type(made).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**batch).features, made(**batch).features)

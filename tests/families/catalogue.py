@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from .zoo import Family, clips, flattened, naflex, packed, sized, small_config, spectrograms, tiled, with_sizes
+from .zoo import Family, clips, flattened, merged, naflex, packed, sized, small_config, spectrograms, tiled, with_sizes
 
 
 _STAGES: dict[str, Any] = {"depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
@@ -252,7 +252,16 @@ def _encoder_decoder(encoder: str) -> Any:
 
 
 _PATCHES = {"in_channels": 3, "temporal_patch_size": 2, "spatial_merge_size": 2}
-_LANGUAGE = {**_TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+
+
+def _language(sections: list[int]) -> dict[str, Any]:
+    """Return what rotates by three dimensions takes, by the name that the installed release has for it."""
+    rope = {"rope_type": "default", "mrope_section": sections}
+    is_older = transformers.__version__.startswith("4.")
+    return {**_TEXT, **({"rope_scaling": rope} if is_older else {"rope_parameters": {**rope, "rope_theta": 1e4}})}
+
+
+_LANGUAGE = _language([1, 1, 2])
 
 FAMILIES: dict[str, Family] = {
     # Columns of equal blocks.
@@ -282,6 +291,10 @@ FAMILIES: dict[str, Family] = {
     "AIMv2, tower": Family("Aimv2VisionModel"),
     "MLCD": Family("MLCDVisionModel"),
     "Pixio": Family("PixioModel"),
+    "RADIO": Family("RadioModel"),
+    "TIPSv2, tower": Family("Tipsv2VisionModel"),
+    "Sapiens 2": Family("Sapiens2Model"),
+    "Phi-4, tower": Family("Phi4MultimodalVisionModel"),
     "InternVL, tower": Family("InternVLVisionModel", {"image_size": [32, 32], "patch_size": [8, 8]}),
     "Pixtral, tower": Family("PixtralVisionModel"),
     "SmolVLM, tower": Family("SmolVLMVisionTransformer"),
@@ -471,6 +484,8 @@ FAMILIES: dict[str, Family] = {
         },
         clips(2),
     ),
+    "TIPSv2": Family("Tipsv2Model"),
+    "Vision-text dual encoder": Family("VisionTextDualEncoderModel"),
     "BLIP": Family("BlipModel"),
     "BLIP, retrieval": Family("BlipForImageTextRetrieval"),
     # Captions and answers.
@@ -553,9 +568,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "Qwen3-VL": Family(
         "Qwen3VLForConditionalGeneration",
-        {"vision_config": {**_PATCHES, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}},
+        {
+            "vision_config": {**_PATCHES, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+            "text_config": _language([2, 1, 1]),
+        },
         packed,
     ),
+    "Qwen2.5-Omni, thinker": Family("Qwen2_5OmniThinkerForConditionalGeneration", {}, packed),
+    "Qwen3-Omni, thinker": Family("Qwen3OmniMoeThinkerForConditionalGeneration", {}, packed),
+    "Qwen3.5": Family("Qwen3_5ForConditionalGeneration", {}, packed),
+    "VideoLLaMA 3": Family("VideoLlama3ForConditionalGeneration", {}, merged),
     "GLM-4V": Family("Glm4vForConditionalGeneration", {"vision_config": _PATCHES}, packed),
     "InternVL": Family(
         "InternVLForConditionalGeneration", {"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}
@@ -584,6 +606,11 @@ FAMILIES: dict[str, Family] = {
     "DeepSeek-VL": Family("DeepseekVLForConditionalGeneration"),
     "LFM2-VL": Family("Lfm2VlForConditionalGeneration", {"vision_config": {"num_patches": 16}}, naflex),
     "ColPali": Family("ColPaliForRetrieval"),
+    "ColQwen2": Family(
+        "ColQwen2ForRetrieval",
+        {"vlm_config": {"vision_config": {**_PATCHES, "hidden_size": 32}, "text_config": _LANGUAGE}},
+        packed,
+    ),
     # Images and text together.
     "ViLT": Family("ViltForQuestionAnswering", refused="whole"),
     "LayoutLMv3": Family("LayoutLMv3ForSequenceClassification", {"input_size": 32}),
@@ -597,11 +624,16 @@ FAMILIES: dict[str, Family] = {
             "crop_size": 32,
             "frames_per_clip": 4,
             "pred_hidden_size": 16,
-            "pred_num_attention_heads": 2,
+            "num_attention_heads": 2,
+            "pred_num_attention_heads": 1,
             "pred_num_hidden_layers": 1,
             "mlp_ratio": 2,
         },
         clips(4, name="pixel_values_videos"),
+    ),
+    "VideoPrism": Family("VideoPrismVisionModel", {"num_frames": 2}, clips(2, name="pixel_values_videos")),
+    "VideoPrism, classifier": Family(
+        "VideoPrismForVideoClassification", {"num_frames": 2}, clips(2, name="pixel_values_videos")
     ),
     "AST": Family(
         "ASTForAudioClassification", {"max_length": 24, "num_mel_bins": 16}, spectrograms(16, 24, True, "input_values")

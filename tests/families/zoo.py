@@ -130,6 +130,16 @@ def packed(count: int, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
+def merged(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Packed patches of single images, with the number of them that become one token, as VideoLLaMA 3 takes them."""
+    grids = torch.tensor([[1, 4, 4], [1, 2, 4]])[torch.arange(count) % 2]
+    return {
+        "pixel_values": torch.randn(int(grids.prod(1).sum()), 3 * 8 * 8, generator=generator),
+        "image_grid_thw": grids,
+        "image_merge_sizes": torch.ones(count, dtype=torch.int64),
+    }
+
+
 def flattened(count: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Patches behind the numbers of their rows and columns, which begin at one, as Pix2Struct takes them."""
     places = torch.cartesian_prod(torch.arange(1.0, 5.0), torch.arange(1.0, 5.0)).expand(count, -1, -1)

@@ -8,11 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_swin, tiny_vit
+from torch import nn
 from transformers import ViTModel
 from transformers.modeling_outputs import DepthEstimatorOutput, ImageClassifierOutput
 from transformers.utils import ModelOutput as TransformersOutput
 
-from optimum_mixrank.runtime.outputs import ModelCall, select_output
+from optimum_mixrank.runtime.inputs import ModelInputs
+from optimum_mixrank.runtime.outputs import ModelCall, select_features, select_output
 
 
 IMAGES = 4
@@ -45,6 +47,13 @@ def test_logits_of_one_softmax():
     logits = rows(5)
     for names in ((), ("logits",)):
         assert select_output(ImageClassifierOutput(logits=logits), PLAIN, names).logits is logits
+
+
+def test_logits_with_a_dimension_of_one_entry_for_what_was_pooled():
+    logits = rows(1, 5)
+    found = select_output({"logits": logits}, SimpleNamespace(num_labels=5), (), IMAGES)
+    assert found.kind == "classes" and torch.equal(found.logits, logits[:, 0])
+    assert select_output({"logits": logits}, SimpleNamespace(num_labels=7), (), IMAGES).kind == "features"
 
 
 def test_a_head_without_a_known_name():
@@ -131,3 +140,83 @@ def test_images_of_another_size(make):
 def test_a_model_that_cannot_interpolate():
     with pytest.raises(ValueError, match="interpolate_pos_encoding=True, but Linear has no such argument"):
         ModelCall(interpolate_pos_encoding=True).check(torch.nn.Linear(1, 1))
+
+
+def _shapes(output, images):
+    found = select_features(output, images)
+    return found.kind, [tuple(each.shape) for each in found.features]
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["fields", "tuple"])
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [((4, 4, 4), (3, 4)), ((4, 2, 6), (12,)), ((4,), (1, 4))],
+    ids=["equal", "different", "one image"],
+)
+def test_features_of_images_and_of_several_layers_have_the_same_rows(sizes, rows, named):
+    """As the models of Qwen3-VL return them: tokens image by image, and three layers over the tokens of all images."""
+    tokens = tuple(torch.randn(size, 8) for size in sizes)
+    layers = [torch.randn(sum(sizes), 8) for _ in range(3)]
+    output = {"pooler_output": tokens, "deepstack_features": layers} if named else (tokens, layers)
+    assert _shapes(output, len(sizes)) == ("features", [(*rows, 8)] * 4)
+    (first, second, *_) = select_features(output, len(sizes)).features
+    assert torch.equal(first.reshape(-1, 8), torch.cat(tokens)) and torch.equal(second.reshape(-1, 8), layers[0])
+
+
+def test_what_belongs_to_no_image_is_passed_over():
+    """Ovis2 under Transformers 4.57 returns the embeddings of its marks beside the tokens of every image."""
+    assert _shapes((torch.randn(4, 3, 8), torch.randn(5, 8)), 4) == ("features", [(4, 3, 8)])
+
+
+def test_one_vector_per_image_is_an_embedding():
+    for count in (1, 4):
+        assert _shapes({"pooler_output": torch.randn(count, 8)}, count) == ("embeddings", [(count, 8)])
+        assert _shapes(torch.randn(count, 3, 8), count) == ("features", [(count, 3, 8)])
+
+
+def test_the_error_of_the_method_for_features_is_the_one_that_is_told():
+    class Broken(nn.Module):
+        def forward(self, input_ids=None, pixel_values=None):
+            raise ValueError("You have to specify input_ids")
+
+        def get_image_features(self, pixel_values):
+            raise AttributeError("'tuple' object has no attribute 'pooler_output'")
+
+    with pytest.raises(ValueError, match="AttributeError: 'tuple' object"):
+        ModelCall().bound(Broken(), ModelInputs(torch.zeros(1, 3, 8, 8)))
+
+
+def test_the_method_for_features_of_a_model_inside_a_retriever_with_what_it_passes_on():
+    class Seeing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = nn.Linear(8, 3)
+
+        def get_image_features(self, pixel_values, merge_sizes):
+            return self.tower(pixel_values.mean(dim=(1, 2))) * merge_sizes[:, None]
+
+        def forward(self, input_ids, pixel_values=None):
+            raise AssertionError("no text is given")
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Seeing()
+
+        def get_image_features(self, pixel_values, **kwargs):
+            return self.model.get_image_features(pixel_values, **kwargs)
+
+    class Retriever(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vlm = nn.Module()
+            self.vlm.add_module("inside", Outer())
+
+        def forward(self, input_ids, pixel_values=None):
+            return self.vlm.inside.model(input_ids, pixel_values)
+
+    tensors = {"pixel_values": torch.randn(IMAGES, 3, 8, 8), "merge_sizes": torch.ones(IMAGES)}
+    model, inputs = Retriever(), ModelInputs({**tensors, "unknown": torch.ones(IMAGES)})
+    call = ModelCall().bound(model, inputs)
+    assert call.part == "vlm.inside.get_image_features"
+    assert call(model, inputs).kind == "embeddings" and call(model, inputs).features[0].shape == (IMAGES, 3)
