@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.formatting import format_milliseconds
-from .command import MixRankSubcommand, add_hub_arguments, default_device, load_checkpoint
+from .command import MixRankSubcommand, add_hub_arguments, checked_device, default_device, load_checkpoint
 
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ With --table, time the layers of a dense model instead, at several ranks and wid
 
         args = self.args
         check_writable_file(args.table)
-        device = torch.device(args.device or default_device())
+        device = torch.device(checked_device(args.device or default_device()))
         runtime = args.runtime or ("compile" if args.compile else "eager")
         check_runtime(runtime, device)
         if args.threads is not None:
@@ -194,7 +194,7 @@ With --table, time the layers of a dense model instead, at several ranks and wid
             raise ValueError(
                 f"--model {args.model!r} is a dense checkpoint; name what to compare with by --reference."
             )
-        device = args.device or default_device()
+        device = checked_device(args.device or default_device())
         return {MODEL: model.to(device).eval(), REFERENCE: reference.to(device).eval()}
 
     def _inputs(self, model: PreTrainedModel) -> tuple[Sequence[int], dict[str, Any]]:

@@ -38,11 +38,13 @@ class MixRankSubcommand(BaseOptimumCLICommand):
         description: Text for `--help`, with examples.
         shares_work: Whether several processes, as `accelerate launch` starts them, share the work; otherwise only the
             main process works.
+        written: What to say after an interruption, once something was written.
         exit_code: Of a command that ran through; one that has found something wrong sets it.
     """
 
     description: ClassVar[str]
     shares_work: ClassVar[bool] = False
+    written: str = ""
     exit_code: int = 0
 
     @classmethod
@@ -56,7 +58,7 @@ class MixRankSubcommand(BaseOptimumCLICommand):
 
     def advice(self) -> str:
         """Return what to tell the user after an interruption."""
-        return "Nothing was overwritten."
+        return self.written or "Nothing was overwritten."
 
     def parse_args(self, parser: ArgumentParser) -> None:
         """See `BaseOptimumCLICommand`."""
@@ -171,8 +173,9 @@ def place_of(args: Any) -> str | torch.device:
 
     # Each of several processes has its own GPU, which "cuda" then refers to.
     processes = find_processes()
-    device: str | torch.device = args.device or (default_device() if processes.is_single else processes.device)
-    return device
+    if args.device is None:
+        return default_device() if processes.is_single else processes.device
+    return checked_device(args.device)
 
 
 def load_checkpoint(
@@ -203,6 +206,27 @@ def add_self_contained_argument(parser: Any) -> None:
     """Declare the option of checkpoints that bring the code that opens them."""
     code = "store the code that opens the checkpoint with it: `from_pretrained(…, trust_remote_code=True)` needs no plugin"
     parser.add_argument("--self-contained", action="store_true", help=code)
+
+
+def checked_device(name: str) -> str:
+    """Return a device of `--device`.
+
+    Raises:
+        ValueError: if there is no such device, or PyTorch cannot use it on this machine.
+    """
+    import torch
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ValueError(f"--device {name} is unknown; choose cpu, cuda, cuda:1 or mps, or leave it out.") from None
+    backend = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(kind)
+    if backend is not None and not backend.is_available():
+        raise ValueError(
+            f"--device {name} is not available: PyTorch {torch.__version__} finds no such GPU on this machine. Choose cpu, "
+            "or install the build of PyTorch for your GPU."
+        )
+    return name
 
 
 def default_device() -> str:

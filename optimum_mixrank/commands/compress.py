@@ -89,10 +89,8 @@ on several GPUs:
 
                 auto_map(compressor.model)
             if args.evaluate_on is not None:
-                from ..calibration.images.sources import load_image_dataset
-
-                # A mistake in it must not come to light after all the work.
-                load_image_dataset(args.evaluate_on, split=args.evaluate_split, default_splits=("validation", "test"))
+                # A mistake in images or labels must not come to light after all the work.
+                compressor.check_evaluation(args.evaluate_on, split=args.evaluate_split)
             if run is not None and not args.resume and compressor.processes.is_main:
                 discard(run)
         calibration = None
@@ -116,10 +114,11 @@ on several GPUs:
         self._round_and_evaluate(compressor, model, saved_dtype, config)
         saving = {"self_contained": args.self_contained}
         compressor.save_pretrained(model, args.output, overwrite=args.overwrite, picture=True, checked=True, **saving)
+        self.written = f"The checkpoint in {str(args.output)!r} is complete."
         report = compressor.report
         assert report is not None  # `compress` has made one
         if args.push_to_hub is not None:
-            compressor.push_to_hub(model, args.push_to_hub, token=args.token, **saving)
+            self._push(compressor, model, saving)
         text = (
             f"{format_table(report)}\n\n"
             f"Checkpoint, report and plot of the ranks: {args.output}\n"
@@ -140,8 +139,24 @@ on several GPUs:
             compressor.evaluate(model, args.evaluate_on, split=args.evaluate_split, **call, **reading_arguments(args))
         model.to(dtype)
 
+    def _push(self, compressor: MixRankCompressor, model: PreTrainedModel, saving: dict[str, Any]) -> None:
+        """Upload the model; an error says that the checkpoint on the disk is complete."""
+        output, repo = str(self.args.output), self.args.push_to_hub
+        by_hand = f"`hf upload {repo} {output}` uploads it."
+        self.written += f" It was not uploaded: {by_hand}"
+        try:
+            compressor.push_to_hub(model, repo, token=self.args.token, **saving)
+        except Exception as error:
+            reason = str(error).strip().rstrip(".")
+            raise OSError(
+                f"The checkpoint in {output!r} is complete, but was not uploaded to {repo!r}: {reason}. Later, {by_hand}"
+            ) from error
+        self.written = f"The checkpoint in {output!r} is complete, and it was uploaded."
+
     def advice(self) -> str:
         """See `MixRankSubcommand`."""
+        if self.written:
+            return self.written
         run = unfinished_run(self.args)
         if run is None or not run.is_dir():
             return super().advice()

@@ -27,6 +27,11 @@ ALIASES = {
 }
 """What neighbouring tools call these options."""
 
+_INVALID = re.compile(r"invalid (int|float) value: ('.*')")
+"""What argparse says of a number that it cannot read."""
+
+_NUMBERS = {"int": "a whole number.", "float": "a number."}
+
 _ASCII = str.maketrans(
     {"…": "...", "–": "-", "−": "-", "×": "x", "‖": "||", "±": "+-", "“": '"', "”": '"', "’": "'", "\u00a0": " "}
 )
@@ -56,7 +61,8 @@ class CommandParser(ArgumentParser):
         """End the program with one sentence and the shortest form of the command."""
         required = [action for action in self._actions if action.required]
         usage = [self.prog, *(f"{action.option_strings[0]} {_value(action)}" for action in required), "[options]"]
-        text = message[:1].upper() + message[1:]
+        text = _INVALID.sub(lambda match: f"{match[2]} is not {_NUMBERS[match[1]]}", message)
+        text = text[:1].upper() + text[1:]
         self.exit(2, f"Error: {text}\nUsage: {' '.join(usage)}\nAll options: {self.prog} --help\n")
 
     def _is_option(self, name: str) -> bool:
@@ -100,11 +106,23 @@ def fraction(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give a fraction, such as 0.6.") from None
+        # A percentage, or a decimal comma.
+        number = _number(text.replace("%", "").replace(",", "."))
+        share = None if number is None else number / 100 if "%" in text else number
+        is_clear = share is not None and 0 < share < 1
+        hint = f": did you mean {share:g}?" if is_clear else "; give a fraction, such as 0.6."
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number{hint}") from None
     if 0 < value < 1:
         return value
     meant = f": did you mean {value / 100:g}?" if 5 <= value < 100 else "; give a fraction, such as 0.6."
     raise argparse.ArgumentTypeError(f"{text} is not in (0, 1){meant}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 _NUMBER = re.compile(r"(\d{1,3}(?:,\d{3})+|[\d_]*\.?\d+(?:e\d{1,2})?)\s?([kmbg]?)", re.IGNORECASE)

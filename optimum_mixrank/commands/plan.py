@@ -88,6 +88,10 @@ example:
         calibration = Calibration({}, 0)
         if needed:
             calibration = take_statistics(args, compressor, config, images)
+            if args.statistics is not None:
+                self.written = (
+                    f"The statistics are in {str(args.statistics)!r}, which the same command reads next time."
+                )
         elif reuse:
             calibration = read_statistics(args, compressor, config, images)
         profile = compressor.profile(calibration, config, sorted({*ratios, *measured}))
