@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from optimum.commands.base import BaseOptimumCLICommand
 
 from .hub import add_hub_arguments, hub_arguments
-from .parsing import CommandParser, printable
+from .parsing import CommandParser, name_values, printable, short_usage
 
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class MixRankSubcommand(BaseOptimumCLICommand):
         add("--quiet", action="store_true", help="show errors only, and no progress bars")
         add("--verbose", action="store_true", help="show more messages, including those of Transformers")
         add("--debug", action="store_true", help="show the traceback of an error")
+        name_values(parser)
+        parser.usage = short_usage(parser)
 
     def run(self) -> None:
         """Execute the command; an error becomes one sentence on stderr and exit code 1, an interruption code 130."""
@@ -130,12 +132,10 @@ class MixRankSubcommand(BaseOptimumCLICommand):
 def _sentence(error: Exception) -> str:
     """Return the message of an error; some have none, or one that says nothing without the kind of the error."""
     if isinstance(error, MemoryError):
-        return (
-            f"The memory is not enough ({str(error) or 'MemoryError'}). Give a smaller --batch-size, or --max-memory."
-        )
+        return f"There is not enough memory ({str(error) or 'MemoryError'}). Use a smaller --batch-size, or set --max-memory."
     if isinstance(error, KeyError):
         return f"{type(error).__name__}: {error}"
-    return str(error).strip() or f"{type(error).__name__}, which gives no reason; --debug shows where it came from."
+    return str(error).strip() or f"{type(error).__name__} without a message; --debug shows where it comes from."
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
@@ -143,8 +143,8 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--batch-size", type=int, default=32, help="images per forward pass; default: 32")
     add("--num-workers", type=int, default=0, help="processes that decode images; default: 0")
-    add("--max-broken-share", type=float, default=0.05, help="tolerated share of broken images; default: 0.05")
-    pixels = "most pixels of an image, larger ones count as broken; default: Pillow's limit, 89 million"
+    add("--max-broken-share", type=float, default=0.05, help="share of images that may be broken; default: 0.05")
+    pixels = "pixels that an image may have, above which it counts as broken; default: Pillow's limit, 89 million"
     add("--max-image-pixels", type=int, help=pixels)
     add("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
     add("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
@@ -204,7 +204,9 @@ def add_output_arguments(parser: ArgumentParser, what: str) -> None:
 
 def add_self_contained_argument(parser: Any) -> None:
     """Declare the option of checkpoints that bring the code that opens them."""
-    code = "store the code that opens the checkpoint with it: `from_pretrained(…, trust_remote_code=True)` needs no plugin"
+    code = (
+        "store the code that opens the checkpoint in it: `from_pretrained(…, trust_remote_code=True)` needs no plugin"
+    )
     parser.add_argument("--self-contained", action="store_true", help=code)
 
 

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 class CompressCommand(MixRankSubcommand):
-    """Compress a model, given a folder of images."""
+    """Compress a model, using a folder of images."""
 
-    description = """Compress a ViT, DeiT or Swin. This needs images, but no labels.
+    description = """Compress a Vision Transformer. This needs images, but no labels.
 
 examples:
   optimum-cli mixrank compress --model facebook/deit-base-patch16-224 --dataset path/to/images --ratio 0.6 --output out
@@ -51,19 +51,19 @@ on several GPUs:
         add("--model", required=True, help="local folder or Hub id")
         add_output_arguments(parser, "compressed")
         add_model_arguments(parser)
-        add("--evaluate-on", metavar="DATASET", help="labelled images to evaluate the result on")
+        add("--evaluate-on", metavar="DATASET", help="labelled images on which to evaluate the result")
         add("--evaluate-split", metavar="SPLIT", help="default: validation, test, or the only one")
         add_self_contained_argument(parser)
         add("--push-to-hub", metavar="REPO", help="upload the result to this repository")
-        dtypes = "float32, float16, bfloat16, or auto (default), the shorter of the original's and --dtype"
+        dtypes = "float32, float16, bfloat16, or auto (default): the original's or --dtype, whichever has fewer bits"
         add("--save-dtype", default="auto", metavar="DTYPE", help=f"dtype of the compressed checkpoint: {dtypes}")
-        limit = "limit on memory besides the model, such as 8GiB; makes several passes where one would need more"
+        limit = "limit on memory in addition to the model, such as 8GiB; takes several passes if one would need more"
         add("--max-memory", metavar="SIZE", help=limit)
         add_statistics_argument(parser)
         add = parser.add_argument_group("interrupted runs").add_argument
         resume = "continue where the same command was interrupted (default), or start over"
         add("--resume", action=BooleanOptionalAction, default=True, help=resume)
-        save = "how often to save progress, in OUTPUT.unfinished beside the output; default: 60, 0 for never"
+        save = "how often to save progress, in OUTPUT.unfinished next to the output; default: 60; 0: never"
         add("--save-interval", type=float, default=60.0, metavar="SECONDS", help=save)
         add_field_arguments(parser)
 
@@ -187,9 +187,9 @@ def check_images(config: MixRankConfig, reuse: bool) -> None:
                 "which loses more accuracy."
             )
         raise ValueError(
-            "--dataset is missing: name a folder of images, which need no labels. Without any there is only --metric svd "
-            "--compensation none, which hardly ever keeps a usable model: at half of the parameters, a ViT-S falls from "
-            "87.4 % to 10 % top-1."
+            "--dataset is missing: name a folder of images, which need no labels. Without images, only --metric svd "
+            "--compensation none works, which hardly ever leaves a usable model: with half of its parameters, a ViT-S falls "
+            "from 87.4 % to 10 % top-1."
         )
 
 

@@ -59,11 +59,9 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str) -> Any:
         """End the program with one sentence and the shortest form of the command."""
-        required = [action for action in self._actions if action.required]
-        usage = [self.prog, *(f"{action.option_strings[0]} {_value(action)}" for action in required), "[options]"]
         text = _INVALID.sub(lambda match: f"{match[2]} is not {_NUMBERS[match[1]]}", message)
         text = text[:1].upper() + text[1:]
-        self.exit(2, f"Error: {text}\nUsage: {' '.join(usage)}\nAll options: {self.prog} --help\n")
+        self.exit(2, f"Error: {text}\nUsage: {short_usage(self)}\nAll options: {self.prog} --help\n")
 
     def _is_option(self, name: str) -> bool:
         known = [each for action in self._actions for each in action.option_strings]
@@ -89,6 +87,21 @@ class CommandParser(ArgumentParser):
         # argparse prints help and errors through this method.
         stream = sys.stderr if file is None else file
         super()._print_message(printable(message, stream), stream)
+
+
+def short_usage(parser: ArgumentParser) -> str:
+    """Return the shortest form of a command: its required options."""
+    required = [f"{action.option_strings[0]} {_value(action)}" for action in parser._actions if action.required]
+    return " ".join([parser.prog, *required, "[options]"])
+
+
+def name_values(parser: ArgumentParser) -> None:
+    """Give the values of options short names for `--help`, where `add_argument` has not named them."""
+    for action in parser._actions:
+        if action.metavar is None and action.nargs != 0 and action.option_strings:
+            last_word = action.dest.rpartition("_")[2].upper()
+            names = {int: "N", float: "N", count: "N", fraction: "RATIO"}
+            action.metavar = names.get(action.type, "NAME" if action.nargs == "+" else last_word)  # type: ignore[arg-type]
 
 
 def printable(text: str, stream: Any) -> str:
