@@ -16,6 +16,7 @@ are the same in all releases and for all heads.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -337,7 +338,7 @@ def match_values(targets: Sequence[Target], pattern: Mapping[str, Value], field:
         matched = _matching(targets, matching(field, key, _names(targets), ends=True))
         if not matched:
             raise ValueError(
-                f"{field} has the key {quote(key)}, which matches no targeted layer. {_examples(targets)}"
+                f"{field} has the key {quote(key)}, which matches no targeted layer. {_examples(targets, key)}"
             )
         for target in matched:
             values.setdefault(target.canonical_name, value)
@@ -356,7 +357,9 @@ def _select(linears: Sequence[Target], patterns: str | Sequence[str], field: str
             names = {name for name in _names(linears) if is_end(name, pattern)}
         matched = _matching(linears, names)
         if not matched:
-            raise ValueError(f"{field} has {quote(pattern)}, which matches no linear layer. {_examples(linears)}")
+            raise ValueError(
+                f"{field} has {quote(pattern)}, which matches no linear layer. {_examples(linears, pattern)}"
+            )
         selected.update(target.name for target in matched)
     return [target for target in linears if target.name in selected]
 
@@ -369,6 +372,9 @@ def _matching(targets: Sequence[Target], names: set[str]) -> list[Target]:
     return [target for target in targets if target.name in names or target.canonical_name in names]
 
 
-def _examples(linears: Sequence[Target]) -> str:
+def _examples(linears: Sequence[Target], wanted: str) -> str:
+    """Return the names of the layers, and which of their parts the last part of a name resembles."""
     kinds = dict.fromkeys(re.sub(r"\d+", "*", target.canonical_name) for target in linears)
-    return f"Layers are called {', '.join(kinds)}."
+    parts = dict.fromkeys(part for kind in kinds for part in kind.split("."))
+    near = difflib.get_close_matches(wanted.split(".")[-1], parts, n=1, cutoff=0.7)
+    return f"Layers are called {', '.join(kinds)}.{f' Did you mean {near[0]!r}?' if near else ''}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..runtime.files import is_local_path
+from ..runtime.files import is_local_path, similar_paths
 from ..runtime.formatting import quote, shorten
 from .rank_map import QUANT_METHOD
 from .self_contained import refers_here
@@ -40,11 +39,16 @@ def read_config(path: str | Path, hub_kwargs: dict[str, Any]) -> Any:
     except ImportError:
         raise
     except OSError as error:
-        near = "" if Path(path).expanduser().exists() else _similar_folders(str(path))
+        near = "" if Path(path).expanduser().exists() else similar_paths(str(path), folders_only=True)
         if not near:
             raise
         raise OSError(f"{error} There is no local folder {str(path)!r} either; {near}") from error
     except Exception as error:
+        folder = Path(path).expanduser()
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise ValueError(
+                f"The folder {str(path)!r} holds no config.json; name the folder of a model saved by `save_pretrained`."
+            ) from error
         reason = shorten(" ".join(str(error).split()) or type(error).__name__, 600)
         raise ValueError(
             f"The config.json of {str(path)!r} cannot be read: {_odd_field(path, hub_kwargs) or reason}"
@@ -79,16 +83,8 @@ def check_exists(path: str | Path) -> None:
     found = "is a file" if folder.exists() else "does not exist"
     if not folder.parent.is_dir():
         found += f", nor does the folder {str(folder.parent)!r}"
-    hint = _similar_folders(name) or "give a folder with a config.json, or a Hub id."
+    hint = similar_paths(name, folders_only=True) or "give a folder with a config.json, or a Hub id."
     raise FileNotFoundError(f"The model {name!r} {found}; {hint}")
-
-
-def _similar_folders(name: str) -> str:
-    """Return a question that names the folders beside a missing one whose names are similar; empty if there are none."""
-    folder = Path(name).expanduser()
-    siblings = sorted(each.name for each in folder.parent.iterdir() if each.is_dir()) if folder.parent.is_dir() else []
-    near = [repr(str(Path(name).parent / each)) for each in difflib.get_close_matches(folder.name, siblings, n=3)]
-    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def _odd_field(path: str | Path, hub_kwargs: dict[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.formatting import format_milliseconds
-from .command import MixRankSubcommand, add_hub_arguments, default_device, load_checkpoint
+from .command import MixRankSubcommand, add_hub_arguments, checked_device, default_device, load_checkpoint
 
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class BenchmarkCommand(MixRankSubcommand):
 
     description = """Time a compressed model and a dense one in turns on the same machine, and measure their memory.
 
-The images are random, because the time does not depend on what they show.
+The images are random, since the time does not depend on their content.
 
 examples:
   optimum-cli mixrank benchmark --model out
@@ -46,22 +46,27 @@ With --table, time the layers of a dense model instead, at several ranks and wid
         add(
             "--model", required=True, help="compressed checkpoint, or with --table a dense one: local folder or Hub id"
         )
-        add("--table", type=Path, metavar="FILE", help="table of latencies to write, as JSON; replaces the comparison")
+        add(
+            "--table",
+            type=Path,
+            metavar="FILE",
+            help="write a table of latencies to this JSON file instead of comparing two models",
+        )
         runtime = "with --table, what runs the layers: eager (default), compile (the same as --compile) or onnxruntime"
         add("--runtime", help=runtime)
         add(
             "--reference",
             help="dense checkpoint to compare with; default: the compressed model with its factors multiplied",
         )
-        batches = "images per forward pass; default: 1 32, and 1 with --table, which takes a single value"
+        batches = "images per forward pass; default: 1 32, or 1 with --table, which takes a single value"
         add("--batch-size", type=int, nargs="+", help=batches)
         add("--image-size", type=int, help="height and width of the images in pixels; default: that of the model")
-        interpolate = "interpolate position embeddings; default: where --image-size is given and the model can"
+        interpolate = "interpolate position embeddings; default: if --image-size is given and the model can"
         add("--interpolate-pos-encoding", action=BooleanOptionalAction, default=None, help=interpolate)
         add("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
         add("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
         add("--threads", type=int, help="number of CPU threads; default: PyTorch's choice")
-        repeats = "timed repetitions of each model, at least 6; default: 20, and 9 with --table"
+        repeats = "timed repetitions of each model, at least 6; default: 20, or 9 with --table"
         add("--repeats", type=int, help=repeats)
         add("--warmup", type=int, default=3, help="forward passes before the timed ones; default: 3")
         add("--compile", action="store_true", help="compile both models with torch.compile")
@@ -146,7 +151,7 @@ With --table, time the layers of a dense model instead, at several ranks and wid
 
         args = self.args
         check_writable_file(args.table)
-        device = torch.device(args.device or default_device())
+        device = torch.device(checked_device(args.device or default_device()))
         runtime = args.runtime or ("compile" if args.compile else "eager")
         check_runtime(runtime, device)
         if args.threads is not None:
@@ -194,7 +199,7 @@ With --table, time the layers of a dense model instead, at several ranks and wid
             raise ValueError(
                 f"--model {args.model!r} is a dense checkpoint; name what to compare with by --reference."
             )
-        device = args.device or default_device()
+        device = checked_device(args.device or default_device())
         return {MODEL: model.to(device).eval(), REFERENCE: reference.to(device).eval()}
 
     def _inputs(self, model: PreTrainedModel) -> tuple[Sequence[int], dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from optimum.commands.base import BaseOptimumCLICommand
 
 from .hub import add_hub_arguments, hub_arguments
-from .parsing import CommandParser, printable
+from .parsing import CommandParser, name_values, printable, short_usage
 
 
 if TYPE_CHECKING:
@@ -38,11 +38,13 @@ class MixRankSubcommand(BaseOptimumCLICommand):
         description: Text for `--help`, with examples.
         shares_work: Whether several processes, as `accelerate launch` starts them, share the work; otherwise only the
             main process works.
+        written: What to say after an interruption, once something was written.
         exit_code: Of a command that ran through; one that has found something wrong sets it.
     """
 
     description: ClassVar[str]
     shares_work: ClassVar[bool] = False
+    written: str = ""
     exit_code: int = 0
 
     @classmethod
@@ -56,7 +58,7 @@ class MixRankSubcommand(BaseOptimumCLICommand):
 
     def advice(self) -> str:
         """Return what to tell the user after an interruption."""
-        return "Nothing was overwritten."
+        return self.written or "Nothing was overwritten."
 
     def parse_args(self, parser: ArgumentParser) -> None:
         """See `BaseOptimumCLICommand`."""
@@ -69,6 +71,8 @@ class MixRankSubcommand(BaseOptimumCLICommand):
         add("--quiet", action="store_true", help="show errors only, and no progress bars")
         add("--verbose", action="store_true", help="show more messages, including those of Transformers")
         add("--debug", action="store_true", help="show the traceback of an error")
+        name_values(parser)
+        parser.usage = short_usage(parser)
 
     def run(self) -> None:
         """Execute the command; an error becomes one sentence on stderr and exit code 1, an interruption code 130."""
@@ -128,12 +132,10 @@ class MixRankSubcommand(BaseOptimumCLICommand):
 def _sentence(error: Exception) -> str:
     """Return the message of an error; some have none, or one that says nothing without the kind of the error."""
     if isinstance(error, MemoryError):
-        return (
-            f"The memory is not enough ({str(error) or 'MemoryError'}). Give a smaller --batch-size, or --max-memory."
-        )
+        return f"There is not enough memory ({str(error) or 'MemoryError'}). Use a smaller --batch-size, or set --max-memory."
     if isinstance(error, KeyError):
         return f"{type(error).__name__}: {error}"
-    return str(error).strip() or f"{type(error).__name__}, which gives no reason; --debug shows where it came from."
+    return str(error).strip() or f"{type(error).__name__} without a message; --debug shows where it comes from."
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
@@ -141,8 +143,8 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--batch-size", type=int, default=32, help="images per forward pass; default: 32")
     add("--num-workers", type=int, default=0, help="processes that decode images; default: 0")
-    add("--max-broken-share", type=float, default=0.05, help="tolerated share of broken images; default: 0.05")
-    pixels = "most pixels of an image, larger ones count as broken; default: Pillow's limit, 89 million"
+    add("--max-broken-share", type=float, default=0.05, help="share of images that may be broken; default: 0.05")
+    pixels = "pixels that an image may have, above which it counts as broken; default: Pillow's limit, 89 million"
     add("--max-image-pixels", type=int, help=pixels)
     add("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
     add("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
@@ -171,8 +173,9 @@ def place_of(args: Any) -> str | torch.device:
 
     # Each of several processes has its own GPU, which "cuda" then refers to.
     processes = find_processes()
-    device: str | torch.device = args.device or (default_device() if processes.is_single else processes.device)
-    return device
+    if args.device is None:
+        return default_device() if processes.is_single else processes.device
+    return checked_device(args.device)
 
 
 def load_checkpoint(
@@ -201,8 +204,31 @@ def add_output_arguments(parser: ArgumentParser, what: str) -> None:
 
 def add_self_contained_argument(parser: Any) -> None:
     """Declare the option of checkpoints that bring the code that opens them."""
-    code = "store the code that opens the checkpoint with it: `from_pretrained(…, trust_remote_code=True)` needs no plugin"
+    code = (
+        "store the code that opens the checkpoint in it: `from_pretrained(…, trust_remote_code=True)` needs no plugin"
+    )
     parser.add_argument("--self-contained", action="store_true", help=code)
+
+
+def checked_device(name: str) -> str:
+    """Return a device of `--device`.
+
+    Raises:
+        ValueError: if there is no such device, or PyTorch cannot use it on this machine.
+    """
+    import torch
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ValueError(f"--device {name} is unknown; choose cpu, cuda, cuda:1 or mps, or leave it out.") from None
+    backend = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(kind)
+    if backend is not None and not backend.is_available():
+        raise ValueError(
+            f"--device {name} is not available: PyTorch {torch.__version__} finds no such GPU on this machine. Choose cpu, "
+            "or install the build of PyTorch for your GPU."
+        )
+    return name
 
 
 def default_device() -> str:

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 class CompressCommand(MixRankSubcommand):
-    """Compress a model, given a folder of images."""
+    """Compress a model, using a folder of images."""
 
-    description = """Compress a ViT, DeiT or Swin. This needs images, but no labels.
+    description = """Compress a Vision Transformer. This needs images, but no labels.
 
 examples:
   optimum-cli mixrank compress --model facebook/deit-base-patch16-224 --dataset path/to/images --ratio 0.6 --output out
@@ -51,19 +51,19 @@ on several GPUs:
         add("--model", required=True, help="local folder or Hub id")
         add_output_arguments(parser, "compressed")
         add_model_arguments(parser)
-        add("--evaluate-on", metavar="DATASET", help="labelled images to evaluate the result on")
+        add("--evaluate-on", metavar="DATASET", help="labelled images on which to evaluate the result")
         add("--evaluate-split", metavar="SPLIT", help="default: validation, test, or the only one")
         add_self_contained_argument(parser)
         add("--push-to-hub", metavar="REPO", help="upload the result to this repository")
-        dtypes = "float32, float16, bfloat16, or auto (default), the shorter of the original's and --dtype"
+        dtypes = "float32, float16, bfloat16, or auto (default): the original's or --dtype, whichever has fewer bits"
         add("--save-dtype", default="auto", metavar="DTYPE", help=f"dtype of the compressed checkpoint: {dtypes}")
-        limit = "limit on memory besides the model, such as 8GiB; makes several passes where one would need more"
+        limit = "limit on memory in addition to the model, such as 8GiB; takes several passes if one would need more"
         add("--max-memory", metavar="SIZE", help=limit)
         add_statistics_argument(parser)
         add = parser.add_argument_group("interrupted runs").add_argument
         resume = "continue where the same command was interrupted (default), or start over"
         add("--resume", action=BooleanOptionalAction, default=True, help=resume)
-        save = "how often to save progress, in OUTPUT.unfinished beside the output; default: 60, 0 for never"
+        save = "how often to save progress, in OUTPUT.unfinished next to the output; default: 60; 0: never"
         add("--save-interval", type=float, default=60.0, metavar="SECONDS", help=save)
         add_field_arguments(parser)
 
@@ -89,10 +89,8 @@ on several GPUs:
 
                 auto_map(compressor.model)
             if args.evaluate_on is not None:
-                from ..calibration.images.sources import load_image_dataset
-
-                # A mistake in it must not come to light after all the work.
-                load_image_dataset(args.evaluate_on, split=args.evaluate_split, default_splits=("validation", "test"))
+                # A mistake in images or labels must not come to light after all the work.
+                compressor.check_evaluation(args.evaluate_on, split=args.evaluate_split)
             if run is not None and not args.resume and compressor.processes.is_main:
                 discard(run)
         calibration = None
@@ -116,10 +114,11 @@ on several GPUs:
         self._round_and_evaluate(compressor, model, saved_dtype, config)
         saving = {"self_contained": args.self_contained}
         compressor.save_pretrained(model, args.output, overwrite=args.overwrite, picture=True, checked=True, **saving)
+        self.written = f"The checkpoint in {str(args.output)!r} is complete."
         report = compressor.report
         assert report is not None  # `compress` has made one
         if args.push_to_hub is not None:
-            compressor.push_to_hub(model, args.push_to_hub, token=args.token, **saving)
+            self._push(compressor, model, saving)
         text = (
             f"{format_table(report)}\n\n"
             f"Checkpoint, report and plot of the ranks: {args.output}\n"
@@ -140,8 +139,24 @@ on several GPUs:
             compressor.evaluate(model, args.evaluate_on, split=args.evaluate_split, **call, **reading_arguments(args))
         model.to(dtype)
 
+    def _push(self, compressor: MixRankCompressor, model: PreTrainedModel, saving: dict[str, Any]) -> None:
+        """Upload the model; an error says that the checkpoint on the disk is complete."""
+        output, repo = str(self.args.output), self.args.push_to_hub
+        by_hand = f"`hf upload {repo} {output}` uploads it."
+        self.written += f" It was not uploaded: {by_hand}"
+        try:
+            compressor.push_to_hub(model, repo, token=self.args.token, **saving)
+        except Exception as error:
+            reason = str(error).strip().rstrip(".")
+            raise OSError(
+                f"The checkpoint in {output!r} is complete, but was not uploaded to {repo!r}: {reason}. Later, {by_hand}"
+            ) from error
+        self.written = f"The checkpoint in {output!r} is complete, and it was uploaded."
+
     def advice(self) -> str:
         """See `MixRankSubcommand`."""
+        if self.written:
+            return self.written
         run = unfinished_run(self.args)
         if run is None or not run.is_dir():
             return super().advice()
@@ -172,9 +187,9 @@ def check_images(config: MixRankConfig, reuse: bool) -> None:
                 "which loses more accuracy."
             )
         raise ValueError(
-            "--dataset is missing: name a folder of images, which need no labels. Without any there is only --metric svd "
-            "--compensation none, which hardly ever keeps a usable model: at half of the parameters, a ViT-S falls from "
-            "87.4 % to 10 % top-1."
+            "--dataset is missing: name a folder of images, which need no labels. Without images, only --metric svd "
+            "--compensation none works, which hardly ever leaves a usable model: with half of its parameters, a ViT-S falls "
+            "from 87.4 % to 10 % top-1."
         )
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class EvaluateCommand(MixRankSubcommand):
     """Compare the predictions of a checkpoint with those of another."""
 
-    description = """Compare a compressed checkpoint with its original, by what the models return: classes, boxes,
-masks, depth, embeddings or features. Accuracy needs labels; all else needs images alone.
+    description = """Compare a compressed checkpoint with its original by what the models return: classes, boxes, masks, depth,
+embeddings or features. Accuracy needs labels; everything else needs images alone.
 
 example:
   optimum-cli mixrank evaluate --model out --reference facebook/deit-base-patch16-224 --dataset path/to/labelled/images
@@ -39,16 +39,32 @@ Two compressed checkpoints can be compared in the same way.
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """See `MixRankSubcommand`."""
         add = parser.add_argument
-        add("--model", required=True, help="compressed (or any) checkpoint: local folder or Hub id")
-        add("--reference", required=True, help="the original, or what else to compare with: local folder or Hub id")
-        add("--dataset", required=True, help="images, with labels if accuracy is to be measured")
-        add("--split", help="default: validation, test, or the only one")
-        add("--image-column", help="default: the only image column")
-        add("--label-column", help="default: label or labels, if there is one")
+        add("--model", required=True, help="checkpoint to evaluate, usually a compressed one: local folder or Hub id")
+        add(
+            "--reference",
+            required=True,
+            help="checkpoint to compare it with, usually the original: local folder or Hub id",
+        )
+        add(
+            "--dataset",
+            required=True,
+            help="images: local folder, parquet file or folder, or Hub id; with labels to measure accuracy",
+        )
+        add("--split", help="split of the dataset; default: validation, test, or the only one")
+        add("--image-column", help="column of the images; default: the only image column")
+        add("--label-column", help="column of the labels; default: label or labels, if there is one")
         add("--num-samples", type=int, help="number of images to draw; default: all")
         add("--seed", type=int, default=42, help="seed of that draw; default: 42")
-        add("--output-names", nargs="+", help="outputs to compare, such as predicted_depth; default: by structure")
-        add("--interpolate-pos-encoding", action="store_true", help="for images of another size than the models'")
+        add(
+            "--output-names",
+            nargs="+",
+            help="outputs to compare, such as predicted_depth; default: those of its kind of model",
+        )
+        add(
+            "--interpolate-pos-encoding",
+            action="store_true",
+            help="interpolate position embeddings, for images of another size than the models'",
+        )
         add_model_arguments(parser)
 
     def execute(self) -> tuple[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from .images import add_image_arguments, read_images
 class ExportCommand(MixRankSubcommand):
     """Write a checkpoint for another runtime."""
 
-    description = """Write a checkpoint, compressed or dense, as a file for ONNX Runtime or OpenVINO.
+    description = """Export a checkpoint, compressed or dense, to ONNX Runtime, OpenVINO, ExecuTorch or torch.export.
 
 The file takes batches of any size, and the configurations of the model and of its image processor are written beside it.
 With --int8, weights are stored in 8 bits; given images, activations are quantized too, to ranges found on these.
@@ -34,7 +34,11 @@ examples:
         add("--output", type=Path, required=True, help="folder for the exported model")
         add("--runtime", default="onnx", help=f"{', '.join(RUNTIMES)}; default: onnx")
         add("--int8", action="store_true", help="store weights in 8 bits (onnx and openvino)")
-        add("--plain-factors", action="store_true", help="faster and larger: pivoted layers as plain factors")
+        add(
+            "--plain-factors",
+            action="store_true",
+            help="export pivoted layers as plain factors, which are faster and larger",
+        )
         add("--overwrite", action="store_true", help="replace what the output folder holds")
         add_image_arguments(parser, "to find the ranges of 8-bit activations with", 128)
         add_hub_arguments(parser)

@@ -33,50 +33,72 @@ FIELDS: dict[str, Field] = {
     ),
     "compression_scope": Field("scope", str, "what the ratio refers to: model (default) or targets"),
     "target_parameters": Field(
-        "target-parameters", count, "most parameters of the whole compressed model, such as 22M; in place of --ratio"
+        "target-parameters",
+        count,
+        "largest number of parameters of the compressed model, such as 22M; instead of --ratio",
     ),
-    "like": Field("like", str, "model whose number of parameters to meet, a Hub id or folder; in place of --ratio"),
+    "like": Field(
+        "like", str, "model whose number of parameters to match: local folder or Hub id; instead of --ratio"
+    ),
     "recipe": Field("recipe", str, "best (default), distilled, fast, paper or paper_second_moment"),
     "metric": Field("metric", str, "kfac, second_moment, mean_input, diagonal or svd"),
     "allocation": Field("allocation", str, "global, greedy or uniform"),
     "layout": Field("layout", str, "pivoted or factors"),
-    "compensation": Field("compensation", list, "steps: sequential, residual, blocks, distillation; or none"),
-    "structures": Field("structures", list, "what layers may become: rank, shared, width; default: by the recipe"),
-    "held_out_ratio": Field("held-out-ratio", float, "share of images held out to judge compensation; default: 0.1"),
-    "mirror": Field("mirror", bool, "also learn from mirrored images; default: yes"),
-    "epochs": Field("epochs", int, "epochs of steps that train; default: 10"),
-    "learning_rate": Field("learning-rate", float, "relative learning rate of steps that train; default: 5e-4"),
-    "train_batch_size": Field("train-batch-size", int, "batch size of steps that train; default: 64"),
-    "view_scale": Field("view-scale", float, "size of images to crop, relative to the model's input; default: 2"),
+    "compensation": Field(
+        "compensation", list, "steps of repair: sequential, residual, blocks, distillation; or none"
+    ),
+    "structures": Field("structures", list, "what layers may become: rank, shared, width; default: set by the recipe"),
+    "held_out_ratio": Field("held-out-ratio", float, "share of images held out to check compensation; default: 0.1"),
+    "mirror": Field("mirror", bool, "also use mirrored images; default: yes"),
+    "epochs": Field("epochs", int, "epochs of the steps that train; default: 10"),
+    "learning_rate": Field("learning-rate", float, "relative learning rate of the steps that train; default: 5e-4"),
+    "train_batch_size": Field("train-batch-size", int, "batch size of the steps that train; default: 64"),
+    "view_scale": Field(
+        "view-scale", float, "size of the images that are cropped, relative to the model's input; default: 2"
+    ),
     "fisher_samples": Field("fisher-samples", int, "random probes per image for kfac; default: 1"),
-    "probed_images": Field("probed-images", int, "images on which predicted losses are measured; 0 for none"),
+    "probed_images": Field("probed-images", int, "number of images on which predicted losses are measured; 0: none"),
     "closed_form_images": Field(
-        "closed-form-images", int, "images for statistics and layer-wise steps; default: all, 2048 of distilled"
+        "closed-form-images",
+        int,
+        "number of images for statistics and layer-wise steps; default: all, or 2048 with --recipe distilled",
     ),
     "target_modules": Field("target-modules", list, "layers to compress; default: all linear layers of the encoder"),
     "include": Field(
         "include",
         list,
-        "compress also: patch_embedding, pointwise_convolutions, pooling, heads, projections; default: none",
+        "also compress patch_embedding, pointwise_convolutions, pooling, heads, projections; default: none",
     ),
     "exclude_modules": Field("exclude-modules", list, "layers not to compress"),
     "rank_pattern": Field("rank-pattern", pattern, "ranks of individual layers, such as query=64"),
     "ratio_pattern": Field("ratio-pattern", pattern, "ratios of individual layers, such as query=0.5"),
-    "rank_multiple": Field("rank-multiple", int, "ranks are multiples of this; default: 1, or by the table"),
+    "rank_multiple": Field(
+        "rank-multiple", int, "make ranks multiples of this; default: 1, or as the latency table says"
+    ),
     "min_rank": Field("min-rank", int, "smallest rank; default: 1"),
     "min_rank_ratio": Field("min-rank-ratio", float, "smallest rank as a share of the break-even rank"),
     "max_rank_ratio": Field("max-rank-ratio", float, "largest rank as a share of the break-even rank"),
     "output_names": Field(
-        "output-names", list, "outputs of the model to compare, such as predicted_depth; default: by structure"
+        "output-names",
+        list,
+        "outputs of the model to compare, such as predicted_depth; default: those of its kind of model",
     ),
-    "interpolate_pos_encoding": Field("interpolate-pos-encoding", bool, "for images of another size than the model's"),
+    "interpolate_pos_encoding": Field(
+        "interpolate-pos-encoding",
+        bool,
+        "interpolate position embeddings, for images of another size than the model's",
+    ),
     "cost": Field("cost", str, "what the budget counts: parameters (default), flops or latency"),
-    "latency_table": Field("latency-table", str, "file of `benchmark --table`, for --cost latency"),
+    "latency_table": Field("latency-table", str, "file written by `benchmark --table`, for --cost latency"),
     "target_latency": Field(
-        "target-latency", fraction, "most time of the whole model, as a share of the dense one's; in place of --ratio"
+        "target-latency",
+        fraction,
+        "time that the compressed model may take, as a share of the original's; instead of --ratio",
     ),
     "dataset": Field("dataset", str, "images: local folder, parquet file or folder, or Hub id"),
-    "num_samples": Field("num-samples", int, "number of calibration images to draw; default: 512, 10000 of distilled"),
+    "num_samples": Field(
+        "num-samples", int, "number of calibration images to draw; default: 512, or 10000 with --recipe distilled"
+    ),
     "seed": Field("seed", int, "seed of all random numbers; default: 42"),
 }
 """Options by the field they set."""

@@ -13,9 +13,11 @@ def add_hub_arguments(parser: ArgumentParser, runs_code: bool = True) -> None:
     add("--token", help="access token; not needed after `hf auth login`")
     add("--cache-dir", help="folder for downloads")
     if runs_code:
-        named = "class to open the checkpoint with: one of Transformers, or package.module.Class; default: the one it names"
+        named = (
+            "class that opens the checkpoint: one of Transformers, or package.module.Class; default: as in config.json"
+        )
         add("--auto-class", metavar="CLASS", help=named)
-        add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+        add("--trust-remote-code", action="store_true", help="run the code that comes with the checkpoint")
 
 
 def hub_arguments(args: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ def add_image_arguments(parser: ArgumentParser, purpose: str, num_samples: int) 
     """Declare the options of `read_images`."""
     add = parser.add_argument
     add("--dataset", help=f"images {purpose}: local folder or Hub id")
-    add("--split", help="default: the usual one, or the only one")
-    add("--image-column", help="default: the only image column")
+    add("--split", help="split of the dataset; default: the usual one, or the only one")
+    add("--image-column", help="column of the dataset; default: the only image column")
     add("--num-samples", type=int, default=num_samples, help=f"number of images to draw; default: {num_samples}")
     add("--seed", type=int, default=42, help="seed of that draw; default: 42")
     add("--batch-size", type=int, default=8, help="images per forward pass; default: 8")

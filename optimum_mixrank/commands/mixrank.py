@@ -22,20 +22,20 @@ class MixRankCommand(BaseOptimumCLICommand):
     """`optimum-cli mixrank`."""
 
     COMMAND = CommandInfo("mixrank", "Compress Vision Transformers by activation-aware mixed-rank factorization.")
-    DESCRIPTION = """Make Vision Transformers smaller, given a folder of images without labels.
+    DESCRIPTION = """Make Vision Transformers smaller and faster, using a folder of unlabelled images.
 
-Start with `compress`; `inspect`, `evaluate` and `benchmark` show what came out."""
+Start with `compress`; then `inspect`, `evaluate` and `benchmark` show the result."""
     SUBCOMMANDS = (
-        CommandInfo("compress", "Compress a model, given a folder of images.", CompressCommand),
-        CommandInfo("plan", "Predict the loss at several budgets, without compressing.", PlanCommand),
+        CommandInfo("compress", "Compress a model, using a folder of images.", CompressCommand),
+        CommandInfo("plan", "Predict the loss at several ratios without compressing.", PlanCommand),
         CommandInfo("evaluate", "Compare the predictions of a compressed model with the original's.", EvaluateCommand),
-        CommandInfo("benchmark", "Compare time and memory of a compressed model with a dense one.", BenchmarkCommand),
+        CommandInfo("benchmark", "Compare a compressed model with a dense one in time and memory.", BenchmarkCommand),
         CommandInfo(
             "inspect", "Show what a compressed checkpoint holds, without loading its weights.", InspectCommand
         ),
         CommandInfo("merge", "Turn a compressed checkpoint into a dense one that needs no plugin.", MergeCommand),
-        CommandInfo("export", "Write a file for ONNX Runtime or OpenVINO, in float32 or int8.", ExportCommand),
-        CommandInfo("verify", "Check that an exported model computes what its source does.", VerifyCommand),
+        CommandInfo("export", "Export to ONNX Runtime, OpenVINO or ExecuTorch.", ExportCommand),
+        CommandInfo("verify", "Check that an exported model gives the outputs of its checkpoint.", VerifyCommand),
     )
 
     @staticmethod

@@ -27,6 +27,11 @@ ALIASES = {
 }
 """What neighbouring tools call these options."""
 
+_INVALID = re.compile(r"invalid (int|float) value: ('.*')")
+"""What argparse says of a number that it cannot read."""
+
+_NUMBERS = {"int": "a whole number.", "float": "a number."}
+
 _ASCII = str.maketrans(
     {"…": "...", "–": "-", "−": "-", "×": "x", "‖": "||", "±": "+-", "“": '"', "”": '"', "’": "'", "\u00a0": " "}
 )
@@ -54,10 +59,9 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str) -> Any:
         """End the program with one sentence and the shortest form of the command."""
-        required = [action for action in self._actions if action.required]
-        usage = [self.prog, *(f"{action.option_strings[0]} {_value(action)}" for action in required), "[options]"]
-        text = message[:1].upper() + message[1:]
-        self.exit(2, f"Error: {text}\nUsage: {' '.join(usage)}\nAll options: {self.prog} --help\n")
+        text = _INVALID.sub(lambda match: f"{match[2]} is not {_NUMBERS[match[1]]}", message)
+        text = text[:1].upper() + text[1:]
+        self.exit(2, f"Error: {text}\nUsage: {short_usage(self)}\nAll options: {self.prog} --help\n")
 
     def _is_option(self, name: str) -> bool:
         known = [each for action in self._actions for each in action.option_strings]
@@ -85,6 +89,21 @@ class CommandParser(ArgumentParser):
         super()._print_message(printable(message, stream), stream)
 
 
+def short_usage(parser: ArgumentParser) -> str:
+    """Return the shortest form of a command: its required options."""
+    required = [f"{action.option_strings[0]} {_value(action)}" for action in parser._actions if action.required]
+    return " ".join([parser.prog, *required, "[options]"])
+
+
+def name_values(parser: ArgumentParser) -> None:
+    """Give the values of options short names for `--help`, where `add_argument` has not named them."""
+    for action in parser._actions:
+        if action.metavar is None and action.nargs != 0 and action.option_strings:
+            last_word = action.dest.rpartition("_")[2].upper()
+            names = {int: "N", float: "N", count: "N", fraction: "RATIO"}
+            action.metavar = names.get(action.type, "NAME" if action.nargs == "+" else last_word)  # type: ignore[arg-type]
+
+
 def printable(text: str, stream: Any) -> str:
     """Return a text with characters that the encoding of a stream lacks replaced by similar ones."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -100,11 +119,23 @@ def fraction(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give a fraction, such as 0.6.") from None
+        # A percentage, or a decimal comma.
+        number = _number(text.replace("%", "").replace(",", "."))
+        share = None if number is None else number / 100 if "%" in text else number
+        is_clear = share is not None and 0 < share < 1
+        hint = f": did you mean {share:g}?" if is_clear else "; give a fraction, such as 0.6."
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number{hint}") from None
     if 0 < value < 1:
         return value
     meant = f": did you mean {value / 100:g}?" if 5 <= value < 100 else "; give a fraction, such as 0.6."
     raise argparse.ArgumentTypeError(f"{text} is not in (0, 1){meant}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 _NUMBER = re.compile(r"(\d{1,3}(?:,\d{3})+|[\d_]*\.?\d+(?:e\d{1,2})?)\s?([kmbg]?)", re.IGNORECASE)

@@ -44,9 +44,7 @@ example:
             "--target-latency, else 0.3 0.4 0.5 0.6 0.7"
         )
         add("--ratios", type=fraction, nargs="+", help=ratios)
-        measure = (
-            "compress by this ratio, in memory, and estimate agreement and KL of all ratios from what it has changed"
-        )
+        measure = "compress by this ratio, in memory, and use the result to estimate agreement and KL at all ratios from what it has changed"
         add("--measure", type=fraction, metavar="RATIO", help=measure)
         add("--plot", type=Path, help="plot to write: .png, .svg or .pdf")
         add_model_arguments(parser)
@@ -68,14 +66,16 @@ example:
 
         if args.plot is not None:
             if args.plot.suffix.lower() not in PICTURE_FORMATS:
-                raise ValueError(f"--plot {str(args.plot)!r} ends in none of {', '.join(PICTURE_FORMATS)}; rename it.")
+                raise ValueError(
+                    f"--plot {str(args.plot)!r} must end in one of {', '.join(PICTURE_FORMATS)}; rename it."
+                )
             check_writable_file(args.plot)
         reuse = has_statistics(args, config)
         needed = METRICS[config.metric].uses_data and not reuse
         if config.dataset is None and args.measure is not None:
             raise ValueError("--measure needs --dataset: name a folder of images to compress and to compare with.")
         if config.dataset is None and needed:
-            raise ValueError("--dataset is missing: name a folder of images, or --statistics of an earlier run.")
+            raise ValueError("--dataset is missing: name a folder of images, or the --statistics of an earlier run.")
         compressor = open_compressor(args, args.model)
         images = None if config.dataset is None else calibration_images(args, compressor, config)
         with compressor.processes.raise_on_all_ranks():
@@ -88,6 +88,10 @@ example:
         calibration = Calibration({}, 0)
         if needed:
             calibration = take_statistics(args, compressor, config, images)
+            if args.statistics is not None:
+                self.written = (
+                    f"The statistics are in {str(args.statistics)!r}, which the same command reads next time."
+                )
         elif reuse:
             calibration = read_statistics(args, compressor, config, images)
         profile = compressor.profile(calibration, config, sorted({*ratios, *measured}))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_statistics_argument(parser: ArgumentParser) -> None:
     """Declare the option."""
-    kept = "safetensors file of calibration statistics; read if it exists, otherwise computed and written"
+    kept = "safetensors file of calibration statistics: read if it exists, otherwise computed and written"
     parser.add_argument("--statistics", type=Path, metavar="FILE", help=kept)
 
 

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 class VerifyCommand(MixRankSubcommand):
     """Compare an exported model with its source."""
 
-    description = """Compare an exported model with the checkpoint that it was made from, on images.
+    description = """Compare an exported model with the checkpoint that it was made from.
 
-It is broken, and the exit code is 1, if an output is NaN or Inf, or if it differs by more than its precision explains:
-float32 by more than 1e-4, half precision and int8 by their predictions. With --dtype in place of --exported, a checkpoint
-is compared with itself in half precision; if that overflows, the first layer that does is named.
+The exit code is 1 if the exported model is broken: if an output is NaN or Inf, or differs by more than rounding explains;
+in float32 by more than 1e-4, in half precision and int8 judged by the predictions. With --dtype instead of --exported, the
+checkpoint is compared with itself in half precision; if that overflows, the first layer to do so is named.
 
 examples:
   optimum-cli mixrank verify --model out --exported out-onnx --dataset path/to/labelled/images
@@ -36,10 +36,13 @@ examples:
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """See `MixRankSubcommand`."""
         add = parser.add_argument
-        add("--model", required=True, help="the source: local folder or Hub id")
-        what = "ONNX file, OpenVINO .xml, ExecuTorch .pte, .pt2 of torch.export (can run code: only if you trust it), "
+        add("--model", required=True, help="checkpoint that was exported: local folder or Hub id")
+        what = "exported model: .onnx, OpenVINO .xml, ExecuTorch .pte, .pt2 of torch.export (which can run code: only if you trust it), "
         add("--exported", help=what + "a folder with one of them, or a checkpoint")
-        add("--dtype", help="in place of --exported: float16 or bfloat16, to compare the source with itself in that")
+        add(
+            "--dtype",
+            help="float16 or bfloat16: compare the checkpoint with itself in half precision, instead of with --exported",
+        )
         add("--max-difference", type=float, help="largest difference, absolute or relative to the largest output")
         add("--min-agreement", type=float, help="smallest share of images with the same predicted class")
         add("--max-kl", type=float, help="largest mean KL divergence, in nats; defaults depend on the precision")
@@ -54,9 +57,7 @@ examples:
 
         args = self.args
         if (args.exported is None) == (args.dtype is None):
-            raise ValueError(
-                "Name what to compare with the source: either --exported, or --dtype float16 or bfloat16."
-            )
+            raise ValueError("Name what to compare the checkpoint with: --exported, or --dtype float16 or bfloat16.")
         source = load_checkpoint(args, args.model, torch.float32, complete=True).eval()
         exported = self._exported()
         given = (args.max_difference, args.min_agreement, args.max_kl)
@@ -79,7 +80,7 @@ examples:
         if args.dtype is not None:
             dtype = parse_dtype(args.dtype)
             if str(dtype) not in ("torch.float16", "torch.bfloat16"):
-                raise ValueError(f"--dtype {args.dtype} is no half precision; choose float16 or bfloat16.")
+                raise ValueError(f"--dtype {args.dtype} is not half precision; choose float16 or bfloat16.")
             return load_checkpoint(args, args.model, dtype).eval()
         if find_exported(args.exported) is not None:
             return open_exported(args.exported)
@@ -97,7 +98,7 @@ examples:
             processor = load_image_processor(args.model, hub_arguments(args))
             return read_images(args, source, processor, ("validation", "test"))
         get_logger(__name__).warning(
-            "Compared on random pixels, which say little about half precision and int8; name images by --dataset."
+            "Comparing on random pixels, which say little about half precision and int8; name images with --dataset."
         )
         return [Batch(part) for part in random_pixels(source).split(args.batch_size)]
 

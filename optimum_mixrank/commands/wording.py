@@ -23,6 +23,7 @@ OPTIONS = {
     "max_memory": "--max-memory",
     "num_workers": "--num-workers",
     "overwrite": "--overwrite",
+    "runtime": "--runtime",
     "save_directory": "--output",
     "split": "--split",
     "streaming": "--streaming",
@@ -33,12 +34,14 @@ OPTIONS = {
 _NAMES = "|".join(sorted(OPTIONS, key=len, reverse=True))
 _VALUE = r"\[[^\]]*\]|'[^']*'|\"[^\"]*\"|[^\s,;:)\]`]*[^\s,;:)\].?`]"
 _ASSIGNMENT = re.compile(rf"`?(?<![\w.\-/'\"])({_NAMES})=({_VALUE})`?")
+_SUBJECT = re.compile(rf"(?<![\w.\-/'\"`])({'|'.join(name for name in OPTIONS if '_' in name)}) (?=has )")
 _QUOTED = re.compile(rf"`({_NAMES})`")
 
 
 def in_words_of_the_command_line(message: str) -> str:
     """Return a message with arguments of the Python interface replaced by the options that set them."""
     replaced = _ASSIGNMENT.sub(lambda match: _option(match[1], match[2]), message)
+    replaced = _SUBJECT.sub(lambda match: f"{OPTIONS[match[1]]} ", replaced)
     return _QUOTED.sub(lambda match: OPTIONS[match[1]], replaced)
 
 

@@ -538,6 +538,18 @@ class MixRankCompressor(OptimumQuantizer):
         self._keep(model, result)
         return result
 
+    def check_evaluation(self, dataset: Any, *, split: str | None = None) -> None:
+        """Check, without decoding an image, that `evaluate` could read a dataset: its split, images and class names.
+
+        Args:
+            dataset: See `evaluate`.
+            split: See `evaluate`.
+
+        Raises:
+            ValueError: as `evaluate`.
+        """
+        self._reader().read_labelled(dataset, split=split)
+
     def _keep(self, model: PreTrainedModel, result: EvaluationResult) -> None:
         """Add an evaluation to the model's report and, where it lies in a local folder, to the files there."""
         evaluation, made = result.to_dict(), self._made.find(model)

@@ -174,7 +174,7 @@ def _structures(choices: Collection[LayerChoice]) -> list[str]:
     shared = sum(choice.shared for choice in choices)
     narrow = sum(choice.width is not None for choice in choices)
     found = [f"{shared} of {len(choices)} layers share a first factor"] if shared else []
-    return [*found, f"{narrow} have fewer hidden units"] if narrow else found
+    return [*found, f"{narrow} layers have fewer hidden units"] if narrow else found
 
 
 def _any_shared(point: BudgetPoint) -> bool:

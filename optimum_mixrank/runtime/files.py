@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import os
@@ -135,6 +136,16 @@ def flush_tree(folder: Path) -> None:
     """Wait until a folder and everything in it is on the disk."""
     for each in (*folder.rglob("*"), folder):
         flush(each)
+
+
+def similar_paths(name: str, folders_only: bool = False) -> str:
+    """Return a question that names what lies beside a missing path under a similar name; empty if nothing does."""
+    path = Path(name).expanduser()
+    if not path.parent.is_dir():
+        return ""
+    beside = sorted(each.name for each in path.parent.iterdir() if each.is_dir() or not folders_only)
+    near = [repr(str(Path(name).parent / each)) for each in difflib.get_close_matches(path.name, beside, n=3)]
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def is_local_path(name: str) -> bool:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoint.mixed import mixed_model
 from commands.calling import cli, process
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from shipped import DATA, MODEL, ROOT
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -45,7 +46,7 @@ def test_compress_writes_a_checkpoint_and_a_report(compressed):
     assert (out / "ranks.png").stat().st_size > 1000 and (out / "preprocessor_config.json").exists()
     # Warnings, a line per phase, and no progress bars outside a terminal.
     warning, *lines = stderr.splitlines()
-    assert warning == "num_samples=128, but the dataset holds 96 images; all of them are used."
+    assert warning == "The dataset holds 96 images, fewer than the 128 to draw; all of them are used."
     phases = [line.partition(":")[0] for line in lines]
     assert phases == [
         "Calibrated",
@@ -406,6 +407,13 @@ def test_plan_without_images_for_a_metric_that_needs_none(tiny):
         (("--split", "validation"), "Error: "),
         (("--output", MODEL), "is not empty; choose another"),
         (("--evaluate-split", "test"), "Error: --evaluate-split has no effect without --evaluate-on"),
+        (("--device", "gpu"), "Error: --device gpu is unknown; choose cpu, cuda"),
+        (("--exclude-modules", "qery"), "--exclude-modules has 'qery', which matches no linear layer."),
+        (("--exclude-modules", "qery"), "Did you mean 'query'?"),
+        (("--dataset", MODEL), "holds a model and no images; name a folder of images."),
+        (("--model", DATA), "holds no config.json; name the folder of a model"),
+        (("--dataset", "exmaples"), "Error: There is no folder 'exmaples', nor could it be read from the Hub"),
+        (("--dataset", "exmaples"), "did you mean 'examples'?"),
         (("--max-image-pixels", 700), "it has more than --max-image-pixels 700 pixels (28 × 28)"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -472,3 +480,44 @@ def test_help_imports_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_gpu_that_is_not_there_is_named(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in (("benchmark", "--model", tiny, "--reference", tiny), ("plan", "--model", tiny, "--metric", "svd")):
+        assert "Error: --device cuda is not available: PyTorch" in cli(*command, "--device", "cuda", code=1)[1]
+
+
+def test_class_names_are_checked_before_the_work(tiny, tmp_path, caplog):
+    for split in ("train", "validation"):
+        for name in ("zebra", "Bag"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            Image.new("L", (28, 28), 90).save(tmp_path / "images" / split / name / "1.png")
+    images, output = tmp_path / "images", tmp_path / "out"
+    options = ("--dataset", images, "--evaluate-on", images, "--output", output)
+    _, stderr = cli("compress", "--model", tiny, *options, code=1)
+    assert "the model does not know ['zebra']" in stderr
+    assert "Calibrated" not in caplog.text and not output.exists()
+
+
+def test_an_upload_that_fails_says_that_the_checkpoint_is_complete(tiny, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network.")
+
+    monkeypatch.setattr(MixRankCompressor, "push_to_hub", refuse)
+    options = ("--metric", "svd", "--compensation", "none", "--quiet", "--output", tmp_path / "out")
+    _, stderr = cli("compress", "--model", tiny, *options, "--push-to-hub", "me/vit", code=1)
+    assert f"The checkpoint in {str(tmp_path / 'out')!r} is complete, but was not uploaded to 'me/vit'" in stderr
+    assert f"`hf upload me/vit {tmp_path / 'out'}`" in stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_an_interruption_after_saving_says_what_is_there(tiny, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MixRankCompressor, "push_to_hub", interrupt)
+    options = ("--metric", "svd", "--compensation", "none", "--quiet", "--output", tmp_path / "out")
+    _, stderr = cli("compress", "--model", tiny, *options, "--push-to-hub", "me/vit", code=130)
+    assert f"Interrupted. The checkpoint in {str(tmp_path / 'out')!r} is complete. It was not uploaded" in stderr
+    assert "overwritten" not in stderr

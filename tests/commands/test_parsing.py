@@ -29,7 +29,10 @@ def compress(*arguments, code=2):
         (("--ratio", "half"), "'half' is not a number; give a fraction, such as 0.6."),
         (("--recipe", "bset"), "'bset' is unknown; did you mean best?"),
         (("--rank-pattern", "query:64"), "'query:64' is neither NAME=NUMBER, such as query=64, nor a JSON object"),
-        (("--epochs", "many"), "invalid int value: 'many'"),
+        (("--ratio", "60%"), "'60%' is not a number: did you mean 0.6?"),
+        (("--ratio", "0,5"), "'0,5' is not a number: did you mean 0.5?"),
+        (("--epochs", "many"), "Argument --epochs: 'many' is not a whole number.\n"),
+        (("--held-out-ratio", "few"), "Argument --held-out-ratio: 'few' is not a number.\n"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

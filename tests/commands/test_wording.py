@@ -22,6 +22,7 @@ from optimum_mixrank.commands.wording import OPTIONS, in_words_of_the_command_li
         ("pass `interpolate_pos_encoding=True`; go on", "pass --interpolate-pos-encoding; go on"),
         ("auto_class=… or nothing", "--auto-class … or nothing"),
         ("save_directory='my models' exists", "--output 'my models' exists"),
+        ("rank_pattern has the key 'qery'", "--rank-pattern has the key 'qery'"),
         # What is no argument of ours, or lies inside a path, stays.
         ("image_size=3 in /data/seed=3/x, 'seed=4'", "image_size=3 in /data/seed=3/x, 'seed=4'"),
         ("The dataset is empty.", "The dataset is empty."),

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ...checkpoint.validation import check_integer, check_seed
+from ...runtime.files import similar_paths
 from ...runtime.logging import get_logger
 from .files import is_remote, open_file
 from .folders import ARCHIVES, load_image_archive, load_image_folder
@@ -90,8 +91,12 @@ def drawn_indices(count: int, num_samples: int, seed: int) -> npt.NDArray[np.int
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} is not a positive number of images; use None for all.")
     if num_samples > count:
-        logger.warning(f"num_samples={num_samples}, but the dataset holds {count} images; all of them are used.")
+        _warn_about_few(count, num_samples)
     return np.sort(np.random.default_rng(seed).permutation(count)[:num_samples])
+
+
+def _warn_about_few(count: int, num_samples: int) -> None:
+    logger.warning(f"The dataset holds {count} images, fewer than the {num_samples} to draw; all of them are used.")
 
 
 def local_paths(source: Any) -> list[Path]:
@@ -166,6 +171,8 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
             images = load_image_folder(path.absolute(), split, **options)
             if images is not None:
                 return images
+        if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+            raise ValueError(f"{str(source)!r} holds a model and no images; name a folder of images.")
         try:
             return datasets.load_dataset(str(path), **hub_kwargs)
         except FileNotFoundError as error:
@@ -183,8 +190,16 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
                 ) from error
             raise
     if isinstance(source, Path) or _looks_local(source):
-        raise FileNotFoundError(f"There is no folder or file {str(source)!r}; name a folder of images or a Hub id.")
-    return datasets.load_dataset(source, **hub_kwargs)
+        hint = similar_paths(str(source)) or "name a folder of images or a Hub id."
+        raise FileNotFoundError(f"There is no folder or file {str(source)!r}; {hint}")
+    try:
+        return datasets.load_dataset(source, **hub_kwargs)
+    except (ConnectionError, FileNotFoundError) as error:
+        # Most often a folder whose name was misspelt.
+        hint = similar_paths(source) or "name a folder of images or a Hub id."
+        raise FileNotFoundError(
+            f"There is no folder {source!r}, nor could it be read from the Hub ({str(error).rstrip('.')}); {hint}"
+        ) from error
 
 
 def _looks_local(source: str) -> bool:
@@ -219,7 +234,7 @@ def _draw_from_stream(stream: datasets.IterableDataset, num_samples: int | None,
         raise ValueError("streaming=True needs num_samples, since the images are kept in memory; or do not stream.")
     drawn = list(stream.shuffle(seed=seed, buffer_size=max(_WINDOW, num_samples)).take(num_samples))
     if len(drawn) < num_samples:
-        logger.warning(f"num_samples={num_samples}, but the dataset holds {len(drawn)} images; all of them are used.")
+        _warn_about_few(len(drawn), num_samples)
     return drawn
 
 

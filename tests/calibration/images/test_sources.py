@@ -123,7 +123,7 @@ def test_streams(tmp_path, caplog, monkeypatch):
     assert drawn[:] == draw(12)[:] != draw(12, seed=1)[:]
     assert not caplog.records
     assert len(draw(41)) == 40
-    assert "num_samples=41, but the dataset holds 40 images; all of them are used" in caplog.text
+    assert "The dataset holds 40 images, fewer than the 41 to draw; all of them are used" in caplog.text
     with pytest.raises(ValueError, match="streaming=True needs num_samples"):
         draw(None)
     with pytest.raises(ValueError, match="split='test' does not exist; the splits are train"):
@@ -198,6 +198,6 @@ def test_draw(caplog):
     assert counts.max() < 15
     assert not caplog.records
     assert draw(60, 0) == list(range(50))
-    assert "num_samples=60, but the dataset holds 50 images; all of them are used" in caplog.text
+    assert "The dataset holds 50 images, fewer than the 60 to draw; all of them are used" in caplog.text
     with pytest.raises(ValueError, match="num_samples=0 is not a positive number of images; use None for all"):
         draw(0, 0)
