@@ -6,7 +6,20 @@ from typing import Any
 
 import transformers
 
-from .zoo import Family, clips, flattened, merged, naflex, packed, sized, small_config, spectrograms, tiled, with_sizes
+from .zoo import (
+    Family,
+    clips,
+    flattened,
+    merged,
+    naflex,
+    packed,
+    sized,
+    small_config,
+    spectrograms,
+    tiled,
+    with_sizes,
+    with_text,
+)
 
 
 _STAGES: dict[str, Any] = {"depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
@@ -82,6 +95,11 @@ def _vitmatte() -> Any:
         fusion_hidden_sizes=[16, 8, 8, 4],
         convstream_hidden_sizes=[8, 8, 8],
     )
+
+
+def _dual_encoder() -> Any:
+    parts = (small_config(transformers.ViTConfig), small_config(transformers.BertConfig))
+    return transformers.VisionTextDualEncoderConfig.from_vision_text_configs(*parts, projection_dim=16)
 
 
 def _zoedepth() -> Any:
@@ -510,10 +528,11 @@ FAMILIES: dict[str, Family] = {
                 "mit_num_attention_heads": 4,
             }
         },
-        clips(2),
+        # `get_video_features` of 4.57 reads its own tuple as an output with names; the whole, with text, runs.
+        with_text(clips(2)),
     ),
     "TIPSv2": Family("Tipsv2Model"),
-    "Vision-text dual encoder": Family("VisionTextDualEncoderModel"),
+    "Vision-text dual encoder": Family("VisionTextDualEncoderModel", config=_dual_encoder),
     "BLIP": Family("BlipModel"),
     "InstructBLIP, video": Family("InstructBlipVideoForConditionalGeneration"),
     "BLIP, retrieval": Family("BlipForImageTextRetrieval"),
