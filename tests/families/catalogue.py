@@ -630,11 +630,13 @@ FAMILIES: dict[str, Family] = {
     "GLM-4.6V": Family("Glm46VForConditionalGeneration", {}, packed),
     "GLM-OCR": Family("GlmOcrForConditionalGeneration", {}, packed),
     "HyperCLOVA X, vision": Family("HyperCLOVAXVisionV2ForConditionalGeneration", {}, packed),
-    "LightOnOCR": Family("LightOnOcrForConditionalGeneration"),
+    "LightOnOCR": Family("LightOnOcrForConditionalGeneration", {}, with_sizes(sized())),
     "Qianfan-OCR": Family("QianfanOCRForConditionalGeneration"),
     "Step 3.7": Family("Step3p7ForConditionalGeneration"),
     "Video-LLaVA": Family("VideoLlavaForConditionalGeneration"),
-    "LLaVA-NeXT-Video": Family("LlavaNextVideoForConditionalGeneration"),
+    "LLaVA-NeXT-Video": Family(
+        "LlavaNextVideoForConditionalGeneration", {"image_grid_pinpoints": [[32, 64], [64, 32]]}, with_sizes(clips(3))
+    ),
     "ShieldGemma 2": Family("ShieldGemma2ForImageClassification"),
     "T5Gemma 2": Family("T5Gemma2ForConditionalGeneration"),
     "Idefics": Family("IdeficsForVisionText2Text"),
