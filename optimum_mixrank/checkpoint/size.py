@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import AutoModel
 
+from ..runtime.access import hub_access
 from ..runtime.formatting import quote
 from .architecture import named_class, read_config
 from .configuration import MixRankConfig
@@ -17,8 +20,9 @@ def parameters_like(name: str) -> int:
     """Return how many parameters a model has, by its configuration; no weights are read and none take up memory.
 
     Args:
-        name: Hub id or folder. The class is the one that its configuration names, head included, or the bare encoder if it
-            names none. Of a checkpoint that this package has compressed, the factors count.
+        name: Hub id or folder; a Hub id may end in `@` and a branch, tag or commit. The class is the one that its
+            configuration names, head included, or the bare encoder if it names none. Of a checkpoint that this package has
+            compressed, the factors count.
 
     Raises:
         OSError: if there is no such model.
@@ -26,7 +30,9 @@ def parameters_like(name: str) -> int:
     """
     what = f"like={quote(name)}: the parameters of this model cannot be counted"
     try:
-        config = read_config(name, {"trust_remote_code": False})
+        repository, _, revision = (name, "", "") if Path(name).expanduser().exists() else name.partition("@")
+        access = {**hub_access(), **({"revision": revision} if revision else {})}
+        config = read_config(repository, {"trust_remote_code": False, **access})
         found = named_class(config, name) if getattr(config, "architectures", None) else AutoModel
         with torch.device("meta"):
             model = AutoModel.from_config(config, trust_remote_code=False) if found is AutoModel else found(config)

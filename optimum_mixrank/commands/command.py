@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum.commands.base import BaseOptimumCLICommand
 
+from ..runtime.access import hub_reached_by
 from .hub import add_hub_arguments, hub_arguments
 from .parsing import CommandParser, name_values, printable, short_usage
 
@@ -86,7 +87,9 @@ class MixRankSubcommand(BaseOptimumCLICommand):
             # Schedulers send SIGTERM before they kill a job.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            text, values = self.execute()
+            # A configuration may name other repositories than that of the model.
+            with hub_reached_by(hub_arguments(self.args)):
+                text, values = self.execute()
         except KeyboardInterrupt:
             if self.args.debug:
                 raise

@@ -59,3 +59,19 @@ def test_a_size_in_a_file(tmp_path):
     file.write_text("target_parameters: 22,5M\n")
     arguments = ("compress", "--model", tmp_path / "none", "--output", tmp_path / "out", "--config", file)
     assert "is no number of parameters" in cli(*arguments, code=1)[1]
+
+
+def test_the_model_that_like_names_is_reached_with_the_token(tiny, monkeypatch):
+    seen = []
+
+    def read_config(name, hub_kwargs):
+        seen.append((str(name), hub_kwargs))
+        raise OSError("There is no such model.")
+
+    monkeypatch.setattr("optimum_mixrank.checkpoint.size.read_config", read_config)
+    hub = ("--token", "hf_secret", "--cache-dir", "cache", "--like", "private/small@v2")
+    _, stderr = cli("plan", "--model", tiny, "--metric", "svd", *hub, code=1)
+    assert "private/small@v2" in stderr and "hf_secret" not in stderr
+    ((name, given),) = seen
+    assert name == "private/small" and given["revision"] == "v2"
+    assert given["token"] == "hf_secret" and given["cache_dir"] == "cache" and given["trust_remote_code"] is False

@@ -6,7 +6,20 @@ from typing import Any
 
 import transformers
 
-from .zoo import Family, clips, flattened, merged, naflex, packed, sized, small_config, spectrograms, tiled, with_sizes
+from .zoo import (
+    Family,
+    clips,
+    flattened,
+    merged,
+    naflex,
+    packed,
+    sized,
+    small_config,
+    spectrograms,
+    tiled,
+    with_sizes,
+    with_text,
+)
 
 
 _STAGES: dict[str, Any] = {"depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
@@ -56,6 +69,37 @@ def _depth_anything(name: str) -> Any:
         head_hidden_size=8,
         **_NECK,
     )
+
+
+def _depth_pro() -> Any:
+    part = {"image_size": 16, "patch_size": 8, "mlp_ratio": 2}
+    return small_config(
+        transformers.DepthProConfig,
+        patch_size=16,
+        **{f"{each}_model_config": part for each in ("image", "patch", "fov")},
+        scaled_images_ratios=[0.5, 1.0],
+        scaled_images_overlap_ratios=[0.0, 0.2],
+        scaled_images_feature_dims=[16, 8],
+        intermediate_hook_ids=[1, 0],
+        intermediate_feature_dims=[8, 8],
+        fusion_hidden_size=8,
+        num_fov_head_layers=0,
+    )
+
+
+def _vitmatte() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 16}
+    return transformers.VitMatteConfig(
+        backbone_config=transformers.VitDetConfig(**sizes, num_channels=4, out_features=["stage2"]),
+        hidden_size=32,
+        fusion_hidden_sizes=[16, 8, 8, 4],
+        convstream_hidden_sizes=[8, 8, 8],
+    )
+
+
+def _dual_encoder() -> Any:
+    parts = (small_config(transformers.ViTConfig), small_config(transformers.BertConfig))
+    return transformers.VisionTextDualEncoderConfig.from_vision_text_configs(*parts, projection_dim=16)
 
 
 def _zoedepth() -> Any:
@@ -427,6 +471,8 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "ViTPose": Family("VitPoseForPoseEstimation", config=_vitpose),
+    "Depth Pro": Family("DepthProForDepthEstimation", config=_depth_pro),
+    "ViTMatte": Family("VitMatteForImageMatting", inputs=sized(channels=4), config=_vitmatte),
     "SAM": Family("SamModel", config=_sam()),
     "SAM-HQ": Family("SamHQModel", config=_sam("SamHQConfig", "SamHQVisionConfig")),
     "SAM 2": Family("Sam2Model", inputs=sized(side=64), config=_sam2),
@@ -482,11 +528,13 @@ FAMILIES: dict[str, Family] = {
                 "mit_num_attention_heads": 4,
             }
         },
-        clips(2),
+        # `get_video_features` of 4.57 reads its own tuple as an output with names; the whole, with text, runs.
+        with_text(clips(2)),
     ),
     "TIPSv2": Family("Tipsv2Model"),
-    "Vision-text dual encoder": Family("VisionTextDualEncoderModel"),
+    "Vision-text dual encoder": Family("VisionTextDualEncoderModel", config=_dual_encoder),
     "BLIP": Family("BlipModel"),
+    "InstructBLIP, video": Family("InstructBlipVideoForConditionalGeneration"),
     "BLIP, retrieval": Family("BlipForImageTextRetrieval"),
     # Captions and answers.
     "BLIP, captions": Family("BlipForConditionalGeneration"),
@@ -578,6 +626,20 @@ FAMILIES: dict[str, Family] = {
     "Qwen3-Omni, thinker": Family("Qwen3OmniMoeThinkerForConditionalGeneration", {}, packed),
     "Qwen3.5": Family("Qwen3_5ForConditionalGeneration", {}, packed),
     "VideoLLaMA 3": Family("VideoLlama3ForConditionalGeneration", {}, merged),
+    "EXAONE 4.5": Family("Exaone4_5_ForConditionalGeneration", {}, packed),
+    "GLM-4.6V": Family("Glm46VForConditionalGeneration", {}, packed),
+    "GLM-OCR": Family("GlmOcrForConditionalGeneration", {}, packed),
+    "HyperCLOVA X, vision": Family("HyperCLOVAXVisionV2ForConditionalGeneration", {}, packed),
+    "LightOnOCR": Family("LightOnOcrForConditionalGeneration", {}, with_sizes(sized())),
+    "Qianfan-OCR": Family("QianfanOCRForConditionalGeneration"),
+    "Step 3.7": Family("Step3p7ForConditionalGeneration"),
+    "Video-LLaVA": Family("VideoLlavaForConditionalGeneration"),
+    "LLaVA-NeXT-Video": Family(
+        "LlavaNextVideoForConditionalGeneration", {"image_grid_pinpoints": [[32, 64], [64, 32]]}, with_sizes(clips(3))
+    ),
+    "ShieldGemma 2": Family("ShieldGemma2ForImageClassification"),
+    "T5Gemma 2": Family("T5Gemma2ForConditionalGeneration"),
+    "Idefics": Family("IdeficsForVisionText2Text"),
     "GLM-4V": Family("Glm4vForConditionalGeneration", {"vision_config": _PATCHES}, packed),
     "InternVL": Family(
         "InternVLForConditionalGeneration", {"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}

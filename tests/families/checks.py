@@ -117,7 +117,8 @@ def _check_dense(made: Any, batch: dict[str, Tensor], call: ModelCall) -> None:
 
 
 def _check_training(made: Any, batch: dict[str, Tensor], call: ModelCall) -> None:
-    model = copy.deepcopy(made).train()
+    # Some families, such as Idefics, hold their towers frozen.
+    model = copy.deepcopy(made).train().requires_grad_()
     output = call.select(model, call.run(model, ModelInputs(batch)), len(ModelInputs(batch)))
     sum(tensor.square().mean() for tensor in output.tensors).backward()
     # Of a tower whose last block is not used, such as LLaVA's, that block alone may have been compressed.

@@ -162,6 +162,16 @@ def with_sizes(inputs: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[s
     }
 
 
+def with_text(inputs: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """Inputs with a text for every image, as processors of models for both give them."""
+
+    def make(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        tokens = torch.randint(3, 90, (count, 6), generator=generator)
+        return {**inputs(count, generator), "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    return make
+
+
 def spectrograms(bins: int, frames: int, transposed: bool = False, name: str = "input_features") -> Callable[..., Any]:
     """Audio as spectrograms."""
     shape = (frames, bins) if transposed else (bins, frames)
