@@ -101,7 +101,7 @@ def name_values(parser: ArgumentParser) -> None:
         if action.metavar is None and action.nargs != 0 and action.option_strings:
             last_word = action.dest.rpartition("_")[2].upper()
             names = {int: "N", float: "N", count: "N", fraction: "RATIO"}
-            action.metavar = names.get(action.type, "NAME" if action.nargs == "+" else last_word)  # type: ignore[arg-type]
+            action.metavar = names.get(action.type, "NAME" if action.nargs == "+" else last_word)
 
 
 def printable(text: str, stream: Any) -> str:

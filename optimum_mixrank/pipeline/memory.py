@@ -232,9 +232,9 @@ def fit_memory(size: ModelSize, task: MemoryTask, limits: Mapping[str, int]) -> 
     fewer = "fewer images, mirror=False, " if task.config.mirror and LAYERWISE & set(task.config.compensation) else ""
     raise ValueError(
         f"max_memory allows {_listed(limits, ' and ')}, but at least "
-        f"{_listed({place: best.peak(place) for place in limits}, ' and ')} is needed in addition to the model, in {best.passes} "
-        f"passes with a batch size of {task.batch_size} and {task.num_images} images. Raise it, or use a smaller "
-        f"batch_size, {fewer or 'fewer images, '}or compensation=[]."
+        f"{_listed({place: best.peak(place) for place in limits}, ' and ')} is needed in addition to the model, in "
+        f"{best.passes} passes with a batch size of {task.batch_size} and {task.num_images} images. Raise it, or use a "
+        f"smaller batch_size, {fewer or 'fewer images, '}or compensation=[]."
     )
 
 

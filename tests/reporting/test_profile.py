@@ -89,7 +89,7 @@ def test_other_structures_are_counted():
         "fc2": LayerChoice(5, width=20),
     }
     line = str(RankProfile([BudgetPoint(0.5, 0.5, 0.1, choices)], "nats per image")).splitlines()[1]
-    assert line == "  50.0%    50.0%  0.1, 2 of 4 layers share a first factor, 2 have fewer hidden units"
+    assert line == "  50.0%    50.0%  0.1, 2 of 4 layers share a first factor, 2 layers have fewer hidden units"
 
 
 def test_the_suffix_gives_the_format_of_the_plot(tmp_path):
