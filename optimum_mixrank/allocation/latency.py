@@ -266,7 +266,7 @@ def _parse_layer(stored: object, where: str) -> LayerTimes:
     }
     side = values.get("side")
     if side not in SIDES:
-        raise ValueError(f"{where}.side={quote(side)} is none of {', '.join(map(repr, SIDES))}")
+        raise ValueError(f"{where}.side={quote(side)} is not one of {', '.join(map(repr, SIDES))}")
     full = numbers["in_features" if side == "in" else "out_features"]
     sizes = _ascending(values.get("sizes"), f"{where}.sizes")
     if sizes[-1] != full or (not side and len(sizes) > 1):
@@ -277,7 +277,7 @@ def _parse_layer(stored: object, where: str) -> LayerTimes:
     for layout, curves in _mapping(values.get("factored"), f"{where}.factored").items():
         name = f"{where}.factored[{quote(layout)}]"
         if layout not in LAYOUT_NAMES:
-            raise ValueError(f"{name} is no layout; known are {', '.join(map(repr, LAYOUT_NAMES))}")
+            raise ValueError(f"{name} is not a layout; choose one of {', '.join(map(repr, LAYOUT_NAMES))}")
         found = _list(curves, name, MAX_POINTS)
         if len(found) != len(sizes):
             raise ValueError(f"{name} has {len(found)} entries for {len(sizes)} sizes")

@@ -221,7 +221,7 @@ def _confirmed(model: PreTrainedModel, mlps: Sequence[Mlp], call: ModelCall) -> 
         return list(mlps)
     confirmed = [mlp for mlp in mlps if _can_be_narrowed(model, [mlp], call)]
     others = [mlp.name for mlp in mlps if mlp not in confirmed]
-    logger.info(f"Keep all hidden units, since the model needs their number elsewhere: {', '.join(others)}.")
+    logger.info(f"All hidden units are kept where the model needs their number elsewhere: {', '.join(others)}.")
     return confirmed
 
 

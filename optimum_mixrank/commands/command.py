@@ -135,7 +135,8 @@ class MixRankSubcommand(BaseOptimumCLICommand):
 def _sentence(error: Exception) -> str:
     """Return the message of an error; some have none, or one that says nothing without the kind of the error."""
     if isinstance(error, MemoryError):
-        return f"There is not enough memory ({str(error) or 'MemoryError'}). Use a smaller --batch-size, or set --max-memory."
+        reason = str(error) or "MemoryError"
+        return f"There is not enough memory ({reason}). Use a smaller --batch-size, or set --max-memory."
     if isinstance(error, KeyError):
         return f"{type(error).__name__}: {error}"
     return str(error).strip() or f"{type(error).__name__} without a message; --debug shows where it comes from."

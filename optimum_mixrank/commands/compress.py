@@ -188,8 +188,8 @@ def check_images(config: MixRankConfig, reuse: bool) -> None:
             )
         raise ValueError(
             "--dataset is missing: name a folder of images, which need no labels. Without images, only --metric svd "
-            "--compensation none works, which hardly ever leaves a usable model: with half of its parameters, a ViT-S falls "
-            "from 87.4 % to 10 % top-1."
+            "--compensation none works, which hardly ever leaves a usable model: with half of its parameters, a ViT-S "
+            "falls from 87.4 % to 10 % top-1."
         )
 
 

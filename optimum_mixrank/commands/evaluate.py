@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class EvaluateCommand(MixRankSubcommand):
     """Compare the predictions of a checkpoint with those of another."""
 
-    description = """Compare a compressed checkpoint with its original by what the models return: classes, boxes, masks, depth,
-embeddings or features. Accuracy needs labels; everything else needs images alone.
+    description = """Compare a compressed checkpoint with its original by what the models return: classes, boxes, masks,
+depth, embeddings or features. Accuracy needs labels; everything else needs images alone.
 
 example:
   optimum-cli mixrank evaluate --model out --reference facebook/deit-base-patch16-224 --dataset path/to/labelled/images

@@ -61,7 +61,7 @@ examples:
         image_processor = load_image_processor(args.model, hub_arguments(args))
         calibration = None
         if args.dataset is not None:
-            batches = read_images(args, model, image_processor, ("train", "validation"))
+            batches = read_images(args, model, image_processor, ("train", "validation"), labelled=False)
             calibration = (batch.pixel_values for batch in batches)
         result = export_model(
             model,

@@ -24,20 +24,22 @@ def add_image_arguments(parser: ArgumentParser, purpose: str, num_samples: int) 
 
 
 def read_images(
-    args: Any, model: PreTrainedModel, image_processor: Any, default_splits: tuple[str, ...]
+    args: Any, model: PreTrainedModel, image_processor: Any, default_splits: tuple[str, ...], labelled: bool = True
 ) -> ImageBatches:
-    """Return the images that the options name, with labels if they have any.
+    """Return the images that the options name.
 
     Args:
         args: The options.
         model: The model that the images are for.
         image_processor: Its image processor.
         default_splits: Splits to choose where none is named, best first.
+        labelled: Whether labels are read too if there are any; otherwise the names of classes do not matter.
 
     Raises:
         ValueError: if the options name no such images.
     """
-    from ..calibration.images.sources import load_image_dataset
+    from ..calibration.images.rows import draw_images
+    from ..calibration.images.sources import find_image_column, load_image_dataset
     from ..pipeline.images import ImageReader
     from ..runtime.distributed import SINGLE_PROCESS
 
@@ -47,4 +49,7 @@ def read_images(
     images = load_image_dataset(
         args.dataset, split=args.split, default_splits=default_splits, image_column=args.image_column
     )
+    if not labelled:
+        images = images.select_columns([find_image_column(images.features, args.image_column)])
+        return reader.read(draw_images(images, args.num_samples, args.seed))
     return reader.read_labelled(images, args.image_column, num_samples=args.num_samples, seed=args.seed)

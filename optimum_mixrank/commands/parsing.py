@@ -77,7 +77,7 @@ class CommandParser(ArgumentParser):
     def _unknown(self, argument: str) -> str:
         option = argument.partition("=")[0]
         if not option.startswith("-"):
-            return f"{argument!r} belongs to no option."
+            return f"{argument!r} does not belong to any option."
         known = [each for action in self._actions for each in action.option_strings]
         meant = ALIASES.get(option)
         close = [meant] if meant in known else difflib.get_close_matches(option, known, n=1, cutoff=0.7)
@@ -101,7 +101,7 @@ def name_values(parser: ArgumentParser) -> None:
         if action.metavar is None and action.nargs != 0 and action.option_strings:
             last_word = action.dest.rpartition("_")[2].upper()
             names = {int: "N", float: "N", count: "N", fraction: "RATIO"}
-            action.metavar = names.get(action.type, "NAME" if action.nargs == "+" else last_word)  # type: ignore[arg-type]
+            action.metavar = names.get(action.type, "NAME" if action.nargs == "+" else last_word)
 
 
 def printable(text: str, stream: Any) -> str:
@@ -149,7 +149,7 @@ def count(text: str) -> int:
         0 if found is None else round(Decimal(found[1].replace(",", "").replace("_", "")) * _UNITS[found[2].lower()])
     )
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters; give one such as 22M or 22050664.")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of parameters; give one such as 22M or 22050664.")
     return value
 
 

@@ -44,7 +44,7 @@ example:
             "--target-latency, else 0.3 0.4 0.5 0.6 0.7"
         )
         add("--ratios", type=fraction, nargs="+", help=ratios)
-        measure = "compress by this ratio, in memory, and use the result to estimate agreement and KL at all ratios from what it has changed"
+        measure = "compress by this ratio, in memory, and estimate agreement and KL at all ratios from the result"
         add("--measure", type=fraction, metavar="RATIO", help=measure)
         add("--plot", type=Path, help="plot to write: .png, .svg or .pdf")
         add_model_arguments(parser)

@@ -37,7 +37,7 @@ examples:
         """See `MixRankSubcommand`."""
         add = parser.add_argument
         add("--model", required=True, help="checkpoint that was exported: local folder or Hub id")
-        what = "exported model: .onnx, OpenVINO .xml, ExecuTorch .pte, .pt2 of torch.export (which can run code: only if you trust it), "
+        what = "exported model: .onnx, .xml of OpenVINO, .pte, .pt2 (can run code: only if you trust it), "
         add("--exported", help=what + "a folder with one of them, or a checkpoint")
         add(
             "--dtype",

@@ -69,7 +69,7 @@ def find_route(
     if found.left_out:
         shown = sorted(found.left_out)
         more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-        logger.info(f"Steps that go layer by layer leave out what cannot be followed: {', '.join(shown[:3])}{more}.")
+        logger.info(f"Layer-wise steps leave out layers that cannot be followed: {', '.join(shown[:3])}{more}.")
     return found
 
 

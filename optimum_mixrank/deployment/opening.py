@@ -25,7 +25,7 @@ def find_exported(path: str | Path) -> tuple[str, Path] | None:
             if path.suffix == Path(file_name).suffix:
                 return name, path
         endings = ", ".join(Path(file_name).suffix for file_name in names.values())
-        raise ValueError(f"{str(path)!r} is no exported model: known are the endings {endings}.")
+        raise ValueError(f"{str(path)!r} is not an exported model: its name must end in one of {endings}.")
     found = [(name, path / file_name) for name, file_name in names.items() if (path / file_name).is_file()]
     if len(found) > 1:
         listed = ", ".join(file.name for _, file in found)

@@ -112,7 +112,7 @@ def verify_model(
             found = _select(_with_names(output, given), source, batch.num_images)
             sums.add(expected, found, batch.labels)
     if not sums.num_images:
-        raise ValueError("There is no image to compare the models on; the dataset is empty or has been used up.")
+        raise ValueError("There are no images to compare the models on; the dataset is empty or has been used up.")
     return sums.judged(precision, LIMITS[precision] if limits is None else limits)
 
 

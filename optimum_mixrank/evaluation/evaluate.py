@@ -183,7 +183,7 @@ class _Sums:
 
     def means(self, kind: str | None, measures: Mapping[str, float]) -> EvaluationResult:
         if not self.num_images:
-            raise ValueError("There is no image to evaluate; the dataset is empty or has been used up.")
+            raise ValueError("There are no images to evaluate on; the dataset is empty or has been used up.")
         if any(not math.isfinite(value) for value in measures.values()):
             raise ValueError(
                 "The output of the original is zero for an image, so that the relative error of the compressed model is "

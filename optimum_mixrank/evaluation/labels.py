@@ -30,7 +30,7 @@ def explain_missing_labels(data: datasets.Dataset) -> str:
         paths = [image["path"] for image in images if image is not None and image["bytes"] is None]
         reason = missing_labels(path for path in paths if path) if paths else None
         if reason is not None:
-            return f"{reason}; classes are folders beside each other, one for each"
+            return f"{reason}; put the images of each class into a folder of their own"
     return (
         f"there is no column `label` or `labels`; name one of {', '.join(columns)} with label_column, if it has them"
     )
@@ -94,5 +94,5 @@ def map_labels(
         problem = f"the model has several classes for each of {twice[:5]}"
     raise ValueError(
         f"The dataset has {len(candidates)} classes, the model {len(id2label)}; {problem}. "
-        "Rename or reorder the classes to match the model's `config.id2label`."
+        "Rename or reorder the classes (folders of images) to match the model's `config.id2label`."
     )

@@ -115,7 +115,7 @@ class ImageReader:
         # Other models have no accuracy that labels could tell.
         if "ForImageClassification" in type(self.model).__name__ and "pixel_values" not in dataset.column_names:
             logger.warning(
-                f"The images have no labels, so that accuracy is not measured: {explain_missing_labels(dataset)}."
+                f"The images have no labels, so accuracy is not measured: {explain_missing_labels(dataset)}."
             )
 
     def _batches(self, dataset: Any, **options: Any) -> ImageBatches:

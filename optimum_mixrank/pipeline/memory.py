@@ -109,7 +109,8 @@ class MemoryPlan:
         """Return a line with the peaks and one line for every phase."""
         peaks = {place: self.peak(place) for place in (HOST, DEVICE, DISK)}
         lines = [
-            f"Memory besides the model: {_listed(peaks)}" + (f", {self.passes} passes" if self.passes > 1 else "")
+            f"Memory in addition to the model: {_listed(peaks)}"
+            + (f", {self.passes} passes" if self.passes > 1 else "")
         ]
         lines += [f"  {phase}: {_listed(places)}" for phase, places in self.phases.items()]
         if self.not_counted:
@@ -242,9 +243,9 @@ def fit_memory(size: ModelSize, task: MemoryTask, limits: Mapping[str, int]) -> 
     fewer = "fewer images, mirror=False, " if task.config.mirror and LAYERWISE & set(task.config.compensation) else ""
     raise ValueError(
         f"max_memory allows {_listed(limits, ' and ')}, but at least "
-        f"{_listed({place: best.peak(place) for place in limits}, ' and ')} is needed besides the model, in {best.passes} "
-        f"passes with a batch size of {task.batch_size} and {task.num_images} images. Raise it, or use a smaller "
-        f"batch_size, {fewer or 'fewer images, '}or compensation=[]."
+        f"{_listed({place: best.peak(place) for place in limits}, ' and ')} is needed in addition to the model, in "
+        f"{best.passes} passes with a batch size of {task.batch_size} and {task.num_images} images. Raise it, or use a "
+        f"smaller batch_size, {fewer or 'fewer images, '}or compensation=[]."
     )
 
 

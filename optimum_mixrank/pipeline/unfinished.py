@@ -148,7 +148,7 @@ def check_progress(directory: str | Path) -> None:
         path = folder / name
         if not names.fullmatch(name) or not path.is_file() or (name == _LOCK and path.stat().st_size):
             raise FileExistsError(
-                f"The folder {str(directory)!r} for an unfinished run holds something else ({name!r}); choose another "
+                f"The folder {str(directory)!r} for an unfinished run holds other files ({name!r}); choose another "
                 "folder, or move that elsewhere."
             )
 

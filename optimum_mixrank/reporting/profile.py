@@ -109,7 +109,7 @@ class RankProfile:
         same = next((point for point in self.points if point.ratio == ratio and point.loss > 0), None)
         if same is None:
             known = ", ".join(f"{point.ratio:g}" for point in self.points)
-            raise ValueError(f"The measured compression_ratio={ratio!r} is none of the profile's: {known}.")
+            raise ValueError(f"The measured compression_ratio={ratio!r} is not one of the profile's: {known}.")
         if found.get("kl") is None or found.get("agreement") is None:
             raise ValueError(
                 "The measured compression has no agreement and KL: its model predicts no classes, or gives NaN or Inf."

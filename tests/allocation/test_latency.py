@@ -134,7 +134,7 @@ CURVE = (*FIRST, "factored", "pivoted", 0)
         (("layers", 0), 7, "layers[0] is a int, not an object"),
         ((*FIRST, "out_features"), -64, "layers[1].out_features=-64 is not an integer from 1"),
         ((*FIRST, "count"), ..., "layers[1].count=None is not an integer"),
-        ((*FIRST, "side"), "up", "layers[1].side='up' is none of '', 'out', 'in'"),
+        ((*FIRST, "side"), "up", "layers[1].side='up' is not one of '', 'out', 'in'"),
         ((*FIRST, "sizes"), [16, 32, 48], "layers[1].sizes=[16, 32, 48] does not end with the full size 64"),
         ((*FIRST, "sizes"), [32, 16, 48, 64], "layers[1].sizes=[32, 16, 48, 64] is not ascending"),
         ((*FIRST, "dense"), [1.0], "layers[1].dense has 1 entries, not 4"),
@@ -143,7 +143,7 @@ CURVE = (*FIRST, "factored", "pivoted", 0)
         (
             (*FIRST, "factored", "dense"),
             [],
-            "layers[1].factored['dense'] is no layout; known are 'factors', 'pivoted'",
+            "layers[1].factored['dense'] is not a layout; choose one of 'factors', 'pivoted'",
         ),
         ((*FIRST, "factored", "pivoted"), [{}], "layers[1].factored['pivoted'] has 1 entries for 4 sizes"),
         (CURVE, 3, "layers[1].factored['pivoted'][0] is a int"),

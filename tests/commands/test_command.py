@@ -11,8 +11,8 @@ from optimum_mixrank.commands.command import MixRankSubcommand
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (MemoryError(), r"Error: The memory is not enough \(MemoryError\)\. Give a smaller --batch-size"),
-        (RuntimeError(), "Error: RuntimeError, which gives no reason; --debug shows"),
+        (MemoryError(), r"Error: There is not enough memory \(MemoryError\)\. Use a smaller --batch-size"),
+        (RuntimeError(), "Error: RuntimeError without a message; --debug shows"),
         (KeyError("name"), "Error: KeyError: 'name'"),
         (ValueError("a value"), "Error: a value$"),
     ],

@@ -76,4 +76,4 @@ def test_options_that_make_no_sense(checkpoint, exported):
     assert "add --int8, or leave it out" in cli(*again, "--dataset", "images", code=1)[1]
     verify = ("verify", "--model", checkpoint)
     assert "either --exported, or --dtype" in cli(*verify, code=1)[1]
-    assert "--dtype float32 is no half precision" in cli(*verify, "--dtype", "float32", code=1)[1]
+    assert "--dtype float32 is not half precision" in cli(*verify, "--dtype", "float32", code=1)[1]

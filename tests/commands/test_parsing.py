@@ -24,7 +24,7 @@ def compress(*arguments, code=2):
         (("--output-dir", "out"), "There is no option --output-dir; did you mean --output?"),
         (("--calibration-data=images",), "There is no option --calibration-data; did you mean --dataset?"),
         (("--xyzzy",), "There is no option --xyzzy.\n"),
-        (("stray",), "'stray' belongs to no option."),
+        (("stray",), "'stray' does not belong to any option."),
         (("--ratio", "30"), "30 is not in (0, 1): did you mean 0.3?"),
         (("--ratio", "half"), "'half' is not a number; give a fraction, such as 0.6."),
         (("--recipe", "bset"), "'bset' is unknown; did you mean best?"),
@@ -124,5 +124,5 @@ def test_counts(text, number):
 
 @pytest.mark.parametrize("text", ["", "M", "-3", "0", "22MB", "22,5M", "many", "1e999", "0.1"])
 def test_what_is_no_count(text):
-    with pytest.raises(ArgumentTypeError, match="is no number of parameters; give one such as 22M"):
+    with pytest.raises(ArgumentTypeError, match="is not a number of parameters; give one such as 22M"):
         count(text)

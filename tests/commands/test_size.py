@@ -58,7 +58,7 @@ def test_a_size_in_a_file(tmp_path):
     file = tmp_path / "fields.yaml"
     file.write_text("target_parameters: 22,5M\n")
     arguments = ("compress", "--model", tmp_path / "none", "--output", tmp_path / "out", "--config", file)
-    assert "is no number of parameters" in cli(*arguments, code=1)[1]
+    assert "is not a number of parameters" in cli(*arguments, code=1)[1]
 
 
 def test_the_model_that_like_names_is_reached_with_the_token(tiny, monkeypatch):

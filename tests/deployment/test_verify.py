@@ -97,7 +97,7 @@ def test_models_that_do_not_belong_together(model, batches):
     other = tiny_vit(num_labels=3).eval()
     with pytest.raises(ValueError, match=r"shape \[\[4, 5\]\] and the exported model \[\[4, 3\]\]"):
         verify_model(model, other, batches)
-    with pytest.raises(ValueError, match="There is no image to compare"):
+    with pytest.raises(ValueError, match="There are no images to compare"):
         verify_model(model, model, [])
 
 

@@ -13,7 +13,7 @@ ANYWHERE = {
     "broken_images": "ValueError: At least 2 of 12 images (16.7%) cannot be decoded, more than max_broken_share=0.05",
     "nan_in_an_image": "ValueError: `pixel_values` of item 1 contain NaN or Inf",
     "images_of_two_sizes": "ValueError: Images of different sizes: [3, 32, 32] and [3, 64, 64]",
-    "no_images": "ValueError: There is no image to use",
+    "no_images": "ValueError: There are no images to use",
     "a_source_that_fails": "the disk is gone",
     "a_source_that_fails_at_once": "FileNotFoundError: there is no disk",
     "a_folder_with_files": "is not empty; choose another",

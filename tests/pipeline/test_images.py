@@ -39,8 +39,8 @@ def evaluate(compressor, *args, **options):
 @pytest.mark.parametrize(
     ("folders", "reason"),
     [
-        (["class 1"], "all of them lie in one folder, 'class 1'; classes are folders beside each other"),
-        (["", "class 1"], "they lie at different depths of folders; classes are folders beside each other"),
+        (["class 1"], "all of them lie in one folder, 'class 1'; put the images of each class into"),
+        (["", "class 1"], "they lie at different depths of folders; put the images of each class into"),
         (["class 0/a", "class 1"], "they lie at different depths of folders"),
     ],
 )
@@ -49,7 +49,7 @@ def test_folders_without_labels(compressor, tmp_path, caplog, folders, reason):
         write(tmp_path / folder, 2)
     result = evaluate(compressor, tmp_path, num_samples=1)
     assert (result.num_images, result.top1, result.agreement) == (1, None, 1.0)
-    assert f"The images have no labels, so that accuracy is not measured: {reason}" in caplog.text
+    assert f"The images have no labels, so accuracy is not measured: {reason}" in caplog.text
 
 
 def test_datasets_without_labels(compressor, tmp_path, caplog):
@@ -208,7 +208,7 @@ def test_a_limit_on_pixels_can_be_raised(compressor, tmp_path):
     assert compressor.calibrate(paths, max_image_pixels=1440).num_images == 4
     with pytest.raises(ValueError, match="max_image_pixels=0 is not a positive number of pixels"):
         evaluate(compressor, paths, max_image_pixels=0)
-    with pytest.raises(ValueError, match="There is no image to use"):
+    with pytest.raises(ValueError, match="There are no images to use"):
         evaluate(compressor, paths, max_image_pixels=1000, max_broken_share=1.0)
 
 

@@ -288,9 +288,9 @@ def test_memory_is_estimated_only_under_a_limit(monkeypatch, caplog):
     memory = compressor.report.memory
     assert memory["estimated_bytes"] == {"host": compressor.memory_plan(config, 8).peak(HOST)}
     assert (memory["passes"], memory["disk_bytes"], memory["not_counted"]) == (1, 0, [])
-    assert "Memory besides the model" in caplog.text and "Memory, estimated" in format_table(compressor.report)
+    assert "Memory in addition to the model" in caplog.text and "Memory, estimated" in format_table(compressor.report)
     assert type(compressor.report).from_dict(compressor.report.to_dict()) == compressor.report
-    assert "Memory besides the model" in str(compressor.memory_plan(config))
+    assert "Memory in addition to the model" in str(compressor.memory_plan(config))
 
 
 def test_what_cannot_be_done_is_refused_before_anything_changes():

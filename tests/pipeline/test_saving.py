@@ -161,7 +161,7 @@ def test_files_of_the_users_in_the_folder_for_the_progress_stay(tmp_path, name):
     run.mkdir()
     (run / name).write_text("mine")
     images = Images()
-    with pytest.raises((FileExistsError, ValueError), match=r"holds something else|is damaged"):
+    with pytest.raises((FileExistsError, ValueError), match=r"holds other files|is damaged"):
         compress(tmp_path / "out", images, resume_directory=run)
     assert (run / name).read_text() == "mine" and not images.read
 

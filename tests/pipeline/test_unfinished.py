@@ -229,7 +229,7 @@ def test_after_saving_but_before_the_folder_is_removed(tmp_path, monkeypatch):
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"holds something else \('notes.txt'\)"):
+    with pytest.raises(FileExistsError, match=r"holds other files \('notes.txt'\)"):
         compress(tmp_path / "out", tmp_path, **FAST)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

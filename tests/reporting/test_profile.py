@@ -89,7 +89,7 @@ def test_other_structures_are_counted():
         "fc2": LayerChoice(5, width=20),
     }
     line = str(RankProfile([BudgetPoint(0.5, 0.5, 0.1, choices)], "nats per image")).splitlines()[1]
-    assert line == "  50.0%    50.0%  0.1, 2 of 4 layers share a first factor, 2 have fewer hidden units"
+    assert line == "  50.0%    50.0%  0.1, 2 of 4 layers share a first factor, 2 layers have fewer hidden units"
 
 
 def test_the_suffix_gives_the_format_of_the_plot(tmp_path):
@@ -119,5 +119,5 @@ def test_one_measurement_gives_estimates_for_all_budgets():
 def test_what_cannot_calibrate_is_refused():
     with pytest.raises(ValueError, match="no agreement and KL"):
         PROFILE.calibrated(measured(num_images=100, held_out=True, feature_error=0.1))
-    with pytest.raises(ValueError, match=r"compression_ratio=0\.4 is none of the profile's: 0\.2"):
+    with pytest.raises(ValueError, match=r"compression_ratio=0\.4 is not one of the profile's: 0\.2"):
         RankProfile(PROFILE.points[:1], PROFILE.unit).calibrated(measured(num_images=1, kl=0.1, agreement=0.9))

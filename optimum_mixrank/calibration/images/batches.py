@@ -325,7 +325,7 @@ class ImageBatches:
         self._check_broken_share(self._pass.usable + len(self._pass.broken))
         if not self._pass.usable:
             raise ValueError(
-                f"There is no image to use ({len(self._pass.broken)} broken ones were left out); check the source of "
+                f"There are no images to use ({len(self._pass.broken)} broken ones were left out); check the source of "
                 "images."
             )
 

@@ -119,12 +119,12 @@ def _decode(file: Any, max_image_pixels: int | None) -> Image.Image:
             return _to_rgb(image)
         except UnidentifiedImageError as error:
             raise ValueError(
-                f"cannot identify image: it is damaged, or in none of the formats that are read ({', '.join(FORMATS)})"
+                f"cannot identify image: it is damaged, or not in a supported format ({', '.join(FORMATS)})"
             ) from error
         except Image.DecompressionBombError as error:
             raise ValueError(
                 f"it has more than max_image_pixels={limit} pixels ({error}), as a decompression bomb has; raise "
-                "max_image_pixels if it is meant to be as large"
+                "max_image_pixels if it is meant to be that large"
             ) from error
 
 

@@ -64,5 +64,5 @@ def _check_size(size: int, limit: int | None) -> None:
     if limit is not None and size > limit:
         raise ValueError(
             f"the file has more than {limit:,} bytes, too many for an image of max_image_pixels; raise "
-            "max_image_pixels if it is meant to be as large"
+            "max_image_pixels if it is meant to be that large"
         )

@@ -121,7 +121,7 @@ def load_image_archive(path: Path, split: str | None = None) -> Any:
         raise ValueError(f"{str(path)!r} cannot be extracted ({error}); name a folder of images.") from error
     images = load_image_folder(extracted, split) if extracted.is_dir() else None
     if images is None:
-        raise ValueError(f"{str(path)!r} is no archive of images; name one, or a folder of images.")
+        raise ValueError(f"{str(path)!r} is not an archive of images; name one, or a folder of images.")
     return images
 
 

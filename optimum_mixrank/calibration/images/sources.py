@@ -178,14 +178,14 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
         except FileNotFoundError as error:
             if glob.has_magic(str(path)) or "::" in str(path):
                 raise ValueError(
-                    f"`datasets` cannot read {str(source)!r}, since its name holds one of * ? [ ::, which mean something "
-                    "else in a path; rename it."
+                    f"`datasets` cannot read {str(source)!r}, since its name contains one of * ? [ ::, which have a "
+                    "special meaning in paths; rename it."
                 ) from error
             raise
         except ValueError as error:
             if "WebDataset" in str(error):
                 raise ValueError(
-                    f"{str(source)!r} holds tar archives of something else than a WebDataset; name one of them as the "
+                    f"{str(source)!r} holds tar archives that are not a WebDataset; name one of them as the "
                     f"dataset, or extract them and name the folder with their images. ({error})"
                 ) from error
             raise

@@ -247,7 +247,7 @@ def test_tar_archives(tmp_path):
     with tarfile.open(tmp_path / "images.tar.gz", "w:gz") as archive:
         for name in ("a.png", "b.jpg"):
             archive.addfile(tarfile.TarInfo(name))
-    with pytest.raises(ValueError, match="of something else than a WebDataset; name one of them as the dataset"):
+    with pytest.raises(ValueError, match="that are not a WebDataset; name one of them as the dataset"):
         load_image_dataset(tmp_path)
 
 
@@ -295,11 +295,11 @@ def test_an_archive_is_read_like_the_folder_in_it(tmp_path, ending):
 
 def test_what_is_no_archive_of_images(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match="a.zip' is no archive of images; name one, or a folder of images"):
+    with pytest.raises(ValueError, match="a.zip' is not an archive of images; name one, or a folder of images"):
         load_image_dataset(tmp_path / "a.zip")
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.writestr("notes.txt", "")
-    with pytest.raises(ValueError, match="b.zip' is no archive of images"):
+    with pytest.raises(ValueError, match="b.zip' is not an archive of images"):
         load_image_dataset(tmp_path / "b.zip")
 
 
