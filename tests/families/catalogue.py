@@ -623,7 +623,9 @@ FAMILIES: dict[str, Family] = {
         packed,
     ),
     "Qwen2.5-Omni, thinker": Family("Qwen2_5OmniThinkerForConditionalGeneration", {}, packed),
-    "Qwen3-Omni, thinker": Family("Qwen3OmniMoeThinkerForConditionalGeneration", {}, packed),
+    "Qwen3-Omni, thinker": Family(
+        "Qwen3OmniMoeThinkerForConditionalGeneration", {"text_config": _language([2, 1, 1])}, packed
+    ),
     "Qwen3.5": Family("Qwen3_5ForConditionalGeneration", {}, packed),
     "VideoLLaMA 3": Family("VideoLlama3ForConditionalGeneration", {}, merged),
     "EXAONE 4.5": Family("Exaone4_5_ForConditionalGeneration", {}, packed),
@@ -637,7 +639,7 @@ FAMILIES: dict[str, Family] = {
     "LLaVA-NeXT-Video": Family(
         "LlavaNextVideoForConditionalGeneration", {"image_grid_pinpoints": [[32, 64], [64, 32]]}, with_sizes(clips(3))
     ),
-    "ShieldGemma 2": Family("ShieldGemma2ForImageClassification"),
+    "ShieldGemma 2": Family("ShieldGemma2ForImageClassification", {"mm_tokens_per_image": 4}),
     "T5Gemma 2": Family("T5Gemma2ForConditionalGeneration"),
     "Idefics": Family("IdeficsForVisionText2Text"),
     "GLM-4V": Family("Glm4vForConditionalGeneration", {"vision_config": _PATCHES}, packed),
