@@ -1,14 +1,17 @@
 """`optimum-cli mixrank export` and `verify`."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from commands.calling import cli
 from models import IMAGE_SIZE, mixed, tiny_vit
+from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from optimum_mixrank import FactoredLinear
+from optimum_mixrank.commands.images import read_images
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +80,15 @@ def test_options_that_make_no_sense(checkpoint, exported):
     verify = ("verify", "--model", checkpoint)
     assert "either --exported, or --dtype" in cli(*verify, code=1)[1]
     assert "--dtype float32 is not half precision" in cli(*verify, "--dtype", "float32", code=1)[1]
+
+
+def test_images_for_ranges_need_no_labels(checkpoint, tmp_path):
+    for name in ("zebra", "okapi"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (90, 10, 200)).save(tmp_path / name / "1.png")
+    names = {"dataset": str(tmp_path), "split": None, "image_column": None}
+    args = SimpleNamespace(num_samples=2, seed=1, batch_size=2, **names)
+    model = AutoModelForImageClassification.from_pretrained(checkpoint)
+    processor = ViTImageProcessor.from_pretrained(checkpoint)
+    (batch,) = read_images(args, model, processor, ("train",), labelled=False)
+    assert batch.pixel_values.shape == (2, 3, IMAGE_SIZE, IMAGE_SIZE)
