@@ -95,9 +95,10 @@ def summary(recorded: Mapping[str, Any]) -> str:
     tested = [each for each in recorded["families"].values() if "absent" not in each]
     refused = sum("refused" in each for each in tested)
     passed = sum(map(works, tested))
+    failed = len(tested) - refused - passed
     return (
-        f"Of {len(tested)} families, {passed} pass every check, {refused} are refused as what they are, and "
-        f"{len(tested) - refused - passed} fail."
+        f"Of {len(tested)} families, {passed} pass every check, {refused} are refused, and "
+        f"{failed} {'fails' if failed == 1 else 'fail'}."
     )
 
 

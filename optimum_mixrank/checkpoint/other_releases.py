@@ -79,6 +79,7 @@ def read_renamed(model: nn.Module, stored: Iterable[str], present: Iterable[str]
         for key, name in found.items():
             others = [each for pair in sorted(pairs) for each in _exchanged(name, *pair)] if name not in wanted else []
             found[key] = next((each for each in others if each in lacking), name)
+            lacking.discard(found[key])
         return found
 
     setattr(model, _FIND_NAMES, renamed)

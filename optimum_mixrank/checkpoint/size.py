@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import AutoModel
 
 from ..runtime.access import hub_access
+from ..runtime.files import is_local_path
 from ..runtime.formatting import quote
 from .architecture import named_class, read_config
 from .configuration import MixRankConfig
@@ -30,7 +29,7 @@ def parameters_like(name: str) -> int:
     """
     what = f"like={quote(name)}: the parameters of this model cannot be counted"
     try:
-        repository, _, revision = (name, "", "") if Path(name).expanduser().exists() else name.partition("@")
+        repository, _, revision = (name, "", "") if is_local_path(name) else name.partition("@")
         access = {**hub_access(), **({"revision": revision} if revision else {})}
         config = read_config(repository, {"trust_remote_code": False, **access})
         found = named_class(config, name) if getattr(config, "architectures", None) else AutoModel

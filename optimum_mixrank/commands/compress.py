@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +143,7 @@ on several GPUs:
     def _push(self, compressor: MixRankCompressor, model: PreTrainedModel, saving: dict[str, Any]) -> None:
         """Upload the model; an error says that the checkpoint on the disk is complete."""
         output, repo = str(self.args.output), self.args.push_to_hub
-        by_hand = f"`hf upload {repo} {output}` uploads it."
+        by_hand = f"`{shlex.join(['hf', 'upload', repo, output])}` uploads it."
         self.written += f" It was not uploaded: {by_hand}"
         try:
             compressor.push_to_hub(model, repo, token=self.args.token, **saving)

@@ -1,7 +1,7 @@
 """Compensation: repair with unlabelled images what a compression has damaged.
 
-A compensator is one class in one file, which registers itself. Whatever it does is undone if it does not
-stand the test on held-out images.
+A compensator is one class in one file, which registers itself. Whatever it does is undone if it fails the
+test on held-out images.
 """
 
 from .compensator import COMPENSATORS, CompensationResult, CompensationTask, Compensator

@@ -143,7 +143,10 @@ def similar_paths(name: str, folders_only: bool = False) -> str:
     path = Path(name).expanduser()
     if not path.parent.is_dir():
         return ""
-    beside = sorted(each.name for each in path.parent.iterdir() if each.is_dir() or not folders_only)
+    try:
+        beside = sorted(each.name for each in path.parent.iterdir() if each.is_dir() or not folders_only)
+    except OSError:
+        return ""
     near = [repr(str(Path(name).parent / each)) for each in difflib.get_close_matches(path.name, beside, n=3)]
     return f"did you mean {' or '.join(near)}?" if near else ""
 

@@ -78,7 +78,7 @@ def test_options_that_make_no_sense(checkpoint, exported):
     assert "name images for" not in cli(*again, "--overwrite")[1]
     assert "add --int8, or leave it out" in cli(*again, "--dataset", "images", code=1)[1]
     verify = ("verify", "--model", checkpoint)
-    assert "either --exported, or --dtype" in cli(*verify, code=1)[1]
+    assert "Name what to compare the checkpoint with: --exported, or --dtype" in cli(*verify, code=1)[1]
     assert "--dtype float32 is not half precision" in cli(*verify, "--dtype", "float32", code=1)[1]
 
 

@@ -11,6 +11,7 @@ from optimum_mixrank.compensation import CompensationTask, Compensator
 from optimum_mixrank.compensation.held_out import (
     compensate_or_restore,
     held_out_errors,
+    is_accepted,
     is_significantly_larger,
     model_outputs,
     split_batches,
@@ -49,8 +50,8 @@ def test_a_step_that_does_harm_is_undone(task):
 def test_only_a_closed_form_is_kept_whose_loss_chance_explains(task, monkeypatch, closed_form):
     monkeypatch.setattr(Spoiler, "closed_form", closed_form)
     before = held_out_errors(task)
-    # One image of eight gets much worse, all others a little better.
-    after = 0.9 * before + torch.tensor([float(before.sum()), *[0.0] * 7])
+    # One image of eight gets worse, all others a little better.
+    after = 0.9 * before + torch.tensor([float(before.sum()) / 2, *[0.0] * 7])
     found = iter([before, after])
     monkeypatch.setattr("optimum_mixrank.compensation.held_out.held_out_errors", lambda task: next(found))
     result = compensate_or_restore(Spoiler(), task)
@@ -70,14 +71,35 @@ def test_significance_is_that_of_a_paired_test():
     assert is_significantly_larger(before + 1e-4, before)
 
 
-def test_equal_errors_are_no_harm_and_a_single_image_or_nan_decides():
+def test_equal_errors_are_no_harm_and_a_single_image_decides():
     ones = torch.ones(5, dtype=torch.float64)
     assert not is_significantly_larger(ones, ones)
-    assert is_significantly_larger(ones.log() / 0, ones)
-    assert is_significantly_larger(ones * torch.inf, ones)
     assert is_significantly_larger(ones[:1] + 1e-9, ones[:1]) and not is_significantly_larger(
         ones[:1] - 1e-9, ones[:1]
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "closed_form", "trained"),
+    [
+        ([0.01] * 52, [0.01] * 50 + [9.0, 9.0], False, False),  # two images that explode hide in their own spread
+        ([0.01] * 52, [0.01] * 51 + [9.0], False, False),
+        ([1.0, 1.0], [1.9, 1.0], True, False),
+        ([1.0, 1.0], [10.0, 1.0], False, False),
+        ([0.0, 0.0], [1e-9, 0.0], False, False),
+        ([1.0, 1.0], [1.0, 1.0], True, False),
+        ([1.0, 2.0], [0.5, 2.0], True, True),
+        ([1.0, 1.0], [0.1, torch.nan], False, False),
+        ([1.0, 1.0], [0.1, torch.inf], False, False),
+        ([torch.inf, 0.2, 0.2], [0.1, 0.1, 0.1], True, True),
+        ([torch.nan, 0.2], [0.1, 0.1], True, True),
+    ],
+)
+def test_what_is_accepted(monkeypatch, before, after, closed_form, trained):
+    errors = [torch.tensor(each, dtype=torch.float64) for each in (before, after)]
+    for is_closed, expected in ((True, closed_form), (False, trained)):
+        monkeypatch.setattr(Spoiler, "closed_form", is_closed)
+        assert is_accepted(Spoiler(), *errors) == expected
 
 
 def test_split_holds_out_random_images_and_loses_none():
