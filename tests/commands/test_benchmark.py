@@ -51,7 +51,7 @@ def test_from_a_measured_table_to_a_compressed_checkpoint(dense, tmp_path):
         (("--batch-size", 1, 8), "--batch-size 1 8 names several sizes, but a table is for one"),
         (("--image-size", 64), "--image-size has no effect with --table"),
         (("--reference", "other"), "--reference has no effect with --table"),
-        (("--runtime", "fast"), "runtime='fast' is unknown"),
+        (("--runtime", "fast"), "--runtime fast is unknown"),
         (("--compile", "--runtime", "eager"), "--compile contradicts --runtime eager"),
         (("--repeats", 5), "--repeats 5 is too few"),
     ],
