@@ -104,7 +104,7 @@ def test_exported_models_are_found_by_their_files(plain_runtime, one_model, tmp_
     assert find_exported(tmp_path / "checkpoint") is None
     with pytest.raises(FileNotFoundError, match="holds no exported model"):
         open_exported(tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match=r"known are the endings \.onnx, \.xml, \.pte, \.pt2, \.plain"):
+    with pytest.raises(ValueError, match=r"its name must end in one of \.onnx, \.xml, \.pte, \.pt2, \.plain"):
         find_exported(tmp_path / "checkpoint" / "config.json")
     (tmp_path / "out" / "model.onnx").touch()
     with pytest.raises(ValueError, match=r"several exported models \(model.onnx, model.plain\)"):

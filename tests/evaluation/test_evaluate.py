@@ -191,7 +191,7 @@ def test_progress_can_be_switched_off(batches, capsys):
 @pytest.mark.parametrize(
     ("model", "batches", "reference", "message"),
     [
-        (tiny_vit, [], None, "no image to evaluate"),
+        (tiny_vit, [], None, "no images to evaluate"),
         (tiny_vit, [Batch(pixels())], None, "nothing to measure: give labels"),
         (lambda: tiny_vit().vit, [Batch(pixels(), torch.zeros(4, dtype=torch.long))], None, "nothing to measure"),
         (tiny_vit, [Batch(pixels(1), torch.tensor([0])), Batch(pixels(1))], tiny_vit, "Some batches have labels"),

@@ -286,10 +286,10 @@ def test_share_is_compared_exactly(tmp_path):
 
 def test_nothing_usable(tmp_path):
     files = sorted(write(tmp_path / "images", 2, broken=[0, 1]).iterdir())
-    with pytest.raises(ValueError, match=r"no image to use \(2 broken ones were left out\)"):
+    with pytest.raises(ValueError, match=r"no images to use \(2 broken ones were left out\)"):
         list(ImageBatches(files, image_processor=processor(), max_broken_share=1))
     for source in ([], labelled(1).select([]), iter([]), [torch.zeros(0, 3, 8, 8)]):
-        with pytest.raises(ValueError, match=r"no image to use \(0 broken ones were left out\)"):
+        with pytest.raises(ValueError, match=r"no images to use \(0 broken ones were left out\)"):
             list(ImageBatches(source, image_processor=processor()))
 
 

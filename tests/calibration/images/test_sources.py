@@ -67,7 +67,7 @@ def test_parquet(tmp_path):
     folder.mkdir()
     in_memory().to_parquet(folder / "a[1].parquet")
     assert_undecoded(load_image_dataset(folder / "a[1].parquet"), 5)
-    with pytest.raises(ValueError, match=r"data\[v1\]', since its name holds one of .*; rename it"):
+    with pytest.raises(ValueError, match=r"data\[v1\]', since its name contains one of .*; rename it"):
         load_image_dataset(folder)
 
 
