@@ -148,6 +148,7 @@ def is_accepted(compensator: Compensator, before: Tensor, after: Tensor) -> bool
     if not after.isfinite().all():
         return False
     if not compensator.closed_form or not before.isfinite().all():
+        # True of any finite error if the one before is not a number.
         return not bool(after.mean() >= before.mean())
     is_harm = after.mean() > LARGEST_RISE * before.mean() or is_significantly_larger(after, before)
     return not is_harm
