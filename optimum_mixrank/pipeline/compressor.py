@@ -546,6 +546,7 @@ class MixRankCompressor(OptimumQuantizer):
             split: See `evaluate`.
 
         Raises:
+            FileNotFoundError: if there is no such folder or dataset.
             ValueError: as `evaluate`.
         """
         self._reader().read_labelled(dataset, split=split)
