@@ -20,7 +20,7 @@ from torch import Tensor
 from .factorization import Decomposition
 from .statistics import LayerStatistics, Statistic
 from .two_sided import OutputFisher, damped, lower_root
-from .width import UnitSelection, select_units, solved_for_units
+from .width import UnitSelection, held_to_weights, select_units, solved_for_units
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TwoSidedMlp:
         first_weight: `W₁`, `[c h, n]`.
         second_weight: `W₂`, `[m, h]`.
         input_covariance: `[n, n]`.
-        hidden_covariance: `H`, `[h, h]`.
+        hidden_covariance: `H`, `[h, h]`, with the penalty of `width.held_to_weights`.
         first_fisher: `F₁`, damped, `[c h, c h]`: Fisher information of the outputs of the first layer.
         second_fisher: `F₂`, damped, `[m, m]`.
         first_scale: Factor that turns errors of the first layer into nats per image: half the tokens per image; 0 if the
@@ -96,7 +96,7 @@ class TwoSidedMlp:
         return cls(
             *weights,
             statistics[0].require(Statistic.INPUT_COVARIANCE),
-            statistics[1].require(Statistic.INPUT_COVARIANCE),
+            held_to_weights(statistics[1].require(Statistic.INPUT_COVARIANCE), statistics[1].num_tokens),
             damped(moments[0], damping),
             damped(moments[1], damping),
             first_scale=scales[0],

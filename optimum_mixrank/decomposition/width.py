@@ -11,6 +11,11 @@ residual covariance R, at first H, and `P = Lᵀ T`, at first, it is the unit j 
 `R ← R - R_j R_jᵀ / R_jj` and `P ← P - P_j R_jᵀ / R_jj`. That is a Cholesky factorization of H whose pivots are chosen by
 their use for the output. The non-linearity lies before the hidden units, so that no error of the first layer passes
 through it.
+
+Of few tokens, H is singular: some combinations of units did not vary, by chance, and the second layer could use any
+multiple of them. Therefore a share λ of its own variance is added to the variance of each unit, which penalises
+`λ Σ_j H_jj ‖W'_j - W_j‖²`, where `W'_j` is zero for the units that go. It holds the second layer to its original
+weights, whatever the scale of each unit.
 """
 
 from __future__ import annotations
@@ -25,6 +30,25 @@ _TINY = torch.finfo(torch.float64).tiny
 
 _NEGLIGIBLE = 1e-10
 """Share of a unit's variance below which what the kept units leave of it is taken for rounding errors."""
+
+
+_PENALTY = 0.003
+"""Share λ of its variance that is added to each unit's, for as many tokens as there are units.
+
+It falls with the number of tokens: measured on a ViT-S with 1,536 units, 1 % is right for 520 tokens and too much for
+2,080 (see `held_to_weights`).
+"""
+
+
+def held_to_weights(hidden_moment: Tensor, num_tokens: int) -> Tensor:
+    """Return `H + λ diag(H)`, `[h, h]`, with `λ = 0.003 h / num_tokens`, so that few tokens do not decide alone.
+
+    Args:
+        hidden_moment: `H`, `[h, h]`, float64: covariance of the hidden units, or second moment for a layer without bias.
+        num_tokens: Number of tokens that it was taken from.
+    """
+    share = _PENALTY * len(hidden_moment) / max(1, num_tokens)
+    return hidden_moment + torch.diag(share * hidden_moment.diagonal())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_mixrank.decomposition.width import UnitSelection, select_units, solved_for_units
+from optimum_mixrank.decomposition.width import UnitSelection, held_to_weights, select_units, solved_for_units
 
 
 def moments(units=12, outputs=5, samples=60, seed=0):
@@ -88,3 +88,47 @@ def test_units_that_never_vary():
 
 def test_no_selection():
     assert UnitSelection.none().kept(0).tolist() == []
+
+
+def hidden_units(tokens, units=40, inputs=30, seed=0):
+    """Return hidden units of an MLP at some tokens, centred, `[tokens, units]`."""
+    generator = torch.Generator().manual_seed(3)
+    first = torch.randn(inputs, units, generator=generator, dtype=torch.float64)
+    generator.manual_seed(seed)
+    hidden = torch.relu(torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) @ first)
+    return hidden - hidden.mean(dim=0)
+
+
+def test_the_penalty_is_the_distance_to_the_original_weights():
+    tokens = 25
+    hidden = hidden_units(tokens)
+    weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    held = held_to_weights(hidden.T @ hidden / tokens, tokens)
+    kept = torch.tensor([0, 3, 4, 17, 20, 39])
+    # Least squares over tokens and, weighted, over the distance of every weight to its original value.
+    share = 0.003 * 40 / tokens
+    anchors = torch.diag((share * tokens * hidden.square().mean(dim=0)).sqrt())
+    rows, targets = torch.cat([hidden, anchors]), torch.cat([hidden @ weight.T, anchors @ weight.T])
+    expected = torch.linalg.lstsq(rows[:, kept], targets).solution.T
+    assert torch.allclose(solved_for_units(held, weight @ held, kept), expected, rtol=1e-6)
+
+
+def test_weights_stay_moderate_with_fewer_tokens_than_units():
+    tokens, weight = 20, torch.randn(5, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    hidden, unseen = hidden_units(tokens), hidden_units(2000, seed=1)
+    moment = hidden.T @ hidden / tokens
+
+    def error(moment):
+        selected = select_units(moment, weight @ moment, 20).order
+        narrow = solved_for_units(moment, weight @ moment, selected)
+        return float((unseen[:, selected] @ narrow.T - unseen @ weight.T).square().mean()), float(narrow.abs().max())
+
+    (plain, _), (held, largest) = error(moment), error(held_to_weights(moment, tokens))
+    assert held < plain / 2
+    assert largest < 3 * float(weight.abs().max())
+
+
+def test_many_tokens_decide_alone():
+    moment = moments()[0]
+    assert torch.allclose(held_to_weights(moment, 10**9), moment, rtol=1e-9)
+    assert torch.equal(held_to_weights(moment * 0, 0), moment * 0)
