@@ -13,7 +13,7 @@ from optimum_mixrank.reporting.colours import BREAK_EVEN, GRID, INK, SERIES
 
 TITLE = "Top-1 of ViT-S with half and with 40 % of the encoder's parameters"
 DESCRIPTION = (
-    "Top-1 accuracy on 1,000 images of ten ImageNet classes, means of two or three seeds. Plain and diagonally scaled SVD "
+    "Top-1 accuracy on 1,000 images of ten ImageNet classes, means of three seeds. Plain and diagonally scaled SVD "
     "fall to chance; the second moment of the inputs keeps about half; with the paper's greedy ranks and residuals it "
     "keeps more; this library's closed form stays within a few points of the original."
 )
