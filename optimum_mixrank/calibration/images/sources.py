@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 import numpy.typing as npt
+from datasets.load import CachedDatasetModuleFactory
 from PIL import Image
 
 from ...checkpoint.validation import check_integer, check_seed
+from ...runtime.access import why_unreachable
 from ...runtime.files import similar_paths
 from ...runtime.logging import get_logger
 from .files import is_remote, open_file
@@ -192,14 +194,31 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
     if isinstance(source, Path) or _looks_local(source):
         hint = similar_paths(str(source)) or "name a folder of images or a Hub id."
         raise FileNotFoundError(f"There is no folder or file {str(source)!r}; {hint}")
+    _check_reachable(source, hub_kwargs)
     try:
         return datasets.load_dataset(source, **hub_kwargs)
     except (ConnectionError, FileNotFoundError) as error:
-        # Most often a folder whose name was misspelt.
-        hint = similar_paths(source) or "name a folder of images or a Hub id."
-        raise FileNotFoundError(
-            f"There is no folder {source!r}, nor could it be read from the Hub ({str(error).rstrip('.')}); {hint}"
-        ) from error
+        raise FileNotFoundError(_not_found(source, str(error).rstrip("."))) from error
+
+
+def _check_reachable(source: str, hub_kwargs: Mapping[str, Any]) -> None:
+    """Check that the Hub can be reached, or that the dataset is in the cache."""
+    if hub_kwargs.get("data_files") or hub_kwargs.get("data_dir"):
+        # The source may be a format, such as "imagefolder".
+        return
+    reason = why_unreachable()
+    if reason:
+        try:
+            # Which `load_dataset` too falls back to.
+            CachedDatasetModuleFactory(source, cache_dir=hub_kwargs.get("cache_dir")).get_module()
+        except FileNotFoundError:
+            raise FileNotFoundError(_not_found(source, reason)) from None
+
+
+def _not_found(source: str, reason: str) -> str:
+    # Most often a folder whose name was misspelt.
+    hint = similar_paths(source) or "name a folder of images or a Hub id."
+    return f"There is no folder {source!r}, nor could it be read from the Hub ({reason}); {hint}"
 
 
 def _looks_local(source: str) -> bool:
