@@ -133,6 +133,8 @@ class MixRankCompressor(OptimumQuantizer):
         self.accelerator = accelerator
         self.allow_tf32 = allow_tf32
         self._made = MadeModels()
+        # What `check_evaluation` has already warned about.
+        self._checked: list[Any] = []
 
     @classmethod
     def from_pretrained(
@@ -530,7 +532,8 @@ class MixRankCompressor(OptimumQuantizer):
         draw: dict[str, Any] = {"split": split, "num_samples": num_samples, "seed": seed}
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         with self.processes.raise_on_all_ranks():
-            batches = reader.read_labelled(dataset, image_column, label_column, **draw)
+            warn = not any(each is dataset for each in self._checked)
+            batches = reader.read_labelled(dataset, image_column, label_column, **draw, warn=warn)
             call = example_call(call, model, lambda: batches).bound(model)
         with phase("Evaluated") as evaluating:
             result = evaluate_model(model, batches, reference=self.model, processes=self.processes, call=call)
@@ -550,6 +553,7 @@ class MixRankCompressor(OptimumQuantizer):
             ValueError: as `evaluate`.
         """
         self._reader().read_labelled(dataset, split=split)
+        self._checked = [dataset]
 
     def _keep(self, model: PreTrainedModel, result: EvaluationResult) -> None:
         """Add an evaluation to the model's report and, where it lies in a local folder, to the files there."""

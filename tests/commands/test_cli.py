@@ -19,6 +19,7 @@ from shipped import DATA, MODEL, ROOT
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank.commands.command import checked_device
 from optimum_mixrank.commands.fields import FIELDS, configuration
 from optimum_mixrank.reporting.table import evaluation_lines
 
@@ -486,6 +487,24 @@ def test_a_gpu_that_is_not_there_is_named(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for command in (("benchmark", "--model", tiny, "--reference", tiny), ("plan", "--model", tiny, "--metric", "svd")):
         assert "Error: --device cuda is not available: PyTorch" in cli(*command, "--device", "cuda", code=1)[1]
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("xpu", "--device xpu is not available: PyTorch"),
+        ("vulkan", "--device vulkan is not available: PyTorch"),
+        ("meta", "--device meta holds no values to compute with; choose cpu"),
+        ("cuda:9", "--device cuda:9 does not exist: this machine has cuda:0 to cuda:1"),
+        ("cuda:x", "--device cuda:x is unknown; choose cpu"),
+    ],
+)
+def test_devices_are_checked_before_the_work(monkeypatch, device, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=message):
+        checked_device(device)
+    assert checked_device("cpu") == "cpu" and checked_device("cuda:1") == "cuda:1"
 
 
 def test_class_names_are_checked_before_the_work(tiny, tmp_path, caplog):
