@@ -52,7 +52,7 @@ from .memory import MaxMemory, MemoryPlan, MemoryTask, estimate_memory
 from .profile import profile_model
 from .reports import Made, MadeModels
 from .run import CompressionRun, example_call, free_sites, shared_fingerprint
-from .saving import push_compressed, record_evaluation, save_result
+from .saving import push_compressed, record_evaluation, save_result, upload_arguments
 from .size import with_known_ratio
 from .unfinished import check_output, open_run
 
@@ -588,7 +588,8 @@ class MixRankCompressor(OptimumQuantizer):
             self_contained: Whether the checkpoint brings the code that opens it, so that it needs no plugin but
                 `trust_remote_code=True`. Default: if the model was loaded from one that does. Where an ordinary
                 configuration describes the model, the checkpoint needs neither.
-            **kwargs: `max_shard_size`, … as for Transformers' `save_pretrained`.
+            **kwargs: `max_shard_size`, … as for Transformers' `save_pretrained`. With `push_to_hub=True` the result is then
+                uploaded to `repo_id`, by default named like the folder; `token`, `private`, … are as for `push_to_hub`.
 
         Raises:
             FileExistsError: if the folder holds files and `overwrite` is False.
@@ -599,15 +600,18 @@ class MixRankCompressor(OptimumQuantizer):
         check_path("save_directory", save_directory)
         processes, made = self.processes, self._find(model)
         report, run = (None, None) if made is None else (made.report, made.run)
+        repo_id, upload = upload_arguments(kwargs, save_directory)
         with processes.raise_on_all_ranks():
             if processes.is_main:
                 check_apart(save_directory, {ORIGINAL: [self.model.name_or_path]})
                 content = (model, save_directory, self.image_processor, report)
-                kwargs |= {"overwrite": overwrite, "picture": picture, "self_contained": self_contained}
-                report = save_result(*content, run, **kwargs)
+                saving: dict[str, Any] = {"overwrite": overwrite, "picture": picture, "self_contained": self_contained}
+                report = save_result(*content, run, **saving, **kwargs)
         report = processes.broadcast(report)
         if made is not None and report is not None:
             made.saved(model, report, resolved(save_directory))
+        if repo_id is not None:
+            self.push_to_hub(model, repo_id, self_contained=self_contained, **upload, **kwargs)
 
     @_in_every_process
     def push_to_hub(self, model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
