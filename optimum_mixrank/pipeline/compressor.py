@@ -606,7 +606,7 @@ class MixRankCompressor(OptimumQuantizer):
                 check_apart(save_directory, {ORIGINAL: [self.model.name_or_path]})
                 content = (model, save_directory, self.image_processor, report)
                 saving: dict[str, Any] = {"overwrite": overwrite, "picture": picture, "self_contained": self_contained}
-                report = save_result(*content, run, **saving, **kwargs)
+                report = save_result(*content, run, **(saving | kwargs))
         report = processes.broadcast(report)
         if made is not None and report is not None:
             made.saved(model, report, resolved(save_directory))
