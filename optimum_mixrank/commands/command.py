@@ -148,7 +148,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     add("--batch-size", type=int, default=32, help="images per forward pass; default: 32")
     add("--num-workers", type=int, default=0, help="processes that decode images; default: 0")
     add("--max-broken-share", type=float, default=0.05, help="share of images that may be broken; default: 0.05")
-    pixels = "pixels that an image may have, above which it counts as broken; default: Pillow's limit, 89 million"
+    pixels = "images with more pixels than this count as broken; default: Pillow's limit, 89 million"
     add("--max-image-pixels", type=int, help=pixels)
     add("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
     add("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")

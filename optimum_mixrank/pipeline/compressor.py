@@ -119,9 +119,9 @@ class MixRankCompressor(OptimumQuantizer):
                 )
             if type(model).__module__.startswith("transformers."):
                 raise TypeError(
-                    f"model is a {type(model).__name__}, which is a part of a model and none of its own in Transformers "
-                    f"{transformers.__version__}. Give the whole model, of which only what images reach is compressed, or "
-                    "open its tower by the class for that, such as `CLIPVisionModel`."
+                    f"model is a {type(model).__name__}, which in Transformers {transformers.__version__} is only a "
+                    "part of a model. Give the whole model, of which only the layers that images reach are compressed, or "
+                    "open its tower with a class of its own, such as `CLIPVisionModel`."
                 )
             raise TypeError(
                 f"model is of type {type(model).__name__}, not a Transformers model; use "
