@@ -2,6 +2,7 @@
 
 import socket
 
+import datasets
 import huggingface_hub
 import pytest
 
@@ -83,3 +84,20 @@ def test_a_dataset_that_is_nowhere(tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     with pytest.raises(FileNotFoundError, match="no folder 'picturs', nor .*no network: .* did you mean 'pictures'"):
         load_image_dataset("picturs")
+
+
+@pytest.mark.usefixtures("requests")
+def test_a_dataset_in_the_cache_needs_no_network(tmp_path):
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    folder = tmp_path / "me___birds" / "default" / "0.0.0" / "abc"
+    folder.mkdir(parents=True)
+    splits = {"train": {"name": "train", "num_examples": 1}}
+    info = datasets.DatasetInfo(
+        features=features, splits=splits, builder_name="parquet", dataset_name="birds", config_name="default"
+    )
+    info.write_to_directory(folder)
+    with datasets.arrow_writer.ArrowWriter(features=features, path=str(folder / "birds-train.arrow")) as writer:
+        writer.write({"image": {"path": "a.png", "bytes": None}})
+        writer.finalize()
+    assert len(load_image_dataset("me/birds", cache_dir=str(tmp_path))) == 1
+    assert not datasets.config.HF_HUB_OFFLINE

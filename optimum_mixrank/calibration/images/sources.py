@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
 import numpy as np
 import numpy.typing as npt
-from datasets.load import CachedDatasetModuleFactory
 from PIL import Image
 
 from ...checkpoint.validation import check_integer, check_seed
@@ -194,25 +193,26 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
     if isinstance(source, Path) or _looks_local(source):
         hint = similar_paths(str(source)) or "name a folder of images or a Hub id."
         raise FileNotFoundError(f"There is no folder or file {str(source)!r}; {hint}")
-    _check_reachable(source, hub_kwargs)
-    try:
-        return datasets.load_dataset(source, **hub_kwargs)
-    except (ConnectionError, FileNotFoundError) as error:
-        raise FileNotFoundError(_not_found(source, str(error).rstrip("."))) from error
-
-
-def _check_reachable(source: str, hub_kwargs: Mapping[str, Any]) -> None:
-    """Check that the Hub can be reached, or that the dataset is in the cache."""
-    if hub_kwargs.get("data_files") or hub_kwargs.get("data_dir"):
-        # The source may be a format, such as "imagefolder".
-        return
-    reason = why_unreachable()
-    if reason:
+    with _offline_if_unreachable() as reason:
         try:
-            # Which `load_dataset` too falls back to.
-            CachedDatasetModuleFactory(source, cache_dir=hub_kwargs.get("cache_dir")).get_module()
-        except FileNotFoundError:
-            raise FileNotFoundError(_not_found(source, reason)) from None
+            return datasets.load_dataset(source, **hub_kwargs)
+        except (ConnectionError, FileNotFoundError) as error:
+            raise FileNotFoundError(_not_found(source, reason or str(error).rstrip("."))) from error
+
+
+@contextmanager
+def _offline_if_unreachable() -> Iterator[str]:
+    """Let `datasets` read its cache alone if there is no connection, for which it would try for half a minute.
+
+    Yields:
+        Why there is no connection; empty if there is one.
+    """
+    reason, before = why_unreachable(), datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or bool(reason)
+    try:
+        yield reason
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _not_found(source: str, reason: str) -> str:
