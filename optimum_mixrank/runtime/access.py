@@ -11,9 +11,6 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
-from huggingface_hub import constants
-from huggingface_hub.utils import get_session
-
 
 _TRIES, _PAUSE_SECONDS = 2, 1.0
 """A name server that is only busy answers the second time."""
@@ -47,12 +44,15 @@ def why_unreachable() -> str:
     `huggingface_hub` repeats a request for about 25 seconds when there is no network. This asks twice, and gives up only
     if no connection comes about: a slow answer is left to the download itself.
     """
+    # Not at the top, since the help of the commands has to appear at once.
+    from huggingface_hub import constants, utils
+
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     reason = ""
     for attempt in range(_TRIES):
         try:
-            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            utils.get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except Exception as error:
             # Which classes a missing network raises depends on the release of huggingface_hub.
             reason = _missing_connection(error)

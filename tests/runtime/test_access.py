@@ -25,7 +25,7 @@ def requests(monkeypatch):
             except OSError as error:
                 raise RuntimeError("a class of some release of the client") from error
 
-    monkeypatch.setattr(access, "get_session", Session)
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", Session)
     monkeypatch.setattr(access, "_PAUSE_SECONDS", 0)
     return asked
 
@@ -47,7 +47,7 @@ def test_other_errors_are_left_to_the_download(monkeypatch, error):
         def head(self, *_, **__):
             raise error
 
-    monkeypatch.setattr(access, "get_session", Session)
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", Session)
     assert why_unreachable() == ""
 
 
