@@ -168,7 +168,9 @@ def measurements(records: list[dict]) -> list[str]:
                 format_bytes(max(peaks)) if peaks else "not measured",
             )
         )
-    return table(("shape", "recipe", "processes", *PHASES, "in all", "speed-up", "peak besides the model"), rows)
+    return table(
+        ("shape", "recipe", "processes", *PHASES, "in all", "speed-up", "peak in addition to the model"), rows
+    )
 
 
 def on_paper(records: list[dict], args: argparse.Namespace) -> list[str]:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from ..runtime.access import why_unreachable
 from ..runtime.files import is_local_path, similar_paths
 from ..runtime.formatting import quote, shorten
 from .rank_map import QUANT_METHOD
@@ -34,6 +36,7 @@ def read_config(path: str | Path, hub_kwargs: dict[str, Any]) -> Any:
         ValueError: if its `config.json` cannot be understood.
     """
     check_exists(path)
+    _check_reachable(str(path), hub_kwargs)
     try:
         return AutoConfig.from_pretrained(path, **hub_kwargs)
     except ImportError:
@@ -85,6 +88,26 @@ def check_exists(path: str | Path) -> None:
         found += f", nor does the folder {str(folder.parent)!r}"
     hint = similar_paths(name, folders_only=True) or "give a folder with a config.json, or a Hub id."
     raise FileNotFoundError(f"The model {name!r} {found}; {hint}")
+
+
+def _check_reachable(name: str, hub_kwargs: dict[str, Any]) -> None:
+    """Check that a model that is no local folder is in the cache, or that the Hub can be reached.
+
+    Raises:
+        OSError: if it is neither; the message lists folders with similar names.
+    """
+    file, revision = "config.json", hub_kwargs.get("revision")
+    if Path(name).expanduser().exists() or hub_kwargs.get("subfolder") or hub_kwargs.get("local_files_only"):
+        return
+    if isinstance(try_to_load_from_cache(name, file, cache_dir=hub_kwargs.get("cache_dir"), revision=revision), str):
+        return
+    reason = why_unreachable()
+    if reason:
+        hint = similar_paths(name, folders_only=True) or "name a folder with a config.json, or connect to the network."
+        raise OSError(
+            f"The model {name!r} is neither a local folder nor in the cache, and the Hub cannot be reached ({reason}); "
+            f"{hint}"
+        )
 
 
 def _odd_field(path: str | Path, hub_kwargs: dict[str, Any]) -> str | None:

@@ -51,9 +51,9 @@ class MixRankConfig(QuantizationConfigMixin):
             With `target_parameters`, `like` or `target_latency` it is left out.
         compression_scope (`str`): What the ratio refers to: `"model"`, all parameters of the model, as in the paper's
             headline; `"targets"`, the weights of the targeted layers alone.
-        target_parameters (`int`, *optional*): Parameters that the whole compressed model may have, in place of a ratio: it
+        target_parameters (`int`, *optional*): Parameters that the whole compressed model may have, instead of a ratio: it
             gets at most this many, and as many as the steps between ranks allow.
-        like (`str`, *optional*): Hub id or folder of a smaller model, in place of a ratio: the compressed model gets at
+        like (`str`, *optional*): Hub id or folder of a smaller model, instead of a ratio: the compressed model gets at
             most as many parameters as that one. Only its configuration is read, and no code that comes with it is run.
         recipe (`str`): Named choice of the fields from `metric` to `min_rank_ratio` that are optional: `"best"`,
             `"distilled"` (the same, then distillation; for a few thousand images or more), `"fast"` (one forward pass,
@@ -97,10 +97,11 @@ class MixRankConfig(QuantizationConfigMixin):
         target_modules (`str`, `list[str]`, *optional*): Layers to compress, as in PEFT: a regular expression that must
             match the whole name, or a list of names or their last parts, as in Transformers 4.x
             (`attention.attention.query`) or 5.x (`attention.q_proj`). Default: all linear layers of the encoder.
-        include (`list[str]`): What to compress beside the linear layers of the blocks: `"patch_embedding"`, convolutions
-            whose patches do not overlap, and linear layers before the blocks; `"pointwise_convolutions"`, those of single
-            pixels; `"pooling"`, linear layers that follow the blocks inside the base model; `"heads"`, those outside of it;
-            `"projections"`, those of either kind that are called so, as in CLIP and LLaVA. Default: none of them.
+        include (`list[str]`): What to compress in addition to the linear layers of the blocks: `"patch_embedding"`,
+            convolutions whose patches do not overlap, and linear layers before the blocks; `"pointwise_convolutions"`,
+            those of single pixels; `"pooling"`, linear layers that follow the blocks inside the base model; `"heads"`,
+            those outside of it; `"projections"`, those of either kind that are called so, as in CLIP and LLaVA. Default:
+            none of them.
         exclude_modules (`str`, `list[str]`, *optional*): Layers not to compress, in the same form.
         rank_pattern (`dict[str, int]`): Ranks of individual layers; keys are names, last parts of names or regular
             expressions, as in PEFT. The first matching key applies.

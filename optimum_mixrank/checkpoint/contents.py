@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, errors
+from huggingface_hub import HfApi, errors, snapshot_download
 
+from ..runtime.access import why_unreachable
 from ..runtime.formatting import shorten
 from .files import StoredTensor, safetensors_bytes, stored_tensors
+
+
+_ANSWERS = (
+    errors.HfHubHTTPError,
+    errors.HFValidationError,
+    errors.NotASafetensorsRepoError,
+    errors.SafetensorsParsingError,
+)
+"""What the Hub has answered, or would answer with any connection."""
 
 
 class Contents(NamedTuple):
@@ -30,7 +41,8 @@ def contents_of(
     """Return what a checkpoint holds, without loading its weights.
 
     Args:
-        checkpoint: Local folder, or Hub id, from which about 100 kB are fetched for every weight file.
+        checkpoint: Local folder, or Hub id, from which about 100 kB are fetched for every weight file; without a
+            connection, one that is in the cache.
         also: Names of small files to fetch besides `config.json`.
         revision: Branch, tag or commit on the Hub.
         token: Access token for the Hub.
@@ -53,7 +65,10 @@ def contents_of(
         metadata = api.get_safetensors_metadata(checkpoint, revision=commit)
         files = api.get_paths_info(checkpoint, list(metadata.files_metadata), revision=commit)
     except Exception as error:
-        raise ValueError(f"{checkpoint!r} {_explain(error, revision)}") from error
+        cached = None if isinstance(error, _ANSWERS) else _cached_folder(checkpoint, revision, cache_dir)
+        if cached is None:
+            raise ValueError(f"{checkpoint!r} {_explain(error, revision)}") from error
+        return Contents(cached, stored_tensors(cached), safetensors_bytes(cached))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint!r} on the Hub has no config.json; name the repository of a checkpoint.")
     tensors = {
@@ -62,6 +77,17 @@ def contents_of(
         for name, tensor in file.tensors.items()
     }
     return Contents(folder, tensors, sum(file.size for file in files if hasattr(file, "size")))
+
+
+def _cached_folder(checkpoint: str, revision: str | None, cache_dir: str | None) -> Path | None:
+    """Return the folder of a checkpoint in the cache, with its weights, if there is no connection to the Hub."""
+    if not why_unreachable():
+        return None
+    with suppress(OSError):
+        folder = Path(snapshot_download(checkpoint, revision=revision, cache_dir=cache_dir, local_files_only=True))
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return folder
+    return None
 
 
 def _explain(error: Exception, revision: str | None) -> str:

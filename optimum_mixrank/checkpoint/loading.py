@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
-import transformers
 from torch import nn
 
 from ..runtime.formatting import quote, shorten
@@ -53,7 +52,7 @@ def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]
         raise ValueError(
             f"{type(model).__name__} has the other layers of {quote(renamed[0].rpartition('.')[0])}, but not "
             f"{quote(renamed[0])}, which the checkpoint holds compressed. It belongs to another architecture, or "
-            f"to a release of Transformers that divides the layers otherwise than {transformers.__version__}; use that one."
+            f"to a release of Transformers that divides the layers differently; open it under that one."
         )
     if missing:
         logger.warning(

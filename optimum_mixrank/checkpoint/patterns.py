@@ -69,6 +69,6 @@ def matching(field: str, pattern: str, names: Iterable[str], ends: bool = False)
             except TimeoutError:
                 raise ValueError(
                     f"{field} has {quote(pattern)}, which takes more than {SECONDS:g} s to match against the names of the "
-                    "layers; write it without repetitions inside of repetitions, or list the names."
+                    "layers; write it without repetitions inside repetitions, or list the names."
                 ) from None
     return found

@@ -19,7 +19,7 @@ STRUCTURES = ("rank", "shared", "width")
 """What layers may become; see `MixRankConfig`."""
 
 INCLUDED = ("patch_embedding", "pointwise_convolutions", "pooling", "heads", "projections")
-"""What can be compressed beside the linear layers of the blocks; see `MixRankConfig`."""
+"""What can be compressed in addition to the linear layers of the blocks; see `MixRankConfig`."""
 
 LARGEST_SEED = 2**64 - 1
 
@@ -155,11 +155,11 @@ def check_ranks(config: Any) -> None:
 
 
 def _check_include(config: Any) -> None:
-    """Check what is compressed beside the linear layers of the blocks."""
+    """Check what is compressed in addition to the linear layers of the blocks."""
     include = config.include
     if not isinstance(include, list) or not all(isinstance(each, str) for each in include):
         raise ValueError(
-            f"include={quote(include)} is not a list; name what to compress beside the blocks: {_INCLUDED}."
+            f"include={quote(include)} is not a list; name what to compress in addition to the blocks: {_INCLUDED}."
         )
     unknown = [each for each in include if each not in INCLUDED]
     # A checkpoint of a later version opens; the rank map says what is compressed.

@@ -148,7 +148,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     add("--batch-size", type=int, default=32, help="images per forward pass; default: 32")
     add("--num-workers", type=int, default=0, help="processes that decode images; default: 0")
     add("--max-broken-share", type=float, default=0.05, help="share of images that may be broken; default: 0.05")
-    pixels = "pixels that an image may have, above which it counts as broken; default: Pillow's limit, 89 million"
+    pixels = "images with more pixels than this count as broken; default: Pillow's limit, 89 million"
     add("--max-image-pixels", type=int, help=pixels)
     add("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
     add("--dtype", default="float32", help="float32 (default), float16, bfloat16 or auto")
@@ -218,21 +218,39 @@ def checked_device(name: str) -> str:
     """Return a device of `--device`.
 
     Raises:
-        ValueError: if there is no such device, or PyTorch cannot use it on this machine.
+        ValueError: if there is no such device, PyTorch cannot use it on this machine, or it holds no values.
     """
     import torch
 
     try:
-        kind = torch.device(name).type
+        device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name} is unknown; choose cpu, cuda, cuda:1 or mps, or leave it out.") from None
-    backend = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(kind)
-    if backend is not None and not backend.is_available():
+    if device.type == "meta":
+        raise ValueError(f"--device {name} holds no values to compute with; choose cpu, or leave it out.")
+    backend = _backend(device.type)
+    if backend is None or not backend.is_available():
         raise ValueError(
-            f"--device {name} is not available: PyTorch {torch.__version__} finds no such GPU on this machine. Choose cpu, "
-            "or install the build of PyTorch for your GPU."
+            f"--device {name} is not available: PyTorch {torch.__version__} finds no such device on this machine. Choose "
+            "cpu, or install the build of PyTorch for your GPU."
         )
+    count = 1 if device.type == "mps" else backend.device_count()
+    if device.type != "cpu" and device.index is not None and device.index >= count:
+        only = f"{device.type}:0" if count == 1 else f"{device.type}:0 to {device.type}:{count - 1}"
+        raise ValueError(f"--device {name} does not exist: this machine has {only}.")
     return name
+
+
+def _backend(kind: str) -> Any:
+    """Return PyTorch's module for a kind of device, or None if this build has none."""
+    import torch
+
+    if kind == "mps":
+        return torch.backends.mps
+    try:
+        return torch.get_device_module(kind)
+    except RuntimeError:
+        return None
 
 
 def default_device() -> str:

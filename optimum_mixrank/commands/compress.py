@@ -237,18 +237,32 @@ def unfinished_run(args: Any) -> Path | None:
     return beside if os.path.lexists(beside) or not output.is_dir() or can_be_renamed(output) else inside
 
 
+def _warn_without_token(args: Any) -> None:
+    """Say before the work that an upload will need a token; there may be one when the work is done."""
+    from huggingface_hub import get_token
+
+    from ..runtime.distributed import launched_index
+    from ..runtime.logging import get_logger
+
+    if not args.token and get_token() is None and launched_index() == 0:
+        get_logger(__name__).warning(
+            f"--push-to-hub {args.push_to_hub} needs an access token, and none is known yet; run `hf auth login` before "
+            "the compression ends, or give --token."
+        )
+
+
 def check_places(args: Any, config: MixRankConfig, run: Path | None) -> None:
     """Raise an error if the result or the progress could not be written, or would be written over what is read."""
-    from huggingface_hub.utils import validate_repo_id
-
     from ..checkpoint.saving import IMAGES, ORIGINAL, check_apart, writable_directory
+    from ..pipeline.saving import check_repo_id
     from ..pipeline.unfinished import check_progress, has_saved
     from ..runtime.folders import resolved
 
     images = [each for each in (config.dataset, args.evaluate_on) if each is not None]
     sources: dict[str, list[Any]] = {ORIGINAL: [args.model], IMAGES: images}
     if args.push_to_hub is not None:
-        validate_repo_id(args.push_to_hub)
+        check_repo_id(args.push_to_hub)
+        _warn_without_token(args)
     overwrite = args.overwrite or (args.resume and has_saved(run, args.output))
     writable_directory(args.output, overwrite, run, sources)
     if run is not None:

@@ -15,8 +15,8 @@ class ExportCommand(MixRankSubcommand):
 
     description = """Export a checkpoint, compressed or dense, to ONNX Runtime, OpenVINO, ExecuTorch or torch.export.
 
-The file takes batches of any size, and the configurations of the model and of its image processor are written beside it.
-With --int8, weights are stored in 8 bits; given images, activations are quantized too, to ranges found on these.
+The file takes batches of any size, and the configurations of the model and of its image processor are written next to it.
+With --int8, weights are stored in 8 bits; with --dataset, activations are quantized too, to ranges found on its images.
 
 examples:
   optimum-cli mixrank export --model out --output out-onnx
@@ -40,7 +40,7 @@ examples:
             help="export pivoted layers as plain factors, which are faster and larger",
         )
         add("--overwrite", action="store_true", help="replace what the output folder holds")
-        add_image_arguments(parser, "to find the ranges of 8-bit activations with", 128)
+        add_image_arguments(parser, "for the ranges of 8-bit activations", 128, "train, validation")
         add_hub_arguments(parser)
 
     def execute(self) -> tuple[str, dict[str, Any]]:

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from ..calibration.images.batches import ImageBatches
 
 
-def add_image_arguments(parser: ArgumentParser, purpose: str, num_samples: int) -> None:
-    """Declare the options of `read_images`."""
+def add_image_arguments(parser: ArgumentParser, purpose: str, num_samples: int, splits: str) -> None:
+    """Declare the options of `read_images`; the texts say what the images are for and which splits are the default."""
     add = parser.add_argument
-    add("--dataset", help=f"images {purpose}: local folder or Hub id")
-    add("--split", help="split of the dataset; default: the usual one, or the only one")
+    add("--dataset", help=f"local folder or Hub id of images {purpose}")
+    add("--split", help=f"split of the dataset; default: {splits}, or the only one")
     add("--image-column", help="column of the dataset; default: the only image column")
     add("--num-samples", type=int, default=num_samples, help=f"number of images to draw; default: {num_samples}")
     add("--seed", type=int, default=42, help="seed of that draw; default: 42")

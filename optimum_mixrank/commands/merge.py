@@ -34,7 +34,7 @@ examples:
         either.add_argument(
             "--keep-widths",
             action="store_true",
-            help="keep MLPs that have lost units narrow, in place of filling them up with zeros; the checkpoint then "
+            help="keep MLPs that have lost units narrow, instead of filling them up with zeros; the checkpoint then "
             "needs no plugin if all blocks have kept the same number of units",
         )
         add_self_contained_argument(either)

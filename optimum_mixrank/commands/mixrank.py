@@ -34,7 +34,7 @@ Start with `compress`; then `inspect`, `evaluate` and `benchmark` show the resul
             "inspect", "Show what a compressed checkpoint holds, without loading its weights.", InspectCommand
         ),
         CommandInfo("merge", "Turn a compressed checkpoint into a dense one that needs no plugin.", MergeCommand),
-        CommandInfo("export", "Export to ONNX Runtime, OpenVINO or ExecuTorch.", ExportCommand),
+        CommandInfo("export", "Export to ONNX Runtime, OpenVINO, ExecuTorch or torch.export.", ExportCommand),
         CommandInfo("verify", "Check that an exported model gives the outputs of its checkpoint.", VerifyCommand),
     )
 

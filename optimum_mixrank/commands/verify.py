@@ -23,8 +23,8 @@ class VerifyCommand(MixRankSubcommand):
 
     description = """Compare an exported model with the checkpoint that it was made from.
 
-The exit code is 1 if the exported model is broken: if an output is NaN or Inf, or differs by more than rounding explains;
-in float32 by more than 1e-4, in half precision and int8 judged by the predictions. With --dtype instead of --exported, the
+The exit code is 1 if the exported model is broken: if an output is NaN or Inf, or differs by more than rounding explains:
+by more than 1e-4 in float32; in half precision and int8, the predictions decide. With --dtype instead of --exported, the
 checkpoint is compared with itself in half precision; if that overflows, the first layer to do so is named.
 
 examples:
@@ -37,7 +37,7 @@ examples:
         """See `MixRankSubcommand`."""
         add = parser.add_argument
         add("--model", required=True, help="checkpoint that was exported: local folder or Hub id")
-        what = "exported model: .onnx, .xml of OpenVINO, .pte, .pt2 (can run code: only if you trust it), "
+        what = "exported model: .onnx, OpenVINO's .xml, .pte, .pt2 (which can run code: open only what you trust), "
         add("--exported", help=what + "a folder with one of them, or a checkpoint")
         add(
             "--dtype",
@@ -46,7 +46,7 @@ examples:
         add("--max-difference", type=float, help="largest difference, absolute or relative to the largest output")
         add("--min-agreement", type=float, help="smallest share of images with the same predicted class")
         add("--max-kl", type=float, help="largest mean KL divergence, in nats; defaults depend on the precision")
-        add_image_arguments(parser, "to compare on; default: random pixels", 256)
+        add_image_arguments(parser, "to compare on; default: random pixels", 256, "validation, test")
         add_hub_arguments(parser)
 
     def execute(self) -> tuple[str, dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,10 +65,11 @@ class OnnxRuntime(Runtime):
             "use_external_data_format": _is_large(file),
             "op_types_to_quantize": list(PRODUCTS),
         }
-        if batches is None:
-            quantize_dynamic(file, target, **options)
-        else:
-            quantize_static(file, target, _Images(batches), extra_options={"MatMulConstBOnly": True}, **options)
+        with _root_logger_left_alone():
+            if batches is None:
+                quantize_dynamic(file, target, **options)
+            else:
+                quantize_static(file, target, _Images(batches), extra_options={"MatMulConstBOnly": True}, **options)
         store_weights_in_8_bits(target)
         strip_metadata(target)
         return "weights, and activations in each call" if batches is None else "weights and activations"
@@ -115,6 +118,17 @@ class _OnnxModel(ExportedModel):
     def run(self, pixel_values: Tensor) -> dict[str, Tensor]:
         values = self.session.run(self.names, {self.input: pixel_values.to("cpu", self.dtype).numpy()})
         return {name: torch.from_numpy(value).float() for name, value in zip(self.names, values, strict=True)}
+
+
+@contextmanager
+def _root_logger_left_alone() -> Iterator[None]:
+    """Keep ONNX Runtime from printing advice for graphs of other exporters, and from giving the root logger a handler."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
 
 
 class _Images:

@@ -52,7 +52,7 @@ from .memory import MaxMemory, MemoryPlan, MemoryTask, estimate_memory
 from .profile import profile_model
 from .reports import Made, MadeModels
 from .run import CompressionRun, example_call, free_sites, shared_fingerprint
-from .saving import push_compressed, record_evaluation, save_result
+from .saving import push_compressed, record_evaluation, save_result, upload_arguments
 from .size import with_known_ratio
 from .unfinished import check_output, open_run
 
@@ -119,9 +119,9 @@ class MixRankCompressor(OptimumQuantizer):
                 )
             if type(model).__module__.startswith("transformers."):
                 raise TypeError(
-                    f"model is a {type(model).__name__}, which is a part of a model and none of its own in Transformers "
-                    f"{transformers.__version__}. Give the whole model, of which only what images reach is compressed, or "
-                    "open its tower by the class for that, such as `CLIPVisionModel`."
+                    f"model is a {type(model).__name__}, which in Transformers {transformers.__version__} is only a "
+                    "part of a model. Give the whole model, of which only the layers that images reach are compressed, or "
+                    "open its tower with a class of its own, such as `CLIPVisionModel`."
                 )
             raise TypeError(
                 f"model is of type {type(model).__name__}, not a Transformers model; use "
@@ -133,6 +133,8 @@ class MixRankCompressor(OptimumQuantizer):
         self.accelerator = accelerator
         self.allow_tf32 = allow_tf32
         self._made = MadeModels()
+        # What `check_evaluation` has already warned about.
+        self._checked: list[Any] = []
 
     @classmethod
     def from_pretrained(
@@ -530,7 +532,8 @@ class MixRankCompressor(OptimumQuantizer):
         draw: dict[str, Any] = {"split": split, "num_samples": num_samples, "seed": seed}
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         with self.processes.raise_on_all_ranks():
-            batches = reader.read_labelled(dataset, image_column, label_column, **draw)
+            warn = not any(each is dataset for each in self._checked)
+            batches = reader.read_labelled(dataset, image_column, label_column, **draw, warn=warn)
             call = example_call(call, model, lambda: batches).bound(model)
         with phase("Evaluated") as evaluating:
             result = evaluate_model(model, batches, reference=self.model, processes=self.processes, call=call)
@@ -550,6 +553,7 @@ class MixRankCompressor(OptimumQuantizer):
             ValueError: as `evaluate`.
         """
         self._reader().read_labelled(dataset, split=split)
+        self._checked = [dataset]
 
     def _keep(self, model: PreTrainedModel, result: EvaluationResult) -> None:
         """Add an evaluation to the model's report and, where it lies in a local folder, to the files there."""
@@ -584,7 +588,8 @@ class MixRankCompressor(OptimumQuantizer):
             self_contained: Whether the checkpoint brings the code that opens it, so that it needs no plugin but
                 `trust_remote_code=True`. Default: if the model was loaded from one that does. Where an ordinary
                 configuration describes the model, the checkpoint needs neither.
-            **kwargs: `max_shard_size`, … as for Transformers' `save_pretrained`.
+            **kwargs: `max_shard_size`, … as for Transformers' `save_pretrained`. With `push_to_hub=True` the result is then
+                uploaded to `repo_id`, by default named like the folder; `token`, `private`, … are as for `push_to_hub`.
 
         Raises:
             FileExistsError: if the folder holds files and `overwrite` is False.
@@ -595,15 +600,18 @@ class MixRankCompressor(OptimumQuantizer):
         check_path("save_directory", save_directory)
         processes, made = self.processes, self._find(model)
         report, run = (None, None) if made is None else (made.report, made.run)
+        repo_id, upload = upload_arguments(kwargs, save_directory)
         with processes.raise_on_all_ranks():
             if processes.is_main:
                 check_apart(save_directory, {ORIGINAL: [self.model.name_or_path]})
                 content = (model, save_directory, self.image_processor, report)
-                kwargs |= {"overwrite": overwrite, "picture": picture, "self_contained": self_contained}
-                report = save_result(*content, run, **kwargs)
+                saving: dict[str, Any] = {"overwrite": overwrite, "picture": picture, "self_contained": self_contained}
+                report = save_result(*content, run, **(saving | kwargs))
         report = processes.broadcast(report)
         if made is not None and report is not None:
             made.saved(model, report, resolved(save_directory))
+        if repo_id is not None:
+            self.push_to_hub(model, repo_id, self_contained=self_contained, **upload, **kwargs)
 
     @_in_every_process
     def push_to_hub(self, model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:

@@ -73,6 +73,7 @@ class ImageReader:
         split: str | None = None,
         num_samples: int | None = None,
         seed: int = 42,
+        warn: bool = True,
     ) -> ImageBatches:
         """Return batches to evaluate on; labels of the dataset are mapped to those of the model.
 
@@ -83,6 +84,7 @@ class ImageReader:
             split: Split of a folder, a Hub id or a `DatasetDict`.
             num_samples: Number of images to draw, from anything but a stream; None for all.
             seed: Seed of the draw.
+            warn: Whether to say that labels are missing.
 
         Raises:
             ValueError: for a split or a number of images that cannot be chosen from such a dataset.
@@ -99,9 +101,9 @@ class ImageReader:
         label_map = None
         if isinstance(dataset, datasets.Dataset):
             label_column = label_column or find_label_column(dataset)
-            if label_column is None:
+            if label_column is None and warn:
                 self._warn_about_labels(dataset)
-            elif label_column in dataset.column_names:
+            elif label_column is not None and label_column in dataset.column_names:
                 label_map = map_labels(dataset, label_column, self.model.config.id2label)
         return self._batches(
             draw_images(dataset, num_samples, seed),

@@ -76,7 +76,7 @@ class MemoryTask:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The memory that a compression needs besides the model, and how it keeps to it.
+    """The memory that a compression needs in addition to the model, and how it keeps to it.
 
     Attributes:
         phases: Estimated bytes by phase and place (`"host"`, `"device"`, `"disk"`).

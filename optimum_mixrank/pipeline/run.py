@@ -52,7 +52,7 @@ class CompressionRun:
         batches: The images, if statistics or compensation need them, or statistics are to be checked against them.
         calibration: Statistics passed by the user.
         inplace: Whether to compress the model itself rather than a copy.
-        max_memory: Limit of the memory to use besides the model.
+        max_memory: Limit of the memory to use in addition to the model.
         journal: Records finished work, so that a run that was cut off can be resumed.
         images_known: Whether the journal is known to belong to the bytes of these images.
         fingerprint: Of the model's weights; see `fingerprint_model`.

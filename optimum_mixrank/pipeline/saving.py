@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint.files import read_json, safetensors_bytes, stored_dtype
 from ..checkpoint.replacing import CARD_NAME
@@ -17,6 +19,7 @@ from ..checkpoint.self_contained import needs_of
 from ..reporting import HTML_NAME, RANKS_NAME, CompressionReport, plot_ranks
 from ..reporting.card import card_with_evaluation, model_card
 from ..reporting.data import write_text
+from ..runtime.access import why_unreachable
 from ..runtime.folders import resolved
 from ..runtime.formatting import format_count
 from ..runtime.logging import get_logger
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = get_logger(__name__)
+
+_UPLOAD = ("repo_id", "token", "private", "revision", "commit_message")
+"""Arguments of an upload, as Transformers' `save_pretrained` takes them."""
 
 
 def save_result(
@@ -101,8 +107,7 @@ def save_compressed(
             )
             written.save(folder)
             _save_pictures(written, folder, picture)
-            needs = needs_of(read_json(folder / "config.json"))
-            model_card(model, written, needs, name or resolved(directory).name).save(folder / CARD_NAME)
+            _save_card(model, written, folder, name or resolved(directory).name)
 
     save_checkpoint(model, directory, image_processor, describe=describe, **kwargs)
     return written
@@ -153,6 +158,49 @@ def _save_pictures(report: CompressionReport, folder: Path, picture: bool) -> No
             logger.warning(f"The checkpoint is saved without {name!r}, which could not be created: {error}")
 
 
+def _save_card(model: PreTrainedModel, report: CompressionReport, folder: Path, name: str) -> None:
+    """Write the model card of a checkpoint into its folder; `name` is how the card calls the model."""
+    needs = needs_of(read_json(folder / "config.json"))
+    model_card(model, report, needs, name).save(folder / CARD_NAME)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Check that a name can be that of a repository on the Hub.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{repo_id!r} cannot be the name of a repository on the Hub; give one such as user/name. A local folder is "
+            "written by `save_pretrained` or --output."
+        ) from error
+
+
+def upload_arguments(kwargs: dict[str, Any], directory: str | Path) -> tuple[str | None, dict[str, Any]]:
+    """Take what concerns an upload out of the arguments of `save_pretrained`.
+
+    Args:
+        kwargs: The arguments, from which those are removed.
+        directory: The folder to save to.
+
+    Returns:
+        The repository, or None if there is to be no upload, and the other arguments of `push_compressed`.
+
+    Raises:
+        ValueError: if the repository cannot have this name.
+    """
+    wanted = kwargs.pop("push_to_hub", False)
+    found = {name: kwargs.pop(name) for name in _UPLOAD if name in kwargs}
+    repo_id = found.pop("repo_id", None) or resolved(directory).name
+    if not wanted:
+        return None, {}
+    check_repo_id(repo_id)
+    return repo_id, found
+
+
 def push_compressed(
     model: PreTrainedModel,
     repo_id: str,
@@ -166,14 +214,33 @@ def push_compressed(
     **kwargs: Any,
 ) -> Any:
     """Save to a temporary folder and upload it; see `MixRankCompressor.push_to_hub`."""
+    check_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "checkpoint"
-        save_compressed(model, directory, image_processor, report, name=repo_id, **kwargs)
+        written = save_compressed(model, directory, image_processor, report, name=repo_id, **kwargs)
         api = HfApi(token=token)
-        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        try:
+            repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        except Exception as error:
+            raise _explained_refusal(error, repo_id, token) from error
+        if written is not None and repository.repo_id != repo_id:
+            # The Hub has put the user's name in front, without which the repository cannot be opened.
+            _save_card(model, written, directory, repository.repo_id)
         # As in Transformers; references of pull requests exist already.
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repository.repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(
             repo_id=repository.repo_id, folder_path=directory, revision=revision, commit_message=commit_message
         )
+
+
+def _explained_refusal(error: Exception, repo_id: str, token: str | bool | None) -> Exception:
+    """Return the error of an upload that could not begin: one with a remedy, if the cause is known."""
+    if reason := why_unreachable():
+        return OSError(f"{repo_id!r} cannot be uploaded, since the Hub cannot be reached ({reason}).")
+    if not token and get_token() is None:
+        return OSError(
+            f"{repo_id!r} cannot be uploaded without an access token; run `hf auth login`, or pass `token` (on the command "
+            "line, --token)."
+        )
+    return error

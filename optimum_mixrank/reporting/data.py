@@ -118,7 +118,7 @@ class ReportData:
         profile: Predicted losses of other budgets before compensation, by ascending ratio; each has
             `compression_ratio`, `model_parameters` and `loss`.
         loss_unit: The unit of the profile's losses.
-        memory: If a limit was set, the main process's estimate of what is needed besides the original:
+        memory: If a limit was set, the main process's estimate of what is needed in addition to the original:
             `estimated_bytes` by place (`host`, `device`), `disk_bytes` of activations on the disk, `passes` over the
             images for statistics, and `not_counted`, the steps that the estimate leaves out. Empty without a limit.
         fidelity: Comparison with the original on images that were at hand: `num_images`, whether they are `held_out`,

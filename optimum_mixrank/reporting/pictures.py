@@ -60,7 +60,7 @@ def draw_pictures(report: ReportData, others: Sequence[ReportData] = ()) -> list
                 _describe_accuracy,
                 "Accuracy over parameters",
                 "With the 95 % interval of each share on its own. Both models saw the same images, so their "
-                "difference is known better than that.",
+                "difference is known more precisely.",
             ),
         ]
         names = ("ranks", "energy", "predicted", "loss", "accuracy")

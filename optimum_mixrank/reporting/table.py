@@ -151,7 +151,9 @@ def _summary(report: ReportData) -> list[str]:
     estimated = report.memory.get("estimated_bytes", {})
     if estimated:
         places = ", ".join(f"{format_bytes(size)} on the {place}" for place, size in estimated.items())
-        lines.append(_fact("Memory, estimated", f"{places} besides the original, {report.memory['passes']} passes"))
+        lines.append(
+            _fact("Memory, estimated", f"{places} in addition to the original, {report.memory['passes']} passes")
+        )
     return lines
 
 

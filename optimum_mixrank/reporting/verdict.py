@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..evaluation.measures import MEASURES
 from .data import ReportData
@@ -59,9 +61,14 @@ def _advice(report: ReportData) -> str:
         found.append("more calibration images")
     elif "distillation" not in steps:
         found.append("recipe 'distilled' with a few thousand images")
-    ratio = settings.get("compression_ratio")
+    return ", or ".join([*found, _larger_budget(settings)])
+
+
+def _larger_budget(settings: Mapping[str, Any]) -> str:
+    """Return how to ask for less compression, in terms of the setting that was given."""
     if settings.get("target_parameters") is not None:
-        found.append("a larger size")
-        return ", or ".join(found)
-    found.append(f"a ratio below {ratio:g}" if isinstance(ratio, float) else "a smaller ratio")
-    return ", or ".join(found)
+        return "a larger size"
+    if settings.get("target_latency") is not None:
+        return "a larger target_latency"
+    ratio = settings.get("compression_ratio")
+    return f"a ratio below {ratio:g}" if isinstance(ratio, float) else "a smaller ratio"

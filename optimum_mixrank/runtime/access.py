@@ -1,13 +1,21 @@
-"""How repositories on the Hub are reached that a configuration names, without a place for secrets in the configuration."""
+"""How repositories on the Hub are reached: with which token and cache, and whether the Hub can be reached at all."""
 
 from __future__ import annotations
 
+import errno
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
+
+_TRIES, _PAUSE_SECONDS = 2, 1.0
+"""A name server that is only busy answers the second time."""
+
+_NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ECONNREFUSED}
 
 _ACCESS: ContextVar[Mapping[str, Any]] = ContextVar("access", default=MappingProxyType({}))
 
@@ -28,3 +36,40 @@ def hub_reached_by(arguments: Mapping[str, Any]) -> Iterator[None]:
 def hub_access() -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that hold for every repository in this context."""
     return dict(_ACCESS.get())
+
+
+def why_unreachable() -> str:
+    """Return why the Hub cannot be reached from here, in a few words; empty if it answers, whatever it says.
+
+    `huggingface_hub` repeats a request for about 25 seconds when there is no network. This asks twice, and gives up only
+    if no connection comes about: a slow answer is left to the download itself.
+    """
+    # Not at the top, since the help of the commands has to appear at once.
+    from huggingface_hub import constants, utils
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    reason = ""
+    for attempt in range(_TRIES):
+        try:
+            utils.get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except Exception as error:
+            # Which classes a missing network raises depends on the release of huggingface_hub.
+            reason = _missing_connection(error)
+        else:
+            return ""
+        if not reason or attempt + 1 == _TRIES:
+            break
+        time.sleep(_PAUSE_SECONDS)
+    return reason
+
+
+def _missing_connection(error: BaseException | None) -> str:
+    """Return what the operating system says if an error comes from a connection that did not come about, else nothing."""
+    while error is not None:
+        if isinstance(error, socket.gaierror) or (isinstance(error, OSError) and error.errno in _NO_ROUTE):
+            return f"no network: {error.strerror}"
+        if type(error).__name__ == "ConnectTimeout":
+            return "no network: the connection timed out"
+        error = error.__cause__ or error.__context__
+    return ""

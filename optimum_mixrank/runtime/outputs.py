@@ -65,7 +65,8 @@ class ModelCall:
 
         Args:
             model: The model.
-            example: One image or a few, as the model's processor gives them; by default a black image.
+            example: One image or a few, as the model's processor gives them; by default the example of this call, or a
+                black image if it has none.
 
         Raises:
             ValueError: if no part runs on the example; the message says why the whole does not. Also if position

@@ -144,3 +144,20 @@ def test_token_and_cache_reach_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(StandIn, "snapshot_download", watched)
     contents_of("someone/vit", revision="main", token="secret", cache_dir="there")
     assert asked == ["secret", "there"]
+
+
+def test_without_a_connection_the_cache_is_read(checkpoint, tmp_path, monkeypatch):
+    class Unreachable:
+        def model_info(self, *args, **kwargs):
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr(contents, "HfApi", lambda token: Unreachable())
+    monkeypatch.setattr(contents, "why_unreachable", lambda: "no network")
+    cache = tmp_path / "cache" / "models--someone--vit"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc")
+    with pytest.raises(ValueError, match="the Hub could not be asked: no route"):
+        contents_of("someone/vit", cache_dir=str(tmp_path / "cache"))
+    shutil.copytree(checkpoint, cache / "snapshots" / "abc")
+    found = contents_of("someone/vit", cache_dir=str(tmp_path / "cache"))
+    assert found.tensors == stored_tensors(checkpoint) and found.num_bytes > 0

@@ -19,6 +19,7 @@ from shipped import DATA, MODEL, ROOT
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank.commands.command import checked_device
 from optimum_mixrank.commands.fields import FIELDS, configuration
 from optimum_mixrank.reporting.table import evaluation_lines
 
@@ -411,6 +412,7 @@ def test_plan_without_images_for_a_metric_that_needs_none(tiny):
         (("--exclude-modules", "qery"), "--exclude-modules has 'qery', which matches no linear layer."),
         (("--exclude-modules", "qery"), "Did you mean 'query'?"),
         (("--dataset", MODEL), "holds a model and no images; name a folder of images."),
+        (("--push-to-hub", "./out"), "Error: './out' cannot be the name of a repository on the Hub; give one such as"),
         (("--model", DATA), "holds no config.json; name the folder of a model"),
         (("--dataset", "exmaples"), "Error: There is no folder 'exmaples', nor could it be read from the Hub"),
         (("--dataset", "exmaples"), "did you mean 'examples'?"),
@@ -488,6 +490,24 @@ def test_a_gpu_that_is_not_there_is_named(tiny, monkeypatch):
         assert "Error: --device cuda is not available: PyTorch" in cli(*command, "--device", "cuda", code=1)[1]
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("xpu", "--device xpu is not available: PyTorch"),
+        ("vulkan", "--device vulkan is not available: PyTorch"),
+        ("meta", "--device meta holds no values to compute with; choose cpu"),
+        ("cuda:9", "--device cuda:9 does not exist: this machine has cuda:0 to cuda:1"),
+        ("cuda:x", "--device cuda:x is unknown; choose cpu"),
+    ],
+)
+def test_devices_are_checked_before_the_work(monkeypatch, device, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=message):
+        checked_device(device)
+    assert checked_device("cpu") == "cpu" and checked_device("cuda:1") == "cuda:1"
+
+
 def test_class_names_are_checked_before_the_work(tiny, tmp_path, caplog):
     for split in ("train", "validation"):
         for name in ("zebra", "Bag"):
@@ -500,13 +520,15 @@ def test_class_names_are_checked_before_the_work(tiny, tmp_path, caplog):
     assert "Calibrated" not in caplog.text and not output.exists()
 
 
-def test_an_upload_that_fails_says_that_the_checkpoint_is_complete(tiny, tmp_path, monkeypatch):
+def test_an_upload_that_fails_says_that_the_checkpoint_is_complete(tiny, tmp_path, monkeypatch, caplog):
     def refuse(*_, **__):
         raise OSError("no network.")
 
     monkeypatch.setattr(MixRankCompressor, "push_to_hub", refuse)
-    options = ("--metric", "svd", "--compensation", "none", "--quiet", "--output", tmp_path / "out")
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    options = ("--metric", "svd", "--compensation", "none", "--output", tmp_path / "out")
     _, stderr = cli("compress", "--model", tiny, *options, "--push-to-hub", "me/vit", code=1)
+    assert "--push-to-hub me/vit needs an access token, and none is known yet" in caplog.messages[0]
     assert f"The checkpoint in {str(tmp_path / 'out')!r} is complete, but was not uploaded to 'me/vit'" in stderr
     assert f"`hf upload me/vit {tmp_path / 'out'}`" in stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()

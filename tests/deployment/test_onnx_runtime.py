@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from models import compressed, pixels, tiny_vit
@@ -10,7 +12,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from optimum_mixrank.deployment.onnx_runtime import strip_metadata  # noqa: E402
+from optimum_mixrank.deployment.onnx_runtime import _root_logger_left_alone, strip_metadata  # noqa: E402
 
 
 @pytest.mark.parametrize("external", [False, True], ids=["one file", "weights beside it"])
@@ -49,3 +51,10 @@ def test_included_layers_are_exported(tmp_path):
     assert model.vit.embeddings.patch_embeddings.projection.linear.rank and model.classifier.rank
     file = export_model(model, tmp_path / "exported", "onnx").file
     assert verify_model(model, open_exported(file), [Batch(pixels(5))]).is_ok
+
+
+def test_what_quantization_logs_to_the_root_logger_is_not_printed(monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    with _root_logger_left_alone():
+        logging.warning("Please consider to run pre-processing before quantization.")
+    assert not logging.getLogger().handlers and not capsys.readouterr().err

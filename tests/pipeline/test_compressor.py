@@ -362,7 +362,9 @@ def test_not_a_model_and_compressed_checkpoints_are_refused(tmp_path):
         MixRankCompressor.from_pretrained(tmp_path)
 
 
-def test_push_to_hub_uploads_the_checkpoint(monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """What a stand-in for the Hub was asked for; it puts the user's name before names without one, as the Hub does."""
     calls = {}
 
     class Hub:
@@ -370,22 +372,81 @@ def test_push_to_hub_uploads_the_checkpoint(monkeypatch):
             calls["token"] = token
 
         def create_repo(self, repo_id, private=None, exist_ok=False):
-            return SimpleNamespace(repo_id=repo_id)
+            return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
 
         def create_branch(self, repo_id, branch, exist_ok):
             calls["branch"] = repo_id, branch, exist_ok
 
         def upload_folder(self, repo_id, folder_path, revision, commit_message):
             calls["repo"], calls["files"] = repo_id, {path.name for path in Path(folder_path).iterdir()}
+            calls["card"] = (Path(folder_path) / "README.md").read_text()
             return "url"
 
     monkeypatch.setattr("optimum_mixrank.pipeline.saving.HfApi", Hub)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def made():
     compressor = MixRankCompressor(tiny_vit())
-    model = compressor.compress(config(), [PIXELS])
+    return compressor, compressor.compress(config(), [PIXELS])
+
+
+def test_push_to_hub_uploads_the_checkpoint(hub, made):
+    calls, (compressor, model) = hub, made
     assert compressor.push_to_hub(model, "me/small-vit", token="secret", revision="v2") == "url"
     assert calls["branch"] == ("me/small-vit", "v2", True)
     assert calls["repo"] == "me/small-vit" and calls["token"] == "secret"
     assert {"config.json", "model.safetensors", "mixrank_report.json", "report.html"} <= calls["files"]
+
+
+def test_the_card_names_the_repository_even_if_a_folder_has_that_name(hub, made, tmp_path, monkeypatch):
+    compressor, model = made
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small-vit").mkdir()
+    compressor.push_to_hub(model, "small-vit")
+    assert hub["repo"] == "me/small-vit"
+    assert 'from_pretrained("me/small-vit")' in hub["card"]
+    assert not list((tmp_path / "small-vit").iterdir())
+
+
+def test_saving_can_upload_too(hub, made, tmp_path):
+    compressor, model = made
+    compressor.save_pretrained(model, tmp_path / "vit", push_to_hub=True, token="secret", private=True)
+    assert (hub["repo"], hub["token"]) == ("me/vit", "secret")
+    assert (tmp_path / "vit" / "model.safetensors").is_file() and "model.safetensors" in hub["files"]
+    compressor.save_pretrained(model, tmp_path / "other", push_to_hub=True, repo_id="team/vit")
+    assert hub["repo"] == "team/vit"
+
+
+def test_a_folder_is_no_name_of_a_repository(made, tmp_path):
+    compressor, model = made
+    with pytest.raises(ValueError, match="'./out' cannot be the name of a repository on the Hub; give one such as"):
+        compressor.push_to_hub(model, "./out")
+    with pytest.raises(ValueError, match="cannot be the name of a repository"):
+        compressor.save_pretrained(model, tmp_path / "two words", push_to_hub=True)
+    assert not (tmp_path / "two words").exists()
+
+
+def test_an_upload_without_a_token_names_the_remedy(made, monkeypatch):
+    class Hub:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, *_, **__):
+            raise RuntimeError("401 Client Error")
+
+    compressor, model = made
+    monkeypatch.setattr("optimum_mixrank.pipeline.saving.HfApi", Hub)
+    monkeypatch.setattr("optimum_mixrank.pipeline.saving.get_token", lambda: None)
+    monkeypatch.setattr("optimum_mixrank.pipeline.saving.why_unreachable", lambda: "")
+    with pytest.raises(OSError, match="'me/vit' cannot be uploaded without an access token; run `hf auth login`"):
+        compressor.push_to_hub(model, "me/vit")
+    with pytest.raises(RuntimeError, match="401"):
+        compressor.push_to_hub(model, "me/vit", token="wrong")
+    monkeypatch.setattr("optimum_mixrank.pipeline.saving.why_unreachable", lambda: "no network: no route")
+    with pytest.raises(OSError, match=r"since the Hub cannot be reached \(no network: no route\)"):
+        compressor.push_to_hub(model, "me/vit")
 
 
 def test_quickstart_runs_as_the_readme_has_it(tmp_path):

@@ -52,6 +52,14 @@ def test_folders_without_labels(compressor, tmp_path, caplog, folders, reason):
     assert f"The images have no labels, so accuracy is not measured: {reason}" in caplog.text
 
 
+def test_missing_labels_are_named_once(compressor, tmp_path, caplog):
+    write(tmp_path, 2)
+    folder = str(tmp_path)
+    compressor.check_evaluation(folder)
+    assert evaluate(compressor, folder).top1 is None
+    assert caplog.text.count("The images have no labels") == 1
+
+
 def test_datasets_without_labels(compressor, tmp_path, caplog):
     paths = [str(path) for path in write(tmp_path, 2).iterdir()]
     data = datasets.Dataset.from_dict({"image": paths, "breed": [0, 1]}).cast_column("image", datasets.Image())

@@ -45,6 +45,8 @@ def test_what_was_measured_decides(fidelity, word):
         (BEST, 64, "more calibration images, or a ratio below 0.6"),
         (BEST, 1024, "recipe 'distilled' with a few thousand images, or a ratio below 0.6"),
         ({**BEST, "compensation": ["sequential", "distillation"]}, 5000, "a ratio below 0.6"),
+        ({**BEST, "target_latency": 0.4}, 64, "more calibration images, or a larger target_latency"),
+        ({**BEST, "target_parameters": 1000}, 64, "more calibration images, or a larger size"),
     ],
 )
 def test_advice_is_what_was_not_done(settings, images, advice):

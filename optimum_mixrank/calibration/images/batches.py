@@ -106,7 +106,7 @@ class ImageBatches:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} is not a positive number of images.")
         if not isinstance(num_workers, int) or num_workers < 0:
-            raise ValueError(f"num_workers={num_workers!r} is negative or no integer; 0 decodes in this process.")
+            raise ValueError(f"num_workers={num_workers!r} is negative or not an integer; 0 decodes in this process.")
         if not isinstance(max_broken_share, int | float) or not 0 <= max_broken_share <= 1:
             raise ValueError(f"max_broken_share={max_broken_share!r} is not in [0, 1].")
         if max_image_pixels is not None and (not isinstance(max_image_pixels, int) or max_image_pixels < 1):

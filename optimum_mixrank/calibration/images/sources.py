@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ...checkpoint.validation import check_integer, check_seed
+from ...runtime.access import why_unreachable
 from ...runtime.files import similar_paths
 from ...runtime.logging import get_logger
 from .files import is_remote, open_file
@@ -192,14 +193,32 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
     if isinstance(source, Path) or _looks_local(source):
         hint = similar_paths(str(source)) or "name a folder of images or a Hub id."
         raise FileNotFoundError(f"There is no folder or file {str(source)!r}; {hint}")
+    with _offline_if_unreachable() as reason:
+        try:
+            return datasets.load_dataset(source, **hub_kwargs)
+        except (ConnectionError, FileNotFoundError) as error:
+            raise FileNotFoundError(_not_found(source, reason or str(error).rstrip("."))) from error
+
+
+@contextmanager
+def _offline_if_unreachable() -> Iterator[str]:
+    """Let `datasets` read its cache alone if there is no connection, for which it would try for half a minute.
+
+    Yields:
+        Why there is no connection; empty if there is one.
+    """
+    reason, before = why_unreachable(), datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or bool(reason)
     try:
-        return datasets.load_dataset(source, **hub_kwargs)
-    except (ConnectionError, FileNotFoundError) as error:
-        # Most often a folder whose name was misspelt.
-        hint = similar_paths(source) or "name a folder of images or a Hub id."
-        raise FileNotFoundError(
-            f"There is no folder {source!r}, nor could it be read from the Hub ({str(error).rstrip('.')}); {hint}"
-        ) from error
+        yield reason
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _not_found(source: str, reason: str) -> str:
+    # Most often a folder whose name was misspelt.
+    hint = similar_paths(source) or "name a folder of images or a Hub id."
+    return f"There is no folder {source!r}, nor could it be read from the Hub ({reason}); {hint}"
 
 
 def _looks_local(source: str) -> bool:
