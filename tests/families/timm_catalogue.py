@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +13,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TimmFamily:
-    """An architecture of timm: its name, arguments of its constructor, and the side of its images."""
+    """An architecture of timm: its name, arguments of its constructor, and the side of its images.
+
+    Attributes:
+        architecture: The name.
+        arguments: What a checkpoint of that architecture may change.
+        side: Of the images.
+        with_head: Whether it classifies.
+        sizes: What the architecture itself sets and lets nobody change, as a function since it may need timm.
+        refused: Why it is refused: `"convolution"`.
+    """
 
     architecture: str
     arguments: dict[str, Any] = field(default_factory=dict)
     side: int = 32
     with_head: bool = True
+    sizes: Callable[[], dict[str, Any]] | None = None
+    refused: str | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether the installed release of timm has it."""
+        try:
+            import timm
+        except (ImportError, RuntimeError):
+            return False
+        return timm.is_model(self.architecture)
 
     def config(self, **changes: Any) -> Any:
         """Return the configuration, with what a checkpoint of timm says of its images."""
@@ -31,6 +53,8 @@ class TimmFamily:
         """Return the model, in evaluation mode."""
         from transformers import TimmWrapperForImageClassification, TimmWrapperModel
 
+        if self.sizes is not None:
+            _make_small(self.architecture, self.sizes())
         torch.manual_seed(seed)
         return (TimmWrapperForImageClassification if self.with_head else TimmWrapperModel)(self.config()).eval()
 
@@ -40,6 +64,24 @@ class TimmFamily:
         return [
             {"pixel_values": torch.randn(size, 3, self.side, self.side, generator=generator)} for _ in range(count)
         ]
+
+
+_SMALL: dict[str, dict[str, Any]] = {}
+
+
+def _make_small(architecture: str, sizes: dict[str, Any]) -> None:
+    """Let an architecture be made with other sizes than its own from now on, as often as it is made or loaded."""
+    import timm
+
+    module = sys.modules[timm.models.model_entrypoint(architecture).__module__]
+    if architecture not in _SMALL:
+        build = module.build_model_with_cfg
+
+        def build_small(cls: type, variant: str, pretrained: bool = False, **given: Any) -> Any:
+            return build(cls, variant, pretrained, **{**given, **_SMALL.get(variant, {})})
+
+        module.build_model_with_cfg = build_small
+    _SMALL[architecture] = sizes
 
 
 _VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
