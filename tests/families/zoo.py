@@ -209,7 +209,8 @@ class Family:
         torch.manual_seed(seed)
         cls = getattr(transformers, self.model)
         config = self.config() if self.config is not None else small_config(cls.config_class, **self.changes)
-        model = cls(config).eval()
+        # OneFormer of 4.57 is made with a parameter in float64, which loading rounds.
+        model = cls(config).eval().float()
         with torch.no_grad():
             for parameter in model.parameters():
                 # Nothing would pass through a projection that starts at zero, as that of Gemma 3.
