@@ -6,6 +6,8 @@ each line of Transformers:
     python benchmarks/families.py --record --also compile export
     python benchmarks/families.py --render docs/families.md
 
+and in an environment with timm `python benchmarks/families.py --timm --record`, for the models of timm.
+
 What is in the record already is not tried again, unless `--again` is given.
 """
 
@@ -26,6 +28,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 RECORDS = {"5.x": "families_5.json", "4.57": "families_4.57.json"}
 """The records by line of Transformers, the newest first."""
 
+TIMM_RECORD = "families_timm.json"
+"""The record of the models of timm."""
+
 REFUSALS = {
     "text": "is a text model",
     "convolution": "is a convolutional network",
@@ -37,12 +42,10 @@ CHECKS = ("compress", "reload", "dense", "train")
 COSTLY = ("compile", "export")
 
 
-def tried(name: str, recipe: str, also: list[str]) -> dict[str, Any]:
+def tried(family: Any, recipe: str, also: list[str]) -> dict[str, Any]:
     """Return what came of a family: a result by check, or the reason why there is none."""
-    from families.catalogue import FAMILIES
     from families.checks import check_family, settings
 
-    family = FAMILIES[name]
     if not family.exists:
         return {"absent": True}
     start = time.perf_counter()
@@ -69,7 +72,7 @@ def _wanting(found: Mapping[str, Any] | None, also: list[str]) -> bool:
     return found.get("compress") == "yes" and not set(also) <= found.keys()
 
 
-def record(path: Path | None, names: list[str], recipe: str, also: list[str], again: bool) -> None:
+def record(path: Path | None, families: Mapping[str, Any], recipe: str, also: list[str], again: bool) -> None:
     """Try families, print a line for each, and write what came of them after each."""
     import torch
     import transformers
@@ -79,13 +82,17 @@ def record(path: Path | None, names: list[str], recipe: str, also: list[str], ag
     logging.set_verbosity_error()
     known = json.loads(path.read_text()) if path is not None and path.is_file() else {}
     results: dict[str, Any] = known.get("families", {})
-    for name in names:
+    for name, family in families.items():
         if not again and not _wanting(results.get(name), also):
             continue
-        results[name] = tried(name, recipe, also)
+        results[name] = tried(family, recipe, also)
         print(name, results[name], flush=True)
         if path is not None:
             about = {"transformers": transformers.__version__, "torch": torch.__version__, "recipe": recipe}
+            if path.name == TIMM_RECORD:
+                import timm
+
+                about["timm"] = timm.__version__
             path.write_text(json.dumps({**about, "families": results}, indent=1) + "\n")
     print(summary({"families": results}))
 
@@ -102,12 +109,28 @@ def summary(recorded: Mapping[str, Any]) -> str:
     )
 
 
-def render(records: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the page of the documentation; the records are by line of Transformers."""
+def render(records: Mapping[str, Mapping[str, Any]], of_timm: Mapping[str, Any] | None = None) -> str:
+    """Return the page of the documentation.
+
+    Args:
+        records: By line of Transformers.
+        of_timm: The record of the models of timm, if there is one.
+    """
     lines = [_INTRODUCTION.rstrip("\n"), ""]
     for found in records.values():
         lines += [f"- Transformers {found['transformers']}: {summary(found)}"]
     lines += ["", *_table(records), "", *_remarks(records)]
+    if of_timm is not None:
+        about = f"timm {of_timm['timm']} under Transformers {of_timm['transformers']}: {summary(of_timm)}"
+        lines += [
+            _TIMM.rstrip("\n"),
+            "",
+            f"- {about}",
+            "",
+            *_table({"": of_timm}),
+            "",
+            *_remarks({"": of_timm}, "###"),
+        ]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -123,6 +146,13 @@ what images reach; a real model has larger layers beside its embeddings, so that
 the compression keeps close to the original; see [what is compared](extending.md#a-measure). *compile* is `torch.compile` up
 to the graphs of Inductor, *export* is `torch.export`, and a dot stands for what was not tried. The marks of a check are
 those of the lines of Transformers, in the order of this list; ✓ passes, and ✗ has its reason below the table.
+"""
+
+_TIMM = """\
+## Models of timm
+
+As Transformers opens them, by `TimmWrapperForImageClassification`; see [Extending](extending.md#models-of-timm). Those with
+attention made of convolutions are refused as convolutional, and their convolutions of single pixels can be included.
 """
 
 _COLUMNS = {
@@ -173,7 +203,7 @@ def _objective(found: Mapping[str, Any]) -> str:
     return found["objective"] if part == "whole" else f"{found['objective']} of `{part}`"
 
 
-def _remarks(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _remarks(records: Mapping[str, Mapping[str, Any]], level: str = "##") -> Iterator[str]:
     """Yield the reasons of what fails, of what is refused and of what is not there."""
     failures, refusals, absent = [], {}, []
     for found in records.values():
@@ -190,12 +220,12 @@ def _remarks(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             if "absent" in each:
                 absent.append(f"{name} ({version}{'; ' + each['reason'] if 'reason' in each else ''})")
     if failures:
-        yield from ("## What fails", "", *failures, "")
+        yield from (f"{level} What fails", "", *failures, "")
     if refusals:
-        yield from ("## What is refused", "", *(f"- {name}: {reason}" for name, reason in refusals.items()), "")
+        yield from (f"{level} What is refused", "", *(f"- {name}: {reason}" for name, reason in refusals.items()), "")
     if absent:
         yield from (
-            "## What was not there",
+            f"{level} What was not there",
             "",
             "A dash (–) in the table: the release does not have it, or it needs a package that was not installed.",
             "",
@@ -215,6 +245,12 @@ def read_records() -> dict[str, Any]:
     return {line: json.loads(path.read_text()) for line, path in found.items() if path.is_file()}
 
 
+def read_timm_record() -> dict[str, Any] | None:
+    """Return the record of the models of timm, if there is one."""
+    path = ROOT / "benchmarks" / "results" / TIMM_RECORD
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -223,22 +259,27 @@ def main() -> None:
     parser.add_argument("--also", nargs="+", choices=COSTLY, default=[], help="what to check beside the usual")
     where = "write what came of the families, by default to the record of this line of Transformers"
     parser.add_argument("--record", type=Path, nargs="?", const=Path(), help=where)
+    parser.add_argument("--timm", action="store_true", help="try the models of timm instead")
     parser.add_argument("--again", action="store_true", help="try again what is in the record")
     parser.add_argument(
         "--render", type=Path, metavar="PAGE", help="write the page of the documentation, and try nothing"
     )
     args = parser.parse_args()
+    folder = ROOT / "benchmarks" / "results"
     if args.render is not None:
-        args.render.write_text(render(read_records()), encoding="utf-8")
+        args.render.write_text(render(read_records(), read_timm_record()), encoding="utf-8")
         return
     import transformers
     from families.catalogue import FAMILIES
+    from families.timm_catalogue import TIMM_FAMILIES
 
+    every: dict[str, Any] = dict(TIMM_FAMILIES if args.timm else FAMILIES)
     path = args.record
     if path == Path():
         line = "4.57" if transformers.__version__.startswith("4.") else "5.x"
-        path = ROOT / "benchmarks" / "results" / RECORDS[line]
-    record(path, args.names or list(FAMILIES), args.recipe, args.also, args.again)
+        path = folder / (TIMM_RECORD if args.timm else RECORDS[line])
+    chosen = {name: every[name] for name in args.names or every}
+    record(path, chosen, args.recipe, args.also, args.again)
 
 
 if __name__ == "__main__":

@@ -103,22 +103,23 @@ def _tied_to_others(model: PreTrainedModel, linears: Sequence[Target]) -> list[T
 
 
 def _used_elsewhere(model: PreTrainedModel, linears: Sequence[Target]) -> list[Target]:
-    """Return layers that the model holds in a second place by design.
+    """Return layers that the model holds in a second place by design, or whose weight another layer there shares.
 
     That may be another stack, as for the heads of detectors, or the same block. A layer that is in two blocks of one stack
-    is refused by `check_uses`.
+    is refused by `check_uses`, and layers of one stack that share a weight by `check_targets`.
     """
-    places: dict[int, list[str]] = {}
+    places: dict[int, dict[str, int]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
-            places.setdefault(id(module), []).append(name)
+            places.setdefault(id(module.weight), {})[name] = id(module)
 
-    def is_by_design(names: list[str]) -> bool:
-        blocks = [re.match(r".*?\.\d+(?=\.|$)|", f"model.{name}")[0] for name in names]  # type: ignore[index]
+    def is_by_design(layers: dict[str, int]) -> bool:
+        blocks = [re.match(r".*?\.\d+(?=\.|$)|", f"model.{name}")[0] for name in layers]  # type: ignore[index]
         stacks = {block.rpartition(".")[0] for block in blocks}
-        return len(names) > 1 and (len(stacks) > 1 or len(set(blocks)) < len(blocks))
+        twice_in_a_block = len(set(blocks)) < len(blocks) and len(set(layers.values())) == 1
+        return len(layers) > 1 and (len(stacks) > 1 or twice_in_a_block)
 
-    return [target for target in linears if is_by_design(places[id(target.module)])]
+    return [target for target in linears if is_by_design(places[id(target.module.weight)])]
 
 
 def linears_in_blocks(model: PreTrainedModel) -> list[Target]:

@@ -139,21 +139,25 @@ def stored_dtype(folder: str | Path) -> str | None:
 def check_saved_files(model: nn.Module, folder: str | Path) -> None:
     """Check that a checkpoint holds as many values as the model that was saved there.
 
-    Tensors that share their memory are stored, and counted, once.
+    Tensors that share their memory are stored, and counted, once, or once for each place; see `held_twice`.
 
     Raises:
         ValueError: if the files hold more or fewer values than the model's state.
     """
+    from .held_twice import further_places
+
     on_disk = sum(tensor.num_values for tensor in stored_tensors(folder).values())
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    sizes = {}
+    further = further_places(model)
+    sizes, repeated = {}, 0
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in ignored:
             # Tensors on the meta device have no memory to identify them by, but tied ones are the same object.
             key = id(tensor) if tensor.is_meta else (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
             sizes[key] = tensor.numel()
+            repeated += tensor.numel() if name in further else 0
     in_memory = sum(sizes.values())
-    if on_disk != in_memory:
+    if on_disk not in (in_memory, in_memory + repeated):
         raise ValueError(
             f"The safetensors files in {str(folder)!r} hold {on_disk:,} values, the {type(model).__name__} "
             f"{in_memory:,}; the checkpoint does not belong to this model. Save it again."

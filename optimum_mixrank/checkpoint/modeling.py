@@ -287,4 +287,10 @@ def new_parameter(values: Tensor, old: Tensor) -> nn.Parameter:
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `model` has a submodule called `name`."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    owner = model.get_submodule(parent)
+    old = owner.get_submodule(child)
+    setattr(owner, child, module)
+    # Some, such as the prediction heads of OneFormer, call their submodules through a list of their own.
+    for held in vars(owner).values():
+        if isinstance(held, list):
+            held[:] = [module if each is old else each for each in held]

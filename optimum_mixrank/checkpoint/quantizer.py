@@ -116,6 +116,14 @@ class MixRankHfQuantizer(HfQuantizer):
             describe_factored_layers(model, attach_configuration)
         return model if dtype is None else model.to(dtype)
 
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """Return the tensors to save, or None for those of `state_dict()`, and no metadata."""
+        from .held_twice import state_of_every_place
+
+        return state_of_every_place(model), {}
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Return True: factors are ordinary tensors."""
         return True

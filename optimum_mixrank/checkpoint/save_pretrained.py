@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .composite import Attach, describe_factored_layers
 from .entries import compressed_layers
+from .held_twice import state_of_every_place
 from .other_releases import stored_with_prefixes
 from .plain import saved_plainly
 from .self_contained import brings_code, code_included
@@ -47,6 +48,8 @@ def describe_on_saving(model_class: type[PreTrainedModel], attach: Attach) -> No
                     f"self_contained=True: this {type(self).__name__} holds no factored layer and needs no code; leave it "
                     "out."
                 )
+            if len(args) < 2 and kwargs.get("state_dict") is None:
+                kwargs["state_dict"] = state_of_every_place(self)
             with stored_apart(self):
                 return save(self, save_directory, *args, **kwargs)
         with stored_with_prefixes(self), stored_apart(self), saved_plainly(self) as is_plain:

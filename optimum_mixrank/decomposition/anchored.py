@@ -17,8 +17,12 @@ from torch import Tensor
 from .damping import typical_scale
 
 
+_TINY = torch.finfo(torch.float32).tiny
+"""Variance of inputs from which on rounding is all that it holds: their products are made in float32."""
+
+
 def anchored_weight(weight: Tensor, input_moment: Tensor, target_moment: Tensor, ridge: float) -> Tensor:
-    """Return the ridge regression weight `W*`, `[m, n]`, float64; `W` itself if the inputs do not vary at all.
+    """Return the ridge regression weight `W*`, `[m, n]`, float64; `W` itself if the inputs do not vary noticeably.
 
     Args:
         weight: `W`, `[m, n]`, float64, to which the solution is anchored.
@@ -27,9 +31,14 @@ def anchored_weight(weight: Tensor, input_moment: Tensor, target_moment: Tensor,
         ridge: `λ` as a multiple of the `typical_scale` of `S`, above 0.
     """
     scale = typical_scale(input_moment.diagonal())
-    if scale <= 0:
+    if scale <= _TINY:
         return weight
     penalty = ridge * scale
     regularised = input_moment + penalty * torch.eye(len(input_moment), dtype=weight.dtype, device=weight.device)
     right = (target_moment + penalty * weight).T
-    return torch.cholesky_solve(right, torch.linalg.cholesky(regularised)).T
+    lower, failed = torch.linalg.cholesky_ex(regularised)
+    if not failed:
+        return torch.cholesky_solve(right, lower).T
+    # Rounding has left variances below zero, as of inputs that hardly vary around large means.
+    values, vectors = torch.linalg.eigh(input_moment)
+    return (right.T @ vectors / (values.clamp_min(0) + penalty)) @ vectors.T

@@ -30,6 +30,7 @@ from ..evaluation.evaluate import EvaluationResult, evaluate_model
 from ..reporting import CompressionReport
 from ..reporting.build import original_name
 from ..reporting.profile import RankProfile
+from ..runtime.access import common_access, hub_reached_by
 from ..runtime.distributed import Processes, find_processes, quiet_unless_main
 from ..runtime.files import is_local_path
 from ..runtime.folders import resolved
@@ -73,7 +74,8 @@ def _in_every_process(method: Callable[Parameters, Result]) -> Callable[Paramete
     @functools.wraps(method)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         compressor = cast("MixRankCompressor", args[0])
-        with ordinary_modes(), quiet_unless_main(compressor.processes), tf32_statistics(compressor.allow_tf32):
+        quiet, precision = quiet_unless_main(compressor.processes), tf32_statistics(compressor.allow_tf32)
+        with ordinary_modes(), quiet, precision, hub_reached_by(compressor._hub_access):
             return method(*args, **kwargs)
 
     return wrapped
@@ -135,6 +137,7 @@ class MixRankCompressor(OptimumQuantizer):
         self._made = MadeModels()
         # What `check_evaluation` has already warned about.
         self._checked: list[Any] = []
+        self._hub_access: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
@@ -160,7 +163,9 @@ class MixRankCompressor(OptimumQuantizer):
                 of the process if there are several, or an `accelerator` is given, else to the CPU.
             allow_tf32: See `MixRankCompressor`.
             auto_class: Class to load with; default: the architecture that the checkpoint names.
-            **hub_kwargs: As for Transformers' `from_pretrained`: `revision`, `token`, `device_map`, `max_memory`, …
+            **hub_kwargs: As for Transformers' `from_pretrained`: `revision`, `token`, `device_map`, `max_memory`, … What
+                `token`, `cache_dir`, `local_files_only` and `proxies` say holds for the model that `MixRankConfig.like`
+                names too, and the token for datasets.
 
         Raises:
             OSError: if there is no such checkpoint; TypeError: if Hub arguments are given for a model in memory.
@@ -171,7 +176,10 @@ class MixRankCompressor(OptimumQuantizer):
         default_device = None if processes.is_single and accelerator is None else processes.device
         with ordinary_modes(), quiet_unless_main(processes):
             model, found = open_original(model_or_path, dtype, device, default_device, auto_class, hub_kwargs)
-        return cls(model, found if image_processor is None else image_processor, accelerator, allow_tf32=allow_tf32)
+        processor = found if image_processor is None else image_processor
+        compressor = cls(model, processor, accelerator, allow_tf32=allow_tf32)
+        compressor._hub_access = common_access(hub_kwargs)
+        return compressor
 
     @property
     def report(self) -> CompressionReport | None:
@@ -206,7 +214,7 @@ class MixRankCompressor(OptimumQuantizer):
         Raises:
             ValueError: if there is no such data, split or column.
         """
-        with quiet_unless_main(self.processes):
+        with quiet_unless_main(self.processes), hub_reached_by(self._hub_access):
             return load_image_dataset(
                 dataset, split=split, image_column=image_column, num_samples=num_samples, seed=seed, **hub_kwargs
             )
@@ -429,7 +437,8 @@ class MixRankCompressor(OptimumQuantizer):
             inplace: See `compress`.
             max_memory: See `compress`.
         """
-        config = with_known_ratio(self.model, check_config(config))
+        with hub_reached_by(self._hub_access):
+            config = with_known_ratio(self.model, check_config(config))
         if num_images is not None:
             check_integer("num_images", num_images, 1)
         patterns, metric = (config.target_modules, config.exclude_modules), METRICS.create(config.metric)
@@ -552,7 +561,8 @@ class MixRankCompressor(OptimumQuantizer):
             FileNotFoundError: if there is no such folder or dataset.
             ValueError: as `evaluate`.
         """
-        self._reader().read_labelled(dataset, split=split)
+        with hub_reached_by(self._hub_access):
+            self._reader().read_labelled(dataset, split=split)
         self._checked = [dataset]
 
     def _keep(self, model: PreTrainedModel, result: EvaluationResult) -> None:

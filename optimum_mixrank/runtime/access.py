@@ -19,14 +19,22 @@ _NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ECONNR
 
 _ACCESS: ContextVar[Mapping[str, Any]] = ContextVar("access", default=MappingProxyType({}))
 
-_NAMES = ("token", "cache_dir")
+_NAMES = ("token", "cache_dir", "local_files_only", "proxies")
 """What holds for every repository; a revision belongs to one."""
+
+
+def common_access(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the arguments of `from_pretrained` that hold for every repository."""
+    return {name: arguments[name] for name in _NAMES if arguments.get(name)}
 
 
 @contextmanager
 def hub_reached_by(arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Reach repositories in this context with those of the arguments of `from_pretrained` that hold for every one."""
-    before = _ACCESS.set({name: arguments[name] for name in _NAMES if arguments.get(name)})
+    """Reach repositories in this context with those of the arguments of `from_pretrained` that hold for every one.
+
+    What an outer context says holds on where the arguments say nothing.
+    """
+    before = _ACCESS.set({**_ACCESS.get(), **common_access(arguments)})
     try:
         yield
     finally:

@@ -1,5 +1,7 @@
 """Models whose layers are more than `W x + b` are refused before the first image is read."""
 
+import logging
+
 import pytest
 import torch
 from models import pixels, tiny_swin, tiny_vit
@@ -147,3 +149,16 @@ def test_a_forward_that_was_replaced(part):
 def test_a_compiled_model():
     with pytest.raises(TypeError, match="model is compiled; give the model as it was before"):
         MixRankCompressor(torch.compile(tiny_vit()))
+
+
+def test_a_layer_whose_weight_another_stack_shares_is_left_out_with_one_line(caplog):
+    model = tiny_vit()
+    every = {target.name for target in find_targets(model)}
+    shared = first(model)
+    # As detectors share the weights of their heads between the encoder and the decoder.
+    model.base_model.heads = nn.ModuleList([nn.Linear(shared.in_features, shared.out_features)])
+    model.base_model.heads[0].weight = shared.weight
+    with caplog.at_level(logging.INFO, logger="optimum_mixrank"):
+        found = find_targets(model)
+    assert shared not in [target.module for target in found] and len(found) == len(every) - 1
+    assert [each for each in caplog.messages if "their weights are used elsewhere too" in each]

@@ -4,10 +4,11 @@ import pickle
 import pytest
 import torch
 from checkpoint.layers import inputs, low_rank
+from models import pixels, tiny_vit
 from torch import nn
 
-from optimum_mixrank import LowRankLinear
-from optimum_mixrank.checkpoint.modeling import replace_module
+from optimum_mixrank import LowRankLinear, MixRankCompressor, MixRankConfig, to_dense
+from optimum_mixrank.checkpoint.modeling import FactoredLinear, replace_module
 
 
 SHAPES = {
@@ -263,6 +264,41 @@ def test_replace_module(name):
     replace_module(model, name, layer)
     assert model.get_submodule(name) is layer
     assert [each for each, _ in model.named_modules()] == names
+
+
+class Listed(nn.Module):
+    """Calls its layers through a list of its own, as the prediction heads of OneFormer do."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = list(layers)
+        for position, layer in enumerate(layers):
+            self.add_module(str(position), layer)
+
+    def forward(self, x, *rest):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_layer_that_is_called_through_a_list_is_replaced_there_too():
+    model = tiny_vit()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module.out_features > module.in_features:
+            replace_module(model, name, Listed(nn.Linear(32, 16), nn.Linear(16, 64)))
+    compressor = MixRankCompressor(model)
+    config = MixRankConfig(target_modules=["0", "1"], compression_scope="targets", recipe="fast", compensation=[])
+    made, images = compressor.compress(config, [pixels(8)]), pixels(4)
+    layers = [module for module in made.modules() if isinstance(module, FactoredLinear)]
+    assert layers and all(any(each is layer for each in listed_by(made)) for layer in layers)
+    with torch.no_grad():
+        assert not torch.allclose(made(images).logits, model(images).logits)
+        expected = made(images).logits
+        assert torch.allclose(to_dense(made)(images).logits, expected, atol=1e-4)
+
+
+def listed_by(model):
+    return [layer for module in model.modules() if isinstance(module, Listed) for layer in module.layers]
 
 
 def trained_guards(model):

@@ -185,3 +185,18 @@ def test_anchored_weight_keeps_the_original_where_nothing_changed(generator):
 def test_constant_inputs_leave_the_weight_alone():
     zeros = torch.zeros(2, 2).double()
     assert torch.equal(anchored_weight(torch.eye(2).double(), zeros, zeros, 0.1), torch.eye(2).double())
+
+
+def test_inputs_that_vary_less_than_float32_can_tell_leave_the_weight_alone(generator):
+    W, noise = random(generator, 4, 4), random(generator, 4, 4)
+    assert torch.equal(anchored_weight(W, 1e-44 * (noise + noise.T), 1e-44 * noise, 0.03), W)
+
+
+def test_a_moment_that_rounding_has_made_indefinite_changes_nothing_elsewhere(generator):
+    W, ridge = random(generator, 5, 6), 0.03
+    vectors, _ = torch.linalg.qr(random(generator, 6, 6))
+    values = torch.tensor([0.0, 0.5, 1.0, 1.0, 1.5, 2.0], dtype=torch.float64)
+    exact, rounded = ((vectors * each) @ vectors.T for each in (values, values.index_fill(0, torch.tensor(0), -0.2)))
+    found, expected = (anchored_weight(W, S, W @ exact + 0.1, ridge) for S in (rounded, exact))
+    torch.testing.assert_close(found @ vectors[:, 1:], expected @ vectors[:, 1:], rtol=0.05, atol=0.05)
+    assert (found - expected).norm() < 0.3 * expected.norm()

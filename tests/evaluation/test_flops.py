@@ -33,6 +33,25 @@ def test_swin_by_hand():
     assert flops_per_image(tiny_swin()) == 2 * (64 * 16 * 3 * 16 + stages + 32 * 5)
 
 
+class Pooling(nn.Module):
+    """Gives a parameter to another module, as the pooling head of VideoPrism gives its query."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 32))
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 5)
+
+    def forward(self, x):
+        return self.second(x + self.first(self.query))
+
+
+def test_a_module_that_is_given_a_parameter():
+    model = tiny_vit()
+    model.classifier = Pooling()
+    assert flops_per_image(model) == vit_flops(17) + 2 * 32 * 32
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_factored_layer():
     model = tiny_vit()
     name = next(name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 64)

@@ -10,14 +10,17 @@ from .zoo import (
     Family,
     clips,
     flattened,
+    images,
     merged,
     naflex,
     packed,
+    prompted,
     sized,
     small_config,
     spectrograms,
     tiled,
     with_sizes,
+    with_task,
     with_text,
 )
 
@@ -238,8 +241,8 @@ def _rt_detr(config: str, **changes: Any) -> Any:
     return make
 
 
-def _d_fine() -> Any:
-    backbone = transformers.HGNetV2Config(
+def _hgnet(stages: list[str]) -> Any:
+    return transformers.HGNetV2Config(
         stage_in_channels=[8, 8, 12, 16],
         stage_mid_channels=[4, 4, 4, 4],
         stage_out_channels=[8, 12, 16, 24],
@@ -249,10 +252,121 @@ def _d_fine() -> Any:
         hidden_sizes=[8, 12, 16, 24],
         depths=[1, 1, 1, 1],
         embedding_size=8,
-        out_features=_FOUR[1:],
+        out_features=stages,
     )
-    changes = {**_RT, "decoder_n_points": [2, 2, 2], "encoder_hidden_dim": 32, "hidden_expansion": 0.5}
-    return transformers.DFineConfig(backbone_config=backbone, depth_mult=0.34, **changes)
+
+
+_FINE: dict[str, Any] = {**_RT, "decoder_n_points": [2, 2, 2], "hidden_expansion": 0.5, "depth_mult": 0.34}
+
+
+def _d_fine(config: str = "DFineConfig") -> Any:
+    return lambda: getattr(transformers, config)(backbone_config=_hgnet(_FOUR[1:]), **_FINE)
+
+
+def _deimv2_of_dinov3() -> Any:
+    backbone = transformers.DINOv3ViTConfig(
+        **{**_VIT, "image_size": 64, "patch_size": 16}, out_indices=[2, 3, 4], apply_layernorm=False
+    )
+    return transformers.Deimv2Config(backbone_config=backbone, **{**_FINE, "encoder_in_channels": [32, 32, 32]})
+
+
+def _pp_doclayout_v2() -> Any:
+    from transformers.models.pp_doclayout_v2 import configuration_pp_doclayout_v2 as configurations
+
+    order = small_config(configurations.PPDocLayoutV2ReadingOrderConfig, coordinate_size=6, shape_size=4)
+    classes = {"num_labels": 25, "class_thresholds": [0.0] * 25, "class_order": [each % 20 for each in range(25)]}
+    return transformers.PPDocLayoutV2Config(
+        backbone_config=_hgnet(_FOUR[1:]), reading_order_config=order, **_RT, **classes
+    )
+
+
+def _pp_doclayout_v3() -> Any:
+    masks = {"mask_feature_channels": (16, 16), "x4_feat_dim": 8, "num_prototypes": 8, "global_pointer_head_size": 8}
+    return transformers.PPDocLayoutV3Config(backbone_config=_hgnet(_FOUR), **_RT, **masks, num_labels=25)
+
+
+def _grounding_dino(config: str) -> Any:
+    def make() -> Any:
+        return getattr(transformers, config)(
+            backbone_config=transformers.SwinConfig(**_SWIN, image_size=64, out_features=_FOUR[1:]),
+            text_config=small_config(transformers.BertConfig),
+            num_queries=5,
+            encoder_layers=2,
+            encoder_ffn_dim=64,
+            encoder_attention_heads=4,
+            decoder_layers=2,
+            decoder_ffn_dim=64,
+            decoder_attention_heads=4,
+            d_model=32,
+            encoder_n_points=2,
+            decoder_n_points=2,
+            max_text_len=16,
+        )
+
+    return make
+
+
+def _lw_detr() -> Any:
+    backbone = transformers.LwDetrViTConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        mlp_ratio=2,
+        image_size=64,
+        pretrain_image_size=64,
+        patch_size=8,
+        window_block_indices=[0, 2],
+        out_indices=[1, 3],
+        num_windows=4,
+    )
+    return transformers.LwDetrConfig(
+        backbone_config=backbone,
+        projector_scale_factors=[0.5, 2.0],
+        c2f_num_blocks=1,
+        decoder_ffn_dim=64,
+        decoder_n_points=2,
+        decoder_layers=2,
+        decoder_self_attention_heads=2,
+        decoder_cross_attention_heads=4,
+        num_queries=5,
+        group_detr=2,
+        d_model=32,
+        projector_out_channels=32,
+    )
+
+
+def _bridgetower() -> Any:
+    # A head has 64 features.
+    parts = {"hidden_size": 64, "num_hidden_layers": 3}
+    return transformers.BridgeTowerConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        text_config=small_config(transformers.BridgeTowerTextConfig, **parts).to_dict(),
+        vision_config=small_config(transformers.BridgeTowerVisionConfig, **parts).to_dict(),
+    )
+
+
+def _oneformer() -> Any:
+    return transformers.OneFormerConfig(
+        backbone_config=transformers.SwinConfig(**_SWIN, image_size=32, out_features=_FOUR),
+        num_queries=5,
+        conv_dim=32,
+        mask_dim=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        encoder_layers=1,
+        decoder_layers=3,
+        num_attention_heads=2,
+        dim_feedforward=32,
+        task_seq_len=6,
+        text_encoder_width=32,
+        text_encoder_context_length=6,
+        text_encoder_num_layers=1,
+        text_encoder_vocab_size=99,
+        text_encoder_n_ctx=2,
+        num_labels=3,
+    )
 
 
 def _mask2former() -> Any:
@@ -481,6 +595,22 @@ FAMILIES: dict[str, Family] = {
     "EoMT": Family(
         "EomtForUniversalSegmentation", {**_DEEP, "num_blocks": 1, "num_queries": 5, "num_upscale_blocks": 1}
     ),
+    "EoMT, DINOv3": Family(
+        "EomtDinov3ForUniversalSegmentation", {**_DEEP, "num_blocks": 1, "num_queries": 5, "num_upscale_blocks": 1}
+    ),
+    "OneFormer": Family("OneFormerForUniversalSegmentation", inputs=with_task, config=_oneformer),
+    "SegGPT": Family(
+        "SegGptForImageSegmentation",
+        {
+            **_DEEP,
+            "image_size": (64, 32),
+            "pretrain_image_size": 32,
+            "merge_index": 0,
+            "intermediate_hidden_state_indices": (0, 1, 2, 3),
+            "decoder_hidden_size": 8,
+        },
+        prompted,
+    ),
     "DETR": Family("DetrForObjectDetection", inputs=sized(side=64), config=_detr("DetrConfig")),
     "Conditional DETR": Family(
         "ConditionalDetrForObjectDetection", inputs=sized(side=64), config=_detr("ConditionalDetrConfig")
@@ -494,7 +624,22 @@ FAMILIES: dict[str, Family] = {
     ),
     "RT-DETR": Family("RTDetrForObjectDetection", inputs=sized(side=64), config=_rt_detr("RTDetrConfig")),
     "RT-DETRv2": Family("RTDetrV2ForObjectDetection", inputs=sized(side=64), config=_rt_detr("RTDetrV2Config")),
-    "D-FINE": Family("DFineForObjectDetection", inputs=sized(side=64), config=_d_fine),
+    "D-FINE": Family("DFineForObjectDetection", inputs=sized(side=64), config=_d_fine()),
+    "DEIMv2": Family("Deimv2ForObjectDetection", inputs=sized(side=64), config=_d_fine("Deimv2Config")),
+    "DEIMv2, DINOv3": Family("Deimv2ForObjectDetection", inputs=sized(side=64), config=_deimv2_of_dinov3),
+    "LW-DETR": Family("LwDetrForObjectDetection", inputs=sized(side=64), config=_lw_detr),
+    "PP-DocLayout V2": Family("PPDocLayoutV2ForObjectDetection", inputs=sized(side=64), config=_pp_doclayout_v2),
+    "PP-DocLayout V3": Family("PPDocLayoutV3ForObjectDetection", inputs=sized(side=64), config=_pp_doclayout_v3),
+    "Grounding DINO": Family(
+        "GroundingDinoForObjectDetection",
+        inputs=with_text(sized(side=64)),
+        config=_grounding_dino("GroundingDinoConfig"),
+    ),
+    "MM Grounding DINO": Family(
+        "MMGroundingDinoForObjectDetection",
+        inputs=with_text(sized(side=64)),
+        config=_grounding_dino("MMGroundingDinoConfig"),
+    ),
     "RF-DETR": Family("RfDetrForObjectDetection", {"num_queries": 5}),
     "SuperPoint": Family("SuperPointForKeypointDetection", refused="convolution"),
     # Two towers.
@@ -534,6 +679,10 @@ FAMILIES: dict[str, Family] = {
     "TIPSv2": Family("Tipsv2Model"),
     "Vision-text dual encoder": Family("VisionTextDualEncoderModel", config=_dual_encoder),
     "BLIP": Family("BlipModel"),
+    "BridgeTower": Family("BridgeTowerModel", inputs=with_text(images), config=_bridgetower),
+    "BridgeTower, retrieval": Family(
+        "BridgeTowerForImageAndTextRetrieval", inputs=with_text(images), config=_bridgetower
+    ),
     "InstructBLIP, video": Family("InstructBlipVideoForConditionalGeneration"),
     "BLIP, retrieval": Family("BlipForImageTextRetrieval"),
     # Captions and answers.

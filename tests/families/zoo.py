@@ -162,6 +162,17 @@ def with_sizes(inputs: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[s
     }
 
 
+def with_task(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Images with the name of a task as tokens, as OneFormer takes them."""
+    return {**images(count, generator), "task_inputs": torch.randint(3, 90, (count, 6), generator=generator)}
+
+
+def prompted(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Images with another image and its mask as an example, as SegGPT takes them."""
+    names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    return {name: images(count, generator)["pixel_values"] for name in names}
+
+
 def with_text(inputs: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
     """Inputs with a text for every image, as processors of models for both give them."""
 
@@ -198,7 +209,8 @@ class Family:
         torch.manual_seed(seed)
         cls = getattr(transformers, self.model)
         config = self.config() if self.config is not None else small_config(cls.config_class, **self.changes)
-        model = cls(config).eval()
+        # OneFormer of 4.57 is made with a parameter in float64, which loading rounds.
+        model = cls(config).eval().float()
         with torch.no_grad():
             for parameter in model.parameters():
                 # Nothing would pass through a projection that starts at zero, as that of Gemma 3.

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from models import pixels, tiny_deit, tiny_swin, tiny_vit
-from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTModel
+from transformers import AutoConfig, AutoModelForImageClassification, ViTForImageClassification, ViTModel
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.checkpoint.size import parameters_like
@@ -120,3 +120,48 @@ def test_the_other_outputs_do_not_change_with_the_way_of_asking():
     by_ratio = MixRankCompressor(model).compress(MixRankConfig(compression_ratio=ratio, recipe="fast"), images)
     with torch.no_grad():
         assert torch.equal(by_size(pixels(2)).logits, by_ratio(pixels(2)).logits)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the Hub: a model to compress, "private/large", and one whose size is asked for, "private/small"."""
+    sizes = {"large": wide_vit(), "small": tiny_vit(hidden_size=32, intermediate_size=128, num_hidden_layers=3)}
+    for name, model in sizes.items():
+        model.save_pretrained(tmp_path / name)
+    seen = []
+
+    def opened(read):
+        def read_from_the_hub(path, *args, **kwargs):
+            if not str(path).startswith("private/"):
+                return read(path, *args, **kwargs)
+            if kwargs.get("token") != "hf_secret":
+                raise OSError(f"{path} is a private repository: 401 Client Error.")
+            seen.append((str(path), {each: kwargs.get(each) for each in ("revision", "cache_dir")}))
+            here = ("revision", "cache_dir", "token")
+            return read(tmp_path / path.split("/")[1], *args, **{k: v for k, v in kwargs.items() if k not in here})
+
+        return read_from_the_hub
+
+    for cls in (AutoConfig, ViTForImageClassification):
+        monkeypatch.setattr(cls, "from_pretrained", opened(cls.from_pretrained))
+    return seen
+
+
+def test_the_model_that_like_names_is_reached_as_the_model_to_compress(hub):
+    images, config = [pixels(8)], MixRankConfig(like="private/small@v2", recipe="fast")
+    access = {"token": "hf_secret", "cache_dir": "cache", "revision": "v1", "image_processor": object()}
+    compressor = MixRankCompressor.from_pretrained("private/large", **access)
+    uses = {
+        "compress": lambda: compressor.compress(config, images),
+        "quantize": lambda: compressor.quantize(None, quantization_config=config, calibration_dataset=images),
+        "memory": lambda: compressor.memory_plan(config, 8),
+        "profile": lambda: compressor.profile(compressor.calibrate(images), config, [0.5]),
+    }
+    for use in uses.values():
+        use()
+    # The revision is that of the model to compress; each name has its own.
+    assert ("private/large", {"revision": "v1", "cache_dir": "cache"}) in hub
+    of_small = [given for name, given in hub if name == "private/small"]
+    assert of_small == [{"revision": "v2", "cache_dir": "cache"}] * len(of_small) and len(of_small) >= 3
+    with pytest.raises(OSError, match="private/small@v2.*private repository.*target_parameters"):
+        MixRankCompressor(wide_vit()).compress(config, images)

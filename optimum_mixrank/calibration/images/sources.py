@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ...checkpoint.validation import check_integer, check_seed
-from ...runtime.access import why_unreachable
+from ...runtime.access import hub_access, why_unreachable
 from ...runtime.files import similar_paths
 from ...runtime.logging import get_logger
 from .files import is_remote, open_file
@@ -52,9 +52,10 @@ def load_image_dataset(
         image_column: Name of the image column; default: the only one.
         num_samples: Number of images to draw, without replacement and in the dataset's order; None for all.
         seed: Seed of the draw.
-        **hub_kwargs: `revision`, `token`, `cache_dir`, `name`, … as for `datasets.load_dataset`. With `streaming=True`
-            only a little more than the drawn images is downloaded: files are read in random order, images are drawn
-            from a window that moves over them. They are kept in memory, undecoded.
+        **hub_kwargs: `revision`, `token`, `cache_dir`, `name`, … as for `datasets.load_dataset`; a token that is not given
+            is that of the context (`hub_reached_by`). With `streaming=True` only a little more than the drawn images is
+            downloaded: files are read in random order, images are drawn from a window that moves over them. They are
+            kept in memory, undecoded.
 
     Returns:
         The dataset with undecoded images and all its columns.
@@ -79,7 +80,7 @@ def load_image_dataset(
     if isinstance(data, datasets.IterableDataset):
         drawn = _draw_from_stream(data, num_samples, seed)
         for row in drawn:
-            row[column] = _downloaded(row[column], hub_kwargs.get("token"))
+            row[column] = _downloaded(row[column], _token(hub_kwargs))
         return datasets.Dataset.from_list(drawn, features=data.features)
     return data if num_samples is None else data.select(drawn_indices(len(data), num_samples, seed))
 
@@ -193,9 +194,11 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
     if isinstance(source, Path) or _looks_local(source):
         hint = similar_paths(str(source)) or "name a folder of images or a Hub id."
         raise FileNotFoundError(f"There is no folder or file {str(source)!r}; {hint}")
+    token = _token(hub_kwargs)
+    arguments = hub_kwargs if token is None else {**hub_kwargs, "token": token}
     with _offline_if_unreachable() as reason:
         try:
-            return datasets.load_dataset(source, **hub_kwargs)
+            return datasets.load_dataset(source, **arguments)
         except (ConnectionError, FileNotFoundError) as error:
             raise FileNotFoundError(_not_found(source, reason or str(error).rstrip("."))) from error
 
@@ -219,6 +222,12 @@ def _not_found(source: str, reason: str) -> str:
     # Most often a folder whose name was misspelt.
     hint = similar_paths(source) or "name a folder of images or a Hub id."
     return f"There is no folder {source!r}, nor could it be read from the Hub ({reason}); {hint}"
+
+
+def _token(hub_kwargs: Mapping[str, Any]) -> str | bool | None:
+    """Return the token that was given, else that of the context; the cache of models is not that of datasets."""
+    given = hub_kwargs.get("token")
+    return hub_access().get("token") if given is None else given
 
 
 def _looks_local(source: str) -> bool:

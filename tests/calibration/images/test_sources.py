@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from optimum_mixrank.calibration.images.sources import load_image_dataset
+from optimum_mixrank.runtime.access import hub_reached_by
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +106,11 @@ def test_hub(monkeypatch):
         (("user/birds",), {"revision": "v1", "token": "secret", "cache_dir": "c", "name": "small"}),
         (("mnist",), {}),
     ]
+    calls.clear()
+    with hub_reached_by({"token": "secret", "cache_dir": "of models", "revision": "of the model"}):
+        load_image_dataset("user/birds")
+        load_image_dataset("user/birds", token="another")
+    assert [given for _, given in calls] == [{"token": "secret"}, {"token": "another"}]
 
 
 def test_streams(tmp_path, caplog, monkeypatch):
