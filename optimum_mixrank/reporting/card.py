@@ -13,7 +13,7 @@ from ..checkpoint.replacing import CARD_MARK
 from ..checkpoint.self_contained import Needs, auto_class_of
 from ..evaluation.measures import MEASURES, Measure
 from ..runtime.files import is_local_path
-from ..runtime.formatting import format_change
+from ..runtime.formatting import format_change, format_percent
 from ..runtime.logging import get_logger
 from ..runtime.version import __version__
 from .data import ReportData
@@ -63,7 +63,7 @@ def model_card(
         key: inherited.get(key) for key in ("license", "license_name", "license_link", "datasets")
     }
     base_model = original if original and not is_local_path(original) else None
-    title = name or f"{report.model_name or class_name}, {report.removed_of_model:.0%} smaller"
+    title = name or f"{report.model_name or class_name}, {format_percent(report.removed_of_model, 0)} smaller"
     is_classifier = class_name.endswith("ForImageClassification")
     auto_class = "AutoModelForImageClassification" if is_classifier else class_name
     if needs == "code":
@@ -107,7 +107,7 @@ def _text(title: str, use: list[str], report: ReportData, base_model: str | None
     lines = [
         f"# {title}",
         "",
-        f"{original} {CARD_MARK} {__version__}, {report.removed_of_model:.0%} smaller:",
+        f"{original} {CARD_MARK} {__version__}, {format_percent(report.removed_of_model, 0)} smaller:",
         "",
         _before_and_after(report),
         "",
@@ -154,10 +154,12 @@ def _before_and_after(report: ReportData) -> str:
         new, old = evaluation.get(name), evaluation.get(f"reference_{name}")
         if new is not None:
             change = "" if old is None else f"{100 * (new - old):+.2f} points".replace("-", "−")
-            lines.append(f"| {label} | {'' if old is None else f'{old:.2%}'} | {new:.2%} | {change} |")
+            before = "" if old is None else format_percent(old, 2)
+            lines.append(f"| {label} | {before} | {format_percent(new, 2)} | {change} |")
     measured, images = (evaluation, "") if evaluation else (found, ", measured while compressing")
     if measured.get("agreement") is not None:
-        lines.append(f"| same class as the original | | {measured['agreement']:.2%} | {_divergence(measured)} |")
+        agreement = format_percent(measured["agreement"], 2)
+        lines.append(f"| same class as the original | | {agreement} | {_divergence(measured)} |")
     for name, measure in MEASURES.items():
         if name not in ("agreement", "kl") and measured.get(name) is not None:
             lines.append(f"| {measure.title or measure.label} | | {measure.text(measured[name])} | |")

@@ -31,7 +31,7 @@ def test_metadata_and_text(tmp_path):
     assert "mixrank" in data["tags"]
     metrics = {entry["name"]: entry["value"] for entry in data["model-index"][0]["results"][0]["metrics"]}
     assert {"top-1 accuracy", "KL from the original (nats)"} <= set(metrics)
-    assert "import optimum_mixrank" in card.text and "30% smaller" in card.text
+    assert "import optimum_mixrank" in card.text and "30\u00a0% smaller" in card.text
     # The model's own name, and before all else the table of what has changed.
     assert card.text.strip().startswith("# out\n") and 'from_pretrained("out")' in card.text
     assert card.text.index("| parameters | ") < card.text.index("| top-1 accuracy | ") < card.text.index("## Use")
@@ -51,7 +51,7 @@ def test_an_evaluation_after_saving_is_added(tmp_path, reopened):
     model = ViTForImageClassification.from_pretrained(tmp_path / "out")
     result = compressor.evaluate(model, [(pixels(4), torch.tensor([0, 1, 2, 3]))])
     card, report = ModelCard.load(file), CompressionReport.load(tmp_path / "out")
-    assert f"| {result.top1:.2%} |" in card.text and "measured while compressing" not in card.text
+    assert f"| {100 * result.top1:.2f}\u00a0% |" in card.text and "measured while compressing" not in card.text
     assert "## A paragraph of the user's" in card.text and "model-index" in card.data.to_dict()
     assert report.evaluation["top1"] == result.top1
     assert f"{100 * result.top1:.2f}" in (tmp_path / "out" / "report.html").read_text()
