@@ -97,7 +97,9 @@ def _check_reachable(name: str, hub_kwargs: dict[str, Any]) -> None:
         OSError: if it is neither; the message lists folders with similar names.
     """
     file, revision = "config.json", hub_kwargs.get("revision")
-    if Path(name).expanduser().exists() or hub_kwargs.get("subfolder") or hub_kwargs.get("local_files_only"):
+    # Through proxies of its own, a request may get further than this one.
+    otherwise = any(hub_kwargs.get(each) for each in ("subfolder", "local_files_only", "proxies"))
+    if otherwise or Path(name).expanduser().exists():
         return
     if isinstance(try_to_load_from_cache(name, file, cache_dir=hub_kwargs.get("cache_dir"), revision=revision), str):
         return
