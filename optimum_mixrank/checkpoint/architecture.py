@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import cached_file
 
 from ..runtime.access import why_unreachable
 from ..runtime.files import is_local_path, similar_paths
@@ -96,12 +96,21 @@ def _check_reachable(name: str, hub_kwargs: dict[str, Any]) -> None:
     Raises:
         OSError: if it is neither; the message lists folders with similar names.
     """
-    file, revision = "config.json", hub_kwargs.get("revision")
     # Through proxies of its own, a request may get further than this one.
     otherwise = any(hub_kwargs.get(each) for each in ("subfolder", "local_files_only", "proxies"))
     if otherwise or Path(name).expanduser().exists():
         return
-    if isinstance(try_to_load_from_cache(name, file, cache_dir=hub_kwargs.get("cache_dir"), revision=revision), str):
+    # Transformers 4.57 has a cache of its own, where `TRANSFORMERS_CACHE` is set.
+    found = cached_file(
+        name,
+        "config.json",
+        cache_dir=hub_kwargs.get("cache_dir"),
+        revision=hub_kwargs.get("revision"),
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is not None:
         return
     reason = why_unreachable()
     if reason:

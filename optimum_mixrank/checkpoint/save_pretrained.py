@@ -26,7 +26,8 @@ def describe_on_saving(model_class: type[PreTrainedModel], attach: Attach) -> No
 
     Transformers calls nothing of a part when the whole is saved. The method gets one more argument, `self_contained`:
     whether the checkpoint is to bring the code that opens it; by default it does if the model was loaded from one that
-    does.
+    does. Models that hold a layer in two places undeclared, which Transformers refuses to save, are saved; see
+    `held_twice`.
     """
     save = model_class.save_pretrained
     if getattr(save, _WRAPPED, False):
@@ -48,7 +49,7 @@ def describe_on_saving(model_class: type[PreTrainedModel], attach: Attach) -> No
                     f"self_contained=True: this {type(self).__name__} holds no factored layer and needs no code; leave it "
                     "out."
                 )
-            if len(args) < 2 and kwargs.get("state_dict") is None:
+            if len(args) < 2 and kwargs.get("state_dict") is None and kwargs.get("is_main_process", True):
                 kwargs["state_dict"] = state_of_every_place(self)
             with stored_apart(self):
                 return save(self, save_directory, *args, **kwargs)

@@ -135,8 +135,8 @@ class MixRankCompressor(OptimumQuantizer):
         self.accelerator = accelerator
         self.allow_tf32 = allow_tf32
         self._made = MadeModels()
-        # What `check_evaluation` has already warned about.
-        self._checked: list[Any] = []
+        # Dataset and split of which `check_evaluation` has said what is missing.
+        self._checked: tuple[Any, str | None] | None = None
         self._hub_access: dict[str, Any] = {}
 
     @classmethod
@@ -541,8 +541,9 @@ class MixRankCompressor(OptimumQuantizer):
         draw: dict[str, Any] = {"split": split, "num_samples": num_samples, "seed": seed}
         reader = self._reader(batch_size, num_workers, max_broken_share, max_image_pixels)
         with self.processes.raise_on_all_ranks():
-            warn = not any(each is dataset for each in self._checked)
-            batches = reader.read_labelled(dataset, image_column, label_column, **draw, warn=warn)
+            checked, self._checked = self._checked, None
+            known = checked is not None and checked[0] is dataset and checked[1] == split
+            batches = reader.read_labelled(dataset, image_column, label_column, **draw, warn=not known)
             call = example_call(call, model, lambda: batches).bound(model)
         with phase("Evaluated") as evaluating:
             result = evaluate_model(model, batches, reference=self.model, processes=self.processes, call=call)
@@ -563,7 +564,7 @@ class MixRankCompressor(OptimumQuantizer):
         """
         with hub_reached_by(self._hub_access):
             self._reader().read_labelled(dataset, split=split)
-        self._checked = [dataset]
+        self._checked = (dataset, split)
 
     def _keep(self, model: PreTrainedModel, result: EvaluationResult) -> None:
         """Add an evaluation to the model's report and, where it lies in a local folder, to the files there."""
@@ -621,7 +622,7 @@ class MixRankCompressor(OptimumQuantizer):
         if made is not None and report is not None:
             made.saved(model, report, resolved(save_directory))
         if repo_id is not None:
-            self.push_to_hub(model, repo_id, self_contained=self_contained, **upload, **kwargs)
+            self.push_to_hub(model, repo_id, picture=picture, self_contained=self_contained, **upload, **kwargs)
 
     @_in_every_process
     def push_to_hub(self, model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
@@ -630,8 +631,8 @@ class MixRankCompressor(OptimumQuantizer):
         Args:
             model: The compressed model.
             repo_id: `user/name` on the Hub; made if it does not exist.
-            **kwargs: `token`, `private`, `revision`, `commit_message`, and `max_shard_size` and `self_contained` as for
-                `save_pretrained`.
+            **kwargs: `token`, `private`, `revision`, `commit_message`, `create_pr`, `tags` for the model card, and
+                `max_shard_size`, `picture` and `self_contained` as for `save_pretrained`.
         """
         uploaded, made = None, self._find(model)
         report = None if made is None else made.report

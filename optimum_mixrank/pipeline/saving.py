@@ -6,9 +6,9 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_UPLOAD = ("repo_id", "token", "private", "revision", "commit_message")
+_COMMIT = ("revision", "commit_message", "commit_description", "create_pr")
+"""Arguments of an upload that concern its commit."""
+
+_UPLOAD = ("repo_id", "token", "private", "tags", *_COMMIT)
 """Arguments of an upload, as Transformers' `save_pretrained` takes them."""
 
 
@@ -209,12 +212,14 @@ def push_compressed(
     *,
     token: str | None = None,
     private: bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload a model compressed with optimum-mixrank",
+    tags: str | list[str] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Save to a temporary folder and upload it; see `MixRankCompressor.push_to_hub`."""
     check_repo_id(repo_id)
+    commit: dict[str, Any] = {"commit_message": "Upload a model compressed with optimum-mixrank"}
+    commit |= {name: kwargs.pop(name) for name in _COMMIT if name in kwargs}
+    revision = commit.get("revision")
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "checkpoint"
         written = save_compressed(model, directory, image_processor, report, name=repo_id, **kwargs)
@@ -226,12 +231,22 @@ def push_compressed(
         if written is not None and repository.repo_id != repo_id:
             # The Hub has put the user's name in front, without which the repository cannot be opened.
             _save_card(model, written, directory, repository.repo_id)
+        _add_tags(directory, [tags] if isinstance(tags, str) else list(tags or []))
         # As in Transformers; references of pull requests exist already.
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repository.repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repository.repo_id, folder_path=directory, revision=revision, commit_message=commit_message
-        )
+        return api.upload_folder(repo_id=repository.repo_id, folder_path=directory, **commit)
+
+
+def _add_tags(folder: Path, tags: list[str]) -> None:
+    """Add tags to the model card in a folder; a model without a report has no card, and gets one that holds them."""
+    if not tags:
+        return
+    path = folder / CARD_NAME
+    card = ModelCard.load(path) if path.exists() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
+    data = cast("ModelCardData", card.data)
+    data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
+    card.save(path)
 
 
 def _explained_refusal(error: Exception, repo_id: str, token: str | bool | None) -> Exception:

@@ -15,7 +15,7 @@ from typing import Any
 _TRIES, _PAUSE_SECONDS = 2, 1.0
 """A name server that is only busy answers the second time."""
 
-_NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ECONNREFUSED}
+_NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
 
 _ACCESS: ContextVar[Mapping[str, Any]] = ContextVar("access", default=MappingProxyType({}))
 
@@ -25,7 +25,8 @@ _NAMES = ("token", "cache_dir", "local_files_only", "proxies")
 
 def common_access(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the arguments of `from_pretrained` that hold for every repository."""
-    return {name: arguments[name] for name in _NAMES if arguments.get(name)}
+    # `token=False` says something: no token, though the machine has one.
+    return {name: arguments[name] for name in _NAMES if arguments.get(name) is not None}
 
 
 @contextmanager
@@ -49,8 +50,8 @@ def hub_access() -> dict[str, Any]:
 def why_unreachable() -> str:
     """Return why the Hub cannot be reached from here, in a few words; empty if it answers, whatever it says.
 
-    `huggingface_hub` repeats a request for about 25 seconds when there is no network. This asks twice, and gives up only
-    if no connection comes about: a slow answer is left to the download itself.
+    `huggingface_hub` repeats a request for about 25 seconds when there is no network. This asks once more if a name cannot
+    be resolved, and gives up only if no connection comes about: a slow answer is left to the download itself.
     """
     # Not at the top, since the help of the commands has to appear at once.
     from huggingface_hub import constants, utils
@@ -64,20 +65,31 @@ def why_unreachable() -> str:
         except Exception as error:
             # Which classes a missing network raises depends on the release of huggingface_hub.
             reason = _missing_connection(error)
+            if attempt + 1 == _TRIES or not _is_name_error(error):
+                break
         else:
             return ""
-        if not reason or attempt + 1 == _TRIES:
-            break
         time.sleep(_PAUSE_SECONDS)
     return reason
 
 
-def _missing_connection(error: BaseException | None) -> str:
-    """Return what the operating system says if an error comes from a connection that did not come about, else nothing."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
-        if isinstance(error, socket.gaierror) or (isinstance(error, OSError) and error.errno in _NO_ROUTE):
-            return f"no network: {error.strerror}"
-        if type(error).__name__ == "ConnectTimeout":
-            return "no network: the connection timed out"
+        yield error
         error = error.__cause__ or error.__context__
+
+
+def _is_name_error(error: BaseException) -> bool:
+    return any(isinstance(each, socket.gaierror) for each in _causes(error))
+
+
+def _missing_connection(error: BaseException) -> str:
+    """Return what the operating system says if an error comes from a connection that did not come about, else nothing."""
+    for each in _causes(error):
+        if isinstance(each, socket.gaierror) or (isinstance(each, OSError) and each.errno in _NO_ROUTE):
+            return f"no network: {each.strerror}"
+        if isinstance(each, ConnectionRefusedError):
+            return "the connection is refused, perhaps by a proxy or a mirror"
+        if type(each).__name__ == "ConnectTimeout":
+            return "no network: the connection timed out"
     return ""

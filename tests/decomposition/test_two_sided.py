@@ -188,8 +188,9 @@ def test_constant_inputs_leave_the_weight_alone():
 
 
 def test_inputs_that_vary_less_than_float32_can_tell_leave_the_weight_alone(generator):
-    W, noise = random(generator, 4, 4), random(generator, 4, 4)
-    assert torch.equal(anchored_weight(W, 1e-44 * (noise + noise.T), 1e-44 * noise, 0.03), W)
+    W, S, cross = random(generator, 4, 4), moment(generator, 4), random(generator, 4, 4)
+    assert not torch.allclose(anchored_weight(W, S, cross, 0.03), W, atol=0.1)
+    assert torch.equal(anchored_weight(W, 1e-44 * S, 1e-44 * cross, 0.03), W)
 
 
 def test_a_moment_that_rounding_has_made_indefinite_changes_nothing_elsewhere(generator):

@@ -377,7 +377,8 @@ def hub(monkeypatch):
         def create_branch(self, repo_id, branch, exist_ok):
             calls["branch"] = repo_id, branch, exist_ok
 
-        def upload_folder(self, repo_id, folder_path, revision, commit_message):
+        def upload_folder(self, repo_id, folder_path, **commit):
+            calls["commit"] = commit
             calls["repo"], calls["files"] = repo_id, {path.name for path in Path(folder_path).iterdir()}
             calls["card"] = (Path(folder_path) / "README.md").read_text()
             return "url"
@@ -416,7 +417,11 @@ def test_saving_can_upload_too(hub, made, tmp_path):
     assert (hub["repo"], hub["token"]) == ("me/vit", "secret")
     assert (tmp_path / "vit" / "model.safetensors").is_file() and "model.safetensors" in hub["files"]
     compressor.save_pretrained(model, tmp_path / "other", push_to_hub=True, repo_id="team/vit")
-    assert hub["repo"] == "team/vit"
+    assert hub["repo"] == "team/vit" and "ranks.png" not in hub["files"]
+    options = {"create_pr": True, "commit_message": "Smaller", "tags": ["small"], "picture": True, "overwrite": True}
+    compressor.save_pretrained(model, tmp_path / "other", push_to_hub=True, **options)
+    assert hub["commit"] == {"create_pr": True, "commit_message": "Smaller"}
+    assert "ranks.png" in hub["files"] and "- small" in hub["card"]
 
 
 def test_a_folder_is_no_name_of_a_repository(made, tmp_path):

@@ -58,6 +58,8 @@ def test_missing_labels_are_named_once(compressor, tmp_path, caplog):
     compressor.check_evaluation(folder)
     assert evaluate(compressor, folder).top1 is None
     assert caplog.text.count("The images have no labels") == 1
+    assert evaluate(compressor, folder).top1 is None
+    assert caplog.text.count("The images have no labels") == 2
 
 
 def test_datasets_without_labels(compressor, tmp_path, caplog):

@@ -101,3 +101,8 @@ def test_a_dataset_in_the_cache_needs_no_network(tmp_path):
         writer.finalize()
     assert len(load_image_dataset("me/birds", cache_dir=str(tmp_path))) == 1
     assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_no_token_holds_too():
+    with access.hub_reached_by({"token": "hf_secret", "cache_dir": "cache"}), access.hub_reached_by({"token": False}):
+        assert access.hub_access() == {"token": False, "cache_dir": "cache"}
