@@ -14,8 +14,10 @@ What is in the record already is not tried again, unless `--again` is given.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +42,9 @@ REFUSALS = {
 
 CHECKS = ("compress", "reload", "dense", "train")
 COSTLY = ("compile", "export")
+
+WIDTH = 124
+"""Characters of a line of the documentation."""
 
 
 def tried(family: Any, recipe: str, also: list[str]) -> dict[str, Any]:
@@ -98,15 +103,27 @@ def record(path: Path | None, families: Mapping[str, Any], recipe: str, also: li
 
 
 def summary(recorded: Mapping[str, Any]) -> str:
-    """Return in a sentence how many families work."""
+    """Return how many families pass what is always checked, and how many pass each check that is made on request."""
     tested = [each for each in recorded["families"].values() if "absent" not in each]
     refused = sum("refused" in each for each in tested)
     passed = sum(map(works, tested))
     failed = len(tested) - refused - passed
-    return (
-        f"Of {len(tested)} families, {passed} pass every check, {refused} are refused, and "
-        f"{failed} {'fails' if failed == 1 else 'fail'}."
+    always = (
+        f"Of {_families(len(tested))}, {passed} {'passes' if passed == 1 else 'pass'} compress, reload, dense return and "
+        f"training, {refused} {'is' if refused == 1 else 'are'} refused, and {failed} {'fails' if failed == 1 else 'fail'}."
     )
+    on_request = []
+    for check in COSTLY:
+        found = [each[check] for each in tested if check in each]
+        outcome = f"passes for {found.count('yes')} of {len(found)} tried" if found else "was not tried"
+        on_request.append(f"*{check}* {outcome}")
+    if not any(check in each for each in tested for check in COSTLY):
+        return f"{always} {' and '.join(f'*{check}*' for check in COSTLY)} were not tried."
+    return f"{always} {', '.join(on_request)}."
+
+
+def _families(number: int) -> str:
+    return f"{number} {'family' if number == 1 else 'families'}"
 
 
 def render(records: Mapping[str, Mapping[str, Any]], of_timm: Mapping[str, Any] | None = None) -> str:
@@ -118,14 +135,14 @@ def render(records: Mapping[str, Mapping[str, Any]], of_timm: Mapping[str, Any] 
     """
     lines = [_INTRODUCTION.rstrip("\n"), ""]
     for found in records.values():
-        lines += [f"- Transformers {found['transformers']}: {summary(found)}"]
+        lines += _wrapped(f"- Transformers {found['transformers']}: {summary(found)}")
     lines += ["", *_table(records), "", *_remarks(records)]
     if of_timm is not None:
         about = f"timm {of_timm['timm']} under Transformers {of_timm['transformers']}: {summary(of_timm)}"
         lines += [
             _TIMM.rstrip("\n"),
             "",
-            f"- {about}",
+            *_wrapped(f"- {about}"),
             "",
             *_table({"": of_timm}),
             "",
@@ -142,10 +159,11 @@ again, and trained for a step. This says that the method applies, not how much a
 to lose. Of a model for images and text the whole is compressed, and saved as a whole; its vision part alone changes.
 
 *Targeted* is the share of the tiny model's parameters that are weights of targeted layers, and in brackets the share of
-what images reach; a real model has larger layers beside its embeddings, so that its shares are larger. *Compared* is what
-the compression keeps close to the original; see [what is compared](extending.md#a-measure). *compile* is `torch.compile` up
-to the graphs of Inductor, *export* is `torch.export`, and a dot stands for what was not tried. The marks of a check are
-those of the lines of Transformers, in the order of this list; ✓ passes, and ✗ has its reason below the table.
+what images reach; in a real model the layers are larger relative to the embeddings, and so are the shares. *Compared* is
+what the compression keeps close to the original; see [what is compared](extending.md#a-measure). *compile* is
+`torch.compile` up to the graphs of Inductor, *export* is `torch.export`, and a dot stands for what was not tried. The marks
+of a check are those of the lines of Transformers, in the order of this list; ✓ passes, and ✗ has its reason below the
+table.
 """
 
 _TIMM = """\
@@ -220,17 +238,29 @@ def _remarks(records: Mapping[str, Mapping[str, Any]], level: str = "##") -> Ite
             if "absent" in each:
                 absent.append(f"{name} ({version}{'; ' + each['reason'] if 'reason' in each else ''})")
     if failures:
-        yield from (f"{level} What fails", "", *failures, "")
+        yield from (f"{level} What fails", "")
+        for each in failures:
+            yield from _wrapped(each)
+        yield ""
     if refusals:
-        yield from (f"{level} What is refused", "", *(f"- {name}: {reason}" for name, reason in refusals.items()), "")
+        yield from (f"{level} What is refused", "")
+        for name, reason in refusals.items():
+            yield from _wrapped(f"- {name}: {reason}")
+        yield ""
     if absent:
         yield from (
             f"{level} What was not there",
             "",
             "A dash (–) in the table: the release does not have it, or it needs a package that was not installed.",
             "",
-            f"{', '.join(absent)}.",
+            *_wrapped(f"{', '.join(absent)}."),
         )
+
+
+def _wrapped(text: str) -> list[str]:
+    """Return a paragraph or an item of a list in lines as long as the documentation's."""
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _plain(reason: str) -> str:
@@ -251,12 +281,33 @@ def read_timm_record() -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def _unknown(name: str, known: Mapping[str, Any], others: Mapping[str, Any]) -> str:
+    """Return a message that names the families whose names are near one that there is not.
+
+    Args:
+        name: What was given.
+        known: The families that can be tried.
+        others: Those that can be tried with or without `--timm`, whichever it was not.
+    """
+    folded = {each.casefold(): each for each in known}
+    near = [folded[each] for each in difflib.get_close_matches(name.casefold(), folded)]
+    near += [each for fold, each in folded.items() if name.casefold() in fold and each not in near][:5]
+    message = f"There is no family {name!r}"
+    if name in others:
+        return f"{message} with this choice of --timm, but there is one with the other."
+    return (
+        f"{message}; did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else f"{message}, nor one of a similar name."
+    )
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="FAMILY")
     parser.add_argument("--recipe", default="best")
-    parser.add_argument("--also", nargs="+", choices=COSTLY, default=[], help="what to check beside the usual")
+    parser.add_argument("--also", nargs="+", choices=COSTLY, default=[], help="what to check in addition to the usual")
     where = "write what came of the families, by default to the record of this line of Transformers"
     parser.add_argument("--record", type=Path, nargs="?", const=Path(), help=where)
     parser.add_argument("--timm", action="store_true", help="try the models of timm instead")
@@ -278,6 +329,9 @@ def main() -> None:
     if path == Path():
         line = "4.57" if transformers.__version__.startswith("4.") else "5.x"
         path = folder / (TIMM_RECORD if args.timm else RECORDS[line])
+    unknown = [name for name in args.names if name not in every]
+    if unknown:
+        parser.error(" ".join(_unknown(name, every, FAMILIES if args.timm else TIMM_FAMILIES) for name in unknown))
     chosen = {name: every[name] for name in args.names or every}
     record(path, chosen, args.recipe, args.also, args.again)
 

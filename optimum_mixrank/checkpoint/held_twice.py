@@ -12,7 +12,7 @@ from transformers import modeling_utils
 
 
 def further_places(model: nn.Module) -> set[str]:
-    """Return the names, but for the first of each, of parameters that a model holds in several places undeclared.
+    """Return all names but the first of each parameter that a model holds in several places undeclared.
 
     Weights that a model declares to be shared are Transformers' own affair.
     """

@@ -12,10 +12,10 @@ residual covariance R, at first H, and `P = Lᵀ T`, at first, it is the unit j 
 their use for the output. The non-linearity lies before the hidden units, so that no error of the first layer passes
 through it.
 
-Of few tokens, H is singular: some combinations of units did not vary, by chance, and the second layer could use any
-multiple of them. Therefore a share λ of its own variance is added to the variance of each unit, which penalises
-`λ Σ_j H_jj ‖W'_j - W_j‖²`, where `W'_j` is zero for the units that go. It holds the second layer to its original
-weights, whatever the scale of each unit.
+With fewer tokens than units, H is singular: some combinations of units did not vary, by chance, and the second layer
+could use any multiple of them. Therefore a share λ of its own variance is added to the variance of each unit, which
+penalises `λ Σ_j H_jj ‖W'_j - W_j‖²`, where `W'_j` is zero for the units that go. It holds the second layer to its
+original weights, whatever the scale of each unit.
 """
 
 from __future__ import annotations

@@ -48,15 +48,48 @@ def test_what_stands_in_the_page(script):
     page = script["render"](records)
     assert "| A | 25% (50%) | embeddings of `get_image_features` | ✓ ✓ | ✓ ✓ | ✓ ✓ | ✓ ✗ | · · | ✓ · |" in page
     assert "- A, train, Transformers 4.57: no ‹b›gradients" in page and "- B: B is a text model." in page
-    assert "Of 2 families, 1 pass every check, 1 are refused, and 0 fail." in page
+    flat = " ".join(page.split())
+    always = "Of 2 families, 1 passes compress, reload, dense return and training, 1 is refused, and 0 fail."
+    assert f"- Transformers 5.0: {always} *compile* was not tried, *export* passes for 1 of 1 tried." in flat
     assert "C (4.57)" in page and "| C |" not in page
     of_timm = {"timm": "1.0", "transformers": "5.0", "families": {"D": {**YES, **tried, "train": "E: no gradients"}}}
     of_timm = script["render"](records, of_timm).removeprefix(page.rstrip("\n"))
-    assert (
-        "- timm 1.0 under Transformers 5.0: Of 1 families, 0 pass every check, 0 are refused, and 1 fails." in of_timm
+    always = "Of 1 family, 0 pass compress, reload, dense return and training, 0 are refused, and 1 fails."
+    assert f"- timm 1.0 under Transformers 5.0: {always} *compile* and *export* were not tried." in " ".join(
+        of_timm.split()
     )
     assert "| D | 25% (50%) |" in of_timm and "| ✓ | ✓ | ✓ | ✗ | · | · |" in of_timm
     assert "### What fails" in of_timm and "- D, train, Transformers 5.0: no gradients" in of_timm
+
+
+def test_checks_on_request_are_counted_on_their_own(script):
+    families = {"A": {**YES, "compile": "yes", "export": "E: no"}, "B": {**YES, "compile": "E: no"}, "C": dict(YES)}
+    counted = script["summary"]({"families": families})
+    assert counted.startswith("Of 3 families, 3 pass ") and "and 0 fail." in counted
+    assert counted.endswith(" *compile* passes for 1 of 2 tried, *export* passes for 0 of 1 tried.")
+
+
+def test_lines_of_the_page_are_no_longer_than_those_of_others(script):
+    refused = "ValueError: " + "is a text model " * 20
+    families = {"A": {"refused": refused}, "B": {**YES, "export": refused}}
+    page = script["render"]({"5.x": {"transformers": "5.0", "families": families}})
+    assert max(map(len, page.splitlines())) <= 124 and "\n  " in page
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["vit"], "There is no family 'vit'; did you mean 'ViT'"),
+        (["DINOv2, clasifier"], "did you mean 'DINOv2, classifier'"),
+        (["--timm", "BERT"], "There is no family 'BERT' with this choice of --timm, but there is one with the other."),
+        (["qqqqqqqq"], "There is no family 'qqqqqqqq', nor one of a similar name."),
+    ],
+)
+def test_a_misspelt_family_is_answered_with_near_names(given, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *given])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert error.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_what_is_recorded_is_not_tried_again(tmp_path, monkeypatch, capsys):

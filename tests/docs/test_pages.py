@@ -128,6 +128,28 @@ def test_code_fits_a_screen_of_1366_pixels(page):
     assert not [line for text in fences for line in text.splitlines() if len(line) > 104]
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_of_prose_have_at_most_124_characters(page):
+    assert not [line for line in _prose(PAGES[page].read_text(encoding="utf-8")) if len(line) > 124]
+
+
+def test_long_lines_of_prose_are_found():
+    long = "word " * 30
+    exempt = [f"| {long}|", f"```\n{long}\n```", f"$$\n{long}\n$$", f"{long}$x$", f"<!-- table: a -->\n{long}"]
+    for text in (*exempt, f"[word]({'a' * 130})", f"# {long}"):
+        assert not [line for line in _prose(f"{text}\n") if len(line) > 124], text
+    for text in (long, f"- {long}", f"```\ncode\n```\n{long}", f"<!-- table: a -->\n<!-- end of table -->\n{long}"):
+        assert [line for line in _prose(f"{text}\n") if len(line) > 124], text
+
+
+def _prose(text):
+    """Return the lines that are wrapped: no code, tables, headings and formulas, and links without their targets."""
+    text = re.sub(r"^( *)```.*?^\1```|^\$\$$.*?^\$\$$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"<!-- table: .*?(?:<!-- end of table -->|\Z)", "", text, flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith(("|", "#")) and "$" not in line]
+    return [re.sub(r"\]\([^()\s]*\)", "]", line) for line in lines]
+
+
 def test_tables_are_those_of_the_records():
     script = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))
     texts = [(ROOT / page).read_text(encoding="utf-8") for page in script["PAGES"]]

@@ -52,10 +52,10 @@ def load_image_dataset(
         image_column: Name of the image column; default: the only one.
         num_samples: Number of images to draw, without replacement and in the dataset's order; None for all.
         seed: Seed of the draw.
-        **hub_kwargs: `revision`, `token`, `cache_dir`, `name`, … as for `datasets.load_dataset`; a token that is not given
-            is that of the context (`hub_reached_by`). With `streaming=True` only a little more than the drawn images is
-            downloaded: files are read in random order, images are drawn from a window that moves over them. They are
-            kept in memory, undecoded.
+        **hub_kwargs: `revision`, `token`, `cache_dir`, `name`, … as for `datasets.load_dataset`; default of the token: the
+            one that the compressor or the command was given. With `streaming=True` only a little more than the drawn
+            images is downloaded: files are read in random order, images are drawn from a window that moves over them.
+            They are kept in memory, undecoded.
 
     Returns:
         The dataset with undecoded images and all its columns.
