@@ -17,6 +17,7 @@ import json
 import resource
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -240,7 +241,8 @@ def write(
     record = {
         "settings": settings_of(args, compressor, original, fields),
         "original_top1": accuracy(original, labels),
-        "environment": {**environment(), "threads": torch.get_num_threads()},
+        "original_correct": outcomes(original, labels),
+        "environment": environment(),
         "rows": rows,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -286,22 +288,27 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 def compare(original: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> dict:
     """Top-1, its paired change per image, agreement and KL."""
+    correct = outcomes(logits, labels)
     return {
         "top1": accuracy(logits, labels),
         "agreement": float(agreement(original, logits).float().mean()),
         "kl": float(kl_divergence(original, logits).mean()),
-        # Image by image, as a string of zeros and ones.
-        "correct": "".join(map(str, (logits.argmax(dim=1) == labels).int().tolist())),
-        "change": paired_change(original, logits, labels),
+        "correct": correct,
+        "change": paired_change(outcomes(original, labels), correct),
     }
 
 
-def paired_change(original: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
-    """Change of top-1 against the original and half of its 95 % interval, from the differences image by image."""
-    right, was_right = logits.argmax(dim=1) == labels, original.argmax(dim=1) == labels
-    gained, lost = float((right & ~was_right).double().mean()), float((was_right & ~right).double().mean())
-    low, high = paired_interval(gained, lost, len(labels))
-    return [gained - lost, (high - low) / 2]
+def outcomes(logits: torch.Tensor, labels: torch.Tensor) -> str:
+    """One digit per image: 1 if its class comes first, otherwise 0."""
+    return "".join(map(str, (logits.argmax(dim=1) == labels).int().tolist()))
+
+
+def paired_change(original: str, compressed: str) -> list[float]:
+    """Change of top-1 against the original and half of its 95 % interval, from the `outcomes` of both."""
+    pairs = Counter(zip(original, compressed, strict=True))
+    count, gained, lost = len(original), pairs["0", "1"], pairs["1", "0"]
+    low, high = paired_interval(gained / count, lost / count, count)
+    return [(gained - lost) / count, (high - low) / 2]
 
 
 def summary(record: dict) -> list[dict]:

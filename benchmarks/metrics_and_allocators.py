@@ -13,8 +13,6 @@ import json
 import time
 from pathlib import Path
 
-import torch
-
 from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.allocation import ALLOCATORS
 from optimum_mixrank.decomposition import METRICS
@@ -77,7 +75,7 @@ def main() -> None:
     settings["calibration_seconds"] = f"{calibration.seconds:.1f}"
     settings["test_images"] = str(rows[0]["num_images"])
     settings["dtype"] = str(next(compressor.model.parameters()).dtype)
-    record = {"settings": settings, "environment": environment(), "threads": torch.get_num_threads(), "rows": rows}
+    record = {"settings": settings, "environment": environment(), "rows": rows}
     args.output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     args.output.with_suffix(".md").write_text(markdown(record))
 

@@ -66,7 +66,7 @@ def main() -> None:
         "unseen_classes": sorted(unseen),
         "test_images": len(tests),
         "original_top1": accuracy(original, labels),
-        "environment": {**environment(), "threads": torch.get_num_threads()},
+        "environment": environment(),
         "rows": [],
     }
     for name, source in sources.items():

@@ -9,6 +9,7 @@ from shipped import ROOT, write_few_images
 
 
 HARNESS = ROOT / "benchmarks" / "methods.py"
+RECORDS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -52,3 +53,24 @@ def test_a_table_a_picture_and_every_row(compare, tmp_path):
     assert after[: len(before)] == before and len(after) == len(before) + 2
     with pytest.raises(SystemExit, match="give another --output"):
         compare(output, "--methods", "svd", "--batch-size", 32)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in RECORDS.glob("*.json") if '"change"' in path.read_text())
+)
+def test_intervals_and_tables_follow_from_the_outcomes_that_are_kept(name, monkeypatch):
+    monkeypatch.syspath_prepend(HARNESS.parent)
+    path = RECORDS / f"{name}.json"
+    script, record = runpy.run_path(str(HARNESS)), json.loads(path.read_text())
+    original = record["original_correct"]
+    assert record["original_top1"] == pytest.approx(original.count("1") / len(original))
+    for row in record["rows"]:
+        assert row["change"] == pytest.approx(script["paired_change"](original, row["correct"])), row["method"]
+    if (table := path.with_suffix(".md")).exists():
+        assert table.read_text() == script["markdown"](record)
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist_methods", "vit_s_methods"])
+def test_the_page_of_results_holds_the_whole_table(name):
+    _, table = (RECORDS / f"{name}.md").read_text().split("\n\n")
+    assert table in (ROOT / "docs" / "results.md").read_text()
