@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..decomposition.statistics import GRADIENT_STATISTICS, LayerStatistics, Statistic
 from ..runtime.distributed import SINGLE_PROCESS, Processes
-from ..runtime.forward import activation_gradients, evaluation_mode
+from ..runtime.forward import activation_gradients, evaluation_mode, placement
 from ..runtime.logging import get_logger
 from ..runtime.malloc import trim_heap
 from ..runtime.outputs import PLAIN_CALL, ModelCall
@@ -102,9 +102,8 @@ def _run(
     model: nn.Module, batch: Batch, gradients: GradientCollector | None, processes: Processes, call: ModelCall
 ) -> None:
     """Run a model forward over a batch, and backward if gradients are collected."""
-    parameter = next(model.parameters())
-    device = getattr(model, "device", parameter.device)
-    inputs = batch.inputs.to(device, parameter.dtype, non_blocking=True)
+    device, dtype = placement(model)
+    inputs = batch.inputs.to(device, dtype, non_blocking=True)
     # Activations have gradients only if some input requires them; parameters do not.
     with processes.autocast(device):
         output = call.run(model, inputs if gradients is None else inputs.requiring_gradients())

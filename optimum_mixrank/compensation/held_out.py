@@ -15,7 +15,7 @@ from ..checkpoint.factorize import share_model
 from ..checkpoint.modeling import FactoredLinear, replace_module
 from ..runtime.distributed import SINGLE_PROCESS, Processes
 from ..runtime.fidelity import output_divergence
-from ..runtime.forward import evaluation_mode
+from ..runtime.forward import evaluation_mode, placement
 from ..runtime.inputs import ModelInputs, concatenated
 from ..runtime.intervals import Z95_ONE_SIDED
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
@@ -79,10 +79,9 @@ def held_out_masks(
 @torch.no_grad()
 def model_outputs(model: nn.Module, batches: Sequence[ModelInputs], call: ModelCall = PLAIN_CALL) -> list[ModelOutput]:
     """Return the outputs of a model in evaluation mode, on the CPU."""
-    parameter = next(model.parameters())
-    device = getattr(model, "device", parameter.device)
+    place = placement(model)
     with evaluation_mode(model):
-        return [call(model, batch.to(device, parameter.dtype)).cpu() for batch in batches]
+        return [call(model, batch.to(*place)).cpu() for batch in batches]
 
 
 def output_error(

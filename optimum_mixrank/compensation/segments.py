@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.forward import placement
 from ..runtime.hooks import forwards_restored, hooks_removed_on_exit
 from ..runtime.inputs import ModelInputs
 from ..runtime.outputs import PLAIN_CALL, ModelCall, ModelOutput
@@ -103,8 +104,7 @@ class SegmentReplay:
         self._keys = [name if own_outputs else name.rpartition(".")[0] for name in segments]
         self._keep_results = keep_results or len(set(self._keys)) > 1
         self._batches = batches
-        self._device = getattr(model, "device", next(model.parameters()).device)
-        self._dtype = next(model.parameters()).dtype
+        self._placement = placement(model)
         self._position = 0
         self._keep = keep
         # What segments before the current one have returned, by index of the batch.
@@ -147,7 +147,7 @@ class SegmentReplay:
         found = []
         for index, batch in enumerate(self._batches):
             with self._skipping(self._position, self._results.get(index, {})):
-                found.append(self._call(self._model, batch.to(self._device, self._dtype)).cpu())
+                found.append(self._call(self._model, batch.to(*self._placement)).cpu())
         return found
 
     def _capture(self, batch: ModelInputs, position: int, results: Mapping[str, Any]) -> Call:
@@ -161,7 +161,7 @@ class SegmentReplay:
         handle = target.register_forward_pre_hook(hook, with_kwargs=True)
         restored = forwards_restored(self._model.modules())
         with suppress(StopForward), hooks_removed_on_exit([handle]), restored, self._skipping(position, results):
-            self._call.run(self._model, batch.to(self._device, self._dtype))
+            self._call.run(self._model, batch.to(*self._placement))
         if not captured:
             raise RuntimeError(f"Segment {self._segments[position]!r} was not reached; the model skips its blocks.")
         return captured[0]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..checkpoint.pivoted import PivotedLinear
-from ..runtime.forward import black_image, evaluation_mode
+from ..runtime.forward import black_image, evaluation_mode, frozen_parameters
 from ..runtime.hooks import hooks_removed_on_exit
 from ..runtime.inputs import ModelInputs
 from ..runtime.outputs import PLAIN_CALL, ModelCall
@@ -52,7 +51,9 @@ def flops_per_image(
     with (
         hooks_removed_on_exit([factor.register_forward_hook(lambda *_: None) for factor in hooked]),
         evaluation_mode(model),
-        _without_gradients(model),
+        # The counter follows the gradients of whatever is given to a module, and some are given a parameter, such as the
+        # query of a pooling head, which has none while the model only runs.
+        frozen_parameters(model),
         FlopCounterMode(display=False, custom_mapping=attention) as counter,
     ):
         call.run(model, inputs)
@@ -80,23 +81,6 @@ def tokens_per_image(
     with hooks_removed_on_exit(handles), evaluation_mode(model):
         call.run(model, _one_image(model, pixel_values_shape, call))
     return counts
-
-
-@contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require gradients.
-
-    The counter follows the gradients of whatever is given to a module, and some are given a parameter, such as the query
-    of a pooling head, which has none while the model only runs.
-    """
-    required = [each for each in model.parameters() if each.requires_grad and not each.is_inference()]
-    for parameter in required:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in required:
-            parameter.requires_grad_()
 
 
 def _one_image(model: nn.Module, shape: Sequence[int] | None, call: ModelCall) -> ModelInputs:

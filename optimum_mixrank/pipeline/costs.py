@@ -15,6 +15,7 @@ from ..allocation.latency import LatencyTable
 from ..calibration.sites import Mlp, Site
 from ..calibration.targets import encoder_linears
 from ..checkpoint.configuration import MixRankConfig
+from ..checkpoint.files import count_parameters
 from ..checkpoint.names import Target
 from ..evaluation.flops import flops_per_image, tokens_per_image
 from ..evaluation.latency_table import load_latency_table
@@ -54,7 +55,7 @@ def model_costs(
         ValueError: if there is no table of latencies, or it does not belong to this model.
     """
     if config.cost == "parameters":
-        return ModelCosts(StoredValues(), sum(parameter.numel() for parameter in model.parameters()), {})
+        return ModelCosts(StoredValues(), count_parameters(model), {})
     prices = tokens_per_image(model, [target.name for target in targets], call=call)
     if config.cost == "flops":
         # A multiply-add counts two FLOPs.

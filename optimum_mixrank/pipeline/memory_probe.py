@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from ..checkpoint.names import Target
 from ..compensation.segments import Call, find_segments
 from ..evaluation.memory import live_bytes, weight_bytes
-from ..runtime.forward import activation_gradients, evaluation_mode
+from ..runtime.forward import activation_gradients, evaluation_mode, placement
 from ..runtime.hooks import hooks_removed_on_exit
 from ..runtime.inputs import ModelInputs
 from ..runtime.outputs import PLAIN_CALL, ModelCall
@@ -78,8 +78,6 @@ def probe_model(
     Raises:
         ValueError: if the model's configuration has no image size, or a layer is not called.
     """
-    parameter = next(model.parameters())
-    device = getattr(model, "device", parameter.device)
     image = call.example_for(model)[:1]
     calls: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -117,7 +115,7 @@ def probe_model(
         backward=backward,
         boundary=boundary,
         outputs=outputs,
-        on_host=device.type == "cpu",
+        on_host=placement(model)[0].type == "cpu",
     )
 
 

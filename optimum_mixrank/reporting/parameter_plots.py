@@ -7,6 +7,7 @@ from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from ..allocation.profile import NATS
+from ..runtime.intervals import wilson_interval
 from .colours import BREAK_EVEN, FACTORED, INK
 from .data import ReportData
 from .depth_plots import add_legend, new_figure
@@ -105,15 +106,6 @@ def _draw_shares(axes: Axes, points: Sequence[tuple[int, float, int]], colour: s
         capsize=3,
         label=label,
     )
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share in `count` trials (Wilson 1927), which also holds near 0 and 1."""
-    z = 1.959964
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    # At 0 and 1 the share itself is an end of the interval, which rounding would miss.
-    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 
 
 def _finish(figure: Figure, axes: Axes, report: ReportData) -> None:

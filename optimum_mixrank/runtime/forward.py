@@ -24,17 +24,23 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def activation_gradients(model: nn.Module) -> Iterator[None]:
-    """Compute gradients with respect to activations but not parameters, which are as trainable on exit as before."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require gradients; on exit all are as trainable as before."""
+    trainable = [each for each in model.parameters() if each.requires_grad and not each.is_inference()]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        with torch.enable_grad():
-            yield
+        yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def activation_gradients(model: nn.Module) -> Iterator[None]:
+    """Compute gradients with respect to activations but not parameters, which are as trainable on exit as before."""
+    with frozen_parameters(model), torch.enable_grad():
+        yield
 
 
 @contextmanager

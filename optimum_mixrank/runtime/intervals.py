@@ -15,7 +15,7 @@ Z95_ONE_SIDED = 1.6448536269514722
 def wilson_interval(share: float, count: int, z: float = Z95) -> tuple[float, float]:
     """Return the Wilson score interval of a share of independent images, by default at 95 %.
 
-    It stays within [0, 1] and is not empty for shares of 0 and 1 (Wilson 1927).
+    It stays within [0, 1], holds the share, and is not empty for shares of 0 and 1 (Wilson 1927).
 
     Args:
         share: The observed share, in [0, 1].
@@ -28,7 +28,8 @@ def wilson_interval(share: float, count: int, z: float = Z95) -> tuple[float, fl
     _check_count(count)
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At 0 and 1 the share itself is an end of the interval, which rounding would miss.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def paired_interval(gained: float, lost: float, count: int, z: float = Z95) -> tuple[float, float]:

@@ -13,7 +13,6 @@ from reporting.reports import layer, mixed_report, report, swin_report, vit_repo
 from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.reporting import HTML_NAME, CompressionReport
 from optimum_mixrank.reporting.colours import BREAK_EVEN, FACTORED, INK, ON_DARK, PAPER, SERIES, SHARED, UNITS, WIDTH
-from optimum_mixrank.reporting.parameter_plots import wilson_interval
 from optimum_mixrank.runtime.formatting import format_count
 
 
@@ -389,20 +388,6 @@ def test_a_page_that_cannot_be_made_costs_no_checkpoint(tmp_path, monkeypatch, c
     assert "without 'report.html', which could not be created: no font" in caplog.text
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["rank_map"]
     assert not (tmp_path / "out" / HTML_NAME).exists()
-
-
-@pytest.mark.parametrize(
-    ("share", "count", "low", "high"), [(0.5, 100, 0.4038, 0.5962), (1.0, 10, 0.7225, 1.0), (0.0, 10, 0.0, 0.2775)]
-)
-def test_wilson_interval(share, count, low, high):
-    assert wilson_interval(share, count) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_a_share_lies_in_its_interval():
-    for count in range(1, 200):
-        for share in (0.0, 1 / count, 1.0):
-            low, high = wilson_interval(share, count)
-            assert 0 <= low <= share <= high <= 1
 
 
 def test_errors_after_repair_are_a_column_of_the_table():

@@ -14,6 +14,13 @@ def test_wilson_ends_are_as_far_from_the_share_as_their_own_deviation_allows(sha
         assert abs(share - end) == pytest.approx(Z95 * math.sqrt(end * (1 - end) / count), abs=1e-9)
 
 
+def test_a_share_lies_in_its_interval():
+    for count in range(1, 200):
+        for share in (0.0, 1 / count, 1.0):
+            low, high = wilson_interval(share, count)
+            assert 0 <= low <= share <= high <= 1
+
+
 def test_a_paired_interval_holds_the_change_and_narrows_with_images():
     widths = []
     for count in (100, 1000, 10_000):

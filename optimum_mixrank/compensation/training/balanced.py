@@ -79,9 +79,4 @@ def _factors(layer: FactoredLinear | nn.Linear) -> tuple[torch.Tensor, torch.Ten
         m, n = weight.shape
         identity = torch.eye(min(m, n), dtype=weight.dtype, device=weight.device)
         return (weight, identity) if m <= n else (identity, weight)
-    A, B = to_float64(layer.factor_a.weight), to_float64(layer.factor_b.weight)
-    if not isinstance(layer, LowRankLinear):
-        # Output rows are the pivot rows themselves (identity) or combinations of them (coefficients).
-        identity = torch.eye(layer.rank, dtype=A.dtype, device=A.device)
-        B = torch.cat([identity, B]).index_select(0, layer.order.to(A.device))
-    return A, B
+    return to_float64(layer.factor_a.weight), to_float64(layer.second_factor())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint.factorize import share_model
-from ...runtime.forward import evaluation_mode, fast_attention_for_training
+from ...runtime.forward import evaluation_mode, fast_attention_for_training, placement
 from ...runtime.hooks import hooks_removed_on_exit
 from ...runtime.inputs import ModelInputs
 from ...runtime.outputs import ModelCall, ModelOutput
@@ -133,7 +133,6 @@ def _run(model: nn.Module, inputs: ModelInputs, call: ModelCall) -> tuple[ModelO
 
     # `output_hidden_states=True` would leave Transformers' own hooks on the model.
     handle = getattr(model, "base_model", model).register_forward_hook(hook)
-    parameter = next(model.parameters())
     with hooks_removed_on_exit([handle]):
-        output = call(model, inputs.to(parameter.device, parameter.dtype))
+        output = call(model, inputs.to(*placement(model)))
     return output, hidden[0] if hidden else None
