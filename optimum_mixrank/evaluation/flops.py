@@ -10,9 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..checkpoint.pivoted import PivotedLinear
-from ..runtime.forward import black_image, evaluation_mode, frozen_parameters
+from ..runtime.forward import evaluation_mode, frozen_parameters
 from ..runtime.hooks import hooks_removed_on_exit
-from ..runtime.inputs import ModelInputs
 from ..runtime.outputs import PLAIN_CALL, ModelCall
 
 
@@ -24,9 +23,7 @@ _FUSED_ATTENTION = (
 )
 
 
-def flops_per_image(
-    model: nn.Module, pixel_values_shape: Sequence[int] | None = None, call: ModelCall = PLAIN_CALL
-) -> int:
+def flops_per_image(model: nn.Module, call: ModelCall = PLAIN_CALL) -> int:
     """Count the FLOPs of one forward pass over one image; a multiply-add counts as two.
 
     The products of linear layers (dense or factored), convolutions and attention are counted. Biases, norms, softmax
@@ -36,13 +33,12 @@ def flops_per_image(
 
     Args:
         model: A model that takes `pixel_values`, or whatever the call has as an example.
-        pixel_values_shape: `(channels, height, width)`; default: as `model.config` says.
         call: How the model is called, and the images that it is tried on.
 
     Raises:
-        ValueError: if the shape is not of that form, or is given neither here nor by the configuration.
+        ValueError: if the call has no example, and the configuration no image size.
     """
-    inputs = _one_image(model, pixel_values_shape, call)
+    image = call.example_for(model)[:1]
     attention = {
         getattr(torch.ops.aten, name): _attention_flops for name in _FUSED_ATTENTION if hasattr(torch.ops.aten, name)
     }
@@ -56,14 +52,13 @@ def flops_per_image(
         frozen_parameters(model),
         FlopCounterMode(display=False, custom_mapping=attention) as counter,
     ):
-        call.run(model, inputs)
+        call.run(model, image)
     return counter.get_total_flops()
 
 
 def tokens_per_image(
     model: nn.Module,
     names: Sequence[str],
-    pixel_values_shape: Sequence[int] | None = None,
     call: ModelCall = PLAIN_CALL,
 ) -> dict[str, int]:
     """Count the vectors that each of these linear layers maps for one image; 0 for a layer that does not run.
@@ -79,12 +74,8 @@ def tokens_per_image(
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
     with hooks_removed_on_exit(handles), evaluation_mode(model):
-        call.run(model, _one_image(model, pixel_values_shape, call))
+        call.run(model, call.example_for(model)[:1])
     return counts
-
-
-def _one_image(model: nn.Module, shape: Sequence[int] | None, call: ModelCall) -> ModelInputs:
-    return ModelInputs(black_image(model, shape)) if shape is not None else call.example_for(model)[:1]
 
 
 def _attention_flops(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -108,19 +108,14 @@ def image_size_explained(model: nn.Module, pixel_values: torch.Tensor) -> Iterat
         ) from error
 
 
-def black_image(model: nn.Module, pixel_values_shape: Sequence[int] | None = None) -> torch.Tensor:
+def black_image(model: nn.Module) -> torch.Tensor:
     """Return an image of zeros, `[1, channels, height, width]`, on the model's device and in its dtype.
 
-    The shape `(channels, height, width)` defaults to `configured_shape`.
-
     Raises:
-        ValueError: if the shape is malformed, or None and not configured.
+        ValueError: if the configuration does not give its shape; see `configured_shape`.
     """
-    shape = configured_shape(model) if pixel_values_shape is None else tuple(pixel_values_shape)
-    if len(shape) != 3 or any(size < 1 for size in shape):
-        raise ValueError(f"pixel_values_shape={shape} is not (channels, height, width).")
     device, dtype = placement(model)
-    return torch.zeros(1, *shape, device=device, dtype=dtype)
+    return torch.zeros(1, *configured_shape(model), device=device, dtype=dtype)
 
 
 def configured_shape(model: nn.Module) -> tuple[int, ...]:
@@ -135,11 +130,15 @@ def configured_shape(model: nn.Module) -> tuple[int, ...]:
     sizes = [(each, getattr(each, "image_size", None)) for each in _vision_configurations(config)]
     for each, size in sizes:
         pair = (size, size) if isinstance(size, int) else size
-        if isinstance(pair, list | tuple) and len(pair) == 2:
+        if (
+            isinstance(pair, list | tuple)
+            and len(pair) == 2
+            and all(isinstance(side, int) and side > 0 for side in pair)
+        ):
             return getattr(each, "num_channels", 3), *pair
     raise ValueError(
         f"The configuration of {type(model).__name__} has image_size={sizes[0][1]!r}, which is not an "
-        "image size; pass `pixel_values_shape=(channels, height, width)`."
+        "image size; set `model.config.image_size` to the number of pixels on each side."
     )
 
 
