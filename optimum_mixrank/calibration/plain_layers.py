@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 
 from ..checkpoint.names import Target
-from ..checkpoint.rank_map import QUANT_METHOD
+from ..checkpoint.rank_map import QUANT_METHOD, quantization_method
 
 
 if TYPE_CHECKING:
@@ -87,7 +87,9 @@ def check_model(model: PreTrainedModel) -> None:
             f"The weights of this {type(model).__name__} were made inside `torch.inference_mode()`, the first is "
             f"{made_for_inference!r}; no gradient can pass through them. Load or make the model outside of it."
         )
-    method = _quantization_method(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    stored = getattr(quantizer, "quantization_config", None) or getattr(model.config, "quantization_config", None)
+    method = quantization_method(stored)
     if method not in (None, QUANT_METHOD):
         raise ValueError(f"This {type(model).__name__} is quantized (quant_method={method!r}). {_UNQUANTIZED}")
 
@@ -139,13 +141,6 @@ def check_uses(model: nn.Module, targets: Sequence[Target]) -> None:
             "each place would get weights of its own. Give each place a copy (`copy.deepcopy`), or leave such layers out "
             f"with exclude_modules={list(seconds)!r}."
         )
-
-
-def _quantization_method(model: PreTrainedModel) -> Any:
-    quantizer = getattr(model, "hf_quantizer", None)
-    stored = getattr(quantizer, "quantization_config", None) or getattr(model.config, "quantization_config", None)
-    found = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    return getattr(found, "value", found)
 
 
 def _computes_weight(hook: object) -> bool:

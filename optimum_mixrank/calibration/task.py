@@ -140,7 +140,8 @@ class CalibrationTask:
         path = self.journal.path(f"statistics-{zlib.crc32(names):08x}", shared=True)
         with self.processes.raise_on_all_ranks():
             kept = self._load(path) if path.is_file() else None
-        if all(self.processes.gather(kept is not None)) and kept is not None:
+        kept = self.processes.all_or_none(kept)
+        if kept is not None:
             self._check(kept)
             return kept
         calibration = self.collect(targets)

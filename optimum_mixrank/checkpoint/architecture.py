@@ -17,8 +17,8 @@ from transformers.utils import cached_file
 
 from ..runtime.access import why_unreachable
 from ..runtime.files import is_local_path, similar_paths
-from ..runtime.formatting import quote, shorten
-from .rank_map import QUANT_METHOD
+from ..runtime.formatting import listed, quote, shorten
+from .rank_map import QUANT_METHOD, quantization_method
 from .self_contained import refers_here
 
 
@@ -65,8 +65,7 @@ def is_compressed_checkpoint(path: str | Path, hub_kwargs: dict[str, Any]) -> bo
         OSError, ValueError: as `read_config`.
     """
     stored = getattr(read_config(path, hub_kwargs), "quantization_config", None)
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    return method == QUANT_METHOD
+    return quantization_method(stored) == QUANT_METHOD
 
 
 def check_exists(path: str | Path) -> None:
@@ -169,17 +168,17 @@ def load_named(
     if is_guess and (missing or unexpected):
         raise ValueError(
             f"The config.json of {str(path)!r} names no class in `architectures`, and the checkpoint is not a bare "
-            f"{type(model).__name__}: {_listed(unexpected or missing)} would be {'lost' if unexpected else 'random'}. "
+            f"{type(model).__name__}: {listed(unexpected or missing)} would be {'lost' if unexpected else 'random'}. "
             f"{_REMEDY}"
         )
     if complete and unexpected and not is_given:
         raise ValueError(
-            f"{str(path)!r} holds {_listed(unexpected)}, which would be lost: the class that its config.json names, "
+            f"{str(path)!r} holds {listed(unexpected)}, which would be lost: the class that its config.json names, "
             f"{type(model).__name__}, has no place for them. {_REMEDY}"
         )
     if complete and missing:
         raise ValueError(
-            f"{str(path)!r} lacks {_listed(missing)}, which {type(model).__name__} has and which would be random. The "
+            f"{str(path)!r} lacks {listed(missing)}, which {type(model).__name__} has and which would be random. The "
             "checkpoint is damaged, or belongs to another class; name that by `auto_class` or `--auto-class`."
         )
     return model
@@ -257,7 +256,3 @@ def _registered_classes(config_class: type) -> Iterator[type]:
         mapping = getattr(auto_class, "_model_mapping", None) if isinstance(auto_class, type) else None
         found = None if mapping is None else mapping.get(config_class, None)
         yield from found if isinstance(found, tuple) else () if found is None else (found,)
-
-
-def _listed(names: list[str]) -> str:
-    return f"{', '.join(map(shorten, names[:5]))}{', …' if len(names) > 5 else ''}"

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..runtime.formatting import quote, shorten
+from ..runtime.formatting import listed, quote, shorten
 from .files import StoredTensor, tensors_in
 from .modeling import FactoredLinear, GuardedLinear
 from .names import canonical_names
@@ -112,7 +112,7 @@ def check_initialized(model: nn.Module, args: Sequence[Any]) -> None:
         ValueError: if one is; the message names the layer.
     """
     # Transformers 4.57 passes the names and initializes first; 5.x initializes last, what has no flag.
-    listed = next((set(each) for each in args if isinstance(each, list)), None)
+    uninitialized = next((set(each) for each in args if isinstance(each, list)), None)
     missing = [
         f"{name} of {canonical!r}"
         for module_name, (canonical, module) in _linear_layers(model).items()
@@ -121,12 +121,11 @@ def check_initialized(model: nn.Module, args: Sequence[Any]) -> None:
         # The empty `weight` holds no value that could be wrong; a joint layer is looked at by itself.
         if parameter.numel()
         and not name.startswith("joint.")
-        and _is_missing(f"{module_name}.{name}", parameter, listed)
+        and _is_missing(f"{module_name}.{name}", parameter, uninitialized)
     ]
     if missing:
         raise ValueError(
-            "The checkpoint lacks tensors of factored layers, or they do not fit: "
-            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. {_remedy(model)}"
+            f"The checkpoint lacks tensors of factored layers, or they do not fit: {listed(missing)}. {_remedy(model)}"
         )
 
 
@@ -141,9 +140,9 @@ def _remedy(model: nn.Module) -> str:
     )
 
 
-def _is_missing(name: str, parameter: Tensor, listed: set[str] | None) -> bool:
-    if listed is not None:
-        return name in listed
+def _is_missing(name: str, parameter: Tensor, uninitialized: set[str] | None) -> bool:
+    if uninitialized is not None:
+        return name in uninitialized
     # What is offloaded to disk stays on the meta device; what is missing has been moved away from it.
     return not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False))
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .configuration import MixRankConfig
-from .rank_map import QUANT_METHOD, FactoredLayer, layout_version
+from .rank_map import QUANT_METHOD, FactoredLayer, layout_version, quantization_method
 
 
 if TYPE_CHECKING:
@@ -139,6 +139,6 @@ def _configuration_class() -> type:
 def _settings(config: Any) -> MixRankConfig | None:
     """Return the settings of a compression that a configuration of Transformers holds, parsed or as read from a file."""
     stored = getattr(config, "quantization_config", None)
-    if isinstance(stored, Mapping) and stored.get("quant_method") == QUANT_METHOD:
+    if isinstance(stored, Mapping) and quantization_method(stored) == QUANT_METHOD:
         return MixRankConfig.from_dict(dict(stored))
     return stored if isinstance(stored, MixRankConfig) else None

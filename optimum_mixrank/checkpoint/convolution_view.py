@@ -25,8 +25,8 @@ class ConvolutionView(LinearView):
         out_channels: Channels of the output.
         kernel_size: Sides of a patch, one for each dimension.
         stride: The same as `kernel_size`, or any steps between single pixels.
-        device: Of the empty weight.
-        dtype: Of the empty weight.
+        device: Device of the empty weight.
+        dtype: Data type of the empty weight.
     """
 
     def __init__(

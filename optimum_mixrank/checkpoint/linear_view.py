@@ -24,8 +24,8 @@ class LinearView(Guarded, ABC):
 
     Args:
         linear: The layer, dense or factored.
-        device: Of the empty weight.
-        dtype: Of the empty weight.
+        device: Device of the empty weight.
+        dtype: Data type of the empty weight.
     """
 
     is_linear_view = True

@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import nn
 
-from ..runtime.formatting import quote, shorten
+from ..runtime.formatting import listed, quote
 from ..runtime.logging import get_logger
 from .modeling import FactoredLinear, LowRankLinear, replace_module
 from .names import canonical_names
@@ -57,7 +57,7 @@ def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]
     if missing:
         logger.warning(
             f"{len(missing)} factored layers of the checkpoint do not exist in this {type(model).__name__} and are "
-            f"left out: {', '.join(map(shorten, missing[:5]))}{', …' if len(missing) > 5 else ''}."
+            f"left out: {listed(missing)}."
         )
     linears: dict[str, nn.Linear] = {}
     for canonical in present:

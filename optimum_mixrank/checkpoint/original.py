@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..runtime.distributed import Processes
 from ..runtime.formatting import quote
 from ..runtime.logging import get_logger
 from .architecture import load_named, read_config
+from .rank_map import quantization_method
 
 
 logger = get_logger(__name__)
@@ -77,10 +77,9 @@ def _load_original(
     config = read_config(path, hub_kwargs)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise ValueError(
-            f"{str(path)!r} is compressed or quantized already (quant_method={quote(method)}); start from the original "
-            "checkpoint. Quantization comes after compression, not before."
+            f"{str(path)!r} is compressed or quantized already (quant_method={quote(quantization_method(quantization))}); "
+            "start from the original checkpoint. Quantization comes after compression, not before."
         )
     return load_named(path, config, auto_class, dtype=dtype, **hub_kwargs)
 

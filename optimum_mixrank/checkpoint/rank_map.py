@@ -103,6 +103,12 @@ def check_layout_version(version: object, written_by: object) -> None:
         )
 
 
+def quantization_method(settings: object) -> Any:
+    """Return the `quant_method` of the quantization settings of a model, parsed or as read from a file; None without."""
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else getattr(settings, "quant_method", None)
+    return getattr(method, "value", method)
+
+
 def encode_rows(rows: Iterable[int]) -> str:
     """Return a set of rows as a hexadecimal number whose bit i is set if it contains row i."""
     mask = 0

@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from ..runtime.files import flush, temporary_path, temporary_prefix
 from ..runtime.folders import INSIDE, entries, exchange, free_path, is_leftover, locked, take_place
-from .rank_map import QUANT_METHOD
+from .rank_map import QUANT_METHOD, quantization_method
 
 
 REPORT_NAME = "mixrank_report.json"
@@ -179,8 +179,7 @@ def _remove(folder: Path, names: Set[str]) -> None:
 
 def _is_compressed(folder: Path) -> bool:
     settings = _read(folder / CONFIG_NAME).get("quantization_config")
-    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-    return method == QUANT_METHOD or "settings" in _read(folder / REPORT_NAME)
+    return quantization_method(settings) == QUANT_METHOD or "settings" in _read(folder / REPORT_NAME)
 
 
 def _shards(folder: Path) -> set[str]:

@@ -106,7 +106,7 @@ def check_apart(
     Args:
         directory: The destination.
         sources: Folders and files by what they are; Hub ids and what does not exist are ignored.
-        name: Of the argument, for messages.
+        name: Name of the argument, for messages.
 
     Raises:
         ValueError: if the destination is one of them, holds one of them, or is inside a folder of images.

@@ -12,7 +12,7 @@ from .architecture import named_class, read_config
 from .configuration import MixRankConfig
 from .files import count_parameters
 from .loading import insert_factored_layers
-from .rank_map import QUANT_METHOD
+from .rank_map import QUANT_METHOD, quantization_method
 
 
 def parameters_like(name: str) -> int:
@@ -36,7 +36,7 @@ def parameters_like(name: str) -> int:
         with torch.device("meta"):
             model = AutoModel.from_config(config, trust_remote_code=False) if found is AutoModel else found(config)
         stored = getattr(config, "quantization_config", None)
-        if isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD:
+        if isinstance(stored, dict) and quantization_method(stored) == QUANT_METHOD:
             insert_factored_layers(model, MixRankConfig.from_dict(stored).factored_layers)
     except ImportError as error:
         raise ValueError(f"{what}. {error}") from error

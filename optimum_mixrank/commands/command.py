@@ -40,7 +40,7 @@ class MixRankSubcommand(BaseOptimumCLICommand):
         shares_work: Whether several processes, as `accelerate launch` starts them, share the work; otherwise only the
             main process works.
         written: What to say after an interruption, once something was written.
-        exit_code: Of a command that ran through; one that has found something wrong sets it.
+        exit_code: Exit status of a command that ran through; one that has found something wrong sets it.
     """
 
     description: ClassVar[str]

@@ -36,6 +36,7 @@ examples:
         from ..checkpoint.configuration import MixRankConfig
         from ..checkpoint.contents import contents_of
         from ..checkpoint.files import read_json
+        from ..checkpoint.rank_map import QUANT_METHOD, quantization_method
         from ..reporting import REPORT_NAME, CompressionReport, format_table
         from ..runtime.formatting import shorten
 
@@ -45,7 +46,7 @@ examples:
         contents = contents_of(name, [REPORT_NAME], **hub_arguments(self.args))
         stored = read_json(contents.folder / "config.json")
         content = stored.get("quantization_config") if isinstance(stored, dict) else None
-        if not isinstance(content, dict) or content.get("quant_method") != "mixrank":
+        if not isinstance(content, dict) or quantization_method(content) != QUANT_METHOD:
             raise ValueError(f"{name!r} is not a checkpoint that optimum-mixrank has compressed.")
         config = MixRankConfig.from_dict(content)
         values: dict[str, Any] = {

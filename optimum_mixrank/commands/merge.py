@@ -45,7 +45,7 @@ examples:
         """See `MixRankSubcommand`."""
         args = self.args
         from ..checkpoint.dense import to_dense
-        from ..checkpoint.files import read_json
+        from ..checkpoint.files import count_parameters, read_json
         from ..checkpoint.original import load_image_processor
         from ..checkpoint.saving import ORIGINAL, save_checkpoint, writable_directory
         from ..checkpoint.self_contained import needs_of
@@ -61,7 +61,7 @@ examples:
         needs = needs_of(read_json(args.output.expanduser() / "config.json"))
         values = {
             "output": str(args.output),
-            "parameters": sum(each.numel() for each in model.parameters()),
+            "parameters": count_parameters(model),
             "needs_plugin": needs == "plugin",
         }
         remarks = {

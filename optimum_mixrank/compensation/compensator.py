@@ -163,11 +163,6 @@ class Compensator(ABC):
     chooses_units: ClassVar[bool] = False
     closed_form: ClassVar[bool] = False
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "uses_photographs" in vars(cls):
-            raise TypeError(f"{cls.__name__}.uses_photographs has no effect; it is called `uses_high_resolution`.")
-
     @abstractmethod
     def compensate(self, task: CompensationTask) -> Mapping[str, Any]:
         """Improve `task.model` in place, and return details for the report as JSON values."""

@@ -80,7 +80,8 @@ def load_layers(
     """
     with processes.raise_on_all_ranks():
         entry = journal.load(name, shared=True)
-    if not all(processes.gather(entry is not None)) or entry is None:
+    entry = processes.all_or_none(entry)
+    if entry is None:
         return None
     by_name = {target.name: target for target in targets}
     members: Mapping[str, Sequence[str]] = entry.values.get("members", {})

@@ -21,7 +21,7 @@ def rotated_factors(A: Tensor, B: Tensor, seed: int = 0) -> tuple[Tensor, Tensor
     Args:
         A: First factor, `[rank, in_features]`.
         B: Second factor, `[out_features, rank]`.
-        seed: Of the random basis.
+        seed: Seed of the random basis.
 
     Returns:
         A and B, float64, of at most `out_features` rows and columns in between.

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 ENOUGH_TO_TRAIN = 2000
-"""Of fewer images, the recipe that trains says that they are few."""
+"""Images below which the recipe that trains says that they are few."""
 
 
 def compress(run: CompressionRun) -> tuple[PreTrainedModel, CompressionReport]:

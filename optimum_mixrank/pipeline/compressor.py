@@ -248,7 +248,7 @@ class MixRankCompressor(OptimumQuantizer):
             exclude_modules: As in `MixRankConfig`.
             include: As in `MixRankConfig`.
             fisher_samples: As in `MixRankConfig`.
-            seed: Of the probes of the Fisher information.
+            seed: Seed of the probes of the Fisher information.
             batch_size: See `compress`.
             max_broken_share: See `compress`.
             max_image_pixels: See `compress`.

@@ -78,9 +78,8 @@ def _saved(run: CompressionRun) -> dict[str, float] | None:
     """Return the factors that an interrupted run has measured, or None."""
     with run.processes.raise_on_all_ranks():
         entry = run.journal.load(_ENTRY, shared=True)
-    if not all(run.processes.gather(entry is not None)) or entry is None:
-        return None
-    return dict(entry.values["scales"])
+    entry = run.processes.all_or_none(entry)
+    return None if entry is None else dict(entry.values["scales"])
 
 
 def _bounded(scales: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

@@ -55,7 +55,7 @@ class CompressionRun:
         max_memory: Limit of the memory to use in addition to the model.
         journal: Records finished work, so that a run that was cut off can be resumed.
         images_known: Whether the journal is known to belong to the bytes of these images.
-        fingerprint: Of the model's weights; see `fingerprint_model`.
+        fingerprint: Fingerprint of the model's weights; see `fingerprint_model`.
         seconds: Wall time by step.
     """
 

@@ -132,6 +132,10 @@ class Processes:
         torch.distributed.all_gather_object(values, value)
         return values
 
+    def all_or_none(self, value: Value | None) -> Value | None:
+        """Return the value if every process has one, else None; every process calls this."""
+        return value if all(self.gather(value is not None)) else None
+
     def broadcast(self, value: Value, source: int = 0) -> Value:
         """Return the value of the process `source`; for small objects that can be pickled."""
         if self.is_single:

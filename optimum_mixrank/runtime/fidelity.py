@@ -11,6 +11,12 @@ from .model_output import ModelOutput
 from .precision import to_float64
 
 
+DIFFERENT_HEADS = (
+    "The model and its original have different heads, so their outputs cannot be compared; load both with the same "
+    "class."
+)
+
+
 def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
     """Return the Kullback-Leibler divergence KL(original ‖ compressed) of the predicted distributions.
 
@@ -54,9 +60,9 @@ def output_divergence(reference: ModelOutput, output: ModelOutput) -> Tensor:
         ValueError: if the two outputs are of different kinds or shapes.
     """
     if [each is None for each in (reference.logits, output.logits)] in ([True, False], [False, True]):
-        raise ValueError(_DIFFERENT_HEADS)
+        raise ValueError(DIFFERENT_HEADS)
     if len(reference.features) != len(output.features) or len(reference.distributions) != len(output.distributions):
-        raise ValueError(_DIFFERENT_HEADS)
+        raise ValueError(DIFFERENT_HEADS)
     if reference.logits is not None and output.logits is not None:
         return kl_divergence(reference.logits, output.logits)
     errors = []
@@ -65,12 +71,6 @@ def output_divergence(reference: ModelOutput, output: ModelOutput) -> Tensor:
     if reference.features:
         errors.append(mean_relative_error(reference.features, output.features))
     return torch.stack(errors).sum(dim=0)
-
-
-_DIFFERENT_HEADS = (
-    "The model and its original have different heads, so their outputs cannot be compared; load both with the same "
-    "class."
-)
 
 
 def agreement(reference_logits: Tensor, logits: Tensor) -> Tensor:

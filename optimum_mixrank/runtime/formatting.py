@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def format_count(count: int) -> str:
     """Format a count in at most six characters and a unit: `950`, `25.6 k` or `1.23 M`."""
@@ -51,6 +53,11 @@ def shorten(text: str, limit: int = 200) -> str:
     """Return a text for a message: at most `limit` characters and an ellipsis, and no character that a terminal obeys."""
     kept = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text[:limit])
     return kept if len(text) <= limit and len(kept) <= limit else f"{kept[:limit]}…"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first five names for a message, and an ellipsis if there are more."""
+    return ", ".join([*map(shorten, names[:5]), *(["…"] if len(names) > 5 else [])])
 
 
 def quote(value: object, limit: int = 200) -> str:

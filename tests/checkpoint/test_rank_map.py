@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_vit
+from transformers import BitsAndBytesConfig
 
 from optimum_mixrank import MixRankConfig
 from optimum_mixrank.checkpoint.loading import insert_factored_layers
@@ -16,6 +17,7 @@ from optimum_mixrank.checkpoint.rank_map import (
     encode_rows,
     layout_version,
     parse_rank_map,
+    quantization_method,
     stored_values,
 )
 
@@ -41,6 +43,22 @@ NARROW = {"bias": True, "layout": "dense", "shape": [5, 8], "dense_shape": [6, 8
 def test_round_trip_through_json(layer):
     stored = json.loads(json.dumps({"encoder.layer.0.output.dense": layer.to_dict()}))
     assert parse_rank_map(stored) == {"encoder.layer.0.output.dense": layer}
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({"quant_method": "mixrank"}, "mixrank"),
+        (MixRankConfig(compression_ratio=0.5), "mixrank"),
+        (BitsAndBytesConfig(load_in_8bit=True), "bitsandbytes"),
+        ({}, None),
+        (None, None),
+        ("text", None),
+    ],
+    ids=["as read", "parsed", "of Transformers", "no method", "none", "anything else"],
+)
+def test_quantization_method(settings, method):
+    assert quantization_method(settings) == method
 
 
 def test_empty_map():

@@ -119,8 +119,9 @@ def test_options_that_a_source_has_no_use_for(compressor, tmp_path):
             ValueError, match=f"num_samples=2 cannot be drawn from a {name} of batches or without a length"
         ):
             evaluate(compressor, source, num_samples=2)
-    with pytest.raises(ValueError, match="num_samples=0 is not a positive number"):
-        evaluate(compressor, paths, num_samples=0)
+    for count in (0, 1.5):
+        with pytest.raises(ValueError, match=f"num_samples={count} is not an integer of at least 1"):
+            evaluate(compressor, paths, num_samples=count)
     for option in ("image_column", "label_column"):
         with pytest.raises(
             ValueError, match=f"{option}='x' needs items with columns, but item 0 is a str; leave it out"

@@ -6,6 +6,7 @@ from optimum_mixrank.runtime.formatting import (
     format_count,
     format_duration,
     format_percent,
+    listed,
     quote,
     shorten,
 )
@@ -69,3 +70,15 @@ def test_long_values_are_cut(value):
 def test_control_characters_are_escaped():
     assert shorten("a\x1b[31mb\nc\u202e") == r"a\x1b[31mb\nc\u202e"
     assert shorten("abc", 2) == "ab…"
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [([], ""), (["a", "b"], "a, b"), (list("abcde"), "a, b, c, d, e"), (list("abcdef"), "a, b, c, d, e, …")],
+)
+def test_lists_of_names_end_after_five(names, text):
+    assert listed(names) == text
+
+
+def test_listed_names_are_shortened():
+    assert listed(["a" * 300, "b\x1b"]) == f"{'a' * 200}…, b\\x1b"

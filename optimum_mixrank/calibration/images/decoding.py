@@ -84,11 +84,17 @@ def image_name(item: Any) -> str | None:
     return getattr(item, "filename", None) or None
 
 
+def encoded_image(item: Any) -> Any:
+    """Return what holds the image in an item: the bytes or the path in a mapping, else the item itself."""
+    if not isinstance(item, Mapping):
+        return item
+    # If there are bytes, `path` is only the name that the file once had.
+    return item["bytes"] if item.get("bytes") is not None else item.get("path")
+
+
 def _load(item: Any, max_image_pixels: int | None) -> Image.Image:
     """Return the upright RGB image, with all its pixels, so that no file stays open."""
-    if isinstance(item, Mapping):
-        # If there are bytes, `path` is only the name that the file once had.
-        item = item["bytes"] if item.get("bytes") is not None else item.get("path")
+    item = encoded_image(item)
     if item is None:
         raise ValueError("the dataset holds no image here")
     if isinstance(item, np.ndarray):

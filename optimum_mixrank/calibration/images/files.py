@@ -14,10 +14,10 @@ from PIL import Image
 
 
 _BYTES_PER_PIXEL = 8
-"""Of the largest plain format, four channels of 16 bits."""
+"""Size of a pixel in the largest plain format, four channels of 16 bits."""
 
 _HEADER_BYTES = 1 << 26
-"""For what a file holds besides pixels: previews, colour profiles, comments."""
+"""Room for what a file holds besides pixels: previews, colour profiles, comments."""
 
 
 def open_file(

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ...runtime.distributed import Processes
 from ...runtime.inputs import MAIN_NAMES, PIXELS, ModelInputs
-from .decoding import holds_image, image_name
+from .decoding import encoded_image, holds_image, image_name
 from .files import open_file
 from .sources import drawn_indices, find_image_column, load_image_dataset
 
@@ -106,10 +106,7 @@ def single_rows(source: Any, image_column: str | None, label_column: str | None)
     Several processes each read only their own rows of such a source; one process reads it from beginning to end.
     """
     source = _as_tensors(source)
-    is_map_style = isinstance(source, torch.utils.data.Dataset) and hasattr(source, "__len__")
-    if isinstance(source, IterableDataset) or not (
-        isinstance(source, datasets.Dataset | Sequence | Tensor) or is_map_style
-    ):
+    if isinstance(source, IterableDataset) or not _has_random_access(source):
         return None
     if len(source) == 0 or read_row(source[0], 0, image_column, label_column).is_batch:
         return None
@@ -129,9 +126,9 @@ def draw_images(source: Any, num_samples: int | None, seed: int = 42) -> Any:
     """
     if num_samples is None:
         return source
-    is_map_style = isinstance(source, torch.utils.data.Dataset) and hasattr(source, "__len__")
-    indexed = isinstance(source, datasets.Dataset | Sequence | Tensor) or is_map_style
-    if not indexed or (isinstance(source, Sequence) and len(source) and read_row(source[0], 0).is_batch):
+    if not _has_random_access(source) or (
+        isinstance(source, Sequence) and len(source) and read_row(source[0], 0).is_batch
+    ):
         raise ValueError(
             f"num_samples={num_samples} cannot be drawn from a {type(source).__name__} of batches or without a length; "
             "leave it out, or give a dataset or a list of images."
@@ -142,6 +139,11 @@ def draw_images(source: Any, num_samples: int | None, seed: int = 42) -> Any:
     if isinstance(source, Tensor):
         return source[torch.from_numpy(drawn).to(source.device)]
     return [source[index] for index in drawn] if isinstance(source, Sequence) else Subset(source, drawn.tolist())
+
+
+def _has_random_access(source: Any) -> bool:
+    is_map_style = isinstance(source, torch.utils.data.Dataset) and hasattr(source, "__len__")
+    return is_map_style or isinstance(source, datasets.Dataset | Sequence | Tensor)
 
 
 def _as_tensors(source: Any) -> Any:
@@ -175,8 +177,7 @@ def _content(row: Row) -> bytes | None:
     item = row.image
     if row.inputs is not None:
         item = b"".join(each.detach().cpu().double().numpy().tobytes() for _, each in sorted(row.inputs.items()))
-    if isinstance(item, Mapping):
-        item = item["bytes"] if item.get("bytes") is not None else item.get("path")
+    item = encoded_image(item)
     if isinstance(item, Image.Image):
         return None
     if isinstance(item, str | PathLike):

@@ -66,8 +66,6 @@ def load_image_dataset(
         ValueError: if the split or the image column is missing or ambiguous, in a message that lists those there are;
             or for a stream without `num_samples`.
     """
-    if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
-        raise ValueError(f"num_samples={num_samples!r} is not a positive number of images; use None for all.")
     if num_samples is not None:
         check_integer("num_samples", num_samples, 1)
     check_seed(seed)
@@ -88,10 +86,9 @@ def load_image_dataset(
 def drawn_indices(count: int, num_samples: int, seed: int) -> npt.NDArray[np.int64]:
     """Draw from `count` images without replacement, and return their indices in ascending order; all if there are fewer.
 
-    A number that is not positive is a ValueError.
+    A number that is no positive integer is a ValueError.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} is not a positive number of images; use None for all.")
+    check_integer("num_samples", num_samples, 1)
     if num_samples > count:
         _warn_about_few(count, num_samples)
     return np.sort(np.random.default_rng(seed).permutation(count)[:num_samples])

@@ -84,8 +84,8 @@ class LayerwiseCompensator(Compensator):
 
         Args:
             place: The second layer of the MLP, at full width.
-            hidden_moment: As `input_moment` of `solve`, of the units that the original first layer gives, `[h, h]`.
-            target_moment: Of the targets of the second layer with these, `[m, h]`.
+            hidden_moment: Covariance or second moment, as in `solve`, of the outputs of the original first layer, `[h, h]`.
+            target_moment: That of the targets of the second layer and these units, `[m, h]`.
         """
         raise NotImplementedError(
             f"compensation={self.name!r} cannot choose hidden units; use structures without 'width', or 'sequential'."

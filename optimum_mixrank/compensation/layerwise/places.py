@@ -111,10 +111,10 @@ class LayerMoments:
     """Means and covariances of the inputs and targets of a layer, or second moments for one without bias, in float64.
 
     Attributes:
-        inputs: `[n, n]`.
-        targets: Of targets with inputs, `[m, n]`.
-        input_mean: `[n]`.
-        target_mean: `[m]`.
+        inputs: Covariance of the inputs, `[n, n]`.
+        targets: Covariance of targets and inputs, `[m, n]`.
+        input_mean: Mean of the inputs, `[n]`.
+        target_mean: Mean of the targets, `[m]`.
         target_power: Variances of the targets, or their mean squares, `[m]`.
     """
 

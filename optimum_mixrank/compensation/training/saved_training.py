@@ -71,7 +71,8 @@ class SavedTraining:
         """Restore the saved state, and return whether there was one."""
         with self.processes.raise_on_all_ranks():
             entry = self.journal.load(_NAME, shared=True)
-        if not all(self.processes.gather(entry is not None)) or entry is None:
+        entry = self.processes.all_or_none(entry)
+        if entry is None:
             return False
         tensors, values = entry.tensors, entry.values
         self.progress = TrainingProgress(**values["progress"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...runtime.distributed import SINGLE_PROCESS, Processes
+from ...runtime.fidelity import DIFFERENT_HEADS
 from ...runtime.model_output import ModelOutput
 from .measure import MEASURES, Measure
 
@@ -25,10 +26,7 @@ class Comparison:
             ValueError: if the outputs are of different kinds or shapes.
         """
         if original.kind != output.kind or (self.kind is not None and self.kind != original.kind):
-            raise ValueError(
-                "The model and its original have different heads, so their outputs cannot be compared; load both with the "
-                "same class."
-            )
+            raise ValueError(DIFFERENT_HEADS)
         if self.kind is None:
             self.kind = original.kind
             self._measures = [measure() for measure in measures_of(self.kind)]

@@ -205,5 +205,6 @@ def test_draw(caplog):
     assert not caplog.records
     assert draw(60, 0) == list(range(50))
     assert "The dataset holds 50 images, fewer than the 60 to draw; all of them are used" in caplog.text
-    with pytest.raises(ValueError, match="num_samples=0 is not a positive number of images; use None for all"):
-        draw(0, 0)
+    for count in (0, True, 1.5):
+        with pytest.raises(ValueError, match=f"num_samples={count} is not an integer of at least 1"):
+            draw(count, 0)
