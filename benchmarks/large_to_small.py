@@ -229,7 +229,8 @@ def rendered(record: dict) -> list[str]:
             continue
         top1 = [row["top1"] for row in found]
         count = f"{min(row['parameters'] for row in found):,}"
-        lines.append([name, count, f"{statistics.mean(top1):.2%}", ", ".join(f"{each:.2%}" for each in top1)])
+        percent = [f"{100 * each:.2f} %" for each in (statistics.mean(top1), *top1)]
+        lines.append([name, count, percent[0], ", ".join(percent[1:])])
     head = ["model", "parameters", "top-1, mean", "top-1 by seed"]
     differences = [comparison(rows[name], rows[SMALL], name) for name in RECIPES if rows[name]]
     compared = ["compressed", "minus small, trained", "95 %, over images", "95 %, over seeds"]
