@@ -116,6 +116,9 @@ def summary(recorded: Mapping[str, Any]) -> str:
     for check in COSTLY:
         found = [each[check] for each in tested if check in each]
         outcome = f"passes for {found.count('yes')} of {len(found)} tried" if found else "was not tried"
+        alike = sum(check in each.get("original_fails", ()) for each in tested)
+        if alike:
+            outcome += f" and fails for the original model too for {alike} of the others"
         on_request.append(f"*{check}* {outcome}")
     if not any(check in each for each in tested for check in COSTLY):
         return f"{always} {' and '.join(f'*{check}*' for check in COSTLY)} were not tried."
@@ -162,8 +165,8 @@ to lose. Of a model for images and text the whole is compressed, and saved as a 
 what images reach; in a real model the layers are larger relative to the embeddings, and so are the shares. *Compared* is
 what the compression keeps close to the original; see [what is compared](extending.md#a-measure). *compile* is
 `torch.compile` up to the graphs of Inductor, *export* is `torch.export`, and a dot stands for what was not tried. The marks
-of a check are those of the lines of Transformers, in the order of this list; ✓ passes, and ✗ has its reason below the
-table.
+of a check are those of the lines of Transformers, in the order of this list; ✓ passes, ✗ has its reason below the table,
+and (✗) fails for the original model too.
 """
 
 _TIMM = """\
@@ -203,7 +206,9 @@ def _mark(found: Mapping[str, Any], check: str) -> str:
     value = found.get(check)
     if value is None:
         return "·"
-    return "✓" if value == "yes" else "✗"
+    if value == "yes":
+        return "✓"
+    return "(✗)" if check in found.get("original_fails", ()) else "✗"
 
 
 def _share(found: Mapping[str, Any]) -> str:
@@ -224,15 +229,19 @@ def _objective(found: Mapping[str, Any]) -> str:
 def _remarks(records: Mapping[str, Mapping[str, Any]], level: str = "##") -> Iterator[str]:
     """Yield the reasons of what fails, of what is refused and of what is not there."""
     failures, refusals, absent = [], {}, []
+    alike: dict[str, list[str]] = {}
     for found in records.values():
         version = found["transformers"]
         for name, each in found["families"].items():
-            reasons = [(check, each.get(check)) for check in _COLUMNS]
-            failures += [
-                f"- {name}, {check}, Transformers {version}: {_plain(reason)}"
-                for check, reason in reasons
-                if reason not in (None, "yes")
-            ]
+            for check in _COLUMNS:
+                reason = each.get(check)
+                if reason in (None, "yes"):
+                    continue
+                if check in each.get("original_fails", ()):
+                    kind = reason.partition(": ")[0]
+                    alike.setdefault(f"{check}, Transformers {version}, {kind}", []).append(name)
+                else:
+                    failures.append(f"- {name}, {check}, Transformers {version}: {_plain(reason)}")
             if "refused" in each:
                 refusals[name] = _plain(each["refused"])
             if "absent" in each:
@@ -241,6 +250,11 @@ def _remarks(records: Mapping[str, Mapping[str, Any]], level: str = "##") -> Ite
         yield from (f"{level} What fails", "")
         for each in failures:
             yield from _wrapped(each)
+        yield ""
+    if alike:
+        yield from (f"{level} What fails for the original model too", "")
+        for about, names in alike.items():
+            yield from _wrapped(f"- {about}: {', '.join(names)}")
         yield ""
     if refusals:
         yield from (f"{level} What is refused", "")

@@ -69,6 +69,17 @@ def test_checks_on_request_are_counted_on_their_own(script):
     assert counted.endswith(" *compile* passes for 1 of 2 tried, *export* passes for 0 of 1 tried.")
 
 
+def test_what_fails_for_the_original_too_is_told_apart(script):
+    alike = {**YES, "compile": "yes", "export": "GuardError: u0 is not known", "original_fails": ["export"]}
+    families = {"A": alike, "B": dict(alike), "C": {**YES, "export": "AssertionError: outputs differ"}}
+    page = script["render"]({"5.x": {"transformers": "5.0", "families": families}})
+    assert "| A |  |  | ✓ | ✓ | ✓ | ✓ | ✓ | (✗) |" in page and "| C |  |  | ✓ | ✓ | ✓ | ✓ | · | ✗ |" in page
+    counted = "*export* passes for 0 of 3 tried and fails for the original model too for 2 of the others."
+    assert counted in " ".join(page.split())
+    assert "- export, Transformers 5.0, GuardError: A, B" in page and "- A, export" not in page
+    assert "- C, export, Transformers 5.0: outputs differ" in page
+
+
 def test_lines_of_the_page_are_no_longer_than_those_of_others(script):
     refused = "ValueError: " + "is a text model " * 20
     families = {"A": {"refused": refused}, "B": {**YES, "export": refused}}

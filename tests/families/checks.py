@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ COSTLY = ("compile", "export")
 def check_family(family: Family, config: MixRankConfig | None = None, also: Sequence[str] = ()) -> dict[str, Any]:
     """Compress, save, reload, return to dense and train; return what came of each, `"yes"` or the error.
 
+    What of `COSTLY` fails for the original model too is listed as `"original_fails"`.
+
     Args:
         family: The family.
         config: How it is compressed.
@@ -68,22 +71,28 @@ def check_family(family: Family, config: MixRankConfig | None = None, also: Sequ
         call = ModelCall().bound(made, ModelInputs(batches[0])[:1])
         results["part"] = call.part or "whole"
         results["objective"] = call(made, batches[0]).kind
-        step: dict[str, Callable[[], None]] = {
+        always: dict[str, Callable[[], None]] = {
             "reload": lambda: _check_reloaded(made, family, folder, batches[0], call),
             "dense": lambda: _check_dense(made, batches[0], call),
             "train": lambda: _check_training(made, batches[0], call),
-            "compile": lambda: _check_compiled(made, batches[0], call),
-            "export": lambda: _check_exported(made, batches[0], call),
         }
-        for name, check in step.items():
-            if name in COSTLY and name not in also:
-                continue
-            try:
-                check()
-                results[name] = "yes"
-            except Exception as error:
-                results[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        for name, check in always.items():
+            results[name] = _outcome(check)
+        costly = {"compile": _check_compiled, "export": _check_exported}
+        for name in also:
+            results[name] = _outcome(partial(costly[name], made, batches[0], call))
+            if results[name] != "yes" and _outcome(partial(costly[name], model.eval(), batches[0], call)) != "yes":
+                results.setdefault("original_fails", []).append(name)
     return results
+
+
+def _outcome(check: Callable[[], None]) -> str:
+    """Return `"yes"`, or the error that a check ends with."""
+    try:
+        check()
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return "yes"
 
 
 def _outputs(model: nn.Module, batch: dict[str, Tensor], call: ModelCall) -> list[Tensor]:
