@@ -357,7 +357,7 @@ def _bridgetower() -> Any:
 
 def _contrastive_bridgetower() -> Any:
     config = _bridgetower()
-    config.contrastive_hidden_size = 16
+    config.contrastive_hidden_size, config.logit_scale_init_value = 16, 2.6
     return config
 
 
@@ -1075,10 +1075,10 @@ FAMILIES: dict[str, Family] = {
         "ASTForAudioClassification", {"max_length": 24, "num_mel_bins": 16}, spectrograms(16, 24, True, "input_values")
     ),
     "Inkling, tower": Family("InklingVisionModel", {"text_hidden_size": 32, "n_layers": 2}, small_clips),
-    "Wav2Vec 2.0": Family("Wav2Vec2ForSequenceClassification", _SOUNDS, sounds),
-    "HuBERT": Family("HubertForCTC", _SOUNDS, sounds),
-    "WavLM": Family("WavLMForSequenceClassification", _SOUNDS, sounds),
-    "SpeechT5": Family("SpeechT5ForSpeechToText", {**_SOUNDS, **_TEXT, "positional_dropout": 0.0}, sounds),
+    "Wav2Vec 2.0": Family("Wav2Vec2ForSequenceClassification", _SOUNDS, sounds()),
+    "HuBERT": Family("HubertForCTC", _SOUNDS, sounds()),
+    "WavLM": Family("WavLMForSequenceClassification", _SOUNDS, sounds()),
+    "SpeechT5": Family("SpeechT5ForSpeechToText", {**_SOUNDS, **_TEXT, "positional_dropout": 0.0}, sounds()),
     "Voxtral": Family(
         "VoxtralForConditionalGeneration", {"audio_config": {"intermediate_size": 128}}, spectrograms(8, 32)
     ),
@@ -1087,7 +1087,7 @@ FAMILIES: dict[str, Family] = {
     "Moonshine": Family(
         "MoonshineForConditionalGeneration",
         {"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2},
-        sounds,
+        sounds(3000),
     ),
     "Whisper": Family("WhisperForConditionalGeneration", _TEXT, spectrograms(8, 32)),
     # What is refused as what it is.

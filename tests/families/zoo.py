@@ -185,9 +185,9 @@ def small_clips(count: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(count, 2, 8, 8, 3, generator=generator)}
 
 
-def sounds(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+def sounds(samples: int = 800) -> Callable[..., dict[str, Tensor]]:
     """Audio as it is."""
-    return {"input_values": torch.randn(count, 800, generator=generator)}
+    return lambda count, generator: {"input_values": torch.randn(count, samples, generator=generator)}
 
 
 def flattened(count: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -53,6 +53,14 @@ def test_of_an_image_without_sure_boxes_the_best_is_compared():
     assert compared(original, detection([0.1, 0.3], [0, 1], [LEFT, RIGHT]))["matched_boxes"] == 0.0
 
 
+def test_a_single_value_per_image_correlates_with_nothing():
+    values = random(4, 1)
+    found = compared(ModelOutput(features=(values,)), ModelOutput(features=(values * 1.1,)))
+    assert found.keys() == {"feature_error"} and found["feature_error"] == pytest.approx(0.01)
+    both = ModelOutput(features=(values, random(4, 6)))
+    assert compared(both, both)["correlation"] == pytest.approx(1)
+
+
 def quadrangle(box):
     """A rectangle as its centre and the four corners, as offsets that are stored with a half added."""
     x, y, width, height = box
