@@ -6,7 +6,8 @@ a quantized `W` holds no numbers to decompose; all of them would be lost, or sav
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Collection, Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING
 
@@ -52,11 +53,15 @@ _UNQUANTIZED = "Compress the original instead; quantization comes after compress
 def check_model(model: PreTrainedModel) -> None:
     """Check that a model holds no adapters, no quantized layers and no weights that are computed at each call.
 
-    Nor may its weights be tensors that gradients cannot pass through.
+    Convolutions whose weights its own class computes, as that of the positions in Wav2Vec 2.0, are saved and read as they
+    are. Nor may its weights be tensors that gradients cannot pass through.
 
     Raises:
         ValueError: otherwise; the message names the first such layer and the remedy.
     """
+    computing = {name for name, module in model.named_modules() if _computes_weights(module)}
+    for name in _computing_by_design(model, computing) if computing else ():
+        computing.discard(name)
     for name, module in model.named_modules():
         if _comes_from(module, _ADAPTERS):
             raise ValueError(
@@ -72,7 +77,7 @@ def check_model(model: PreTrainedModel) -> None:
             )
         if _comes_from(module, _QUANTIZERS):
             raise ValueError(f"Layer {name!r} is quantized ({_kind(module)}). {_UNQUANTIZED}")
-        if is_parametrized(module) or any(map(_computes_weight, module._forward_pre_hooks.values())):
+        if name in computing:
             raise ValueError(
                 f"A parameter of layer {name!r} is computed at each call (by a parametrization, weight norm, spectral "
                 "norm or a pruning mask), so no checkpoint of plain weights can hold it. Make it permanent first: "
@@ -143,9 +148,34 @@ def check_uses(model: nn.Module, targets: Sequence[Target]) -> None:
         )
 
 
+def _computes_weights(module: nn.Module) -> bool:
+    """Return whether a module computes a weight at each call, by a parametrization or a hook."""
+    return is_parametrized(module) or any(map(_computes_weight, module._forward_pre_hooks.values()))
+
+
 def _computes_weight(hook: object) -> bool:
     """Return whether a hook computes a weight before each call: weight norm and spectral norm of old, pruning."""
     return isinstance(hook, BasePruningMethod) or type(hook).__module__.startswith("torch.nn.utils.")
+
+
+def _computing_by_design(model: PreTrainedModel, names: Collection[str]) -> set[str]:
+    """Return those of the modules, none of them linear, that compute a weight in every model of this class."""
+    try:
+        with torch.device("meta"):
+            fresh = dict(type(model)(copy.deepcopy(model.config)).named_modules())
+    except Exception:
+        # A class that cannot be made again says nothing of its design.
+        return set()
+    own = dict(model.named_modules())
+    return {
+        name
+        for name in names
+        if name in fresh and not isinstance(own[name], nn.Linear) and _stored(fresh[name]) == _stored(own[name])
+    }
+
+
+def _stored(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def _comes_from(module: nn.Module, packages: Sequence[str]) -> bool:

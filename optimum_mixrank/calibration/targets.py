@@ -183,7 +183,8 @@ def _changing(model: PreTrainedModel, linears: Sequence[Target], call: ModelCall
     example = call.example_for(model)
     generator = torch.Generator().manual_seed(0)
     noise = {
-        name: torch.randn(each.shape, generator=generator).to(each) if each.is_floating_point() else each
+        # Added to the example, which may be such noise itself.
+        name: each + torch.randn(each.shape, generator=generator).to(each) if each.is_floating_point() else each
         for name, each in example.items()
     }
     seen: list[dict[str, list[Tensor]]] = []

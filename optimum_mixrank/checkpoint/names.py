@@ -41,7 +41,9 @@ class Target:
     @property
     def shape(self) -> tuple[int, int]:
         """The shape of the weight, `(out_features, in_features)`."""
-        return self.module.out_features, self.module.in_features
+        # Some models pass on sizes that are no integers.
+        rows, columns = self.module.weight.shape
+        return rows, columns
 
 
 def joint_target(members: Sequence[Target]) -> Target:

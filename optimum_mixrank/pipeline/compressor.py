@@ -48,11 +48,11 @@ from .arguments import (
     check_save_interval,
 )
 from .compress import check_statistics, compress
-from .images import ImageReader
+from .images import ImageReader, example_call
 from .memory import MaxMemory, MemoryPlan, MemoryTask, estimate_memory
 from .profile import profile_model
 from .reports import Made, MadeModels
-from .run import CompressionRun, example_call, free_sites, shared_fingerprint
+from .run import CompressionRun, free_sites, shared_fingerprint
 from .saving import push_compressed, record_evaluation, save_result, upload_arguments
 from .size import with_known_ratio
 from .unfinished import check_output, open_run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +15,29 @@ from ..calibration.images.rows import draw_images
 from ..calibration.images.sources import load_image_dataset
 from ..evaluation.labels import explain_missing_labels, find_label_column, map_labels
 from ..runtime.distributed import Processes
-from ..runtime.forward import configured_channels
+from ..runtime.forward import configured_channels, evaluation_mode
 from ..runtime.logging import get_logger
-from ..runtime.parts import input_names
+from ..runtime.model_output import CLASSES
+from ..runtime.outputs import ModelCall
+from ..runtime.parts import WHOLE, input_names, is_features
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = get_logger(__name__)
+
+
+def example_call(call: ModelCall, model: PreTrainedModel, read: Callable[[], ImageBatches | None]) -> ModelCall:
+    """Return a call that is tried on a black image or, of a model that takes more or something else, on the first batch."""
+    try:
+        if (part := call.bound(model).part) == WHOLE or is_features(part):
+            return call
+    except ValueError:
+        call.check(model)
+    batches = read()
+    example = None if batches is None else batches.first()
+    return call if example is None else dataclasses.replace(call, example=example)
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,8 @@ class ImageReader:
     ) -> ImageBatches:
         """Return batches to evaluate on; labels of the dataset are mapped to those of the model.
 
+        Labels are passed over where the model returns something else than one class per image.
+
         Args:
             dataset: See `ImageBatches`; the default split of a folder or Hub id is `validation`, then `test`.
             image_column: Default: the only image column.
@@ -104,7 +122,12 @@ class ImageReader:
             if label_column is None and warn:
                 self._warn_about_labels(dataset)
             elif label_column is not None and label_column in dataset.column_names:
-                label_map = map_labels(dataset, label_column, self.model.config.id2label)
+                kind = self._kind(draw_images(dataset, 1, seed), image_column)
+                if kind in (None, CLASSES):
+                    label_map = map_labels(dataset, label_column, self.model.config.id2label)
+                else:
+                    label_column = None
+                    logger.info(f"Labels are not used: {type(self.model).__name__} returns {kind}, not one class.")
         return self._batches(
             draw_images(dataset, num_samples, seed),
             image_column=image_column,
@@ -112,6 +135,17 @@ class ImageReader:
             label_map=label_map,
             pin_memory=self.model.device.type == "cuda",
         )
+
+    def _kind(self, dataset: Any, image_column: str | None) -> str | None:
+        """Return what the model returns, see `runtime.kinds`; None if it does not run."""
+        try:
+            call = example_call(ModelCall(), self.model, lambda: self._batches(dataset, image_column=image_column))
+            call = call.bound(self.model)
+            with evaluation_mode(self.model):
+                return call(self.model, call.example_for(self.model)).kind
+        except (ValueError, RuntimeError):
+            # What is wrong with the images or the model is said where they are read and run.
+            return None
 
     def _warn_about_labels(self, dataset: datasets.Dataset) -> None:
         # Other models have no accuracy that labels could tell.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +22,9 @@ from ..decomposition import METRICS, Metric
 from ..runtime.distributed import Processes
 from ..runtime.journal import NO_JOURNAL, Journal
 from ..runtime.outputs import PLAIN_CALL, ModelCall
-from ..runtime.parts import WHOLE, is_features
 from .costs import model_costs, timed_sites
 from .decompose import check_weights, priced_sites
-from .images import ImageReader
+from .images import ImageReader, example_call
 from .memory import MaxMemory
 from .size import size_of, with_known_ratio
 
@@ -147,18 +145,6 @@ def _any_images(
     """Return images to try a model on: those of a run, or of what was given to one that needs none."""
     given = config.dataset if dataset is None else dataset
     return batches if batches is not None or given is None else reader.read(reader.draw(given, 1, config.seed))
-
-
-def example_call(call: ModelCall, model: PreTrainedModel, read: Callable[[], ImageBatches | None]) -> ModelCall:
-    """Return a call that is tried on a black image or, of a model that takes more or something else, on the first batch."""
-    try:
-        if (part := call.bound(model).part) == WHOLE or is_features(part):
-            return call
-    except ValueError:
-        call.check(model)
-    batches = read()
-    example = None if batches is None else batches.first()
-    return call if example is None else dataclasses.replace(call, example=example)
 
 
 def free_sites(

@@ -22,7 +22,10 @@ MAIN_NAMES = (PIXELS, "pixel_values_videos", "flattened_patches", "input_feature
 TEXT_NAMES = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "bbox")
 """Inputs that are text; those of a decoder begin with `decoder_`."""
 
-_GRIDS = ("image_grid_thw", "video_grid_thw", "grid_thw", "image_grid_hws")
+_SIZES = "target_sizes"
+"""The grid of models that put the patches of all images side by side in one entry, `[1, channels, height, columns]`."""
+
+_GRIDS = ("image_grid_thw", "video_grid_thw", "grid_thw", "image_grid_hws", _SIZES)
 """Numbers of patches of each image by dimension, `[images, dimensions]`, of models that pack the patches of all images."""
 
 
@@ -30,7 +33,8 @@ class ModelInputs(Mapping[str, Tensor]):
     """The inputs of a model for a batch of images, by the names of its arguments.
 
     Each tensor has one entry per image, along its first dimension. Where a processor packs the patches of all images one
-    after the other, a grid says how many there are of each; such a tensor has several entries per image.
+    after the other, a grid says how many there are of each; such a tensor has several entries per image, or a single one
+    with the columns of all patches side by side.
 
     A batch behaves like its main input: it has a length, moves `to` a device, and is indexed by masks, numbers and slices
     of images. By the name of an argument it gives a tensor.
@@ -82,7 +86,10 @@ class ModelInputs(Mapping[str, Tensor]):
     @property
     def entry_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of what belongs to one image, by name; without the number of its patches where they are packed."""
-        return {name: tuple(tensor.shape[1:]) for name, tensor in self._tensors.items()}
+        return {
+            name: tuple(tensor.shape[1:-1] if self.columns(name) else tensor.shape[1:])
+            for name, tensor in self._tensors.items()
+        }
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -111,12 +118,7 @@ class ModelInputs(Mapping[str, Tensor]):
         if isinstance(key, str):
             return self._tensors[key]
         chosen = torch.arange(self._length)[key if isinstance(key, slice) else torch.as_tensor(key).cpu()]
-        return type(self)(
-            {
-                name: tensor[(self._rows(chosen) if self._is_packed(name) else chosen).to(tensor.device)]
-                for name, tensor in self._tensors.items()
-            }
-        )
+        return type(self)({name: self._chosen(name, chosen) for name in self._tensors})
 
     def split(self, size: int) -> list[Self]:
         """Return parts of so many images, the last of which may have fewer."""
@@ -167,13 +169,32 @@ class ModelInputs(Mapping[str, Tensor]):
     def _each(self, change: Any) -> Self:
         return type(self)({name: change(tensor) for name, tensor in self._tensors.items()})
 
-    def _is_packed(self, name: str) -> bool:
-        return self._counts is not None and name not in _GRIDS and len(self._tensors[name]) == sum(self._counts)
+    def columns(self, name: str) -> int:
+        """Return the columns of a patch in a tensor that holds all patches side by side; 0 if it does not."""
+        tensor, patches = self._tensors[name], sum(self._counts or [])
+        if _SIZES not in self._tensors or name in _GRIDS or tensor.ndim < 3 or len(tensor) != 1:
+            return 0
+        if not patches:
+            return int(tensor.shape[-1] == 0)
+        return tensor.shape[-1] // patches if tensor.shape[-1] % patches == 0 else 0
 
-    def _rows(self, chosen: Tensor) -> Tensor:
-        """Return the numbers of the patches of images."""
-        ends = torch.tensor(self._counts).cumsum(0).tolist()
-        parts = [torch.arange(ends[index] - (self._counts or [])[index], ends[index]) for index in chosen.tolist()]
+    def _is_packed(self, name: str) -> bool:
+        if self._counts is None or name in _GRIDS:
+            return False
+        return len(self._tensors[name]) == sum(self._counts) or self.columns(name) > 0
+
+    def _chosen(self, name: str, images: Tensor) -> Tensor:
+        """Return what of a tensor belongs to images."""
+        tensor = self._tensors[name]
+        if columns := self.columns(name):
+            return tensor.index_select(-1, self._patches(images, columns).to(tensor.device))
+        return tensor[(self._patches(images) if self._is_packed(name) else images).to(tensor.device)]
+
+    def _patches(self, images: Tensor, size: int = 1) -> Tensor:
+        """Return the places of the patches of images, each patch taking so many."""
+        counts = [count * size for count in self._counts or []]
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        parts = [torch.arange(ends[index] - counts[index], ends[index]) for index in images.tolist()]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
@@ -183,7 +204,14 @@ Inputs = TypeVar("Inputs", ModelInputs, Tensor)
 def concatenated(batches: Sequence[Any]) -> ModelInputs:
     """Return the images of several batches as one; entries of different sizes are padded with zeros, as processors do."""
     parts = [ModelInputs.of(batch) for batch in batches]
-    return ModelInputs({name: _padded([part[name] for part in parts]) for name in parts[0]})
+    side_by_side = {name for name in parts[0] if parts[0].columns(name)}
+    return ModelInputs(
+        {
+            name: torch.cat(found, dim=-1) if name in side_by_side else _padded(found)
+            for name in parts[0]
+            for found in [[part[name] for part in parts]]
+        }
+    )
 
 
 def _padded(tensors: Sequence[Tensor]) -> Tensor:

@@ -19,6 +19,10 @@ from .output_fields import field_of, tensors_in
 from .registry import KINDS
 
 
+EMBEDDINGS = "embeddings"
+"""The kind of a vector per image."""
+
+
 class OutputKind(ABC):
     """A kind of output.
 
@@ -195,7 +199,7 @@ class HeatmapsKind(_ValuesKind):
 class EmbeddingsKind(OutputKind):
     """One vector per image, by which images are found: of models of images and texts, and of the tower for images."""
 
-    name = "embeddings"
+    name = EMBEDDINGS
 
     def select(self, output: Any, config: Any) -> ModelOutput | None:
         """See `OutputKind.select`."""

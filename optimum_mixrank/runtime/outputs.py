@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .formatting import shorten
 from .forward import black_image, evaluation_mode, fixed_random_state, image_size_explained, placement
 from .inputs import ModelInputs
-from .kinds import recognized
+from .kinds import EMBEDDINGS, recognized
+from .model_output import CLASSES
 from .model_output import ModelOutput as ModelOutput
 from .output_fields import field_of, fields_of, listed, per_image, tensors_in
 from .parts import FEATURES, WHOLE, accepted_by, is_features, part_of, possible_parts, takes, text_model_refused
@@ -23,6 +24,9 @@ _PREFERRED = ("feature_maps", "last_hidden_state", "logits", "reconstruction", "
 
 _SEEN = ("pooler_output", "image_embeds", "deepstack_features")
 """What `get_image_features` returns for the rest of the model."""
+
+_TOKENS = "last_hidden_state"
+"""What it returns where there is nothing of these."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def select_output(output: Any, config: Any, names: Sequence[str] = (), num_image
     known = recognized({name: field_of(output, name) for name in names} if names else output, config)
     # What the kind does not know of must not be dropped if it was asked for.
     is_all = known is not None and (not names or len(known.tensors) == len(features))
-    if known is not None and is_all and all(num_images in (None, len(each)) for each in known.tensors):
+    if known is not None and is_all and _has_rows(known, num_images):
         return known
     if not names:
         preferred = (list(tensors_in(field_of(output, name))) for name in _PREFERRED)
@@ -187,6 +191,17 @@ def select_output(output: Any, config: Any, names: Sequence[str] = (), num_image
             "for images, or name the outputs to compare by `output_names`."
         )
     return ModelOutput(features=tuple(features))
+
+
+def _has_rows(known: ModelOutput, num_images: int | None) -> bool:
+    """Return whether the tensors of an output have a row for every image; those of videos may have one for every frame."""
+    rows = {len(each) for each in known.tensors}
+    of_images = known.kind in (CLASSES, EMBEDDINGS)
+    return (
+        num_images is None
+        or rows == {num_images}
+        or (not of_images and len(rows) == 1 and not rows.pop() % num_images)
+    )
 
 
 def select_features(output: Any, num_images: int) -> ModelOutput:
@@ -200,6 +215,8 @@ def select_features(output: Any, num_images: int) -> ModelOutput:
         ValueError: if there is no tensor.
     """
     values = [value for value in _seen(output) if any(True for _ in tensors_in(value))]
+    # Llama 4 returns the tokens of its tower alone.
+    values = values or [value for value in [field_of(output, _TOKENS)] if isinstance(value, Tensor)]
     if not values:
         raise ValueError(f"`{FEATURES[0]}` returns no features of images, but {listed(output)}.")
     found = _of_images(values[0], num_images)

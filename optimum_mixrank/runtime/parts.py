@@ -18,8 +18,8 @@ from .inputs import MAIN_NAMES, ModelInputs
 WHOLE = ""
 """The part that is the model itself."""
 
-FEATURES = ("get_image_features", "get_video_features")
-"""The methods of models for images and text that give what the rest of the model sees of images and videos."""
+FEATURES = ("get_image_features", "get_video_features", "get_audio_features")
+"""The methods of models for images and text that give what the rest of the model sees of images, videos and sounds."""
 
 
 def takes(function: Callable[..., Any] | nn.Module | None) -> Mapping[str, inspect.Parameter]:

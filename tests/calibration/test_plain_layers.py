@@ -7,6 +7,7 @@ import torch
 from models import pixels, tiny_swin, tiny_vit
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
+from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig, find_targets
 
@@ -102,6 +103,29 @@ def test_refused_before_the_first_image(case):
     with pytest.raises(ValueError, match=message):
         MixRankCompressor(model).compress(MixRankConfig(**SETTINGS), images)
     assert not images.read
+
+
+def test_a_convolution_whose_weight_its_class_computes(tmp_path):
+    """Wav2Vec 2.0 makes its positions by a convolution with weight norm, which is saved and read as it is."""
+    model, batches = tiny_wav2vec2(), [{"input_values": torch.randn(4, 400)}]
+    made = MixRankCompressor(model).compress(MixRankConfig(**SETTINGS), batches, save_directory=tmp_path)
+    reloaded = Wav2Vec2ForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(made(**batches[0]).logits, reloaded(**batches[0]).logits)
+
+
+def test_a_convolution_whose_weight_is_computed_otherwise():
+    model = tiny_wav2vec2()
+    prune.l1_unstructured(model.wav2vec2.feature_extractor.conv_layers[0].conv, "weight", 0.3)
+    with pytest.raises(ValueError, match="'wav2vec2.feature_extractor.conv_layers.0.conv' is computed at each call"):
+        find_targets(model)
+
+
+def tiny_wav2vec2():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3)}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    return Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**sizes, **convolutions, **positions)).eval()
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:.*quantized tensor")

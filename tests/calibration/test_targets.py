@@ -7,10 +7,13 @@ import torch
 import transformers
 from models import AWKWARD, tiny_deit, tiny_swin, tiny_vit
 from torch import nn
+from transformers import ViTForImageClassification
 
 from optimum_mixrank import LowRankLinear, find_targets
 from optimum_mixrank.calibration.targets import encoder_linears, match_values
 from optimum_mixrank.checkpoint.modeling import replace_module
+from optimum_mixrank.runtime.inputs import ModelInputs
+from optimum_mixrank.runtime.outputs import ModelCall
 
 
 # As they stand in checkpoints of all releases; literal, since the stored rank map depends on them.
@@ -229,6 +232,18 @@ def test_nothing_is_guessed_of_a_model_that_does_not_run():
     with pytest.raises(ValueError, match=r"What of ViTForImageClassification takes images is unknown.*31\*31"):
         find_targets(model)
     assert canonical(find_targets(model, ["query"])) == QUERIES
+
+
+def test_what_images_reach_in_a_model_that_blocks_gradients():
+    """The example is the very noise that it is compared with."""
+
+    class Blocking(ViTForImageClassification):
+        def forward(self, pixel_values):
+            return super().forward(pixel_values.detach())
+
+    model = tiny_vit(Blocking)
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert len(encoder_linears(model, ModelCall(example=ModelInputs(images)))) == len(VIT_NAMES)
 
 
 def test_the_size_of_a_backbone(caplog, monkeypatch):

@@ -3,14 +3,16 @@
 import sys
 
 import pytest
+import torch
 import transformers
 from models import tiny_deit, tiny_swin, tiny_vit
 from safetensors import safe_open
+from torch import nn
 
 from optimum_mixrank import LowRankLinear
 from optimum_mixrank.calibration.targets import encoder_linears
 from optimum_mixrank.checkpoint.modeling import replace_module
-from optimum_mixrank.checkpoint.names import canonical_names
+from optimum_mixrank.checkpoint.names import Target, canonical_names
 
 
 MASKED = {"encoder_stride": 8}
@@ -39,6 +41,13 @@ def test_canonical_names_are_those_on_disk(name, tmp_path):
     names = canonical_names(model)
     assert {f"{each}.weight" for each in names.values()} <= on_disk
     assert len(set(names.values())) == len(names)
+
+
+def test_the_sizes_of_a_layer_are_integers_whatever_it_was_made_with():
+    """As in Inkling, which plans its sizes with tensors."""
+    layer = nn.Linear(torch.tensor(4), torch.tensor(6))
+    shape = Target("layer", "layer", layer).shape
+    assert shape == (6, 4) and all(type(each) is int for each in shape)
 
 
 @pytest.mark.parametrize("make", [tiny_vit, tiny_deit, tiny_swin])

@@ -8,17 +8,25 @@ import transformers
 
 from .zoo import (
     Family,
+    at_two_resolutions,
+    by_aspect,
     clips,
     flattened,
     images,
     merged,
     naflex,
     packed,
+    placed,
     prompted,
+    side_by_side,
     sized,
+    small_clips,
     small_config,
+    sounds,
     spectrograms,
+    square_patches,
     tiled,
+    tiles,
     with_sizes,
     with_task,
     with_text,
@@ -347,6 +355,12 @@ def _bridgetower() -> Any:
     )
 
 
+def _contrastive_bridgetower() -> Any:
+    config = _bridgetower()
+    config.contrastive_hidden_size, config.logit_scale_init_value = 16, 2.6
+    return config
+
+
 def _oneformer() -> Any:
     return transformers.OneFormerConfig(
         backbone_config=transformers.SwinConfig(**_SWIN, image_size=32, out_features=_FOUR),
@@ -420,6 +434,65 @@ def _language(sections: list[int]) -> dict[str, Any]:
 
 
 _LANGUAGE = _language([1, 1, 2])
+
+
+def _pp_doclayout_v4() -> Any:
+    backbone = _hgnet(_FOUR[1:])
+    return transformers.PPDocLayoutV4Config(backbone_config=backbone, **_RT, global_pointer_head_size=8, num_labels=25)
+
+
+def _chmv2() -> Any:
+    backbone = transformers.DINOv3ViTConfig(
+        **_VIT, out_features=_FOUR, apply_layernorm=True, reshape_hidden_states=True, return_class_token=True
+    )
+    sizes = {"fusion_hidden_size": 8, "head_hidden_size": 8, "number_output_channels": 8, "patch_size": 8}
+    return transformers.CHMv2Config(backbone_config=backbone, post_process_channels=[8] * 4, **sizes)
+
+
+_TIPSV2_DPT: dict[str, Any] = {
+    "backbone_config": {
+        "num_hidden_layers": 4,
+        "mlp_ratio": 2,
+        "out_features": _FOUR,
+        "reshape_hidden_states": False,
+        "return_class_token": True,
+    },
+    "neck_hidden_sizes": [8] * 4,
+    "fusion_hidden_size": 8,
+    "num_depth_bins": 4,
+}
+_SAM3: dict[str, Any] = {
+    "backbone_config": {"image_size": 32, "pretrain_image_size": 32, "window_size": 2, "global_attn_indexes": [1]},
+    "fpn_hidden_size": 16,
+    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+}
+_LLAMA_4_TOWER: dict[str, Any] = {
+    "vision_output_dim": 32,
+    "projector_input_dim": 32,
+    "projector_output_dim": 32,
+    "pixel_shuffle_ratio": 0.5,
+    "intermediate_size": 128,
+}
+_NARROW_SAM: dict[str, Any] = {"output_channels": 8, "window_size": 2, "global_attn_indexes": [1]}
+_SOUNDS: dict[str, Any] = {
+    "conv_dim": (16, 16),
+    "conv_stride": (5, 2),
+    "conv_kernel": (10, 3),
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+_EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+def _some(names: str) -> dict[str, Any]:
+    return {name: _EXPERTS[name] for name in names.split()}
+
 
 FAMILIES: dict[str, Family] = {
     # Columns of equal blocks.
@@ -585,10 +658,31 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "ViTPose": Family("VitPoseForPoseEstimation", config=_vitpose),
+    "CHMv2": Family("CHMv2ForDepthEstimation", config=_chmv2),
+    "TIPSv2 DPT": Family("Tipsv2DptForDepthEstimation", _TIPSV2_DPT),
+    "TIPSv2 DPT, segmentation": Family("Tipsv2DptForSemanticSegmentation", _TIPSV2_DPT),
     "Depth Pro": Family("DepthProForDepthEstimation", config=_depth_pro),
     "ViTMatte": Family("VitMatteForImageMatting", inputs=sized(channels=4), config=_vitmatte),
     "SAM": Family("SamModel", config=_sam()),
     "SAM-HQ": Family("SamHQModel", config=_sam("SamHQConfig", "SamHQVisionConfig")),
+    "SAM 3, tower": Family("Sam3VisionModel", _SAM3),
+    "SAM 3, tracker": Family(
+        "Sam3TrackerModel",
+        {
+            "vision_config": _SAM3,
+            "prompt_encoder_config": {"hidden_size": 16, "image_size": 32, "mask_input_channels": 4},
+            "mask_decoder_config": {
+                "hidden_size": 16,
+                "iou_head_hidden_dim": 16,
+                "mlp_dim": 32,
+                "num_attention_heads": 2,
+            },
+        },
+    ),
+    "SLANeXt": Family(
+        "SLANeXtForTableRecognition",
+        {"vision_config": _NARROW_SAM, "post_conv_in_channels": 8, "post_conv_out_channels": 16, "max_text_length": 4},
+    ),
     "SAM 2": Family("Sam2Model", inputs=sized(side=64), config=_sam2),
     "Mask2Former": Family("Mask2FormerForUniversalSegmentation", config=_mask2former),
     "MaskFormer": Family("MaskFormerForInstanceSegmentation", config=_maskformer),
@@ -597,6 +691,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "EoMT, DINOv3": Family(
         "EomtDinov3ForUniversalSegmentation", {**_DEEP, "num_blocks": 1, "num_queries": 5, "num_upscale_blocks": 1}
+    ),
+    "VidEoMT": Family(
+        "VideomtForUniversalSegmentation",
+        {**_DEEP, "num_blocks": 1, "num_queries": 5, "num_upscale_blocks": 1, "mlp_ratio": 2},
+        clips(2, name="pixel_values_videos"),
     ),
     "OneFormer": Family("OneFormerForUniversalSegmentation", inputs=with_task, config=_oneformer),
     "SegGPT": Family(
@@ -640,6 +739,7 @@ FAMILIES: dict[str, Family] = {
         inputs=with_text(sized(side=64)),
         config=_grounding_dino("MMGroundingDinoConfig"),
     ),
+    "PP-DocLayout V4": Family("PPDocLayoutV4ForObjectDetection", inputs=sized(side=64), config=_pp_doclayout_v4),
     "RF-DETR": Family("RfDetrForObjectDetection", {"num_queries": 5}),
     "SuperPoint": Family("SuperPointForKeypointDetection", refused="convolution"),
     # Two towers.
@@ -824,8 +924,131 @@ FAMILIES: dict[str, Family] = {
         {"vlm_config": {"vision_config": {**_PATCHES, "hidden_size": 32}, "text_config": _LANGUAGE}},
         packed,
     ),
+    "Llama 4": Family(
+        "Llama4ForConditionalGeneration",
+        {
+            "vision_config": _LLAMA_4_TOWER,
+            "text_config": {
+                "intermediate_size_mlp": 64,
+                "num_local_experts": 2,
+                "layer_types": ["chunked_attention", "full_attention"],
+            },
+        },
+    ),
+    "Llama 4, tower": Family("Llama4VisionModel", _LLAMA_4_TOWER),
+    "Llama 3.2, tower": Family(
+        "MllamaVisionModel",
+        {
+            "num_global_layers": 1,
+            "vision_output_dim": 64,
+            "max_num_tiles": 2,
+            "intermediate_layers_indices": [0],
+            "supported_aspect_ratios": [[1, 1], [1, 2]],
+        },
+        by_aspect,
+    ),
+    "MiniCPM-V 4.6": Family(
+        "MiniCPMV4_6ForConditionalGeneration",
+        {
+            "vision_config": {"insert_layer_id": 0},
+            "insert_layer_id": 0,
+            "text_config": {
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 8,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 2,
+                "layer_types": ["linear_attention", "full_attention"],
+            },
+        },
+        side_by_side,
+    ),
+    "Kimi K2.5": Family(
+        "Kimi_K25ForConditionalGeneration",
+        {
+            "vision_config": {"pos_emb_height": 4, "pos_emb_width": 4},
+            "projection_hidden_size": 32,
+            "text_config": {
+                **_some("moe_intermediate_size n_routed_experts num_experts_per_tok"),
+                "n_group": 2,
+                "topk_group": 1,
+                "kv_lora_rank": 8,
+                "q_lora_rank": 8,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 8,
+                "qk_nope_head_dim": 8,
+            },
+        },
+        square_patches,
+    ),
+    "PaddleOCR-VL": Family("PaddleOCRVLForConditionalGeneration", {}, square_patches),
+    "Gemma 4, tower": Family("Gemma4VisionModel", {"pooling_kernel_size": 2, "position_embedding_size": 16}, placed),
+    "LFM3-VL": Family(
+        "Lfm3VlForConditionalGeneration",
+        {
+            "vision_config": {"layer_types": ["conv", "full_attention"]},
+            "text_config": {**_TEXT, "layer_types": ["conv", "full_attention"]},
+            "projector_hidden_size": 32,
+        },
+        packed,
+    ),
+    "Qwen3-VL, experts": Family(
+        "Qwen3VLMoeForConditionalGeneration",
+        {
+            "vision_config": {**_PATCHES, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+            "text_config": {
+                **_language([2, 1, 1]),
+                **_some("moe_intermediate_size num_experts num_local_experts num_experts_per_tok"),
+            },
+        },
+        packed,
+    ),
+    "GLM-4V, experts": Family(
+        "Glm4vMoeForConditionalGeneration",
+        {
+            "vision_config": _PATCHES,
+            "text_config": {**_LANGUAGE, **_some("moe_intermediate_size n_routed_experts num_experts_per_tok")},
+        },
+        packed,
+    ),
+    "Aria": Family("AriaForConditionalGeneration"),
+    "Kosmos-2.5": Family(
+        "Kosmos2_5ForConditionalGeneration",
+        {
+            "text_config": {"embed_dim": 32, "layers": 2, "ffn_dim": 64, "attention_heads": 4},
+            "vision_config": {"patch_embed_hidden_size": 48, "max_num_patches": 16},
+            "latent_query_num": 4,
+        },
+        flattened,
+    ),
+    "Granite Docling": Family(
+        "GraniteDoclingForConditionalGeneration",
+        {
+            "text_config": _TEXT,
+            "pad_token_id": 0,
+            "vision_config": {"scale_factor": 2, "deepstack_visual_indexes": [0]},
+        },
+        tiles,
+    ),
+    "DeepSeek-VL, hybrid": Family(
+        "DeepseekVLHybridForConditionalGeneration", {"high_res_vision_config": _NARROW_SAM}, at_two_resolutions
+    ),
+    "ColModernVBERT": Family(
+        "ColModernVBertForRetrieval",
+        {
+            "vlm_config": {
+                "pixel_shuffle_factor": 2,
+                "text_config": {**_TEXT, "cls_token_id": 1, "sep_token_id": 2},
+            }
+        },
+        tiled,
+    ),
+    "PI0": Family("PI0ForConditionalGeneration"),
     # Images and text together.
     "ViLT": Family("ViltForQuestionAnswering", refused="whole"),
+    "ViLT, with text": Family("ViltForQuestionAnswering", inputs=with_text(images)),
+    "BridgeTower, contrastive": Family(
+        "BridgeTowerForContrastiveLearning", inputs=with_text(images), config=_contrastive_bridgetower
+    ),
     "LayoutLMv3": Family("LayoutLMv3ForSequenceClassification", {"input_size": 32}),
     # Videos and audio.
     "VideoMAE": Family("VideoMAEForVideoClassification", {"num_frames": 4}, clips(4)),
@@ -850,6 +1073,21 @@ FAMILIES: dict[str, Family] = {
     ),
     "AST": Family(
         "ASTForAudioClassification", {"max_length": 24, "num_mel_bins": 16}, spectrograms(16, 24, True, "input_values")
+    ),
+    "Inkling, tower": Family("InklingVisionModel", {"text_hidden_size": 32, "n_layers": 2}, small_clips),
+    "Wav2Vec 2.0": Family("Wav2Vec2ForSequenceClassification", _SOUNDS, sounds()),
+    "HuBERT": Family("HubertForCTC", _SOUNDS, sounds()),
+    "WavLM": Family("WavLMForSequenceClassification", _SOUNDS, sounds()),
+    "SpeechT5": Family("SpeechT5ForSpeechToText", {**_SOUNDS, **_TEXT, "positional_dropout": 0.0}, sounds()),
+    "Voxtral": Family(
+        "VoxtralForConditionalGeneration", {"audio_config": {"intermediate_size": 128}}, spectrograms(8, 32)
+    ),
+    "Qwen2-Audio": Family("Qwen2AudioForConditionalGeneration", {}, spectrograms(8, 32)),
+    "Parakeet": Family("ParakeetForCTC", {}, spectrograms(8, 32, True)),
+    "Moonshine": Family(
+        "MoonshineForConditionalGeneration",
+        {"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2},
+        sounds(3000),
     ),
     "Whisper": Family("WhisperForConditionalGeneration", _TEXT, spectrograms(8, 32)),
     # What is refused as what it is.

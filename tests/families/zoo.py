@@ -140,6 +140,56 @@ def merged(count: int, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
+def side_by_side(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Patches of images of several sizes side by side in one entry, as MiniCPM-V takes them."""
+    sizes = torch.tensor([[4, 4], [4, 8]], dtype=torch.int32)[torch.arange(count) % 2]
+    columns = 8 * int(sizes.prod(1).sum())
+    return {"pixel_values": torch.randn(1, 3, 8, columns, generator=generator), "target_sizes": sizes}
+
+
+def square_patches(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Packed patches as small images, as Kimi and PaddleOCR take them."""
+    grids = torch.tensor([[1, 4, 4], [1, 2, 4]])[torch.arange(count) % 2]
+    patches = torch.randn(int(grids.prod(1).sum()), 3, 8, 8, generator=generator)
+    return {"pixel_values": patches, "image_grid_thw": grids}
+
+
+def placed(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Patches with the numbers of their columns and rows, as Gemma 4 takes them."""
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1).expand(count, -1, -1)
+    return {"pixel_values": torch.rand(count, 16, 3 * 8 * 8, generator=generator), "pixel_position_ids": places}
+
+
+def by_aspect(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Tiles of images with the number of their aspect ratio, as Llama 3.2 takes them."""
+    return {
+        "pixel_values": torch.randn(count, 1, 2, 3, SIDE, SIDE, generator=generator),
+        "aspect_ratio_ids": torch.full((count, 1), 2),
+        "aspect_ratio_mask": torch.ones(count, 1, 2, dtype=torch.int64),
+    }
+
+
+def tiles(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Images that are divided into tiles, with the mask of tiles, as Granite Docling takes them."""
+    return {**clips(2)(count, generator), "pixel_attention_mask": torch.ones(count, 2, dtype=torch.bool)}
+
+
+def at_two_resolutions(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Images twice, as hybrid models of DeepSeek-VL take them."""
+    names = ("pixel_values", "high_res_pixel_values")
+    return {name: images(count, generator)["pixel_values"] for name in names}
+
+
+def small_clips(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Patches of several frames with the channels last, as Inkling takes them."""
+    return {"pixel_values": torch.randn(count, 2, 8, 8, 3, generator=generator)}
+
+
+def sounds(samples: int = 800) -> Callable[..., dict[str, Tensor]]:
+    """Audio as it is."""
+    return lambda count, generator: {"input_values": torch.randn(count, samples, generator=generator)}
+
+
 def flattened(count: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Patches behind the numbers of their rows and columns, which begin at one, as Pix2Struct takes them."""
     places = torch.cartesian_prod(torch.arange(1.0, 5.0), torch.arange(1.0, 5.0)).expand(count, -1, -1)
@@ -213,8 +263,9 @@ class Family:
         model = cls(config).eval().float()
         with torch.no_grad():
             for parameter in model.parameters():
-                # Nothing would pass through a projection that starts at zero, as that of Gemma 3.
-                if parameter.ndim > 1 and not parameter.count_nonzero():
+                # Nothing would pass through a projection that starts at zero, as that of Gemma 3, and nothing of a block
+                # whose weights start at 1e-10, as those of SAM and BLIP-2.
+                if parameter.ndim > 1 and not (parameter.abs() > 1e-6).any():
                     parameter.normal_(std=0.02)
         return model
 

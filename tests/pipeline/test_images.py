@@ -8,7 +8,9 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+import transformers
 from calibration.pictures import processor, write
+from families.catalogue import FAMILIES
 from models import tiny_swin, tiny_vit
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
@@ -60,6 +62,34 @@ def test_missing_labels_are_named_once(compressor, tmp_path, caplog):
     assert caplog.text.count("The images have no labels") == 1
     assert evaluate(compressor, folder).top1 is None
     assert caplog.text.count("The images have no labels") == 2
+
+
+@pytest.mark.parametrize("name", ["Segformer, segmentation", "CLIP", "LLaVA", "MGP-STR"])
+def test_classes_of_images_are_passed_over_where_the_model_has_none(tmp_path, caplog, name):
+    """The folders have names that no configuration knows; classes of pixels, tokens and two towers are none of images."""
+    for folder in ("cat", "dog", "hen"):
+        write(tmp_path / folder, 1)
+    model = FAMILIES[name].make()
+    compressor = MixRankCompressor(model, processor())
+    with caplog.at_level("INFO", "optimum_mixrank"):
+        compressor.check_evaluation(str(tmp_path))
+        result = evaluate(compressor, tmp_path)
+    assert (result.num_images, result.top1) == (3, None) and result.kind != "classes"
+    assert f"Labels are not used: {type(model).__name__} returns {result.kind}" in caplog.text
+
+
+def test_several_parts_of_a_labelled_image(tmp_path):
+    """MiniCPM-V's processor divides large images, so that there are more parts than labels."""
+    if not FAMILIES["MiniCPM-V 4.6"].exists:
+        pytest.skip("This release of Transformers does not have it.")
+    for folder in ("cat", "dog"):
+        write(tmp_path / folder, 1)
+    sizes = {"patch_size": 8, "scale_resolution": 16, "max_slice_nums": 4}
+    compressor = MixRankCompressor(
+        FAMILIES["MiniCPM-V 4.6"].make(), transformers.MiniCPMV4_6ImageProcessorPil(**sizes)
+    )
+    result = evaluate(compressor, tmp_path)
+    assert result.kind == "features" and result.num_images > 2 and result.feature_error == 0
 
 
 def test_datasets_without_labels(compressor, tmp_path, caplog):

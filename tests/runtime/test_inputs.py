@@ -12,6 +12,12 @@ def packed(counts=(4, 8, 2)):
     return ModelInputs({"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 2, n // 2] for n in counts])})
 
 
+def side_by_side(counts=(4, 8, 2)):
+    """The same with all patches in one entry, two columns wide each, as MiniCPM-V takes them."""
+    columns = torch.cat([torch.full((1, 3, 2, 2 * count), float(index)) for index, count in enumerate(counts)], dim=-1)
+    return ModelInputs({"pixel_values": columns, "target_sizes": torch.tensor([[2, n // 2] for n in counts])})
+
+
 def padded(patches=5):
     mask = torch.ones(3, patches, dtype=torch.int64)
     return ModelInputs({"pixel_values": torch.randn(3, patches, 6), "pixel_attention_mask": mask})
@@ -28,7 +34,7 @@ def test_a_tensor_is_pixels():
     [(slice(1, 3), [1, 2]), (torch.tensor([True, False, True]), [0, 2]), ([2, 0], [2, 0]), (torch.tensor([1]), [1])],
     ids=["slice", "mask", "list", "numbers"],
 )
-@pytest.mark.parametrize("make", [packed, padded])
+@pytest.mark.parametrize("make", [packed, padded, side_by_side])
 def test_images_are_chosen_with_all_that_belongs_to_them(make, key, images):
     inputs = make()
     found = inputs[key]
@@ -42,8 +48,28 @@ def test_patches_follow_their_grid():
     assert packed()[[2, 0]]["pixel_values"][:, 0].tolist() == [2.0] * 2 + [0.0] * 4
 
 
-def test_parts_make_the_whole():
-    inputs = packed()
+def test_columns_follow_their_sizes():
+    inputs = side_by_side()
+    assert len(inputs) == 3 and inputs.columns("pixel_values") == 2 and not inputs.columns("target_sizes")
+    assert inputs[[2, 0]]["pixel_values"][0, 0, 0].tolist() == [2.0] * 4 + [0.0] * 8
+    assert inputs[:1].entry_shapes["pixel_values"] == inputs[1:].entry_shapes["pixel_values"] == (3, 2)
+
+
+def test_sizes_of_images_that_are_not_side_by_side():
+    """Processors of detectors name the sizes of the images before they were resized in the same way."""
+    inputs = ModelInputs({"pixel_values": torch.zeros(2, 3, 8, 8), "target_sizes": torch.full((2, 2), 64)})
+    assert len(inputs[:1]["pixel_values"]) == len(inputs[:1]["target_sizes"]) == 1
+
+
+@pytest.mark.parametrize("make", [packed, side_by_side])
+def test_no_image_is_chosen(make):
+    found = make()[torch.zeros(3, dtype=torch.bool)]
+    assert len(found) == 0 and found.main.numel() == 0
+
+
+@pytest.mark.parametrize("make", [packed, side_by_side])
+def test_parts_make_the_whole(make):
+    inputs = make()
     parts = inputs.split(2)
     assert [len(part) for part in parts] == [2, 1]
     whole = concatenated(parts)

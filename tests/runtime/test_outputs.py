@@ -174,6 +174,39 @@ def test_one_vector_per_image_is_an_embedding():
         assert _shapes(torch.randn(count, 3, 8), count) == ("features", [(count, 3, 8)])
 
 
+def test_tokens_of_the_tower_where_nothing_else_is_returned():
+    """As Llama 4 returns them under Transformers 5."""
+    assert _shapes({"last_hidden_state": torch.randn(4, 3, 8), "pooler_output": None}, 4) == ("features", [(4, 3, 8)])
+    with pytest.raises(ValueError, match="returns no features of images"):
+        select_features({"hidden_states": (torch.randn(4, 3, 8),)}, 4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"), [(IMAGES, "segments"), (2 * IMAGES, "segments"), (IMAGES + 1, "features")], ids=str
+)
+def test_queries_of_every_frame_of_a_video(rows, kind):
+    """As VidEoMT returns them, which reads the frames of all videos one after the other."""
+    queries = {"class_queries_logits": torch.randn(rows, 5, 3), "masks_queries_logits": torch.randn(rows, 5, 6, 6)}
+    assert select_output({**queries, "last_hidden_state": torch.randn(rows, 7, 8)}, PLAIN, (), IMAGES).kind == kind
+
+
+def test_what_a_model_of_sounds_and_text_hears_is_what_its_method_returns():
+    class Hearing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = nn.Linear(8, 3)
+
+        def get_audio_features(self, input_features):
+            return {"pooler_output": self.tower(input_features)}
+
+        def forward(self, input_ids, input_features=None):
+            raise AssertionError("no text is given")
+
+    model, inputs = Hearing(), ModelInputs({"input_features": torch.randn(IMAGES, 5, 8)})
+    call = ModelCall().bound(model, inputs)
+    assert call.part == "get_audio_features" and call(model, inputs).features[0].shape == (IMAGES, 5, 3)
+
+
 def test_the_error_of_the_method_for_features_is_the_one_that_is_told():
     class Broken(nn.Module):
         def forward(self, input_ids=None, pixel_values=None):

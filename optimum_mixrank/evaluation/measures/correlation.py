@@ -12,16 +12,25 @@ from .measure import MEASURES, PairMeasure, mean_over
 
 @MEASURES.register
 class Correlation(PairMeasure):
-    """Pearson's correlation between the values of both models, within each image; 1 for equal ones."""
+    """Pearson's correlation between the values of both models, within each image; 1 for equal ones.
+
+    It does not apply to a single value per image, as that of a head for regression.
+    """
 
     name = "correlation"
     label = "correlation with the original"
     kinds = ("features", "depth", "heatmaps")
     form = ".4f"
 
+    def add(self, original: ModelOutput, output: ModelOutput, num_images: int) -> None:
+        """See `Measure.add`."""
+        if any(each[:1].numel() > 1 for each in original.features):
+            super().add(original, output, num_images)
+
     def values(self, original: ModelOutput, output: ModelOutput) -> Tensor:
         """See `PairMeasure.values`."""
-        return mean_over([_correlation(a, b) for a, b in zip(original.features, output.features, strict=True)])
+        pairs = zip(original.features, output.features, strict=True)
+        return mean_over([_correlation(a, b) for a, b in pairs if a[:1].numel() > 1])
 
 
 def _correlation(reference: Tensor, values: Tensor) -> Tensor:

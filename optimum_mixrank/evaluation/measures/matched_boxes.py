@@ -48,10 +48,22 @@ def _detections(output: ModelOutput) -> list[_Detections]:
     by_class = probabilities[..., :-1] if logits.ndim == 3 else probabilities[..., 0]
     scores, classes = by_class.max(dim=-1)
     order = scores.argsort(dim=1, descending=True, stable=True)
-    centre, size = boxes[..., :2], boxes[..., 2:]
-    corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1)
-    found = zip(scores, classes, corners, order, strict=True)
+    found = zip(scores, classes, _corners(boxes), order, strict=True)
     return [(score[by], each[by], box[by]) for score, each, box, by in found]
+
+
+def _corners(boxes: Tensor) -> Tensor:
+    """Return the lower and the upper corner of boxes, `[..., 4]`, of quadrangles those of the box around them.
+
+    Args:
+        boxes: Their centres and sizes, `[..., 4]`; of a quadrangle the centre, followed by the offsets of the four corners
+            from it, which are stored with a half added to each, `[..., 10]`.
+    """
+    centre, rest = boxes[..., :2], boxes[..., 2:]
+    if rest.shape[-1] == 2:
+        return torch.cat([centre - rest / 2, centre + rest / 2], dim=-1)
+    points = centre[..., None, :] + rest.unflatten(-1, (-1, 2)) - 0.5
+    return torch.cat([points.amin(dim=-2), points.amax(dim=-2)], dim=-1)
 
 
 def _matched(original: _Detections, compressed: _Detections) -> float:

@@ -53,6 +53,34 @@ def test_of_an_image_without_sure_boxes_the_best_is_compared():
     assert compared(original, detection([0.1, 0.3], [0, 1], [LEFT, RIGHT]))["matched_boxes"] == 0.0
 
 
+def test_a_single_value_per_image_correlates_with_nothing():
+    values = random(4, 1)
+    found = compared(ModelOutput(features=(values,)), ModelOutput(features=(values * 1.1,)))
+    assert found.keys() == {"feature_error"} and found["feature_error"] == pytest.approx(0.01)
+    both = ModelOutput(features=(values, random(4, 6)))
+    assert compared(both, both)["correlation"] == pytest.approx(1)
+
+
+def quadrangle(box):
+    """A rectangle as its centre and the four corners, as offsets that are stored with a half added."""
+    x, y, width, height = box
+    corners = [(-width, -height), (width, -height), (width, height), (-width, height)]
+    return [x, y, *(0.5 + each / 2 for corner in corners for each in corner)]
+
+
+def test_quadrangles_are_matched_by_the_boxes_around_them():
+    """As PP-DocLayout V4 returns them."""
+    original, found = (
+        [(0.9, 0.7), (0, 1), (LEFT, RIGHT)],
+        [(0.8, 0.9), (2, 0), (RIGHT, SHIFTED)],
+    )
+    plain, turned = (
+        [detection(*each[:2], [form(box) for box in each[2]]) for each in (original, found)]
+        for form in (list, quadrangle)
+    )
+    assert compared(*turned)["matched_boxes"] == compared(*plain)["matched_boxes"] == 0.5
+
+
 def test_boxes_with_a_sigmoid_per_class():
     logits, boxes = torch.tensor([[[3.0, -3.0], [-3.0, 3.0]]]), torch.tensor([[LEFT, RIGHT]])
     original = ModelOutput(distributions=(binary(logits),), features=(boxes,), kind="detection")
