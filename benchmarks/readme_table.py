@@ -42,13 +42,19 @@ Record = dict[str, Any]
 
 @dataclass
 class Row:
-    """A model in a runtime; times are in milliseconds per image, by batch size."""
+    """A model in a runtime; times are in milliseconds per image, by batch size.
+
+    Attributes:
+        shares: Medians of the ratios to the dense model's times in the same turn, which do not drift with the machine, by
+            batch size; empty if the record holds none.
+    """
 
     name: str
     num_bytes: int
     flops: int
     top1: float
     times: dict[int, float] = field(default_factory=dict)
+    shares: dict[int, float] = field(default_factory=dict)
 
 
 def load(name: str, results: Path = RESULTS) -> Record | None:
@@ -74,13 +80,13 @@ def results_table(results: Path = RESULTS) -> list[str]:
     header += [f"ms per image, batch {size}" for size in sizes]
     cells = [[row.name, _megabytes(row.num_bytes), format_count(row.flops), _percent(row.top1, 1)] for row in rows]
     for row, line in zip(rows, cells, strict=True):
-        line += [_time(row.times[size], rows[0].times[size]) if size in row.times else "" for size in sizes]
+        line += [_time(row, size, rows[0]) if size in row.times else "" for size in sizes]
     conditions = [f"Distilled on unlabelled images, one seed; top-1 on {report['evaluation']['num_images']:,} images."]
     if machine is not None:
         versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "onnxruntime") if name in machine)
         conditions.append(
-            f"{caption}, one thread on {machine.get('processor', 'x86-64')}, {versions}; in brackets the share of the "
-            "first row's time."
+            f"{caption}, one thread on {machine.get('processor', 'x86-64')}, {versions}; in brackets, the median "
+            "ratio to the first row's time in the same turn."
         )
     return [*_table(header, cells), "", " ".join(conditions)]
 
@@ -195,7 +201,8 @@ def _int8_rows(record: Record) -> list[Row]:
             if row["method"] == method:
                 name = "original" if row["model"] == DENSE else row["model"]
                 times = {int(size): value / int(size) for size, value in row["milliseconds"].items()}
-                rows.append(Row(f"{name}, {label}", row["bytes"], row["flops"], row["top1"], times))
+                shares = {int(size): median for size, (median, _, _) in row.get("time_ratio", {}).items()}
+                rows.append(Row(f"{name}, {label}", row["bytes"], row["flops"], row["top1"], times, shares))
     return rows
 
 
@@ -203,8 +210,9 @@ def _case(report: Record, record: Record) -> Record | None:
     return next((case for case in record["cases"] if case["name"] == report["model_name"]), None)
 
 
-def _time(milliseconds: float, first: float) -> str:
-    return f"{milliseconds:.1f} ({milliseconds / first:.2f})"
+def _time(row: Row, size: int, first: Row) -> str:
+    share = row.shares.get(size, row.times[size] / first.times[size])
+    return f"{row.times[size]:.1f} ({share:.2f})"
 
 
 def _megabytes(count: int) -> str:

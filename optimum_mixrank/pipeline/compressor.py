@@ -49,7 +49,7 @@ from .arguments import (
 )
 from .compress import check_statistics, compress
 from .images import ImageReader, example_call
-from .memory import MaxMemory, MemoryPlan, MemoryTask, estimate_memory
+from .memory import MaxMemory, MemoryPlan, MemoryTask, estimate_memory, parse_limits
 from .profile import profile_model
 from .reports import Made, MadeModels
 from .run import CompressionRun, free_sites, shared_fingerprint
@@ -398,6 +398,8 @@ class MixRankCompressor(OptimumQuantizer):
         check_path("resume_directory", resume_directory)
         if calibration is not None:
             check_calibration(calibration)
+        if max_memory is not None:
+            parse_limits(max_memory, None)
         processes, unfinished = self.processes, None
         images = calibration_dataset if calibration_dataset is not None or calibration is not None else config.dataset
         sources = {ORIGINAL: [self.model.name_or_path], IMAGES: local_paths(images)}
@@ -412,7 +414,12 @@ class MixRankCompressor(OptimumQuantizer):
                 unfinished = open_run(run, resume_directory, save_interval, self.allow_tf32)
                 # A run that has ended while this one waited for the folder may have saved its result.
                 check_output(*output)
-            model, report = compress(run)
+            try:
+                model, report = compress(run)
+            except BaseException:
+                if unfinished is not None:
+                    unfinished.leave()
+                raise
             remove_dense_views(model)
         self._made.add(model, report, unfinished)
         if save_directory is not None:

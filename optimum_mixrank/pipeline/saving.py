@@ -16,12 +16,12 @@ from ..checkpoint.files import read_json, safetensors_bytes, stored_dtype
 from ..checkpoint.replacing import CARD_NAME
 from ..checkpoint.saving import save_checkpoint
 from ..checkpoint.self_contained import needs_of
-from ..reporting import HTML_NAME, RANKS_NAME, CompressionReport, plot_ranks
+from ..reporting import HTML_NAME, RANKS_NAME, REPORT_NAME, CompressionReport, plot_ranks
 from ..reporting.card import card_with_evaluation, model_card
 from ..reporting.data import write_text
 from ..runtime.access import why_unreachable
 from ..runtime.folders import resolved
-from ..runtime.formatting import format_count
+from ..runtime.formatting import counted, format_count
 from ..runtime.logging import get_logger
 from ..runtime.phases import phase
 from .unfinished import UnfinishedRun, has_saved
@@ -132,6 +132,9 @@ def record_evaluation(folder: str | Path, evaluation: Mapping[str, Any], origina
         report = CompressionReport.load(folder)
         if report.model_name != original:
             return False
+        if _says_more(report.evaluation, evaluation):
+            logger.warning(_kept_evaluation(report.evaluation or {}, evaluation, folder))
+            return False
         report = dataclasses.replace(report, evaluation=evaluation)
         report.save(folder)
         _save_pictures(report, folder, picture=False)
@@ -146,6 +149,25 @@ def record_evaluation(folder: str | Path, evaluation: Mapping[str, Any], origina
         return False
     logger.info(f"The evaluation was added to the report, the page and the card in {str(folder)!r}.")
     return True
+
+
+def _says_more(saved: Mapping[str, Any] | None, new: Mapping[str, Any]) -> bool:
+    """Return whether a saved evaluation has accuracy that a new one lacks, or was made on more images."""
+    if saved is None:
+        return False
+    has_accuracy, gets_accuracy = (each.get("top1") is not None for each in (saved, new))
+    if has_accuracy != gets_accuracy:
+        return has_accuracy
+    return saved.get("num_images", 0) > new.get("num_images", 0)
+
+
+def _kept_evaluation(saved: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> str:
+    count, fewer = (counted(each.get("num_images", 0), "image") for each in (saved, new))
+    lacks = ", without accuracy" if saved.get("top1") is not None and new.get("top1") is None else ""
+    return (
+        f"{str(folder)!r} keeps the evaluation on {count} that it holds, since this one is on {fewer}{lacks}. To replace "
+        f"it, remove `evaluation` from {REPORT_NAME} there first."
+    )
 
 
 def _save_pictures(report: CompressionReport, folder: Path, picture: bool) -> None:

@@ -50,7 +50,13 @@ _LOCK_TIMEOUT = 10.0
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
-_MISSING = "nothing"
+_MISSING = "unset"
+
+_DIGEST = re.compile(r"(.* )?[0-9a-f]{32,}")
+"""A value that says nothing to a reader but that it has changed."""
+
+_WITHOUT_PROGRESS = re.compile(rf"(run|images)(\.\d+)?\.safetensors|{_LOCK}")
+"""Names of the files of a run in which nothing was finished."""
 
 
 class UnfinishedRun:
@@ -109,6 +115,13 @@ class UnfinishedRun:
         if self._is_main:
             assert self.journal.directory is not None  # given
             _remove(self.journal.directory, self._lock)
+
+    def leave(self) -> None:
+        """Remove the folder if nothing was finished, so that a run that failed at its start does not bind the next one."""
+        directory = self.journal.directory
+        assert directory is not None  # given
+        if self._is_main and all(_WITHOUT_PROGRESS.fullmatch(name) for name in _listed(directory)):
+            _remove(directory, self._lock)
 
     def _save(self, result: str | None) -> None:
         self.journal.save(_RUN, {}, {"identity": self._identity, "result": result}, shared=True)
@@ -308,15 +321,31 @@ def _identity_of(run: CompressionRun, images: str | None, allow_tf32: bool) -> d
 
 def _check(before: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
     differences = [
-        f"{name} was {before.get(name, _MISSING)!r} and is {now.get(name, _MISSING)!r}"
+        _difference(name, *(_shown(values, name) for values in (before, now)))
         for name in {**before, **now}
-        if before.get(name, _MISSING) != now.get(name, _MISSING)
+        if before.get(name) != now.get(name) or (name in before) != (name in now)
     ]
     if differences:
         raise ValueError(
             f"The unfinished run in {str(directory)!r} is a different one: {'; '.join(differences)}. Resume it as it was "
             "started, or start over: with --no-resume on the command line, otherwise by removing that folder."
         )
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    return repr(values[name]) if name in values else _MISSING
+
+
+def _difference(name: str, before: str, now: str) -> str:
+    if any(_DIGEST.fullmatch(each.strip("'")) for each in (before, now)):
+        return f"{name} changed"
+    return f"{name} was {before} and is {now}"
+
+
+def _listed(directory: Path) -> list[str]:
+    with suppress(OSError):
+        return os.listdir(directory)
+    return []
 
 
 def _fingerprint(folder: Path) -> str | None:

@@ -11,6 +11,8 @@ from models import pixels, tiny_vit
 from transformers import AutoModelForImageClassification
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig
+from optimum_mixrank.pipeline.saving import record_evaluation
+from optimum_mixrank.reporting import CompressionReport
 
 
 PIXELS = pixels(4)
@@ -164,6 +166,28 @@ def test_files_of_the_users_in_the_folder_for_the_progress_stay(tmp_path, name):
     with pytest.raises((FileExistsError, ValueError), match=r"holds other files|is damaged"):
         compress(tmp_path / "out", images, resume_directory=run)
     assert (run / name).read_text() == "mine" and not images.read
+
+
+@pytest.mark.parametrize(
+    ("new", "is_added"),
+    [
+        ({"num_images": 8, "agreement": 1.0, "kl": 0.01}, False),
+        ({"num_images": 9000, "agreement": 1.0, "kl": 0.01}, False),
+        ({"num_images": 8, "top1": 0.8, "reference_top1": 0.8, "agreement": 1.0}, False),
+        ({"num_images": 2000, "top1": 0.8, "reference_top1": 0.8, "agreement": 1.0}, True),
+    ],
+    ids=["fewer_unlabelled", "unlabelled", "fewer", "as_many"],
+)
+def test_an_evaluation_that_says_less_replaces_none(tmp_path, caplog, new, is_added):
+    compress(tmp_path)
+    original = CompressionReport.load(tmp_path).model_name
+    much = {"num_images": 2000, "top1": 0.9, "reference_top1": 0.9, "agreement": 0.99, "kl": 0.01}
+    assert record_evaluation(tmp_path, {"num_images": 8, "agreement": 1.0}, original)
+    assert record_evaluation(tmp_path, much, original)
+    assert record_evaluation(tmp_path, new, original) == is_added
+    assert CompressionReport.load(tmp_path).evaluation == (new if is_added else much)
+    assert ("| top-1 accuracy | 90.00" in (tmp_path / "README.md").read_text()) != is_added
+    assert ("keeps the evaluation on 2,000 images" in caplog.text) != is_added
 
 
 def test_no_path_of_this_machine_is_saved(tmp_path):
