@@ -133,7 +133,7 @@ def configured_shape(model: nn.Module) -> tuple[int, ...]:
             return getattr(each, "num_channels", 3), *pair
     raise ValueError(
         f"The configuration of {type(model).__name__} has image_size={sizes[0][1]!r}, which is not an "
-        "image size; pass `pixel_values_shape=(channels, height, width)`."
+        "image size; pass `pixel_values_shape=…`."
     )
 
 
