@@ -17,6 +17,8 @@ from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
     PreTrainedModel,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     SwinConfig,
     SwinForImageClassification,
     Swinv2Config,
@@ -64,6 +66,14 @@ def tiny_swinv2(**changes) -> PreTrainedModel:
         Swinv2Config,
         {**sizes, "window_size": 4, "mlp_ratio": 2.0, "num_labels": 5, **changes},
     )
+
+
+def segformer() -> PreTrainedModel:
+    """Four stages of one block, whose configuration names no size of images; 5 classes."""
+    sizes = {"depths": [1] * 4, "hidden_sizes": [16, 16, 32, 32], "num_attention_heads": [1, 1, 2, 2]}
+    torch.manual_seed(0)
+    config = SegformerConfig(**sizes, decoder_hidden_size=16, mlp_ratios=[2] * 4, num_labels=5)
+    return SegformerForSemanticSegmentation(config).eval()
 
 
 def compressed(model, layout, **changes) -> PreTrainedModel:

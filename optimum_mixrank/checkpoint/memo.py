@@ -21,7 +21,9 @@ class Memo:
     """Keeps a map for as long as the parameters that it was made from exist and stay as they are.
 
     It is never copied or pickled. A change through `.data`, which PyTorch does not count, goes unnoticed until `clear` is
-    called.
+    called. Nothing is kept of parameters whose changes are not counted at all: those that have a gradient, since fused
+    optimizers do not count their steps; those in memory shared with other processes, which count their own changes only;
+    and those made in inference mode.
     """
 
     _known: _Known | None = None
@@ -36,12 +38,12 @@ class Memo:
         known = self._known
         if known is not None and known.is_of(sources):
             return known.result
+        self.clear()
         # Ordinary tensors, which a later pass with gradients may use.
         with torch.inference_mode(False), torch.no_grad():
             result = make()
-        # Changes of tensors made for inference are not counted; other kinds of tensors are those of a trace.
-        is_counted = not any(each.is_inference() for each in sources)
-        if is_counted and type(result.weight) is Tensor and not result.weight.is_meta:
+        # Other kinds of tensors are those of a trace.
+        if _is_counted(sources) and type(result.weight) is Tensor and not result.weight.is_meta:
             self._known = _Known(sources, result, weakref.ref(self))
         return result
 
@@ -84,9 +86,18 @@ class _Known:
             return False
         # In a loop, since this is done for every layer in every pass.
         for (known, version, address), each in zip(self._sources, sources, strict=True):
-            if each._version != version or each.data_ptr() != address or known() is not each:
+            if each.grad is not None or each._version != version or each.data_ptr() != address or known() is not each:
                 return False
         return True
+
+
+def _is_counted(sources: Sequence[Tensor]) -> bool:
+    """Return whether PyTorch counts all changes of these parameters."""
+    # On a GPU all memory can be shared.
+    return not any(
+        each.is_inference() or each.grad is not None or (each.device.type == "cpu" and each.is_shared())
+        for each in sources
+    )
 
 
 def _forgetting(memo: weakref.ref[Memo]) -> Callable[[Any], None]:

@@ -121,13 +121,14 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return parsed
 
 
-def load_image_processor(path: str | Path, hub_kwargs: dict[str, Any]) -> Any:
-    """Return the image processor of a checkpoint, or None, with a warning, if it has none."""
+def load_image_processor(path: str | Path, hub_kwargs: dict[str, Any], *, needed: bool = True) -> Any:
+    """Return the image processor of a checkpoint, or None, with a warning if it is needed, if it has none."""
     try:
         return transformers.AutoImageProcessor.from_pretrained(path, **hub_kwargs)
     except (OSError, ValueError) as error:
-        logger.warning(
-            f"{str(path)!r} has no usable image processor ({error}). Images cannot be prepared; pass "
-            "`image_processor=…`, or calibrate with batches of `pixel_values`."
-        )
+        if needed:
+            logger.warning(
+                f"{str(path)!r} has no usable image processor ({error}). Images cannot be prepared; pass "
+                "`image_processor=…`, or calibrate with batches of `pixel_values`."
+            )
         return None

@@ -34,7 +34,7 @@ class PivotedLinear(FactoredLinear):
     then costs as many multiply-adds as values are stored. Otherwise it reorders the rows of `[I; C]` instead, which takes
     less time and memory for activations in spite of `rank²` more multiply-adds per token. Without gradients of its
     parameters, the layer keeps this matrix of `out_features · rank` values from one pass to the next, until its parameters
-    change or are trained, the layer is moved, or its mode is set by `train()` or `eval()`.
+    change or are trained, the layer is moved, or its mode is set by `train()` or `eval()`; see `Memo`.
 
     Args:
         in_features: Size of each input, `n`.
@@ -163,9 +163,15 @@ class PivotedLinear(FactoredLinear):
             memo.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PivotedLinear:
-        super()._apply(fn, recurse)
+        # Before, since PyTorch cannot exchange the contents of parameters that are referred to weakly.
         self._memo.clear()
+        super()._apply(fn, recurse)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # For the same reason.
+        self._memo.clear()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _order_on(self, device: torch.device) -> Tensor:
         """Return `order` on a device, where it stays unless that is the meta device."""

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.formatting import format_milliseconds
-from .command import MixRankSubcommand, add_hub_arguments, checked_device, default_device, load_checkpoint
+from .command import (
+    MixRankSubcommand,
+    add_hub_arguments,
+    checked_device,
+    default_device,
+    hub_arguments,
+    load_checkpoint,
+)
+from .images import add_image_size_argument, check_image_size, named_shape
 
 
 if TYPE_CHECKING:
@@ -60,7 +68,7 @@ With --table, time the layers of a dense model instead, at several ranks and wid
         )
         batches = "images per forward pass; default: 1 32, or 1 with --table, which takes a single value"
         add("--batch-size", type=int, nargs="+", help=batches)
-        add("--image-size", type=int, help="height and width of the images in pixels; default: that of the model")
+        add_image_size_argument(parser)
         interpolate = "interpolate position embeddings; default: if --image-size is given and the model can"
         add("--interpolate-pos-encoding", action=BooleanOptionalAction, default=None, help=interpolate)
         add("--device", help="cpu, cuda, mps, …; default: a GPU if there is one")
@@ -118,8 +126,9 @@ With --table, time the layers of a dense model instead, at several ranks and wid
         from ..evaluation.latency import MIN_REPEATS
 
         args = self.args
+        check_image_size(args)
         given = [("--batch-size", size) for size in args.batch_size]
-        given += [("--image-size", args.image_size), ("--threads", args.threads), ("--warmup", args.warmup)]
+        given += [("--threads", args.threads), ("--warmup", args.warmup)]
         for option, value in given:
             if value is not None and value < 1:
                 raise ValueError(f"{option} {value} is not positive.")
@@ -129,7 +138,7 @@ With --table, time the layers of a dense model instead, at several ranks and wid
             if args.runtime is not None:
                 raise ValueError(f"--runtime {args.runtime} has no effect without --table; leave it out.")
             return
-        for option in ("reference", "image_size", "interpolate_pos_encoding"):
+        for option in ("reference", "interpolate_pos_encoding"):
             if getattr(args, option) is not None:
                 raise ValueError(f"--{option.replace('_', '-')} has no effect with --table; leave it out.")
         if len(args.batch_size) > 1:
@@ -157,7 +166,13 @@ With --table, time the layers of a dense model instead, at several ranks and wid
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         model = load_checkpoint(args, args.model, parse_dtype(args.dtype)).to(device).eval()
-        table = measure_latency_table(model, args.batch_size[0], runtime=runtime, repeats=args.repeats)
+        table = measure_latency_table(
+            model,
+            args.batch_size[0],
+            runtime=runtime,
+            pixel_values_shape=self._shape(model),
+            repeats=args.repeats,
+        )
         save_latency_table(table, args.table)
         return _table_text(table, args.table), table.to_dict()
 
@@ -202,15 +217,22 @@ With --table, time the layers of a dense model instead, at several ranks and wid
         device = checked_device(args.device or default_device())
         return {MODEL: model.to(device).eval(), REFERENCE: reference.to(device).eval()}
 
+    def _shape(self, model: PreTrainedModel) -> tuple[int, ...]:
+        """Return the shape of an image, `(channels, height, width)`."""
+        from ..checkpoint.original import load_image_processor
+        from ..deployment.image_part import image_shape
+
+        processor = load_image_processor(self.args.model, hub_arguments(self.args), needed=False)
+        return image_shape(model, processor, named_shape(self.args, model))
+
     def _inputs(self, model: PreTrainedModel) -> tuple[Sequence[int], dict[str, Any]]:
         """Return the shape of an image, and the arguments of the models for a single random image."""
         import torch
 
-        from ..runtime.forward import configured_shape
         from ..runtime.outputs import ModelCall
 
         size, interpolate = self.args.image_size, self.args.interpolate_pos_encoding
-        shape = configured_shape(model) if size is None else (getattr(model.config, "num_channels", 3), size, size)
+        shape = self._shape(model)
         if interpolate:
             ModelCall(interpolate_pos_encoding=True).check(model)
         takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters

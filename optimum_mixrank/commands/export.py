@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import MixRankSubcommand, add_hub_arguments, hub_arguments, load_checkpoint
-from .images import add_image_arguments, read_images
+from .images import add_image_arguments, add_image_size_argument, check_image_size, named_shape, read_images
 
 
 class ExportCommand(MixRankSubcommand):
@@ -40,6 +40,7 @@ examples:
             help="export pivoted layers as plain factors, which are faster and larger",
         )
         add("--overwrite", action="store_true", help="replace what the output folder holds")
+        add_image_size_argument(parser)
         add_image_arguments(parser, "for the ranges of 8-bit activations", 128, "train, validation")
         add_hub_arguments(parser)
 
@@ -50,14 +51,17 @@ examples:
 
         from ..checkpoint.original import load_image_processor
         from ..checkpoint.saving import ORIGINAL, writable_directory
-        from ..deployment.export import export_model
+        from ..deployment.export import checked_runtime, export_model
 
         if args.dataset is not None and not args.int8:
             raise ValueError(
                 "--dataset names images for the ranges of 8-bit activations; add --int8, or leave it out."
             )
+        check_image_size(args)
+        checked_runtime(args.runtime, args.int8)
         writable_directory(args.output, args.overwrite, sources={ORIGINAL: [args.model]})
         model = load_checkpoint(args, args.model, torch.float32, complete=True)
+        shape = named_shape(args, model)
         image_processor = load_image_processor(args.model, hub_arguments(args))
         calibration = None
         if args.dataset is not None:
@@ -71,6 +75,7 @@ examples:
             calibration=calibration,
             plain_factors=args.plain_factors,
             image_processor=image_processor,
+            pixel_values_shape=shape,
             overwrite=args.overwrite,
         )
         values = {

@@ -23,6 +23,33 @@ def add_image_arguments(parser: ArgumentParser, purpose: str, num_samples: int, 
     add("--batch-size", type=int, default=8, help="images per forward pass; default: 8")
 
 
+def add_image_size_argument(parser: ArgumentParser) -> None:
+    """Declare the option of `named_shape`."""
+    size = "height and width of the images, or one number for both; default: as the model or its image processor says"
+    parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help=size)
+
+
+def check_image_size(args: Any) -> None:
+    """Check `--image-size`, before any work.
+
+    Raises:
+        ValueError: if it is no size.
+    """
+    size = args.image_size
+    if size is not None and (len(size) > 2 or min(size) < 1):
+        raise ValueError(
+            f"--image-size {' '.join(map(str, size))} is not a height and a width, or one number for both."
+        )
+
+
+def named_shape(args: Any, model: PreTrainedModel) -> tuple[int, int, int] | None:
+    """Return the shape of images that `--image-size` asks for, `(channels, height, width)`, or None."""
+    from ..runtime.forward import configured_channels
+
+    size = args.image_size
+    return None if size is None else (configured_channels(model), size[0], size[-1])
+
+
 def read_images(
     args: Any, model: PreTrainedModel, image_processor: Any, default_splits: tuple[str, ...], labelled: bool = True
 ) -> ImageBatches:

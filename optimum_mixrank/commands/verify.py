@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .command import FAILED, MixRankSubcommand, add_hub_arguments, hub_arguments, load_checkpoint
-from .images import add_image_arguments, read_images
+from .images import add_image_arguments, add_image_size_argument, check_image_size, named_shape, read_images
 
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ examples:
         add("--max-difference", type=float, help="largest difference, absolute or relative to the largest output")
         add("--min-agreement", type=float, help="smallest share of images with the same predicted class")
         add("--max-kl", type=float, help="largest mean KL divergence, in nats; defaults depend on the precision")
+        add_image_size_argument(parser)
         add_image_arguments(parser, "to compare on; default: random pixels", 256, "validation, test")
         add_hub_arguments(parser)
 
@@ -53,19 +55,30 @@ examples:
         """See `MixRankSubcommand`."""
         import torch
 
+        from ..checkpoint.original import load_image_processor
+        from ..deployment.preprocessing import preprocessing_problems
         from ..deployment.verify import LIMITS, Limits, precision_of, verify_model
 
         args = self.args
         if (args.exported is None) == (args.dtype is None):
             raise ValueError("Name what to compare the checkpoint with: --exported, or --dtype float16 or bfloat16.")
+        check_image_size(args)
+        if args.dataset is not None and args.image_size is not None:
+            raise ValueError(
+                "--image-size has no effect with --dataset, whose images the image processor prepares; leave it out."
+            )
         source = load_checkpoint(args, args.model, torch.float32, complete=True).eval()
         exported = self._exported()
         given = (args.max_difference, args.min_agreement, args.max_kl)
         limits = LIMITS[precision_of(exported)] if given == (None, None, None) else Limits(*given)
-        result = verify_model(source, exported, self._batches(source), limits=limits)
+        processor = load_image_processor(args.model, hub_arguments(args), needed=args.dataset is not None)
+        result = verify_model(source, exported, self._batches(source, processor), limits=limits)
+        if args.exported is not None:
+            others = preprocessing_problems(processor, args.exported)
+            result = replace(result, problems=(*result.problems, *others))
         values, lines = result.to_dict(), _lines(result)
         if args.dtype is not None:
-            found = self._range(source, exported)
+            found = self._range(source, exported, processor)
             values |= found
             lines += [f"{name.replace('_', ' '):<22}{value}" for name, value in found.items()]
         self.exit_code = 0 if result.is_ok else FAILED
@@ -86,29 +99,29 @@ examples:
             return open_exported(args.exported)
         return load_checkpoint(args, args.exported, "auto", complete=True).eval()
 
-    def _batches(self, source: PreTrainedModel) -> Iterable[Batch]:
+    def _batches(self, source: PreTrainedModel, processor: Any) -> Iterable[Batch]:
         """Return the images that the options name, or random pixels."""
         from ..calibration.images.batches import Batch
-        from ..checkpoint.original import load_image_processor
+        from ..deployment.image_part import image_shape
         from ..deployment.verify import random_pixels
         from ..runtime.logging import get_logger
 
         args = self.args
         if args.dataset is not None:
-            processor = load_image_processor(args.model, hub_arguments(args))
             return read_images(args, source, processor, ("validation", "test"))
         get_logger(__name__).warning(
             "Comparing on random pixels, which say little about half precision and int8; name images with --dataset."
         )
-        return [Batch(part) for part in random_pixels(source).split(args.batch_size)]
+        shape = image_shape(source, processor, named_shape(args, source))
+        return [Batch(part) for part in random_pixels(source, pixel_values_shape=shape).split(args.batch_size)]
 
-    def _range(self, source: nn.Module, half: nn.Module) -> dict[str, Any]:
+    def _range(self, source: PreTrainedModel, half: nn.Module, processor: Any) -> dict[str, Any]:
         """Return where half precision overflows, and how much of its range is used."""
         import torch
 
         from ..deployment.overflow import find_largest_activation, find_overflow
 
-        batch = next(iter(self._batches(source))).pixel_values
+        batch = next(iter(self._batches(source, processor))).pixel_values
         dtype = next(each.dtype for each in half.parameters() if each.is_floating_point())
         largest = find_largest_activation(source, batch)
         share = largest.value / torch.finfo(dtype).max

@@ -23,6 +23,7 @@ OPTIONS = {
     "max_memory": "--max-memory",
     "num_workers": "--num-workers",
     "overwrite": "--overwrite",
+    "pixel_values_shape": "--image-size",
     "runtime": "--runtime",
     "save_directory": "--output",
     "split": "--split",

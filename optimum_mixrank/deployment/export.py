@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from ..checkpoint.plain_factors import to_plain_factors
 from ..checkpoint.saving import writable_directory
 from ..runtime.files import explained_no_space, flush_tree
 from ..runtime.folders import can_be_renamed, remove_leftovers, resolved, staging_folder
-from ..runtime.forward import configured_shape, evaluation_mode
+from ..runtime.forward import evaluation_mode
 from ..runtime.registry import RUNTIMES
-from .image_part import image_part
+from .image_part import image_part, image_shape
 from .target import Runtime
 
 
@@ -52,6 +52,7 @@ def export_model(
     calibration: Iterable[Tensor] | None = None,
     plain_factors: bool = False,
     image_processor: Any = None,
+    pixel_values_shape: Sequence[int] | None = None,
     overwrite: bool = False,
 ) -> ExportResult:
     """Write a model, compressed or dense, to a folder for a runtime; it takes batches of any size.
@@ -72,6 +73,8 @@ def export_model(
         plain_factors: Whether pivoted layers become plain factors, see `to_plain_factors`: somewhat faster, with `rank²`
             more values each. With `int8` they always do.
         image_processor: The image processor whose configuration is written beside the model.
+        pixel_values_shape: Shape of the images, `(channels, height, width)`; default: as the configuration of the model
+            says or, where it leaves the size open, as the image processor makes them.
         overwrite: Whether the folder may hold files; those of other names stay there.
 
     Raises:
@@ -79,24 +82,22 @@ def export_model(
         ImportError: if the runtime is not installed.
         ValueError: for an unknown runtime, one without int8, calibration without int8, or a model that cannot be exported.
     """
-    writer = RUNTIMES.create(runtime)
-    writer.check_packages(["nncf"] if int8 and runtime == "openvino" else [])
+    writer = checked_runtime(runtime, int8)
     if calibration is not None and not int8:
         raise ValueError("Images are for ranges of 8-bit activations; ask for int8 too, or leave them out.")
-    if int8 and type(writer).quantize is Runtime.quantize:
-        raise ValueError(f"runtime={runtime!r} has no int8 here; choose 'onnx' or 'openvino', or leave int8 out.")
     _check_model(model)
-    source = image_part(model)
+    shape = image_shape(model, image_processor, pixel_values_shape)
+    source = image_part(model, shape)
     destination = writable_directory(output, overwrite)
     _check_no_checkpoint(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     if int8 or plain_factors:
-        source = image_part(to_plain_factors(copy.deepcopy(model), rotated=int8))
+        source = image_part(to_plain_factors(copy.deepcopy(model), rotated=int8), shape)
     inside = destination.is_dir() or not can_be_renamed(destination)
     remove_leftovers(destination)
     with explained_no_space(destination), staging_folder(destination, inside) as folder:
         try:
-            quantized = _write(writer, source, folder, int8, calibration)
+            quantized = _write(writer, source, shape, folder, int8, calibration)
             num_bytes = sum(file.stat().st_size for file in folder.iterdir())
             _write_configurations(model, image_processor, folder)
             flush_tree(folder)
@@ -104,6 +105,20 @@ def export_model(
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return ExportResult(resolved(output) / writer.file_name, runtime, quantized, num_bytes)
+
+
+def checked_runtime(name: str, int8: bool = False) -> Runtime:
+    """Return a runtime that can be written for here.
+
+    Raises:
+        ImportError: if it is not installed.
+        ValueError: if it is unknown, or has no int8.
+    """
+    runtime = RUNTIMES.create(name)
+    if int8 and type(runtime).quantize is Runtime.quantize:
+        raise ValueError(f"runtime={name!r} has no int8 here; choose 'onnx' or 'openvino', or leave int8 out.")
+    runtime.check_packages(["nncf"] if int8 and name == "openvino" else [])
+    return runtime
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -130,12 +145,17 @@ def _check_no_checkpoint(folder: Path) -> None:
 
 
 def _write(
-    writer: Runtime, model: nn.Module, folder: Path, int8: bool, calibration: Iterable[Tensor] | None
+    writer: Runtime,
+    model: nn.Module,
+    shape: Sequence[int],
+    folder: Path,
+    int8: bool,
+    calibration: Iterable[Tensor] | None,
 ) -> str | None:
     """Write the model into a folder; return what was quantized."""
     generator = torch.Generator().manual_seed(0)
     # PyTorch takes a dimension of size one for a constant.
-    pixel_values = torch.randn(2, *configured_shape(model), generator=generator)
+    pixel_values = torch.randn(2, *shape, generator=generator)
     file = folder / writer.file_name
     if not int8:
         with evaluation_mode(model):

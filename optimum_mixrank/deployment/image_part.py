@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from ..runtime.forward import black_image, evaluation_mode
+from ..runtime.forward import black_image, configured_shape, evaluation_mode
 from ..runtime.inputs import ModelInputs
 from ..runtime.output_fields import field_of
 from ..runtime.outputs import ModelCall
@@ -41,8 +42,36 @@ class ImagePart(nn.Module):
         raise ValueError(f"`{FEATURES[0]}` returns no tensor for a batch of images of one size.")
 
 
-def image_part(model: nn.Module) -> nn.Module:
+def image_shape(
+    model: nn.Module, image_processor: Any = None, pixel_values_shape: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Return the shape of the images that a file is for, `(channels, height, width)`.
+
+    Args:
+        model: The model.
+        image_processor: Its image processor, which says what the configuration of the model may leave open.
+        pixel_values_shape: What the user asks for; None leaves it to the model and its image processor.
+
+    Raises:
+        ValueError: if neither says it, or what the user asks for is no shape.
+    """
+    if pixel_values_shape is not None:
+        return tuple(black_image(model, pixel_values_shape).shape[1:])
+    try:
+        return configured_shape(model)
+    except ValueError as error:
+        if image_processor is None:
+            raise ValueError(f"{str(error).rstrip('.')}, or pass `pixel_values_shape=…`.") from None
+    square = Image.new("RGB", (256, 256))
+    return tuple(image_processor(images=square, return_tensors="pt")["pixel_values"].shape[1:])
+
+
+def image_part(model: nn.Module, pixel_values_shape: Sequence[int] | None = None) -> nn.Module:
     """Return the model itself if it runs on images alone, else its `ImagePart`.
+
+    Args:
+        model: The model.
+        pixel_values_shape: Shape of an image to try it on, `(channels, height, width)`; default: as its configuration says.
 
     Raises:
         ValueError: if neither runs on a batch of images; the message names the part to export.
@@ -51,8 +80,8 @@ def image_part(model: nn.Module) -> nn.Module:
         return model
     name = type(model).__name__
     try:
-        call = ModelCall().bound(model)
-        images = black_image(model).repeat(2, 1, 1, 1)
+        image = black_image(model, pixel_values_shape)
+        call, images = ModelCall().bound(model, ModelInputs(image)), image.repeat(2, 1, 1, 1)
     except ValueError as error:
         raise ValueError(f"{name} cannot be exported, since a file takes images of one size alone: {error}") from error
     if call.part == WHOLE and not call.with_text:

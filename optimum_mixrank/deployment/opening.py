@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..runtime.formatting import shorten
 from ..runtime.registry import RUNTIMES
 from .target import ExportedModel
 
@@ -43,7 +44,7 @@ def open_exported(path: str | Path) -> ExportedModel:
     Raises:
         FileNotFoundError: if there is no such file.
         ImportError: if the runtime is not installed.
-        ValueError: if it is another kind of file, or a model that takes more than images.
+        ValueError: if it is another kind of file, one that is damaged, or a model that takes more than images.
     """
     found = find_exported(path)
     if found is None:
@@ -51,4 +52,13 @@ def open_exported(path: str | Path) -> ExportedModel:
     name, file = found
     runtime = RUNTIMES.create(name)
     runtime.check_packages()
-    return runtime.open(file)
+    try:
+        return runtime.open(file)
+    except (ImportError, MemoryError, ValueError):
+        raise
+    except Exception as error:
+        # Every runtime has exceptions of its own for files that it cannot read.
+        raise ValueError(
+            f"{str(file)!r} cannot be opened: it is damaged, or lacks files that belong to it; export the model again. "
+            f"({shorten(str(error))})"
+        ) from error

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import io
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.logging import is_progress_bar_enabled
 
 from ..runtime.registry import RUNTIMES
 from .target import ExportedModel, Runtime, exported_program, named_precision, output_names
@@ -44,15 +49,30 @@ class OpenVinoRuntime(Runtime):
         import openvino
 
         model = openvino.Core().read_model(file)
-        if batches is None:
-            quantized = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
-        else:
-            images = [image.float().numpy()[None] for batch in batches for image in batch]
-            quantized = nncf.quantize(
-                model, nncf.Dataset(images), subset_size=len(images), model_type=nncf.ModelType.TRANSFORMER
-            )
+        images = None if batches is None else [image.float().numpy()[None] for batch in batches for image in batch]
+        with _stdout_left_alone():
+            if images is None:
+                quantized = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+            else:
+                quantized = nncf.quantize(
+                    model, nncf.Dataset(images), subset_size=len(images), model_type=nncf.ModelType.TRANSFORMER
+                )
         openvino.save_model(quantized, target, compress_to_fp16=False)
         return "weights" if batches is None else "weights and activations"
+
+
+@contextmanager
+def _stdout_left_alone() -> Iterator[None]:
+    """Put what NNCF prints to stderr, since stdout is for results; nowhere if progress bars are not wanted."""
+    shown, logger = sys.stderr if is_progress_bar_enabled() else io.StringIO(), logging.getLogger("nncf")
+    # They write to what was stdout when NNCF was imported.
+    handlers = logger.handlers
+    logger.handlers = [logging.StreamHandler(shown)]
+    try:
+        with redirect_stdout(shown):
+            yield
+    finally:
+        logger.handlers = handlers
 
 
 class _OpenVinoModel(ExportedModel):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..calibration.images.batches import Batch
 from ..runtime.fidelity import agreement, kl_divergence
+from ..runtime.formatting import shorten
 from ..runtime.forward import configured_shape, evaluation_mode
 from ..runtime.output_fields import fields_of
 from ..runtime.outputs import ModelOutput, select_output
@@ -99,26 +101,32 @@ def verify_model(
     Raises:
         ValueError: if there are no images, the precision is unknown, or the outputs cannot be compared.
     """
-    source = image_part(source)
     precision = precision_of(exported) if precision is None else precision
     if precision not in LIMITS:
         raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(map(repr, LIMITS))}.")
+    remaining = iter(batches)
+    first = next(remaining, None)
+    if first is None:
+        raise ValueError("There are no images to compare the models on; the dataset is empty or has been used up.")
+    source = image_part(source, first.pixel_values.shape[1:])
     sums = _Sums()
     with evaluation_mode(source), evaluation_mode(exported):
-        for batch in batches:
+        for batch in chain([first], remaining):
             given = source(pixel_values=batch.pixel_values.float())
             expected = _select(given, source, batch.num_images)
-            output = exported(pixel_values=_as_input(batch.pixel_values, exported))
+            output = _outputs(exported, _as_input(batch.pixel_values, exported))
             found = _select(_with_names(output, given), source, batch.num_images)
             sums.add(expected, found, batch.labels)
-    if not sums.num_images:
-        raise ValueError("There are no images to compare the models on; the dataset is empty or has been used up.")
     return sums.judged(precision, LIMITS[precision] if limits is None else limits)
 
 
-def random_pixels(model: nn.Module, count: int = 32) -> Tensor:
-    """Return normally distributed images of the size that a model takes, `[count, channels, height, width]`."""
-    return torch.randn(count, *configured_shape(model), generator=torch.Generator().manual_seed(0))
+def random_pixels(model: nn.Module, count: int = 32, pixel_values_shape: Sequence[int] | None = None) -> Tensor:
+    """Return normally distributed images of the size that a model takes, `[count, channels, height, width]`.
+
+    The shape `(channels, height, width)` is by default that of the model's configuration; `ValueError` if it has none.
+    """
+    shape = configured_shape(model) if pixel_values_shape is None else pixel_values_shape
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def precision_of(model: nn.Module) -> str:
@@ -133,6 +141,19 @@ def precision_of(model: nn.Module) -> str:
 def _as_input(pixel_values: Tensor, model: nn.Module) -> Tensor:
     parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     return pixel_values.to(parameters[0].dtype) if parameters else pixel_values.float()
+
+
+def _outputs(model: nn.Module, pixel_values: Tensor) -> Any:
+    try:
+        return model(pixel_values=pixel_values)
+    except MemoryError:
+        raise
+    except Exception as error:
+        size = " x ".join(map(str, pixel_values.shape[1:]))
+        raise ValueError(
+            f"The exported model does not run on images of {size}, on which its source runs: it is another model, or was "
+            f"exported for images of another size. ({shorten(str(error))})"
+        ) from error
 
 
 def _with_names(output: Any, given: Any) -> Any:

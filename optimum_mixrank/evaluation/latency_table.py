@@ -24,8 +24,10 @@ from ..checkpoint.modeling import replace_module
 from ..checkpoint.rank_map import LAYOUT_NAMES
 from ..runtime.files import replaced_file
 from ..runtime.formatting import quote
-from ..runtime.forward import black_image, configured_shape, evaluation_mode
+from ..runtime.forward import black_image, evaluation_mode
+from ..runtime.inputs import ModelInputs
 from ..runtime.logging import get_logger
+from ..runtime.outputs import ModelCall
 from ..runtime.phases import phase
 from ..runtime.version import __version__
 from .flops import tokens_per_image
@@ -65,6 +67,7 @@ def measure_latency_table(
     batch_size: int = 1,
     *,
     runtime: str = "eager",
+    pixel_values_shape: Sequence[int] | None = None,
     layouts: Sequence[str] = LAYOUT_NAMES,
     repeats: int = 9,
     min_seconds: float = 0.005,
@@ -80,6 +83,7 @@ def measure_latency_table(
         model: The dense model; left as it was.
         batch_size: Images per forward pass.
         runtime: `"eager"`, `"compile"` (`torch.compile`) or `"onnxruntime"` (on the CPU).
+        pixel_values_shape: `(channels, height, width)` of an image; default: as the configuration of the model says.
         layouts: Layouts of factored layers to measure.
         repeats: Turns, at least 6.
         min_seconds: Shortest time of a turn of a sample, which runs as often as it takes.
@@ -95,13 +99,16 @@ def measure_latency_table(
     if not layouts or not set(layouts) <= set(LAYOUT_NAMES):
         raise ValueError(f"layouts={layouts!r} is not a list of {', '.join(map(repr, LAYOUT_NAMES))}.")
     check_runtime(runtime, model.device)
-    linears = encoder_linears(model)
-    tokens = tokens_per_image(model, [target.name for target in linears])
-    sites = find_sites(model, linears, ["shared", "width"])
+    image = black_image(model, pixel_values_shape)
+    call = ModelCall(example=ModelInputs(image))
+    linears = encoder_linears(model, call)
+    tokens = tokens_per_image(model, [target.name for target in linears], call=call)
+    sites = find_sites(model, linears, ["shared", "width"], call)
     mlps = [site for site in sites if isinstance(site, Mlp)]
-    activations = find_activations(model, mlps, black_image(model))
+    activations = find_activations(model, mlps, image)
     groups = sample_groups(linears, sites, tokens, {name: module for name, (_, module) in activations.items()})
-    timer = _Timer(model, batch_size, runtime, repeats, min_seconds, tuple(layouts))
+    shape = tuple(image.shape[1:])
+    timer = _Timer(model, batch_size, shape, runtime, repeats, min_seconds, tuple(layouts))
     with phase("Measured latencies") as measuring, evaluation_mode(model):
         timer.expect(groups)
         with _only_passing(
@@ -115,7 +122,7 @@ def measure_latency_table(
         rest_seconds=_outside(rest_share) * model_seconds,
         layers=tuple(_scaled(layer, model_seconds) for layer in layers),
         rank_multiple=timer.rank_multiple(),
-        conditions=_conditions(model, batch_size, runtime),
+        conditions=_conditions(model, batch_size, shape, runtime),
     )
 
 
@@ -158,6 +165,7 @@ class _Timer:
     Attributes:
         model: In evaluation mode.
         batch_size: Images per forward pass.
+        image_shape: `(channels, height, width)`.
         runtime: One of `RUNTIMES`.
         repeats: Number of turns.
         min_seconds: Shortest time of a turn of a sample.
@@ -166,6 +174,7 @@ class _Timer:
 
     model: PreTrainedModel
     batch_size: int
+    image_shape: tuple[int, ...]
     runtime: str
     repeats: int
     min_seconds: float
@@ -173,8 +182,7 @@ class _Timer:
 
     def __post_init__(self) -> None:
         self._steps: list[float] = []
-        shape = configured_shape(self.model)
-        image = torch.randn(self.batch_size, *shape, generator=torch.Generator().manual_seed(0))
+        image = torch.randn(self.batch_size, *self.image_shape, generator=torch.Generator().manual_seed(0))
         self._image = image.to(self.model.device, self.model.dtype)
         self._whole = runnable(_FirstOutput(self.model), self._image, self.runtime)
 
@@ -316,7 +324,7 @@ def _scaled(layer: LayerTimes, seconds: float) -> LayerTimes:
     return LayerTimes(**values)
 
 
-def _conditions(model: PreTrainedModel, batch_size: int, runtime: str) -> dict[str, Any]:
+def _conditions(model: PreTrainedModel, batch_size: int, image_shape: Sequence[int], runtime: str) -> dict[str, Any]:
     on_gpu = model.device.type == "cuda"
     packages = ["torch", "transformers", *(["onnxruntime"] if runtime == "onnxruntime" else [])]
     return {
@@ -326,7 +334,7 @@ def _conditions(model: PreTrainedModel, batch_size: int, runtime: str) -> dict[s
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": batch_size,
         "runtime": runtime,
-        "image_shape": list(configured_shape(model)),
+        "image_shape": list(image_shape),
         "model": type(model).__name__,
         "optimum-mixrank": __version__,
         **{name: version(name) for name in packages},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -108,14 +108,19 @@ def image_size_explained(model: nn.Module, pixel_values: torch.Tensor) -> Iterat
         ) from error
 
 
-def black_image(model: nn.Module) -> torch.Tensor:
+def black_image(model: nn.Module, pixel_values_shape: Sequence[int] | None = None) -> torch.Tensor:
     """Return an image of zeros, `[1, channels, height, width]`, on the model's device and in its dtype.
 
+    The shape `(channels, height, width)` defaults to `configured_shape`.
+
     Raises:
-        ValueError: if the configuration does not give its shape; see `configured_shape`.
+        ValueError: if the shape is malformed, or None and not configured.
     """
+    shape = configured_shape(model) if pixel_values_shape is None else tuple(pixel_values_shape)
+    if len(shape) != 3 or any(size < 1 for size in shape):
+        raise ValueError(f"pixel_values_shape={shape} is not (channels, height, width).")
     device, dtype = placement(model)
-    return torch.zeros(1, *configured_shape(model), device=device, dtype=dtype)
+    return torch.zeros(1, *shape, device=device, dtype=dtype)
 
 
 def configured_shape(model: nn.Module) -> tuple[int, ...]:

@@ -101,6 +101,49 @@ def test_a_changed_layer_computes_with_what_it_holds(change):
     assert_up_to_date(layer)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+def test_steps_of_fused_optimizers_are_noticed_though_pytorch_does_not_count_them(kind):
+    layer = layer_with_memo()
+    optimizer = kind(layer.parameters(), lr=1e-2, fused=True)
+    layer(inputs()).square().sum().backward()
+    # With gradients, as before a step, nothing can be kept.
+    assert_up_to_date(layer)
+    assert not layer.kept_tensors
+    optimizer.step()
+    assert_up_to_date(layer)
+    optimizer.zero_grad()
+    assert_up_to_date(layer)
+    assert layer.kept_tensors
+
+
+def test_what_was_kept_before_there_were_gradients_is_not_used_with_them():
+    layer = layer_with_memo()
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-2, fused=True)
+    assert_up_to_date(layer)
+    optimizer.step()
+    assert_up_to_date(layer)
+
+
+def test_what_other_processes_may_change_is_not_kept():
+    layer = layer_with_memo().share_memory()
+    assert_up_to_date(layer)
+    assert not layer.kept_tensors
+
+
+@pytest.mark.parametrize("convert", [lambda layer: layer.half().float(), loaded], ids=["cast", "loaded"])
+def test_contents_of_parameters_can_be_exchanged_after_inference(convert):
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    layer = layer_with_memo()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        convert(layer)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert_up_to_date(layer)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_a_converted_layer_computes_in_its_new_dtype(dtype):
     layer = layer_with_memo().to(dtype)

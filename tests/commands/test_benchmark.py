@@ -5,7 +5,7 @@ import json
 import pytest
 from allocation.tables import block_table
 from commands.calling import cli
-from models import compressed, tiny_vit
+from models import compressed, segformer, tiny_vit
 
 from optimum_mixrank.evaluation.latency_table import load_latency_table, save_latency_table
 
@@ -49,7 +49,7 @@ def test_from_a_measured_table_to_a_compressed_checkpoint(dense, tmp_path):
     ("arguments", "message"),
     [
         (("--batch-size", 1, 8), "--batch-size 1 8 names several sizes, but a table is for one"),
-        (("--image-size", 64), "--image-size has no effect with --table"),
+        (("--image-size", 64, 32, 16), "--image-size 64 32 16 is not a height and a width, or one number for both"),
         (("--reference", "other"), "--reference has no effect with --table"),
         (("--runtime", "fast"), "--runtime fast is unknown"),
         (("--compile", "--runtime", "eager"), "--compile contradicts --runtime eager"),
@@ -61,6 +61,15 @@ def test_tables_are_refused_before_work_starts(dense, tmp_path, arguments, messa
     table = tmp_path / "table.json"
     _, error = cli("benchmark", "--model", dense, "--table", table, "--device", "cpu", *arguments, code=1)
     assert message in error and not table.exists()
+
+
+def test_a_model_that_names_no_size_is_measured_at_the_one_given(tmp_path):
+    segformer().save_pretrained(tmp_path / "dense")
+    arguments = ("benchmark", "--model", tmp_path / "dense", "--table", tmp_path / "table.json", "--device", "cpu")
+    assert "pass --image-size" in cli(*arguments, code=1)[1]
+    table = json.loads(cli(*arguments, "--repeats", 6, "--image-size", 32, 64, "--json")[0])
+    assert table["conditions"]["image_shape"] == [3, 32, 64]
+    assert max(layer["tokens"] for layer in table["layers"]) == 8 * 16
 
 
 def test_what_cannot_be_measured(dense, tmp_path):

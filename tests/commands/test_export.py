@@ -1,12 +1,13 @@
 """`optimum-cli mixrank export` and `verify`."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from commands.calling import cli
-from models import IMAGE_SIZE, mixed, tiny_vit
+from models import IMAGE_SIZE, mixed, segformer, tiny_vit
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
@@ -80,6 +81,33 @@ def test_options_that_make_no_sense(checkpoint, exported):
     verify = ("verify", "--model", checkpoint)
     assert "Name what to compare the checkpoint with: --exported, or --dtype" in cli(*verify, code=1)[1]
     assert "--dtype float32 is not half precision" in cli(*verify, "--dtype", "float32", code=1)[1]
+
+
+def test_other_preprocessing_is_a_problem(checkpoint, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "out")
+    other = {"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "image_mean": [0, 0, 0]}
+    ViTImageProcessor(**other).save_pretrained(tmp_path / "out")
+    stdout, _ = cli("verify", "--model", checkpoint, "--exported", tmp_path / "out", code=1)
+    assert "broken: preprocessor_config.json beside the exported model has image_mean=[0, 0, 0]" in stdout
+
+
+def test_sizes_of_images_are_named(tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    segformer().save_pretrained(model)
+    export = ("export", "--model", model, "--output", out, "--runtime", "torch")
+    assert "pass --image-size" in cli(*export, code=1)[1]
+    cli(*export, "--image-size", 32, 64)
+    verify = ("verify", "--model", model, "--exported", out)
+    assert cli(*verify, "--image-size", 32, 64)[0].endswith("ok\n")
+    assert "does not run on images of 3 x 64 x 64" in cli(*verify, "--image-size", 64, code=1)[1]
+    assert "--image-size has no effect with --dataset" in cli(*verify, "--dataset", "x", "--image-size", 64, code=1)[1]
+    assert "--image-size 0 is not a height and a width" in cli(*verify, "--image-size", 0, code=1)[1]
+
+
+def test_the_runtime_is_checked_before_the_checkpoint_is_read(tmp_path):
+    export = ("export", "--model", tmp_path / "nothing", "--output", tmp_path / "out", "--runtime")
+    assert "--runtime tensorrt is unknown" in cli(*export, "tensorrt", code=1)[1]
+    assert "--runtime torch has no int8" in cli(*export, "torch", "--int8", code=1)[1]
 
 
 def test_images_for_ranges_need_no_labels(checkpoint, tmp_path):

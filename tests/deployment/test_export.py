@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from models import pixels
-from transformers import AutoConfig, ViTImageProcessor
+from models import pixels, segformer
+from transformers import AutoConfig, SegformerImageProcessor, ViTImageProcessor
 
 from optimum_mixrank import FactoredLinear, LowRankLinear, PivotedLinear, export_model, open_exported
 from optimum_mixrank.deployment.opening import find_exported
@@ -47,6 +47,24 @@ def test_layers_are_written_in_the_form_that_was_asked_for(one_model, plain_runt
 
 def second_factor(layer):
     return layer.second_factor().detach()
+
+
+def test_a_model_that_names_no_size_is_exported_for_the_one_given_or_that_of_its_processor(
+    plain_runtime, monkeypatch, tmp_path
+):
+    shapes = []
+    monkeypatch.setattr(
+        plain_runtime, "write", lambda self, model, images, file: shapes.append(tuple(images.shape[1:]))
+    )
+    model, processor = segformer(), SegformerImageProcessor(size={"height": 64, "width": 32})
+    with pytest.raises(ValueError, match="image_size=None, which is not an .*, or pass `pixel_values_shape=…`"):
+        export_model(model, tmp_path / "none", "plain")
+    export_model(model, tmp_path / "a", "plain", image_processor=processor)
+    export_model(model, tmp_path / "b", "plain", image_processor=processor, pixel_values_shape=[3, 32, 96])
+    assert shapes == [(3, 64, 32), (3, 32, 96)]
+    with pytest.raises(ValueError, match=r"pixel_values_shape=\(3, 0, 96\) is not \(channels, height, width\)"):
+        export_model(model, tmp_path / "c", "plain", pixel_values_shape=[3, 0, 96])
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_what_is_there_is_only_replaced_on_demand(one_model, plain_runtime, tmp_path):

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from models import mixed, pixels, tiny_vit
+from models import mixed, pixels, segformer, tiny_vit
 from torch import nn
 from transformers import ViTModel
 
@@ -118,3 +118,19 @@ def test_precision_is_that_of_the_weights(model):
     assert [named_precision(each) for each in (["FLOAT", "INT8"], ["f32", "f16"], ["f32", "i64"], [])] == [
         *("int8", "half", "float32", "float32")
     ]
+
+
+def test_images_for_which_the_file_was_not_made(model, batches):
+    class Other(Shifted):
+        def run(self, pixel_values):
+            raise RuntimeError("Got invalid dimensions for input")
+
+    with pytest.raises(ValueError, match=r"does not run on images of 3 x 32 x 32, .* another size. \(Got invalid dim"):
+        verify_model(model, Other(model, 0.0), batches)
+
+
+def test_a_model_that_names_no_size_takes_that_of_the_images():
+    model = segformer()
+    images = torch.randn(3, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    assert verify_model(model, Shifted(model, 0.0), [Batch(images)]).is_ok
+    assert random_pixels(model, 2, (3, 32, 64)).shape == (2, 3, 32, 64)
