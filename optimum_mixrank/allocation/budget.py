@@ -348,9 +348,10 @@ class RankBudget:
         if self.counts_time and self.compression_scope == "model":
             return self._too_fast(largest, minimum)
         reachable = (
-            f"The largest ratio that can be reached is {largest}; lower the ratio or these floors, or target more layers."
+            f"The largest ratio that can be reached is {largest}; lower the ratio or these floors, or "
+            f"{self._more_to_choose_from}."
             if largest > 0
-            else "No layer can shrink at all; lower these floors, or change the patterns."
+            else f"No layer can shrink at all; lower these floors, change the patterns, or {self._more_to_choose_from}."
         )
         return (
             f"compression_ratio={self.compression_ratio} (of the {self.compression_scope}) cannot be reached: the "
@@ -367,7 +368,7 @@ class RankBudget:
             f"{self.model_cost:,} {self.costs.unit} and keep at least {minimum:,} under min_rank={self.min_rank}, "
             f"min_rank_ratio={self.min_rank_ratio}, rank_multiple={self.rank_multiple} and the patterns; everything else "
             f"has {rest:,}. The smallest size that can be reached is target_parameters={rest + minimum}; give that or "
-            "more, lower these floors, or target more layers."
+            f"more, lower these floors, or {self._more_to_choose_from}."
         )
 
     def _too_fast(self, largest: float, minimum: int) -> str:
@@ -375,8 +376,8 @@ class RankBudget:
         rest = (self.model_cost - self._targeted) / self.model_cost
         smallest = round(1 - largest, 3)
         reachable = (
-            f"The smallest target_latency that can be reached is {smallest}; raise it, lower these floors, or target more "
-            "layers."
+            f"The smallest target_latency that can be reached is {smallest}; raise it, lower these floors, or "
+            f"{self._more_to_choose_from}."
             if largest > 0
             else "No layer can get faster at all; lower these floors, change the patterns, or measure the table again."
         )
@@ -386,6 +387,11 @@ class RankBudget:
             f"min_rank={self.min_rank}, min_rank_ratio={self.min_rank_ratio}, rank_multiple={self.rank_multiple} and the "
             f"patterns, and everything else takes {rest:.3f}. {reachable}"
         )
+
+    @property
+    def _more_to_choose_from(self) -> str:
+        """What else lets the layers become smaller."""
+        return "target more layers" if self.factored else "add 'rank' to structures"
 
     @property
     def counts_time(self) -> bool:

@@ -94,16 +94,24 @@ def _candidates(model: PreTrainedModel, layers: Iterable[nn.Module]) -> Iterator
             if isinstance(size, int):
                 yield position, "intermediate_size", now
             if isinstance(ratio, int | float):
-                value = ratio * now / before
-                # Multiplied by the width of the model and rounded down, it has to give the number of units.
-                yield from ((position, "mlp_ratio", each) for each in (value, math.nextafter(value, math.inf)))
+                yield from ((position, "mlp_ratio", each) for each in _ratios(ratio, now, before))
+
+
+def _ratios(ratio: float, now: int, before: int) -> Iterator[float]:
+    """Yield ratios that, multiplied by the width of the model and rounded down, may give `now` instead of `before` units."""
+    value = ratio * now / before
+    # DINOv2 and others accept whole numbers only under Transformers 5.
+    whole = round(value)
+    if isinstance(ratio, int) and whole > 0 and math.isclose(value, whole):
+        yield whole
+    yield from (value, math.nextafter(value, math.inf))
 
 
 def _shapes_with(model: PreTrainedModel, position: int, name: str, value: Any) -> dict[str, tuple[int, ...]] | None:
     """Return the shapes of a model of this class with a changed configuration; None if it cannot be built."""
     config = copy.deepcopy(model.config)
-    setattr(nested_configurations(config)[position], name, value)
     try:
+        setattr(nested_configurations(config)[position], name, value)
         with torch.device("meta"):
             return _shapes(type(model)(config))
     except Exception:

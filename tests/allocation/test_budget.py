@@ -9,7 +9,7 @@ from allocation.problems import TOWER
 
 from optimum_mixrank.allocation import ALLOCATORS
 from optimum_mixrank.allocation.budget import RankBudget
-from optimum_mixrank.allocation.specs import LayerSpec
+from optimum_mixrank.allocation.specs import LayerSpec, MlpSpec
 
 
 ALLOCATIONS = sorted(ALLOCATORS)
@@ -242,6 +242,16 @@ def test_the_ratio_that_an_error_names_is_the_largest_that_can_be_reached(seed):
             reachable = make_budget(layers, largest, **settings)
             reachable.check()
             assert total(layers, reachable.allocate(losses_of(layers), allocation).ranks) <= reachable.budget
+
+
+@pytest.mark.parametrize(("ratio", "largest"), [(0.5, "No layer can shrink at all"), (0.9, "The largest ratio .* is 0")])
+def test_few_structures_are_named_as_the_reason(ratio, largest):
+    layers = [LayerSpec("a", 32, 32), LayerSpec("first", 64, 32), LayerSpec("second", 32, 64)]
+    sites = [] if ratio == 0.5 else [MlpSpec("mlp", ("first",), "second")]
+    with pytest.raises(ValueError, match=f"{largest}.*or add 'rank' to structures"):
+        make_budget(layers, ratio, factored=False, sites=sites).check()
+    with pytest.raises(ValueError, match="or target more layers"):
+        make_budget(layers, 0.99, min_rank_ratio=0.5).check()
 
 
 def test_everything_dense_by_request():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoint.mixed import UNITS, mixed_model
 from models import pixels, tiny_deit, tiny_swin, tiny_vit
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2ForImageClassification
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig, to_dense
 from optimum_mixrank.checkpoint.entries import compressed_layers
@@ -95,6 +95,37 @@ def test_uniform_widths_give_an_ordinary_checkpoint(family, ratio, tmp_path):
     with torch.no_grad():
         assert torch.equal(reloaded(pixels()).logits, model(pixels()).logits)
     assert to_dense(model).config.to_dict() == family().config.to_dict()
+
+
+def dinov2():
+    """A tiny model whose `mlp_ratio` Transformers 5 accepts as a whole number only."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return Dinov2ForImageClassification(Dinov2Config(**sizes, mlp_ratio=4, num_labels=5)).eval()
+
+
+@pytest.mark.parametrize(("ratio", "units"), [(0.15, 144), (0.25, 120)], ids=["three quarters", "five eighths"])
+def test_a_ratio_that_has_to_be_a_whole_number(ratio, units, tmp_path):
+    config = MixRankConfig(
+        compression_ratio=ratio,
+        compression_scope="targets",
+        structures=["width"],
+        allocation="uniform",
+        compensation=[],
+        probed_images=0,
+    )
+    compressor = MixRankCompressor(dinov2())
+    model = compressor.compress(config, [pixels(16)], tmp_path)
+    widths = {layer.shape_after[1] for layer in compressor.report.layers if layer.shape_after != layer.shape}
+    assert units in widths
+    stored = json.loads((tmp_path / "config.json").read_text())
+    if units % 48 == 0:
+        assert "quantization_config" not in stored and repr(stored["mlp_ratio"]) == "3"
+    reloaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(reloaded(pixels()).logits, model(pixels()).logits)
+    # The compressed model in memory becomes the same.
+    assert to_dense(model, keep_widths=True).config.mlp_ratio == reloaded.config.mlp_ratio
 
 
 def test_without_fewer_units_they_are_dense():
