@@ -88,7 +88,7 @@ class Setting:
         return ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=10, **TINY)).eval()
 
     def attempt(self, name: str, measure: Callable[[], Any]) -> None:
-        """Keep what a measurement returns, or the error that it ends with; a full memory is no reason to stop."""
+        """Keep what a measurement returns, or the error that it ends with; running out of memory is no reason to stop."""
         try:
             self.keep(name, measure())
         except Exception as error:

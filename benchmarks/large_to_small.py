@@ -128,7 +128,7 @@ def measured(name: str, seed: int, args: argparse.Namespace, test: tuple[torch.T
     return {
         "model": name,
         "seed": seed,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": model.num_parameters(),
         "top1": float(correct.float().mean()),
         "seconds": round(seconds, 1),
         # One character per image, so that models can be compared image by image.

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from peak_memory import PeakMemory
+from support import seconds_of
 from transformers import PreTrainedModel
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig, load_image_dataset
@@ -121,7 +122,7 @@ def main() -> None:
         )
         batches = ImageBatches(dataset, image_processor=compressor.image_processor, batch_size=args.batch_size)
         images = [batch.pixel_values for batch in batches]
-        forward_seconds = timed(lambda images=images: model_outputs(compressor.model, images))
+        forward_seconds = seconds_of(lambda images=images: model_outputs(compressor.model, images))
         calibrations = {}
         for method, kept in todo:
             config = MixRankConfig(
@@ -272,13 +273,6 @@ def load_test(compressor: MixRankCompressor, args: argparse.Namespace) -> tuple[
 def logits_of(model: PreTrainedModel, batches: list[torch.Tensor]) -> torch.Tensor:
     """`[images, classes]`."""
     return torch.cat([output.logits for output in model_outputs(model, batches)])
-
-
-def timed(function) -> float:
-    """Wall time of a call in seconds."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:

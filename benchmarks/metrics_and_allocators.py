@@ -13,6 +13,8 @@ import json
 import time
 from pathlib import Path
 
+from support import table, write
+
 from optimum_mixrank import MixRankCompressor, MixRankConfig
 from optimum_mixrank.allocation import ALLOCATORS
 from optimum_mixrank.decomposition import METRICS
@@ -70,34 +72,40 @@ def main() -> None:
                 )
                 print(json.dumps(rows[-1]), flush=True)
 
-    settings = {key: str(value) for key, value in vars(args).items() if key in ("num_samples", "batch_size", "seed")}
-    settings["calibration_images"] = str(calibration.num_images)
-    settings["calibration_seconds"] = f"{calibration.seconds:.1f}"
-    settings["test_images"] = str(rows[0]["num_images"])
-    settings["dtype"] = str(next(compressor.model.parameters()).dtype)
+    settings = {
+        **{name: getattr(args, name) for name in ("num_samples", "batch_size", "seed")},
+        "calibration_images": calibration.num_images,
+        "calibration_seconds": round(calibration.seconds, 1),
+        "test_images": rows[0]["num_images"],
+        "dtype": str(compressor.model.dtype),
+    }
     record = {"settings": settings, "environment": environment(), "rows": rows}
-    args.output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    args.output.with_suffix(".md").write_text(markdown(record))
+    write(args.output, record, markdown(record))
 
 
-def markdown(record: dict) -> str:
-    """The record as a Markdown table, with its settings above it."""
+def markdown(record: dict) -> list[str]:
+    """Lines of Markdown: the settings, and the record as a table."""
     described = [f"{key} {value}" for part in ("settings", "environment") for key, value in record[part].items()]
     first = record["rows"][0]
-    lines = [
+    header = ["kept of encoder linears", "metric", "allocation", "top-1", "agreement", "KL (nats)"]
+    cells = [
+        [
+            f"{row['kept']:.1%}",
+            f"`{row['metric']}`",
+            f"`{row['allocation']}`",
+            f"{row['top1']:.1%}",
+            f"{row['agreement']:.1%}",
+            f"{row['kl']:.3f}",
+        ]
+        for row in record["rows"]
+    ]
+    return [
         ", ".join(described) + ".",
         "",
         f"Original: top-1 {first['reference_top1']:.1%}, top-5 {first['reference_top5']:.1%}.",
         "",
-        "| kept of encoder linears | metric | allocation | top-1 | agreement | KL (nats) |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table(header, cells),
     ]
-    lines += [
-        f"| {row['kept']:.1%} | `{row['metric']}` | `{row['allocation']}` | {row['top1']:.1%} | {row['agreement']:.1%} "
-        f"| {row['kl']:.3f} |"
-        for row in record["rows"]
-    ]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

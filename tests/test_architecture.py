@@ -94,7 +94,7 @@ def test_imports_point_downwards():
     assert not upward, "\n".join(upward)
 
 
-def test_there_is_no_circle():
+def test_there_is_no_import_cycle():
     finished = set()
 
     def visit(name, path):

@@ -60,7 +60,7 @@ def assert_same_logits(model, name, expected):
     torch.testing.assert_close(logits, expected[name], rtol=0, atol=1e-5 * scale)
 
 
-def test_everything_is_there(expected):
+def test_no_file_is_missing(expected):
     originals = [f"{family}/original" for family in FAMILIES]
     assert sorted(expected) == sorted(["pixel_values", *originals, *CHECKPOINTS])
     assert sorted(STATISTICS) == sorted(

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification
 from optimum_mixrank import MixRankCompressor, find_targets
 
 
-def test_layers_of_position_biases_are_no_targets():
+def test_layers_of_position_biases_are_not_targets():
     model = tiny_swinv2()
     names = [target.canonical_name for target in find_targets(model)]
     assert names == [target.canonical_name for target in find_targets(tiny_swin())]

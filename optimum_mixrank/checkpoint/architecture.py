@@ -90,7 +90,7 @@ def check_exists(path: str | Path) -> None:
 
 
 def _check_reachable(name: str, hub_kwargs: dict[str, Any]) -> None:
-    """Check that a model that is no local folder is in the cache, or that the Hub can be reached.
+    """Check that a model that is not a local folder is in the cache, or that the Hub can be reached.
 
     Raises:
         OSError: if it is neither; the message lists folders with similar names.
@@ -226,7 +226,7 @@ def named_class(config: Any, path: str | Path, trust_remote_code: bool = False) 
             f"{where}, but {quote(name)} is not a model class of Transformers {transformers.__version__}. {_REMEDY}"
         )
     if not isinstance(config, getattr(found, "config_class", None) or ()):
-        raise ValueError(f"{where}, but {name} is no class for a {type(config).__name__}. {_REMEDY}")
+        raise ValueError(f"{where}, but {name} is not a class for a {type(config).__name__}. {_REMEDY}")
     return found
 
 

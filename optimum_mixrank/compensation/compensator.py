@@ -150,7 +150,7 @@ class Compensator(ABC):
         shares_images: Whether each process works on its own share of the images and exchanges its results through
             `task.processes`. Otherwise every process gets all images and does the same work.
         uses_high_resolution: Whether it uses `task.high_resolution`; only a compensator that shares images may.
-        chooses_units: Whether it can choose the hidden units that an MLP keeps; needed of a step that starts anew.
+        chooses_units: Whether it can choose the hidden units that an MLP keeps; required of a step that starts anew.
         starts_anew: Whether it computes every layer afresh from the original, so that it has to be the first step.
         closed_form: Whether it solves regularised least squares, which rarely fail on new images. It is then undone only
             if held-out images show a significant loss; otherwise they have to show a gain. See `held_out.is_accepted`.

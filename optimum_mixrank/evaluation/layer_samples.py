@@ -71,7 +71,7 @@ class SampleGroup:
     def ranks(self, size: int, layout: str, shares: Sequence[float]) -> tuple[int, ...]:
         """Return ranks that are about these shares of the break-even rank, multiples of 8 where that can be."""
         m, n = self.shape(size)
-        # A pivoted layer has to have one row that is no pivot.
+        # A pivoted layer has to have one row that is not a pivot.
         largest = max(1, min(int(break_even(m, n, layout)), m - 1, n))
         return tuple(sorted({min(largest, max(1, _multiple(share * largest))) for share in shares}))
 

@@ -13,7 +13,6 @@ from optimum_mixrank.allocation.specs import LayerSpec, MlpSpec
 
 
 ALLOCATIONS = sorted(ALLOCATORS)
-TARGETED = 4 * 1024 + 2 * 2048
 
 
 def make_budget(layers=TOWER, ratio=0.5, scope="targets", model_cost=10_000, **changes):

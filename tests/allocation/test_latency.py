@@ -161,7 +161,7 @@ def test_a_table_that_cannot_be_trusted(path, value, message):
 
 
 @pytest.mark.parametrize("content", [None, 3, [], "table", {}], ids=str)
-def test_what_is_no_table(content):
+def test_a_file_that_is_not_a_table(content):
     with pytest.raises(ValueError, match="it is"):
         LatencyTable.from_dict(content)
 

@@ -214,7 +214,7 @@ def test_a_key_that_matches_nothing(key):
     assert f"rank_pattern has the key {key!r}, which matches no targeted layer. Layers are called" in str(error.value)
 
 
-def test_a_key_for_a_layer_that_is_no_target():
+def test_a_key_for_a_layer_that_is_not_a_target():
     with pytest.raises(ValueError, match="ratio_pattern has the key 'key', which matches no targeted layer"):
         match_values(find_targets(tiny_vit(), ["query"]), {"key": 0.5}, "ratio_pattern")
 

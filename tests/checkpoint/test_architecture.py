@@ -83,7 +83,7 @@ def test_every_registry_of_transformers_is_asked():
         (["logging"], "'logging' is not a model class"),
         (["AutoModel"], "'AutoModel' is not a model class"),
         (["ViTPreTrainedModel"], "'ViTPreTrainedModel' is not a model class"),
-        (["SwinModel"], "SwinModel is no class for a ViTConfig"),
+        (["SwinModel"], "SwinModel is not a class for a ViTConfig"),
         ([5], "not a list of class names"),
         (5, "not a list of class names"),
         ({"a": 1}, "not a list of class names"),
@@ -93,7 +93,7 @@ def test_every_registry_of_transformers_is_asked():
     ],
     ids=repr,
 )
-def test_names_that_are_no_model_class(architectures, message, tmp_path):
+def test_names_that_are_not_model_classes(architectures, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         MixRankCompressor.from_pretrained(saved(tmp_path, architectures=architectures))
 
@@ -132,7 +132,7 @@ def test_a_random_pooler_is_refused(two_heads):
 
 
 @pytest.mark.parametrize("value", [[1], "mixrank", 5, True], ids=repr)
-def test_a_quantization_config_that_is_no_object(value, tmp_path):
+def test_a_quantization_config_that_is_not_an_object(value, tmp_path):
     with pytest.raises(ValueError, match=r"quantization_config=.* is not an object"):
         MixRankCompressor.from_pretrained(saved(tmp_path, quantization_config=value))
 
@@ -160,6 +160,6 @@ def test_classes_by_name():
         ("", "is not a class with `from_pretrained`"),
     ],
 )
-def test_names_that_are_no_class(name, message):
+def test_names_that_are_not_classes(name, message):
     with pytest.raises(ValueError, match=message):
         import_class(name)

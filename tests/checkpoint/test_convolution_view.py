@@ -51,7 +51,7 @@ def test_a_view_computes_what_the_convolution_does_and_becomes_it_again(case):
     ],
     ids=["overlap", "groups", "padding", "dilation", "same", "transposed", "linear", "subclass"],
 )
-def test_what_is_no_linear_map_of_patches_has_no_view(module):
+def test_a_layer_that_is_not_a_linear_map_of_patches_has_no_view(module):
     assert ConvolutionView.kind(module) is None
 
 

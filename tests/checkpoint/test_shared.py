@@ -62,7 +62,7 @@ def test_the_joint_outputs_are_computed_once_and_not_kept():
 
 
 @pytest.mark.parametrize("change", ["input", "in place", "weight", "new weight", "grad", "autocast", "again"])
-def test_what_has_changed_is_computed_anew(change):
+def test_what_has_changed_is_computed_again(change):
     model, x = Attention(), torch.randn(3, 10)
     model.query(x)
     if change == "input":

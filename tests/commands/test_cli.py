@@ -534,7 +534,7 @@ def test_an_upload_that_fails_says_that_the_checkpoint_is_complete(tiny, tmp_pat
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_an_interruption_after_saving_says_what_is_there(tiny, tmp_path, monkeypatch):
+def test_an_interruption_after_saving_says_what_was_saved(tiny, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 

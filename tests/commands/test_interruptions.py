@@ -63,7 +63,7 @@ def test_the_same_command_continues(arguments, tmp_path, caplog):
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
-def test_start_anew(arguments, tmp_path, caplog):
+def test_starting_again(arguments, tmp_path, caplog):
     interrupt(arguments, tmp_path / "out.unfinished", signal.SIGINT)
     cli(*arguments, "--ratio", 0.4, "--no-resume")
     assert "Resuming the unfinished run" not in caplog.text

@@ -123,6 +123,6 @@ def test_counts(text, number):
 
 
 @pytest.mark.parametrize("text", ["", "M", "-3", "0", "22MB", "22,5M", "many", "1e999", "0.1"])
-def test_what_is_no_count(text):
+def test_text_that_is_not_a_count(text):
     with pytest.raises(ArgumentTypeError, match="is not a number of parameters; give one such as 22M"):
         count(text)

@@ -71,7 +71,7 @@ def test_significance_is_that_of_a_paired_test():
     assert is_significantly_larger(before + 1e-4, before)
 
 
-def test_equal_errors_are_no_harm_and_a_single_image_decides():
+def test_equal_errors_do_no_harm_and_a_single_image_decides():
     ones = torch.ones(5, dtype=torch.float64)
     assert not is_significantly_larger(ones, ones)
     assert is_significantly_larger(ones[:1] + 1e-9, ones[:1]) and not is_significantly_larger(

@@ -85,15 +85,33 @@ def test_the_table_of_recipes_is_complete():
         ]
 
 
-def test_names_of_the_api_are_imported_from_where_it_says():
+@cache
+def public_paths():
+    """Return the documented names by the module that they are imported from: each as home and name."""
     sections = re.split(r"^## `(.*)`$", PAGES["api.md"].read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
-    documented = {}
-    for module, text in zip(sections[::2], sections[1::2], strict=True):
-        paths = [path.rpartition(".") for path in re.findall(r"^::: (\S+)$", text, re.MULTILINE)]
-        documented[module] = {name for _, _, name in paths}
-        for home, _, name in paths:
+    return {
+        module: [path.rpartition(".")[::2] for path in re.findall(r"^::: (\S+)$", text, re.MULTILINE)]
+        for module, text in zip(sections[::2], sections[1::2], strict=True)
+    }
+
+
+def test_names_of_the_api_are_imported_from_where_it_says():
+    for module, paths in public_paths().items():
+        for home, name in paths:
             assert getattr(importlib.import_module(module), name) is vars(importlib.import_module(home))[name]
-    assert set(optimum_mixrank.__all__) - {"__version__"} == documented["optimum_mixrank"]
+    assert set(optimum_mixrank.__all__) - {"__version__"} == {name for _, name in public_paths()["optimum_mixrank"]}
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").rglob("*.py")), ids=lambda script: script.name)
+def test_examples_use_public_names(script):
+    imported = [
+        (node.module, each.name)
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("optimum_mixrank")
+        for each in node.names
+    ]
+    public = {(module, name) for module, paths in public_paths().items() for _, name in paths}
+    assert not set(imported) - public
 
 
 def test_pictures_are_drawn_by_their_script(tmp_path):

@@ -424,7 +424,7 @@ def test_saving_can_upload_too(hub, made, tmp_path):
     assert "ranks.png" in hub["files"] and "- small" in hub["card"]
 
 
-def test_a_folder_is_no_name_of_a_repository(made, tmp_path):
+def test_a_folder_is_not_the_name_of_a_repository(made, tmp_path):
     compressor, model = made
     with pytest.raises(ValueError, match="'./out' cannot be the name of a repository on the Hub; give one such as"):
         compressor.push_to_hub(model, "./out")

@@ -218,7 +218,7 @@ def remote():
     system.rm("/pictures", recursive=True)
 
 
-def test_images_that_are_no_local_files(compressor, remote, tmp_path):
+def test_images_that_are_not_local_files(compressor, remote, tmp_path):
     stream = datasets.load_dataset("imagefolder", data_files=f"{remote}/*.png", streaming=True)["train"]
     paths = [f"{remote}/{index}.png" for index in range(4)]
     rows = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())

@@ -167,7 +167,7 @@ def test_a_limit_is_kept_to_or_refused():
         fit_memory(SIZE, task(), {HOST: 1000})
 
 
-def test_outputs_of_the_original_are_computed_anew_where_they_do_not_fit():
+def test_outputs_of_the_original_that_do_not_fit_are_computed_again():
     many = task(num_images=2000)
     plan = plan_memory(SIZE, many)
     kept = 2 * 2000 * SIZE.outputs

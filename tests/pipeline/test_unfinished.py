@@ -101,7 +101,7 @@ def test_after_any_entry(case, cut_off, tmp_path):
         assert not run.exists()
 
 
-def test_activations_on_the_disk_are_not_gone_on_from(cut_off, monkeypatch, tmp_path):
+def test_activations_left_on_the_disk_are_not_used_again(cut_off, monkeypatch, tmp_path):
     sequential = {"compensation": ["sequential"]}
     expected = compress(tmp_path / "undisturbed", **sequential)
     on_disk = ActivationStorage(on_disk=True)

@@ -14,6 +14,17 @@ LINEARS = {
     "output.dense": (1, 4),
 }
 
+EVALUATION = {
+    "num_images": 1000,
+    "top1": 0.83,
+    "reference_top1": 0.874,
+    "top5": 0.97,
+    "reference_top5": 0.98,
+    "agreement": 0.905,
+    "kl": 0.1912,
+    "feature_error": None,
+}
+
 
 def layer(name, shape, rank, targeted=True):
     m, n = shape

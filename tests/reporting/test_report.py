@@ -147,7 +147,7 @@ def test_missing_field_of_a_layer():
         CompressionReport.from_dict(content)
 
 
-def test_file_that_is_no_report(tmp_path):
+def test_file_that_is_not_a_report(tmp_path):
     (tmp_path / REPORT_NAME).write_text("[1]")
     with pytest.raises(ValueError, match="holds a list, not a compression report"):
         CompressionReport.load(tmp_path)

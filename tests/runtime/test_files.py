@@ -55,7 +55,7 @@ def test_what_cannot_be_written_is_refused_before_work(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["/tmp/folder/original", "some/folder/original", "./original", "~/original", "~"])
-def test_paths_are_told_from_hub_ids_though_nothing_is_there(name):
+def test_paths_that_do_not_exist_are_told_from_hub_ids(name):
     assert is_local_path(name)
 
 

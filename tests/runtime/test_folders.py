@@ -21,7 +21,7 @@ def test_linux_exchanges_in_one_step(tmp_path):
     assert (first / "file").read_text() == "2" and (second / "file").read_text() == "1"
 
 
-def test_a_place_is_taken_if_nothing_is_there(tmp_path):
+def test_a_free_place_is_taken(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("missing", "empty"):
         assert folders.take_place(folder(tmp_path / "new", name), tmp_path / name)
@@ -36,7 +36,7 @@ def test_permissions_of_the_old_folder_stay(tmp_path):
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
-def test_the_folder_in_which_the_process_stands_keeps_its_name(tmp_path, monkeypatch):
+def test_the_current_folder_keeps_its_name(tmp_path, monkeypatch):
     (tmp_path / "here" / "below").mkdir(parents=True)
     assert folders.can_be_renamed(tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here" / "below")
@@ -66,7 +66,7 @@ def test_only_leftovers_of_this_output_are_removed(tmp_path, name):
     assert sorted(os.listdir(tmp_path)) == sorted([name, *other]) and os.listdir(tmp_path / name) == [in_use.name]
 
 
-def test_a_folder_that_another_process_writes_is_no_leftover(tmp_path):
+def test_a_folder_that_another_process_writes_is_not_a_leftover(tmp_path):
     with folders.staging_folder(tmp_path / "out", inside=False) as writing:
         pid = os.fork()
         if pid == 0:

@@ -288,7 +288,7 @@ def _class_indices(labels: Any) -> Any:
 
 
 def _inputs(item: Mapping[str, Any], main: str, name: str) -> dict[str, Tensor]:
-    """Return the main input of an item and all tensors beside it that are no labels."""
+    """Return the main input of an item and all tensors beside it that are not labels."""
     found = {main: _tensor(item[main], name)}
     for key, value in item.items():
         if key != main and not key.endswith("labels") and isinstance(value, Tensor | np.ndarray):

@@ -86,7 +86,7 @@ def load_image_dataset(
 def drawn_indices(count: int, num_samples: int, seed: int) -> npt.NDArray[np.int64]:
     """Draw from `count` images without replacement, and return their indices in ascending order; all if there are fewer.
 
-    A number that is no positive integer is a ValueError.
+    A number that is not a positive integer is a ValueError.
     """
     check_integer("num_samples", num_samples, 1)
     if num_samples > count:

@@ -45,7 +45,7 @@ class RetrievalAgreement(Measure):
 
     @classmethod
     def result(cls, states: Sequence[list[_Embeddings]]) -> float | None:
-        """See `Measure.result`; with fewer than three images the nearest of the others is no choice."""
+        """See `Measure.result`; with fewer than three images there is nothing to choose from."""
         pairs = [pair for state in states for pair in state]
         if sum(len(original) for original, _ in pairs) < 3:
             return None

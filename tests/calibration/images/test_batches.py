@@ -354,7 +354,7 @@ def test_non_finite_image_is_named():
     [3, None, torch.zeros(3, 8, 8), {"pixel_values": torch.zeros(1, 3, 8, 8)}, b"\x89PNG", Image.new("RGB", (4, 4))],
     ids=["number", "none", "tensor", "mapping", "bytes", "picture"],
 )
-def test_what_is_no_source(source):
+def test_a_value_that_is_not_a_source(source):
     with pytest.raises(TypeError, match=r"is not a source of images; .*\(a single batch goes into a list\)"):
         ImageBatches(source)
 

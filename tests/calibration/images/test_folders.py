@@ -293,7 +293,7 @@ def test_an_archive_is_read_like_the_folder_in_it(tmp_path, ending):
         assert len(load_image_dataset(path)) == 1
 
 
-def test_what_is_no_archive_of_images(tmp_path):
+def test_a_file_that_is_not_an_archive_of_images(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"no archive")
     with pytest.raises(ValueError, match="a.zip' is not an archive of images; name one, or a folder of images"):
         load_image_dataset(tmp_path / "a.zip")

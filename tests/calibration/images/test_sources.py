@@ -144,7 +144,7 @@ def test_a_stream_without_known_columns_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["./images", "~/no-such-images", "/no/images", "data/many/images", "../x"])
-def test_missing_paths_are_no_hub_ids(monkeypatch, source):
+def test_missing_paths_are_not_hub_ids(monkeypatch, source):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("asked the Hub"))
     with pytest.raises(FileNotFoundError, match="There is no folder or file .*images or a Hub id"):
         load_image_dataset(source)

@@ -40,7 +40,7 @@ def test_all_images_where_no_more_are_there(count):
     assert numbers(spread_images(batches_of(3, 5, 1), count)) == list(range(9))
 
 
-def test_images_are_batched_anew():
+def test_images_are_put_into_new_batches():
     assert [len(each) for each in spread_images(batches_of(4, 4, 4, 4), 6)] == [4, 2]
 
 
