@@ -70,6 +70,12 @@ def works(found: Mapping[str, Any]) -> bool:
     return all(found.get(name) == "yes" for name in CHECKS)
 
 
+def _fails_as_the_original(found: Mapping[str, Any]) -> bool:
+    """Return whether all that fails of what is always checked fails for the original model too."""
+    failures = {name for name in CHECKS if found.get(name) not in (None, "yes")}
+    return bool(failures) and failures <= set(found.get("original_fails", ()))
+
+
 def _wanting(found: Mapping[str, Any] | None, also: list[str]) -> bool:
     """Return whether a family still has to be tried."""
     if found is None:
@@ -108,9 +114,12 @@ def summary(recorded: Mapping[str, Any]) -> str:
     refused = sum("refused" in each for each in tested)
     passed = sum(map(works, tested))
     failed = len(tested) - refused - passed
+    alike = sum(_fails_as_the_original(each) for each in tested)
+    as_the_original = f", {'as' if alike == failed else f'{alike} of them as'} the original does" if alike else ""
     always = (
         f"Of {_families(len(tested))}, {passed} {'passes' if passed == 1 else 'pass'} compress, reload, dense return and "
-        f"training, {refused} {'is' if refused == 1 else 'are'} refused, and {failed} {'fails' if failed == 1 else 'fail'}."
+        f"training, {refused} {'is' if refused == 1 else 'are'} refused, and {failed} {'fails' if failed == 1 else 'fail'}"
+        f"{as_the_original}."
     )
     on_request = []
     for check in COSTLY:

@@ -78,6 +78,10 @@ def test_what_fails_for_the_original_too_is_told_apart(script):
     assert counted in " ".join(page.split())
     assert "- export, Transformers 5.0, GuardError: A, B" in page and "- A, export" not in page
     assert "- C, export, Transformers 5.0: outputs differ" in page
+    reloaded = {"A": {**YES, "reload": "AssertionError: a key is missing", "original_fails": ["reload"]}}
+    assert " and 1 fails, as the original does. " in script["summary"]({"families": reloaded})
+    worse = {**reloaded, "B": {**YES, "dense": "AssertionError: outputs differ"}}
+    assert " and 2 fail, 1 of them as the original does. " in script["summary"]({"families": worse})
 
 
 def test_lines_of_the_page_are_no_longer_than_those_of_others(script):

@@ -46,7 +46,7 @@ COSTLY = ("compile", "export")
 def check_family(family: Family, config: MixRankConfig | None = None, also: Sequence[str] = ()) -> dict[str, Any]:
     """Compress, save, reload, return to dense and train; return what came of each, `"yes"` or the error.
 
-    What of `COSTLY` fails for the original model too is listed as `"original_fails"`.
+    What fails of reloading and of `COSTLY` for the original model too is listed as `"original_fails"`.
 
     Args:
         family: The family.
@@ -78,6 +78,8 @@ def check_family(family: Family, config: MixRankConfig | None = None, also: Sequ
         }
         for name, check in always.items():
             results[name] = _outcome(check)
+        if results["reload"] != "yes" and _outcome(lambda: _check_original(model, family, batches[0], call)) != "yes":
+            results["original_fails"] = ["reload"]
         costly = {"compile": _check_compiled, "export": _check_exported}
         for name in also:
             results[name] = _outcome(partial(costly[name], made, batches[0], call))
@@ -113,6 +115,12 @@ def _check_reloaded(made: Any, family: Family, folder: str, batch: dict[str, Ten
         # A family whose random weights give NaN needs others: nothing could be compared.
         assert not before.isnan().any(), "NaN in the outputs"
         assert torch.equal(before, after), "outputs differ"
+
+
+def _check_original(model: Any, family: Family, batch: dict[str, Tensor], call: ModelCall) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model.eval().save_pretrained(folder)
+        _check_reloaded(model, family, folder, batch, call)
 
 
 def _check_dense(made: Any, batch: dict[str, Tensor], call: ModelCall) -> None:
