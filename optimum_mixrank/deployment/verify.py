@@ -157,12 +157,17 @@ def _outputs(model: nn.Module, pixel_values: Tensor) -> Any:
 
 
 def _with_names(output: Any, given: Any) -> Any:
-    """Give a single output whose name says nothing the name of the source's first output of its shape."""
-    if not isinstance(output, Mapping) or len(output) != 1 or output.keys() <= fields_of(given).keys():
+    """Give outputs whose names say nothing those of the source: of its outputs in their order, or of its first alike."""
+    fields = {name: each for name, each in fields_of(given).items() if isinstance(each, Tensor)}
+    if not isinstance(output, Mapping) or output.keys() & fields.keys():
         return output
-    (value,) = output.values()
-    same = (name for name, each in fields_of(given).items() if isinstance(each, Tensor) and each.shape == value.shape)
-    return {next(same, next(iter(output))): value}
+    shapes = [getattr(value, "shape", None) for value in output.values()]
+    if shapes == [each.shape for each in fields.values()]:
+        return dict(zip(fields, output.values(), strict=True))
+    if len(shapes) > 1:
+        return output
+    alike = (name for name, each in fields.items() if each.shape == shapes[0])
+    return {next(alike, next(iter(output))): next(iter(output.values()))}
 
 
 def _select(output: Any, source: nn.Module, count: int) -> ModelOutput:

@@ -3,9 +3,9 @@ import math
 
 import pytest
 import torch
-from models import mixed, pixels, segformer, tiny_vit
+from models import mixed, pixels, segformer, tiny_deit, tiny_vit
 from torch import nn
-from transformers import ViTModel
+from transformers import DeiTForImageClassificationWithTeacher, DeiTModel, ViTModel
 
 from optimum_mixrank import verify_model
 from optimum_mixrank.calibration.images.batches import Batch
@@ -91,6 +91,22 @@ def test_nan_is_broken(model, batches):
 
 def test_a_single_output_needs_no_name(model, batches):
     assert verify_model(model, Shifted(model, 0.0, "output_0"), batches).is_ok
+
+
+def test_outputs_without_names_are_those_of_the_source_in_their_order():
+    class Unnamed(ExportedModel):
+        def __init__(self, model):
+            super().__init__()
+            self.model = [model]
+
+        def run(self, pixel_values):
+            values = self.model[0](pixel_values=pixel_values).values()
+            return {f"output_{index}": value for index, value in enumerate(values)}
+
+    for cls in (DeiTForImageClassificationWithTeacher, DeiTModel):
+        model = tiny_deit(cls)
+        result = verify_model(model, Unnamed(model), [Batch(pixels(3))])
+        assert result.is_ok and result.max_difference == 0 and (result.kl is None) == (cls is DeiTModel)
 
 
 def test_models_that_do_not_belong_together(model, batches):
