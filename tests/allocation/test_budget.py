@@ -244,7 +244,9 @@ def test_the_ratio_that_an_error_names_is_the_largest_that_can_be_reached(seed):
             assert total(layers, reachable.allocate(losses_of(layers), allocation).ranks) <= reachable.budget
 
 
-@pytest.mark.parametrize(("ratio", "largest"), [(0.5, "No layer can shrink at all"), (0.9, "The largest ratio .* is 0")])
+@pytest.mark.parametrize(
+    ("ratio", "largest"), [(0.5, "No layer can shrink at all"), (0.9, "The largest ratio .* is 0")]
+)
 def test_few_structures_are_named_as_the_reason(ratio, largest):
     layers = [LayerSpec("a", 32, 32), LayerSpec("first", 64, 32), LayerSpec("second", 32, 64)]
     sites = [] if ratio == 0.5 else [MlpSpec("mlp", ("first",), "second")]
