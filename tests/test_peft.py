@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from models import compressed, pixels, tiny_deit, tiny_swin, tiny_vit
+from models import compressed, mixed, pixels, tiny_deit, tiny_swin, tiny_vit
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 
 from optimum_mixrank import FactoredLinear, to_dense
 from optimum_mixrank.checkpoint.rank_map import LAYOUT_NAMES
+from optimum_mixrank.checkpoint.shared import SharedLinear
 
 
 peft = pytest.importorskip("peft")
@@ -93,6 +94,29 @@ def test_attach_train_save_load_merge(checkpoint, tmp_path, targets, options):
     assert again.num_parameters() == load(checkpoint).num_parameters()
     assert torch.equal(logits(again), logits(merged))
     torch.testing.assert_close(logits(to_dense(again)), trained, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("targets", ["all-linear", ["factor_a", "factor_b"], r".*(query|q_proj)\.joint\.factor_b"])
+def test_layers_that_share_a_factor_or_have_lost_units(layout, targets, tmp_path):
+    mixed(tiny_vit(), layout).save_pretrained(tmp_path / "base")
+    base = load(tmp_path / "base")
+    expected = logits(base)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets))
+    torch.testing.assert_close(logits(adapted), expected, atol=1e-5, rtol=1e-5)
+    trained = logits(train(adapted))
+    assert (trained - expected).abs().max() > 1e-3
+    adapted.save_pretrained(tmp_path / "adapter")
+    reloaded = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(reloaded), trained)
+
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged), trained, atol=1e-4, rtol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    again = load(tmp_path / "merged")
+    assert {type(each) for each in again.modules()} >= {SharedLinear}
+    assert torch.equal(logits(again), logits(merged))
+    torch.testing.assert_close(logits(to_dense(again)), trained, atol=1e-3, rtol=1e-3)
 
 
 def test_adapters_by_transformers_itself(checkpoint, tmp_path):

@@ -98,7 +98,7 @@ def _candidates(model: PreTrainedModel, layers: Iterable[nn.Module]) -> Iterator
 
 
 def _ratios(ratio: float, now: int, before: int) -> Iterator[float]:
-    """Yield ratios that, times the width of the model and rounded down, may give `now` instead of `before` units."""
+    """Yield ratios that, multiplied by the width of the model and rounded down, may give `now` units, not `before`."""
     value = ratio * now / before
     # DINOv2 and others accept whole numbers only under Transformers 5.
     whole = round(value)

@@ -11,7 +11,7 @@ import pytest
 WORKER = Path(__file__).parent / "worker.py"
 SEVERAL = (pytest.param(2, marks=pytest.mark.slow), 3)
 COUNTS = (1, *SEVERAL)
-MODULES = ("calibration_cases", "compression_cases", "resuming_cases", "error_cases")
+MODULES = ("calibration_cases", "compression_cases", "resuming_cases", "training_cases", "error_cases")
 """In this order: after errors, the processes are in step, but the Accelerator has been made several times."""
 
 
