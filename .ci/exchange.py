@@ -92,8 +92,7 @@ def outputs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str,
     call = ModelCall().bound(model.eval(), inputs[:1])
     with torch.no_grad():
         found = call(model, inputs)
-    tensors = [found.logits] if found.logits is not None else found.features
-    return {f"output {index}": tensor.contiguous().clone() for index, tensor in enumerate(tensors)}
+    return {f"output {index}": tensor.contiguous().clone() for index, tensor in enumerate(found.tensors)}
 
 
 def write_families(folder: Path) -> None:
