@@ -38,22 +38,38 @@ DTYPES = (torch.float32, torch.float16)
 FAMILIES = [
     "AltCLIP",
     "BEiT",
+    "BLIP",
     "CLIP",
     "CLIP, tower",
     "CLIP, tower with projection",
     "DINOv3 ViT",
+    "DPT",
     "DeepSeek-VL",
+    "DeepSeek-VL, hybrid",
     "Florence-2",
+    "Gemma 3",
+    "Hiera",
+    "HuBERT",
+    "InternVL",
+    "Kosmos-2.5",
     "LLaVA",
+    "Llama 3.2, tower",
+    "Llama 4",
     "MLCD",
+    "Mask2Former",
+    "OWL-ViT, detector",
     "PVT",
     "RT-DETR",
     "RT-DETRv2",
+    "SAM",
     "SigLIP, classifier",
     "SigLIP, tower",
     "SigLIP2",
     "SigLIP2, classifier",
     "SigLIP2, tower",
+    "TrOCR",
+    "Voxtral",
+    "Whisper",
     "YOLOS",
 ]
 TOLERANCE = 1e-5
@@ -92,8 +108,7 @@ def outputs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str,
     call = ModelCall().bound(model.eval(), inputs[:1])
     with torch.no_grad():
         found = call(model, inputs)
-    tensors = [found.logits] if found.logits is not None else found.features
-    return {f"output {index}": tensor.contiguous().clone() for index, tensor in enumerate(tensors)}
+    return {f"output {index}": tensor.contiguous().clone() for index, tensor in enumerate(found.tensors)}
 
 
 def write_families(folder: Path) -> None:

@@ -97,7 +97,8 @@ class ConvolutionView(LinearView):
             for dim, step in enumerate(self.stride, start=2):
                 if step > 1:
                     input = input[(slice(None),) * dim + (slice(None, None, step),)]
-            return input.movedim(1, -1)
+            # A product with what is not contiguous may be rounded otherwise where the weight is trainable.
+            return input.movedim(1, -1).contiguous()
         count = len(self.kernel_size)
         for dim, size in enumerate(self.kernel_size):
             # Each side becomes two: patches, and pixels within a patch.

@@ -123,6 +123,9 @@ def _empty_shared(
 
 
 def _marked(module: nn.Module, layer: FactoredLayer, linear: nn.Linear) -> nn.Module:
+    """Return an empty layer in the mode of the dense one, and frozen if its class freezes that."""
+    if not linear.weight.requires_grad:
+        module.requires_grad_(False)
     if layer.dense_shape is not None:
         mark_narrow(module, layer.dense_shape, layer.chunks)
     return module.train(linear.training)
@@ -154,7 +157,8 @@ def _check_entry(canonical: str, layer: FactoredLayer, linear: nn.Linear) -> Non
     if layer.bias != (linear.bias is not None):
         raise ValueError(
             f"rank_map entry {canonical!r} has bias={layer.bias}, but the layer has "
-            f"{'no' if linear.bias is None else 'a'} bias. The checkpoint is damaged."
+            f"{'no' if linear.bias is None else 'a'} bias. The checkpoint is damaged, or was written under a release of "
+            "Transformers that makes this layer otherwise; open it under that one."
         )
     if layer.layout == "pivoted" and layer.pivots is None:
         raise ValueError(

@@ -37,6 +37,15 @@ def test_a_view_computes_what_the_convolution_does_and_becomes_it_again(case):
     assert torch.equal(again(images), expected)
 
 
+def test_a_frozen_weight_is_rounded_like_a_trainable_one():
+    """As the backbone of DETR, which is frozen when it is made and trainable when it is read."""
+    conv = nn.Conv2d(8, 4, 1, stride=2, bias=False)
+    images = torch.randn(4, 8, 16, 16)
+    with torch.no_grad():
+        trainable = ConvolutionView.of(conv)(images)
+        assert torch.equal(ConvolutionView.of(conv.requires_grad_(False))(images), trainable)
+
+
 @pytest.mark.parametrize(
     "module",
     [

@@ -7,12 +7,13 @@ import torch
 from checkpoint.mixed import mixed_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import pixels
+from models import pixels, tiny_vit
 from mutations import JSON_VALUES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification
 
 from optimum_mixrank.checkpoint.entries import compressed_layers
+from optimum_mixrank.checkpoint.loading import insert_factored_layers
 
 
 LAYOUTS = pytest.mark.parametrize("layout", ["factors", "pivoted"])
@@ -56,6 +57,15 @@ def test_a_model_reloads_with_the_same_bits(layout, factored, tmp_path):
     ]
     assert maps[0] == maps[1]
     assert maps[0]["layout_version"] == 2
+
+
+@LAYOUTS
+def test_layers_that_a_class_freezes_are_frozen_again(layout):
+    """As those of the towers in Idefics; Transformers 5 itself makes what it reads trainable."""
+    model, _ = mixed_model(layout)
+    dense = tiny_vit().requires_grad_(False)
+    assert insert_factored_layers(dense, model.hf_quantizer.quantization_config.factored_layers)
+    assert not any(parameter.requires_grad for parameter in dense.parameters())
 
 
 def test_opened_as_base_model_or_with_fewer_blocks(saved):

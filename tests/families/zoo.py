@@ -87,7 +87,7 @@ def small_config(config_class: type, /, **changes: Any) -> Any:
         made = config_class(**values)
         if all(hasattr(made, name) for name, value in values.items() if name.endswith("_config")):
             return made
-    except TypeError:
+    except (TypeError, AttributeError):
         pass
     # Transformers 4.57 takes the configurations of parts as mappings.
     inner = transformers.PretrainedConfig
