@@ -416,7 +416,7 @@ class MixRankCompressor(OptimumQuantizer):
                 check_output(*output)
             try:
                 model, report = compress(run)
-            except BaseException:
+            except Exception:
                 if unfinished is not None:
                     unfinished.leave()
                 raise
