@@ -18,6 +18,16 @@ def format_bytes(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things: `1 image` or `1,024 images`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def with_article(noun: str) -> str:
+    """Return a noun, such as the name of a class, after `a` or `an`."""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+
+
 def format_percent(share: float, digits: int = 1) -> str:
     """Format a share as `60.0 %`, with a non-breaking space."""
     return f"{100 * share:.{digits}f}\u00a0%"

@@ -18,6 +18,7 @@ import yaml  # type: ignore[import-untyped]
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import metadata_load
 
+from ...runtime.formatting import counted
 from ...runtime.logging import get_logger
 
 
@@ -215,7 +216,7 @@ def _report_others(files: _Files) -> None:
     unused = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(files.unused.items()) if count)
     if unused:
         logger.warning(
-            f"{str(files.folder)!r} holds {len(files.images):,} images; other files in it are left out: {unused}."
+            f"{str(files.folder)!r} holds {counted(len(files.images), 'image')}; other files in it are left out: {unused}."
         )
     others = ", ".join(f"{ending} ({count:,})" for ending, count in sorted(files.others.items()))
     if others:
