@@ -18,7 +18,6 @@ import yaml  # type: ignore[import-untyped]
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import metadata_load
 
-from ...runtime.formatting import counted
 from ...runtime.logging import get_logger
 
 
@@ -112,7 +111,7 @@ def load_image_archive(path: Path, split: str | None = None) -> Any:
     """Load all images of an archive, which `datasets` extracts into its cache; see `load_image_folder`.
 
     Raises:
-        ValueError: if it is no archive, or holds no images.
+        ValueError: if it is not an archive, or holds no images.
     """
     # The cache knows archives by their paths alone, so one that has changed has to be extracted again.
     manager = datasets.DownloadManager(download_config=datasets.DownloadConfig(force_extract=True))
@@ -127,7 +126,7 @@ def load_image_archive(path: Path, split: str | None = None) -> Any:
 
 
 def missing_labels(paths: Iterable[str]) -> str | None:
-    """Return why the folders around images, given by their paths, are no classes; None if they could be."""
+    """Return why the folders around images, given by their paths, are not classes; None if they could be."""
     depths, parents = set(), {}
     for path in paths:
         parent = PurePosixPath(path.replace(os.sep, "/").split("::")[0]).parent
@@ -216,7 +215,7 @@ def _report_others(files: _Files) -> None:
     unused = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(files.unused.items()) if count)
     if unused:
         logger.warning(
-            f"{str(files.folder)!r} holds {counted(len(files.images), 'image')}; other files in it are left out: {unused}."
+            f"{str(files.folder)!r} holds {len(files.images):,} images; other files in it are left out: {unused}."
         )
     others = ", ".join(f"{ending} ({count:,})" for ending, count in sorted(files.others.items()))
     if others:
@@ -224,7 +223,7 @@ def _report_others(files: _Files) -> None:
 
 
 def _split(files: _Files, split: str | None) -> dict[str, list[str]]:
-    """Return the images by split; `train` has all of them if their folders are no splits."""
+    """Return the images by split; `train` has all of them if their folders are not splits."""
     exact = {path: _named_split(path) for path in files.images}
     for nested in (False, True):
         splits = _by_folder(files.images, nested)
@@ -287,7 +286,7 @@ def _named_split(path: str, nested: bool = False) -> str | None:
 def _load_images(files: _Files, splits: Mapping[str, list[str]], streaming: bool) -> Any:
     folders = {path: PurePosixPath(path).parent for paths in splits.values() for path in paths}
     names = sorted({folder.name for folder in folders.values()})
-    # A folder that is a split is no class.
+    # A folder that is a split is not a class.
     are_splits = len(splits) > 1 and all(
         _named_split(path) is not None and _named_split(str(folder)) is None for path, folder in folders.items()
     )
