@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
+import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,7 +67,7 @@ def load_image_dataset(
 
     Raises:
         FileNotFoundError: if the source is a path that does not exist, or a folder without data.
-        TypeError: if the source is something else.
+        TypeError: if the source is something else, or an argument does not exist.
         ValueError: if the split or the image column is missing or ambiguous, in a message that lists those there are;
             or for a stream without `num_samples`.
     """
@@ -73,7 +76,16 @@ def load_image_dataset(
     if num_samples is not None:
         check_integer("num_samples", num_samples, 1)
     check_seed(seed)
-    data = _select_split(_load(source, split, hub_kwargs), split, default_splits)
+    try:
+        loaded = _load(source, split, hub_kwargs)
+    except ValueError as error:
+        unknown = re.search(r"doesn't have a '(\w+)' key", str(error))
+        if unknown is None or unknown[1] not in hub_kwargs:
+            raise
+        close = difflib.get_close_matches(unknown[1], inspect.signature(load_image_dataset).parameters, n=1)
+        hint = f"; did you mean `{close[0]}`?" if close else ", nor has the loader of `datasets`."
+        raise TypeError(f"There is no argument `{unknown[1]}`{hint}") from error
+    data = _select_split(loaded, split, default_splits)
     if data.features is None:
         raise ValueError("The stream does not tell its columns before it is read; load the dataset without streaming.")
     column = find_image_column(data.features, image_column)

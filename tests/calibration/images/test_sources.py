@@ -175,6 +175,12 @@ def test_the_picture_of_the_ranks_makes_no_dataset_of_a_checkpoint(tmp_path):
     assert len(load_image_dataset(tmp_path)) == 2
 
 
+def test_arguments_that_do_not_exist(tmp_path):
+    in_memory().to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(TypeError, match="There is no argument `num_images`; did you mean `num_samples`?"):
+        load_image_dataset(tmp_path, num_images=3)
+
+
 def test_image_columns(tmp_path):
     two = in_memory().add_column("thumbnail", [None] * 5).cast_column("thumbnail", datasets.Image())
     with pytest.raises(
