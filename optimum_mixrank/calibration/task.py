@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.names import Target
 from ..decomposition import KfacMetric, Metric, Statistic
 from ..runtime.distributed import SINGLE_PROCESS, Processes
-from ..runtime.formatting import format_count
+from ..runtime.formatting import counted, format_count
 from ..runtime.journal import NO_JOURNAL, Journal
 from ..runtime.outputs import PLAIN_CALL, ModelCall
 from ..runtime.phases import phase
@@ -115,7 +115,8 @@ class CalibrationTask:
             )
             tokens = {statistics.num_tokens for statistics in layers.values()}
             calibrating.add_detail(
-                f"{num_images:,} images", f"{'up to ' * (len(tokens) > 1)}{format_count(max(tokens))} tokens per layer"
+                counted(num_images, "image"),
+                f"{'up to ' * (len(tokens) > 1)}{format_count(max(tokens))} tokens per layer",
             )
         return Calibration(
             layers,

@@ -76,6 +76,8 @@ def check_exists(path: str | Path) -> None:
     """
     name = str(path)
     folder = Path(name).expanduser()
+    if not name:
+        raise FileNotFoundError("The name of the model is empty; give a folder with a config.json, or a Hub id.")
     if folder.is_dir():
         return
     if not folder.exists() and not isinstance(path, Path) and not is_local_path(name):

@@ -10,7 +10,9 @@ from typing import NamedTuple
 from huggingface_hub import HfApi, errors, snapshot_download
 
 from ..runtime.access import why_unreachable
+from ..runtime.files import similar_paths
 from ..runtime.formatting import shorten
+from .architecture import check_exists
 from .files import StoredTensor, safetensors_bytes, stored_tensors
 
 
@@ -52,6 +54,7 @@ def contents_of(
         FileNotFoundError: if there is no `config.json`, or a folder holds no weights.
         ValueError: if it is neither a folder nor on the Hub, access is restricted, or its weights are not in safetensors.
     """
+    check_exists(checkpoint)
     folder = Path(checkpoint).expanduser()
     if folder.exists():
         if not (folder / "config.json").is_file():
@@ -67,7 +70,7 @@ def contents_of(
     except Exception as error:
         cached = None if isinstance(error, _ANSWERS) else _cached_folder(checkpoint, revision, cache_dir)
         if cached is None:
-            raise ValueError(f"{checkpoint!r} {_explain(error, revision)}") from error
+            raise ValueError(f"{checkpoint!r} {_explain(error, revision)}{_near(checkpoint)}") from error
         return Contents(cached, stored_tensors(cached), safetensors_bytes(cached))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint!r} on the Hub has no config.json; name the repository of a checkpoint.")
@@ -88,6 +91,11 @@ def _cached_folder(checkpoint: str, revision: str | None, cache_dir: str | None)
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             return folder
     return None
+
+
+def _near(checkpoint: str) -> str:
+    found = similar_paths(checkpoint, folders_only=True)
+    return f" {found[:1].upper()}{found[1:]}" if found else ""
 
 
 def _explain(error: Exception, revision: str | None) -> str:

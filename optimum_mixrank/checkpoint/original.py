@@ -105,6 +105,10 @@ def check_placement(model: PreTrainedModel, processes: Processes) -> None:
         )
 
 
+_SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""What other tools call them."""
+
+
 def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     """Return a floating-point dtype by name; `"auto"` stays as it is.
 
@@ -115,9 +119,9 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
         return "auto"
     parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
-        raise ValueError(
-            f"dtype={dtype!r} is not a floating-point dtype; choose 'float32', 'float16', 'bfloat16' or 'auto'."
-        )
+        meant = _SHORT_DTYPES.get(dtype) if isinstance(dtype, str) else None
+        hint = f"did you mean {meant!r}?" if meant else "choose 'float32', 'float16', 'bfloat16' or 'auto'."
+        raise ValueError(f"dtype={dtype!r} is not a floating-point dtype; {hint}")
     return parsed
 
 

@@ -76,7 +76,10 @@ def check_size(config: Any) -> None:
     if count is None and like is None:
         return
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} all say how small the model is to become. Give only one of them.")
+        all_of_them = "both" if len(given) == 2 else "all"
+        raise ValueError(
+            f"{' and '.join(given)} {all_of_them} say how small the model is to become. Give only one of them."
+        )
     if config.cost != "parameters" or config.compression_scope != "model":
         name, value = (
             ("cost", config.cost) if config.cost != "parameters" else ("compression_scope", config.compression_scope)

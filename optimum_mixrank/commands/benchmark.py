@@ -97,7 +97,8 @@ With --table, time the layers of a dense model instead, at several ranks and wid
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         models = self._models()
-        shape, inputs = self._inputs(models[MODEL])
+        first = next(iter(models.values()))
+        shape, inputs = self._inputs(first)
         batches = [
             {**inputs, "pixel_values": inputs["pixel_values"].expand(size, *shape).contiguous()}
             for size in args.batch_size
@@ -106,7 +107,7 @@ With --table, time the layers of a dense model instead, at several ranks and wid
         memory = [{name: activation_bytes(model, batch) for name, model in models.items()} for batch in batches]
         values: dict[str, Any] = {
             "environment": environment(inputs["pixel_values"].device),
-            "dtype": str(models[MODEL].dtype).removeprefix("torch."),
+            "dtype": str(first.dtype).removeprefix("torch."),
             "image_shape": list(shape),
             "compiled": args.compile,
             "repeats": args.repeats,
@@ -195,11 +196,11 @@ With --table, time the layers of a dense model instead, at several ranks and wid
             }
             for name, latency in latencies.items()
         }
-        ratio = dataclasses.asdict(time_ratio(latencies[MODEL], latencies[REFERENCE]))
+        ratio = dataclasses.asdict(time_ratio(*latencies.values()))
         return {"batch_size": len(batch["pixel_values"]), "models": rows, "time_ratio": ratio}
 
     def _models(self) -> dict[str, PreTrainedModel]:
-        """Return both models by name, on the device."""
+        """Return both models by name, on the device: first the one that is timed, then what it is compared with."""
         from ..checkpoint.dense import to_dense
         from ..checkpoint.entries import compressed_layers
         from ..checkpoint.original import parse_dtype
@@ -208,6 +209,10 @@ With --table, time the layers of a dense model instead, at several ranks and wid
         model = load_checkpoint(args, args.model, parse_dtype(args.dtype))
         if args.reference is not None:
             reference = load_checkpoint(args, args.reference, model.dtype)
+            if compressed_layers(reference) and not compressed_layers(model):
+                raise ValueError(
+                    f"--reference {args.reference!r} is compressed and --model {args.model!r} is not: swap the two."
+                )
         elif compressed_layers(model):
             reference = to_dense(copy.deepcopy(model))
         else:
@@ -215,7 +220,10 @@ With --table, time the layers of a dense model instead, at several ranks and wid
                 f"--model {args.model!r} is a dense checkpoint; name what to compare with by --reference."
             )
         device = checked_device(args.device or default_device())
-        return {MODEL: model.to(device).eval(), REFERENCE: reference.to(device).eval()}
+        names = (MODEL, REFERENCE)
+        if bool(compressed_layers(model)) == bool(compressed_layers(reference)):
+            names = ("model", "reference")
+        return {name: each.to(device).eval() for name, each in zip(names, (model, reference), strict=True)}
 
     def _shape(self, model: PreTrainedModel) -> tuple[int, ...]:
         """Return the shape of an image, `(channels, height, width)`."""
@@ -267,7 +275,7 @@ def _text(values: Mapping[str, Any]) -> str:
         for name, model in values["models"].items()
     ]
     lines += ["", f"batch  {'model':<10}  {'ms per batch (quartiles)':>30}  {'images/s':>10}  {'activations':>12}"]
-    ratios = []
+    ratios, (compared, reference) = [], values["models"]
     for run in values["runs"]:
         size, ratio = run["batch_size"], run["time_ratio"]
         for name, row in run["models"].items():
@@ -275,7 +283,7 @@ def _text(values: Mapping[str, Any]) -> str:
             time, memory = f"{median} ({low} to {high})", _megabytes(row["activation_bytes"])
             lines.append(f"{size:>5}  {name:<10}  {time:>30}  {row['images_per_second']:>10,.1f}  {memory:>12}")
         ratios.append(
-            f"batch {size}: {MODEL} takes {ratio['median']:.3f} of the time of {REFERENCE} "
+            f"batch {size}: {compared} takes {ratio['median']:.3f} of the time of {reference} "
             f"(95 % interval {ratio['low']:.3f} to {ratio['high']:.3f}, {values['repeats']} repetitions)"
         )
     environment = values["environment"]

@@ -91,7 +91,11 @@ on several GPUs:
                 auto_map(compressor.model)
             if args.evaluate_on is not None:
                 # A mistake in images or labels must not come to light after all the work.
-                compressor.check_evaluation(args.evaluate_on, split=args.evaluate_split)
+                try:
+                    compressor.check_evaluation(args.evaluate_on, split=args.evaluate_split)
+                except ValueError as error:
+                    message = str(error).replace("`split`", "`evaluate_split`").replace("split=", "evaluate_split=", 1)
+                    raise ValueError(message) from error
             if run is not None and not args.resume and compressor.processes.is_main:
                 discard(run)
         calibration = None
@@ -228,6 +232,8 @@ def unfinished_run(args: Any) -> Path | None:
     from ..runtime.folders import can_be_renamed, resolved
 
     output = resolved(args.output)
+    if not output.name:
+        return None  # the root of the file system, which is refused
     # File systems have names of 255 bytes at most.
     is_long = len(os.fsencode(output.name)) > 240
     name = hashlib.sha256(os.fsencode(output.name)).hexdigest()[:32] if is_long else output.name

@@ -86,9 +86,11 @@ Two compressed checkpoints can be compared in the same way.
         from ..pipeline.compressor import MixRankCompressor
 
         args, hub = self.args, hub_arguments(self.args)
-        if not is_compressed_checkpoint(args.reference, hub):
+        # Both before either is loaded.
+        is_compressed, is_other = (is_compressed_checkpoint(each, hub) for each in (args.model, args.reference))
+        if not is_other:
             compressor = open_compressor(args, args.reference)
-        elif not is_compressed_checkpoint(args.model, hub):
+        elif not is_compressed:
             raise ValueError(
                 f"--reference {args.reference!r} is compressed and --model {args.model!r} is not: swap the two."
             )

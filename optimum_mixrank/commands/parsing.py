@@ -14,18 +14,42 @@ from typing import Any
 
 
 ALIASES = {
+    "--baseline": "--reference",
     "--calibration-data": "--dataset",
     "--calibration-dataset": "--dataset",
     "--data": "--dataset",
+    "--force": "--overwrite",
+    "--format": "--runtime",
     "--images": "--dataset",
     "--model-id": "--model",
     "--model-name-or-path": "--model",
     "--nsamples": "--num-samples",
+    "--original": "--reference",
     "--out": "--output",
     "--output-dir": "--output",
+    "--save-dir": "--output",
     "--save-directory": "--output",
+    "-b": "--batch-size",
+    "-d": "--dataset",
+    "-f": "--overwrite",
+    "-m": "--model",
+    "-n": "--num-samples",
+    "-o": "--output",
+    "-q": "--quiet",
+    "-r": "--ratio",
+    "-v": "--verbose",
 }
 """What neighbouring tools call these options."""
+
+_MAY_BE_EMPTY = ("--cache-dir", "--revision", "--token")
+"""Options whose empty value, as an unset variable of the shell gives it, is the same as none."""
+
+_IN_PLAIN_WORDS = {
+    r"argument (.*): expected one argument": r"\1 needs a value.",
+    r"argument (.*): expected at least one argument": r"\1 needs at least one value.",
+    r"argument (.*): ignored explicit argument (.*)": r"\1 takes no value; leave \2 out.",
+}
+"""What argparse says, and a sentence that says the same."""
 
 _INVALID = re.compile(r"invalid (int|float) value: ('.*')")
 """What argparse says of a number that it cannot read."""
@@ -44,33 +68,70 @@ class CommandParser(ArgumentParser):
     def adopt(cls, parser: ArgumentParser) -> None:
         """Give a parser the methods of this class; Optimum makes the parsers of all commands itself."""
         parser.__class__ = cls
+        # An abbreviation would change its meaning with the next option that begins like it.
+        parser.allow_abbrev = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and refuse unknown options here, where those of the command are known."""
         words = sys.argv[1:] if args is None else list(args)
-        # Before a missing option is complained about, which was perhaps misspelt.
-        unknown = [word for word in words if word.startswith("--") and not self._is_option(word.partition("=")[0])]
-        if unknown and self._subparsers is None:
-            self.error(self._unknown(unknown[0]))
-        found, surplus = super().parse_known_args(args, namespace)
+        if self._subparsers is None:
+            self._check_words(words)
+        required = [action for action in self._actions if action.required and action.option_strings]
+        for action in required:
+            action.required = False
+        try:
+            found, surplus = super().parse_known_args(args, namespace)
+        finally:
+            for action in required:
+                action.required = True
+        # Before a missing option is complained about, whose name was perhaps left out.
+        missing = [action.option_strings[0] for action in required if getattr(found, action.dest, None) is None]
         if surplus:
-            self.error(self._unknown(surplus[0]))
+            meant = f" Did you mean {missing[0]} {surplus[0]}?" if missing and not surplus[0].startswith("-") else ""
+            self.error(f"{self._unknown(surplus[0])}{meant}")
+        if missing:
+            self.error(f"the following arguments are required: {', '.join(missing)}")
         return found, surplus
+
+    def _check_words(self, words: Sequence[str]) -> None:
+        """Refuse unknown options, values that look like options, and empty ones."""
+        taking = {name for action in self._actions if action.nargs != 0 for name in action.option_strings}
+        for before, word in zip(["", *words], words, strict=False):
+            name, equals, value = word.partition("=")
+            if _looks_like_an_option(word) and not self._is_option(name):
+                if before in taking and not word.startswith("--"):
+                    self.error(f"the value of {before} begins with a dash; write {before}={word}")
+                self.error(self._unknown(word))
+            option, is_empty = (before, True) if word == "" else (name, bool(equals) and not value)
+            if is_empty and option in taking and option not in _MAY_BE_EMPTY:
+                self.error(f"{option} is empty: perhaps a variable of the shell is not set.")
 
     def error(self, message: str) -> Any:
         """End the program with one sentence and the shortest form of the command."""
         text = _INVALID.sub(lambda match: f"{match[2]} is not {_NUMBERS[match[1]]}", message)
+        for said, plain in _IN_PLAIN_WORDS.items():
+            text = re.sub(f"^{said}$", plain, text)
         text = text[:1].upper() + text[1:]
-        self.exit(2, f"Error: {text}\nUsage: {short_usage(self)}\nAll options: {self.prog} --help\n")
+        self.exit(2, f"Error: {text}\nUsage: {self.usage or short_usage(self)}\nAll options: {self.prog} --help\n")
 
     def _is_option(self, name: str) -> bool:
-        known = [each for action in self._actions for each in action.option_strings]
-        # argparse accepts unique beginnings of names.
-        return name == "--" or any(each.startswith(name) for each in known)
+        return name == "--" or any(name in action.option_strings for action in self._actions)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            parts = arg_string.split(",")
+            if action.nargs != "+" or len(parts) < 2 or not all(map(_is_number, parts)):
+                raise
+            listed = " ".join(map(str.strip, parts))
+            raise argparse.ArgumentError(
+                action, f"{arg_string!r} is not one value; separate several by spaces: {listed}"
+            ) from error
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            close = difflib.get_close_matches(str(value), map(str, action.choices), n=1)
+            close = difflib.get_close_matches(str(value).lower(), map(str, action.choices), n=1)
             meant = f"did you mean {close[0]}?" if close else f"choose among {', '.join(map(str, action.choices))}."
             raise argparse.ArgumentError(action if action.option_strings else None, f"{value!r} is unknown; {meant}")
 
@@ -79,14 +140,30 @@ class CommandParser(ArgumentParser):
         if not option.startswith("-"):
             return f"{argument!r} does not belong to any option."
         known = [each for action in self._actions for each in action.option_strings]
-        meant = ALIASES.get(option)
-        close = [meant] if meant in known else difflib.get_close_matches(option, known, n=1, cutoff=0.7)
+        spelt = option.replace("_", "-").lower()
+        meant = ALIASES.get(spelt)
+        longer = [each for each in known if each.startswith(spelt)]
+        if meant in known:
+            close = [meant]
+        elif len(longer) == 1 and spelt.startswith("--"):
+            close = longer
+        else:
+            close = difflib.get_close_matches(spelt, known, n=1, cutoff=0.7)
         return f"there is no option {option}{f'; did you mean {close[0]}?' if close else '.'}"
 
     def _print_message(self, message: str, file: Any = None) -> None:
         # argparse prints help and errors through this method.
         stream = sys.stderr if file is None else file
         super()._print_message(printable(message, stream), stream)
+
+
+def _looks_like_an_option(word: str) -> bool:
+    """Return whether argparse would take a word for an option; `--` ends them, and numbers may be negative."""
+    return word.startswith("-") and word not in ("-", "--") and " " not in word and not _is_number(word)
+
+
+def _is_number(text: str) -> bool:
+    return _number(text) is not None
 
 
 def short_usage(parser: ArgumentParser) -> str:

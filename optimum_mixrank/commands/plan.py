@@ -40,8 +40,8 @@ example:
         add("--model", required=True, help="local folder or Hub id")
         add_statistics_argument(parser)
         ratios = (
-            "fractions of parameters, or of the --cost, to remove; default: that of --target-parameters, --like or "
-            "--target-latency, else 0.3 0.4 0.5 0.6 0.7"
+            "fractions of parameters, or of the --cost, to remove; default: that of --ratio, --target-parameters, --like "
+            "or --target-latency, else 0.3 0.4 0.5 0.6 0.7"
         )
         add("--ratios", type=fraction, nargs="+", help=ratios)
         measure = "compress by this ratio, in memory, and estimate agreement and KL at all ratios from the result"
@@ -54,8 +54,13 @@ example:
         """See `MixRankSubcommand`."""
         args = self.args
         config = configuration(args)
-        if args.ratios and (config.target_parameters is not None or config.like is not None):
-            option = "--like" if config.target_parameters is None else "--target-parameters"
+        named = {
+            "--ratio": args.compression_ratio,
+            "--target-parameters": config.target_parameters,
+            "--like": config.like,
+        }
+        if args.ratios and any(each is not None for each in named.values()):
+            option = next(name for name, value in named.items() if value is not None)
             raise ValueError(f"--ratios and {option} both say how much to remove. Give only one of them.")
         from ..calibration.result import Calibration
         from ..decomposition import METRICS
@@ -80,7 +85,9 @@ example:
         images = None if config.dataset is None else calibration_images(args, compressor, config)
         with compressor.processes.raise_on_all_ranks():
             sized = with_known_ratio(compressor.model, config)
-            is_named = sized is not config or config.target_latency is not None
+            is_named = sized is not config or any(
+                each is not None for each in (args.compression_ratio, config.target_latency)
+            )
             asked = args.ratios or ([sized.compression_ratio] if is_named else [])
             measured = [] if args.measure is None else [args.measure]
             check_ratios(compressor.model, config, [*asked, *measured])

@@ -60,13 +60,18 @@ examples:
         from ..deployment.verify import LIMITS, Limits, precision_of, verify_model
 
         args = self.args
-        if (args.exported is None) == (args.dtype is None):
+        if args.exported is not None and args.dtype is not None:
+            raise ValueError(
+                "--exported and --dtype name two things to compare the checkpoint with; leave one of them out."
+            )
+        if args.exported is None and args.dtype is None:
             raise ValueError("Name what to compare the checkpoint with: --exported, or --dtype float16 or bfloat16.")
         check_image_size(args)
         if args.dataset is not None and args.image_size is not None:
             raise ValueError(
                 "--image-size has no effect with --dataset, whose images the image processor prepares; leave it out."
             )
+        self._check_limits()
         source = load_checkpoint(args, args.model, torch.float32, complete=True).eval()
         exported = self._exported()
         given = (args.max_difference, args.min_agreement, args.max_kl)
@@ -84,6 +89,17 @@ examples:
         self.exit_code = 0 if result.is_ok else FAILED
         verdict = "ok" if result.is_ok else f"broken: {'; '.join(result.problems)}"
         return "\n".join([*lines, verdict]), values
+
+    def _check_limits(self) -> None:
+        args = self.args
+        for option, value in (("--max-difference", args.max_difference), ("--max-kl", args.max_kl)):
+            # Written so that NaN fails too.
+            if value is not None and not value >= 0:
+                raise ValueError(f"{option} {value:g} is not a number of at least 0.")
+        share = args.min_agreement
+        if share is not None and not 0 <= share <= 1:
+            hint = f": did you mean {share / 100:g}?" if 1 < share <= 100 else ", a share of the images."
+            raise ValueError(f"--min-agreement {share:g} is not in [0, 1]{hint}")
 
     def _exported(self) -> nn.Module:
         from ..checkpoint.original import parse_dtype

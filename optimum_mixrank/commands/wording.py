@@ -16,6 +16,7 @@ OPTIONS = {
     "calibration_dataset": "--dataset",
     "device": "--device",
     "dtype": "--dtype",
+    "evaluate_split": "--evaluate-split",
     "image_column": "--image-column",
     "label_column": "--label-column",
     "max_broken_share": "--max-broken-share",
@@ -35,14 +36,19 @@ OPTIONS = {
 _NAMES = "|".join(sorted(OPTIONS, key=len, reverse=True))
 _VALUE = r"\[[^\]]*\]|'[^']*'|\"[^\"]*\"|[^\s,;:)\]`]*[^\s,;:)\].?`]"
 _ASSIGNMENT = re.compile(rf"`?(?<![\w.\-/'\"])({_NAMES})=({_VALUE})`?")
-_SUBJECT = re.compile(rf"(?<![\w.\-/'\"`])({'|'.join(name for name in OPTIONS if '_' in name)}) (?=has )")
+# A name with an underscore stands for the argument wherever it is; a value that is quoted, or part of a path, does not.
+_BARE = re.compile(
+    rf"(?<![\w.\-/'\"`])({'|'.join(name for name in OPTIONS if '_' in name)}|include(?= has '))(?![\w=/'\"`\[]|\.\w| was )"
+)
+_ENTRY = re.compile(r"\b(rank_pattern|ratio_pattern)\['([^']*)'\]=")
 _QUOTED = re.compile(rf"`({_NAMES})`")
 
 
 def in_words_of_the_command_line(message: str) -> str:
     """Return a message with arguments of the Python interface replaced by the options that set them."""
     replaced = _ASSIGNMENT.sub(lambda match: _option(match[1], match[2]), message)
-    replaced = _SUBJECT.sub(lambda match: f"{OPTIONS[match[1]]} ", replaced)
+    replaced = _ENTRY.sub(lambda match: f"{OPTIONS[match[1]]} {match[2]}=", replaced)
+    replaced = _BARE.sub(lambda match: OPTIONS[match[1]], replaced)
     return _QUOTED.sub(lambda match: OPTIONS[match[1]], replaced)
 
 
@@ -53,6 +59,8 @@ def _option(name: str, text: str) -> str:
     except (ValueError, SyntaxError):
         # Not a value but a placeholder, such as `…`.
         return f"{option} {text}"
+    if value is None:
+        return f"{option} (not given)"
     if value is True:
         return option
     if value is False:

@@ -34,7 +34,7 @@ class OnnxRuntime(Runtime):
         names = output_names(model, pixel_values)
         # With gradients, a position bias that is trainable makes PyTorch trace another attention kernel than it then
         # decomposes: a Swin would not be exported.
-        with torch.no_grad():
+        with torch.no_grad(), _torchvision_not_missed():
             program = torch.onnx.export(
                 model,
                 kwargs={"pixel_values": pixel_values},
@@ -118,6 +118,21 @@ class _OnnxModel(ExportedModel):
     def run(self, pixel_values: Tensor) -> dict[str, Tensor]:
         values = self.session.run(self.names, {self.input: pixel_values.to("cpu", self.dtype).numpy()})
         return {name: torch.from_numpy(value).float() for name, value in zip(self.names, values, strict=True)}
+
+
+@contextmanager
+def _torchvision_not_missed() -> Iterator[None]:
+    """Keep PyTorch from warning of operators of torchvision, which models of Transformers do without."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+
+    def concerns_us(record: logging.LogRecord) -> bool:
+        return "torchvision is not installed" not in record.getMessage()
+
+    logger.addFilter(concerns_us)
+    try:
+        yield
+    finally:
+        logger.removeFilter(concerns_us)
 
 
 @contextmanager

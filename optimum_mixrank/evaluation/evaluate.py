@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..calibration.images.batches import Batch, ImageBatches
 from ..runtime.distributed import SINGLE_PROCESS, Processes
+from ..runtime.formatting import counted
 from ..runtime.forward import evaluation_mode, placement
 from ..runtime.inputs import ModelInputs
 from ..runtime.intervals import paired_interval, wilson_interval
@@ -94,7 +95,7 @@ class EvaluationResult:
 
     def facts(self) -> list[str]:
         """Return the result in words: `2,000 images`, `top-1 90.45 % (original 90.30 %)`, …."""
-        found = [f"{self.num_images:,} images"]
+        found = [counted(self.num_images, "image")]
         if self.top1 is not None:
             original = "" if self.reference_top1 is None else f" (original {self.reference_top1:.2%})"
             found.append(f"top-1 {self.top1:.2%}{original}")

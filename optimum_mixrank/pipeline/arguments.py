@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import inspect
 import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from ..calibration.result import Calibration
 from ..checkpoint.configuration import MixRankConfig
+from ..runtime.formatting import with_article
+
+
+_ALIASES = {
+    "data": "calibration_dataset",
+    "dataset": "calibration_dataset",
+    "images": "calibration_dataset",
+    "output": "save_directory",
+    "output_dir": "save_directory",
+}
+"""What the command line and neighbouring tools call these arguments."""
+
+
+def check_keywords(method: Callable[..., Any], given: Iterable[str]) -> None:
+    """Check that a method has the keyword arguments that it is called with.
+
+    Raises:
+        TypeError: if it has not; the message names the argument, or the field of the configuration, that was meant.
+    """
+    parameters = inspect.signature(method).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return
+    for name in given:
+        if name in parameters:
+            continue
+        found = f"`{method.__name__}` has no argument `{name}`"
+        fields = [field.name for field in dataclasses.fields(MixRankConfig)]
+        field = next((each for each in fields if each == name or each.endswith(f"_{name}")), None)
+        if _ALIASES.get(name) in parameters:
+            raise TypeError(f"{found}; did you mean `{_ALIASES[name]}`?")
+        if "config" in parameters and field is not None:
+            raise TypeError(f"{found}; it belongs to the configuration: MixRankConfig({field}=…).")
+        close = difflib.get_close_matches(name, [each for each in parameters if each != "self"], n=1)
+        raise TypeError(f"{found}{f'; did you mean `{close[0]}`?' if close else '.'}")
 
 
 def check_config(config: Any) -> MixRankConfig:
@@ -23,7 +61,9 @@ def check_config(config: Any) -> MixRankConfig:
     if isinstance(config, dict):
         raise TypeError("config is a dict; give MixRankConfig(**config).")
     if not isinstance(config, MixRankConfig):
-        raise TypeError(f"config is a {_kind(config)}, not a MixRankConfig; give MixRankConfig(compression_ratio=…).")
+        raise TypeError(
+            f"config is {with_article(_kind(config))}, not a MixRankConfig; give MixRankConfig(compression_ratio=…)."
+        )
     config.validate()
     return config
 
@@ -32,21 +72,23 @@ def check_calibration(calibration: Any) -> None:
     """Check that statistics are what `MixRankCompressor.calibrate` returns; raises a `TypeError` otherwise."""
     if not isinstance(calibration, Calibration):
         raise TypeError(
-            f"calibration is a {_kind(calibration)}, not a Calibration; give what `compressor.calibrate(…)` returns, or "
-            "`Calibration.load(path)`."
+            f"calibration is {with_article(_kind(calibration))}, not a Calibration; give what `compressor.calibrate(…)` "
+            "returns, or `Calibration.load(path)`."
         )
 
 
 def check_compressed(model: Any) -> None:
     """Check that a model, which may be wrapped, is one; raises a `TypeError` otherwise."""
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {_kind(model)}, not a model; give the one that `compressor.compress(…)` returns.")
+        raise TypeError(
+            f"model is {with_article(_kind(model))}, not a model; give the one that `compressor.compress(…)` returns."
+        )
 
 
 def check_path(name: str, path: Any) -> None:
     """Check that a folder is given by its path, or not at all; raises a `TypeError` otherwise."""
     if path is not None and not isinstance(path, str | os.PathLike):
-        raise TypeError(f"{name} is a {_kind(path)}, not the path of a folder.")
+        raise TypeError(f"{name} is {with_article(_kind(path))}, not the path of a folder.")
 
 
 def check_save_interval(seconds: Any) -> None:
@@ -59,7 +101,7 @@ def check_metrics(metric: Any) -> list[str]:
     """Return the names of one or several metrics; raises a `TypeError` for anything else."""
     names = [metric] if isinstance(metric, str) else metric
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"metric is a {_kind(metric)}, not the name of a metric or a list of names.")
+        raise TypeError(f"metric is {with_article(_kind(metric))}, not the name of a metric or a list of names.")
     return list(names)
 
 

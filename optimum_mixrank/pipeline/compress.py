@@ -33,6 +33,7 @@ from ..decomposition.mlp import WidthLosses
 from ..reporting.build import Outcome, build_report, measure
 from ..reporting.profile import RankProfile
 from ..runtime.files import is_local_path
+from ..runtime.formatting import counted
 from ..runtime.logging import get_logger
 from ..runtime.malloc import bounded_heap
 from ..runtime.phases import phase
@@ -160,7 +161,7 @@ def _decode(run: CompressionRun) -> list[Batch]:
             images = list(logging.tqdm(run.batches, desc="Decoding", unit="batch"))
         run.batches.merge_across_processes()
         total = sum(run.processes.gather(sum(batch.num_images for batch in images)))
-        decoding.add_detail(f"{total:,} images")
+        decoding.add_detail(counted(total, "image"))
     if run.config.recipe == "distilled" and total < ENOUGH_TO_TRAIN:
         logger.warning(
             f"recipe='distilled' trains on {total:,} images, which is few: it gains most from {ENOUGH_TO_TRAIN:,} or more. "

@@ -43,6 +43,7 @@ from .arguments import (
     check_calibration,
     check_compressed,
     check_config,
+    check_keywords,
     check_metrics,
     check_path,
     check_save_interval,
@@ -73,6 +74,7 @@ def _in_every_process(method: Callable[Parameters, Result]) -> Callable[Paramete
 
     @functools.wraps(method)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        check_keywords(method, kwargs)
         compressor = cast("MixRankCompressor", args[0])
         quiet, precision = quiet_unless_main(compressor.processes), tf32_statistics(compressor.allow_tf32)
         with ordinary_modes(), quiet, precision, hub_reached_by(compressor._hub_access):
@@ -416,7 +418,7 @@ class MixRankCompressor(OptimumQuantizer):
                 check_output(*output)
             try:
                 model, report = compress(run)
-            except BaseException:
+            except Exception:
                 if unfinished is not None:
                     unfinished.leave()
                 raise

@@ -11,6 +11,7 @@ from ..calibration.images.subsets import spread_batches, spread_images
 from ..compensation.held_out import model_outputs
 from ..compensation.run import CompensationImages
 from ..evaluation.measures import Comparison
+from ..runtime.formatting import counted
 from ..runtime.inputs import ModelInputs
 from ..runtime.phases import phase
 from .run import CompressionRun
@@ -49,7 +50,7 @@ def measure_fidelity(run: CompressionRun, model: nn.Module, images: Compensation
                 comparison.add(reference, output, len(batch))
         kind, values = comparison.result(run.processes)
         found = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        comparing.add_detail(f"{count:,} images")
+        comparing.add_detail(counted(count, "image"))
     return {"num_images": count, "held_out": held_out, "kind": kind, **found}
 
 

@@ -13,7 +13,7 @@ from ..checkpoint.replacing import CARD_MARK
 from ..checkpoint.self_contained import Needs, auto_class_of
 from ..evaluation.measures import MEASURES, Measure
 from ..runtime.files import is_local_path
-from ..runtime.formatting import format_change, format_percent
+from ..runtime.formatting import counted, format_change, format_percent
 from ..runtime.logging import get_logger
 from ..runtime.version import __version__
 from .data import ReportData
@@ -163,7 +163,7 @@ def _before_and_after(report: ReportData) -> str:
     for name, measure in MEASURES.items():
         if name not in ("agreement", "kl") and measured.get(name) is not None:
             lines.append(f"| {measure.title or measure.label} | | {measure.text(measured[name])} | |")
-    count = f"\n\nOn {measured['num_images']:,} images{images}." if measured.get("num_images") else ""
+    count = f"\n\nOn {counted(measured['num_images'], 'image')}{images}." if measured.get("num_images") else ""
     return "\n".join([_BEGIN, *lines]) + f"{count}\n{_END}"
 
 
@@ -221,7 +221,7 @@ def _results(report: ReportData, task: str) -> list[EvalResult] | None:
         EvalResult(
             task_type=task,
             dataset_type="images",
-            dataset_name=f"{images:,} images",
+            dataset_name=counted(images or 0, "image"),
             metric_type=kind,
             metric_name=label,
             metric_value=round(float(evaluation[key]), 5),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..evaluation.measures import MEASURES
-from ..runtime.formatting import format_change, format_count, format_milliseconds, format_percent
+from ..runtime.formatting import counted, format_change, format_count, format_milliseconds, format_percent
 from .colours import ON_DARK
 from .data import LayerReport, ReportData
 from .inline_svg import css_variable
@@ -125,7 +125,7 @@ def _measured(evaluation: Mapping[str, Any]) -> list[Headline]:
             points = "" if before is None else f"{100 * (after - before):+.2f}".replace("-", "−")
             note = "" if before is None else f"original {format_percent(before, 2)} ({points} points)"
             figures.append(Headline(f"top-{name.removeprefix('top')} accuracy", format_percent(after, 2), note))
-    images = f"on {evaluation.get('num_images', 0):,} images"
+    images = f"on {counted(evaluation.get('num_images', 0), 'image')}"
     for name, measure in MEASURES.items():
         if evaluation.get(name) is not None:
             value, is_share = evaluation[name], measure.form.endswith("%")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluation.measures import MEASURES
-from ..runtime.formatting import format_bytes, format_count, format_milliseconds
+from ..runtime.formatting import counted, format_bytes, format_count, format_milliseconds
 from ..runtime.intervals import paired_interval, wilson_interval
 from .data import LayerReport, ReportData
 from .reach import left_out_text, targeted_text
@@ -139,7 +139,8 @@ def _summary(report: ReportData) -> list[str]:
     if report.calibration:
         images, broken = report.calibration.get("num_images", 0), report.calibration.get("num_broken", 0)
         tokens = report.calibration.get("num_tokens", 0)
-        lines.append(_fact("Calibration", f"{images:,} images ({broken:,} broken ones left out), {tokens:,} tokens"))
+        left_out = f"{counted(broken, 'broken one')} left out"
+        lines.append(_fact("Calibration", f"{counted(images, 'image')} ({left_out}), {counted(tokens, 'token')}"))
     if report.predicted_loss is not None:
         lines.append(_fact("Predicted loss", f"{report.predicted_loss:.4g} nats per image"))
     for step in report.compensation:
@@ -183,7 +184,7 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
                 _fact(f"  {measure.label}", f"{measure.text(value)}{_interval(value, count) if of_images else ''}")
             )
     note = "; 95% intervals in brackets" if any(" to " in line for line in lines) else ""
-    return [f"Evaluation on {count:,} images{note}", *lines]
+    return [f"Evaluation on {counted(count, 'image')}{note}", *lines]
 
 
 def _change_of_accuracy(evaluation: Mapping[str, Any], name: str) -> str:

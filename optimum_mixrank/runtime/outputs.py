@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .formatting import shorten
+from .formatting import shorten, with_article
 from .forward import black_image, evaluation_mode, fixed_random_state, image_size_explained, placement
 from .inputs import ModelInputs
 from .kinds import EMBEDDINGS, recognized
@@ -258,14 +258,14 @@ def _named(output: Any, name: str, num_images: int | None) -> list[Tensor]:
     found = list(tensors_in(field_of(output, name)))
     if not found:
         raise ValueError(
-            f"output_names={name!r}: a {type(output).__name__} holds no such tensors of floating-point numbers, but "
-            f"{listed(output)}."
+            f"output_names={name!r}: {with_article(type(output).__name__)} holds no such tensors of floating-point "
+            f"numbers, but {listed(output)}."
         )
     fitting = per_image(found, num_images)
     if len(fitting) < len(found):
         shapes = ", ".join(str(list(tensor.shape)) for tensor in found)
         raise ValueError(
             f"output_names={name!r} has the shape {shapes} for {num_images} images; only outputs with one row per image "
-            f"can be compared. A {type(output).__name__} holds {listed(output)}."
+            f"can be compared. The {type(output).__name__} holds {listed(output)}."
         )
     return fitting

@@ -459,11 +459,11 @@ def test_settings_of_a_budget_of_time(changes, message):
     [
         (
             {"target_parameters": 10, "compression_ratio": 0.5},
-            r"compression_ratio=0.5 and target_parameters=10 all say how small .* Give only one of them",
+            r"compression_ratio=0.5 and target_parameters=10 both say how small .* Give only one of them",
         ),
-        ({"target_parameters": 10, "like": "a/b"}, r"target_parameters=10 and like='a/b' all say"),
-        ({"like": "a/b", "compression_ratio": 0.5}, r"compression_ratio=0.5 and like='a/b' all say"),
-        ({**LATENCY, "target_parameters": 10}, r"target_parameters=10 and target_latency=0.7 all say"),
+        ({"target_parameters": 10, "like": "a/b"}, r"target_parameters=10 and like='a/b' both say"),
+        ({"like": "a/b", "compression_ratio": 0.5}, r"compression_ratio=0.5 and like='a/b' both say"),
+        ({**LATENCY, "target_parameters": 10}, r"target_parameters=10 and target_latency=0.7 both say"),
         (
             {"like": "a/b", "compression_scope": "targets"},
             r"like='a/b' counts .* compression_scope='targets' contradicts",

@@ -38,7 +38,7 @@ def test_from_a_measured_table_to_a_compressed_checkpoint(dense, tmp_path):
     plan = cli("plan", "--model", dense, *method, "--ratios", 0.2, 0.3)[0]
     assert "time" in plan.splitlines()[0]
     _, error = cli("compress", "--model", dense, *method, "--target-latency", 0.1, "--output", tmp_path / "no", code=1)
-    assert "The smallest target_latency that can be reached is" in error
+    assert "The smallest --target-latency that can be reached is" in error
     _, error = cli(
         "compress", "--model", dense, *method, "--ratio", 0.5, "--target-latency", 0.7, "--output", out, code=1
     )
@@ -77,5 +77,10 @@ def test_what_cannot_be_measured(dense, tmp_path):
     compressed(tiny_vit(), "pivoted").save_pretrained(out)
     _, error = cli("benchmark", "--model", out, "--table", tmp_path / "table.json", "--device", "cpu", code=1)
     assert "is compressed already" in error
+    _, error = cli("benchmark", "--model", dense, "--reference", out, "--device", "cpu", code=1)
+    assert f"--reference {str(out)!r} is compressed and --model {str(dense)!r} is not: swap the two." in error
+    few = ("--repeats", 6, "--batch-size", 1, "--device", "cpu")
+    text, _ = cli("benchmark", "--model", out, "--reference", out, *few)
+    assert "model takes" in text and "time of reference" in text and "dense" not in text
     _, error = cli("benchmark", "--model", dense, "--runtime", "eager", code=1)
     assert "--runtime eager has no effect without --table" in error

@@ -203,10 +203,17 @@ def test_evaluate_recognises_swapped_checkpoints(compressed, few):
     assert f"--reference {str(compressed[0])!r} is compressed and --model" in stderr and "swap the two" in stderr
 
 
+@pytest.mark.parametrize("option", ["--model", "--reference"])
+def test_evaluate_names_a_checkpoint_that_does_not_exist(compressed, few, tmp_path, option):
+    given = {"--model": compressed[0], "--reference": MODEL, option: tmp_path / "gone", "--dataset": few}
+    error = cli("evaluate", *(each for pair in given.items() for each in pair), code=1)[1]
+    assert f"Error: The model {str(tmp_path / 'gone')!r} does not exist" in error
+
+
 def test_evaluate_names_an_output_that_is_missing(compressed):
     common = ("evaluate", "--model", compressed[0], "--reference", MODEL, "--dataset", DATA, "--split", "test")
     stderr = cli(*common, "--num-samples", 4, "--interpolate-pos-encoding", "--output-names", "heatmaps", code=1)[1]
-    assert "--output-names heatmaps: a ImageClassifierOutput holds no such tensors" in stderr
+    assert "--output-names heatmaps: an ImageClassifierOutput holds no such tensors" in stderr
 
 
 def test_merge(compressed, tmp_path):

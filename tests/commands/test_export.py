@@ -81,6 +81,16 @@ def test_options_that_make_no_sense(checkpoint, exported):
     verify = ("verify", "--model", checkpoint)
     assert "Name what to compare the checkpoint with: --exported, or --dtype" in cli(*verify, code=1)[1]
     assert "--dtype float32 is not half precision" in cli(*verify, "--dtype", "float32", code=1)[1]
+    both = cli(*verify, "--exported", exported, "--dtype", "float16", code=1)[1]
+    assert "--exported and --dtype name two things" in both
+    limits = {
+        ("--min-agreement", 95): "--min-agreement 95 is not in [0, 1]: did you mean 0.95?",
+        ("--min-agreement", -1): "--min-agreement -1 is not in [0, 1], a share of the images.",
+        ("--max-kl", -1): "--max-kl -1 is not a number of at least 0.",
+        ("--max-difference", "nan"): "--max-difference nan is not a number of at least 0.",
+    }
+    for limit, message in limits.items():
+        assert message in cli(*verify, "--dtype", "float16", *limit, code=1)[1]
 
 
 def test_other_preprocessing_is_a_problem(checkpoint, exported, tmp_path):

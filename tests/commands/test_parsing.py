@@ -33,6 +33,19 @@ def compress(*arguments, code=2):
         (("--ratio", "0,5"), "'0,5' is not a number: did you mean 0.5?"),
         (("--epochs", "many"), "Argument --epochs: 'many' is not a whole number.\n"),
         (("--held-out-ratio", "few"), "Argument --held-out-ratio: 'few' is not a number.\n"),
+        (("--save_directory", "out"), "There is no option --save_directory; did you mean --output?"),
+        (("--num_samples=8",), "There is no option --num_samples; did you mean --num-samples?"),
+        (("--Ratio", "0.5"), "There is no option --Ratio; did you mean --ratio?"),
+        (("--force",), "There is no option --force; did you mean --overwrite?"),
+        (("--no-res",), "There is no option --no-res; did you mean --no-resume?"),
+        (("-d", "images"), "There is no option -d; did you mean --dataset?"),
+        (("--recipe", "BEST"), "Argument --recipe: 'BEST' is unknown; did you mean best?"),
+        (("--overwrite=yes",), "--overwrite takes no value; leave 'yes' out.\n"),
+        (("--dataset",), "--dataset needs a value.\n"),
+        (("--structures",), "--structures needs at least one value.\n"),
+        (("--dataset", "-images"), "The value of --dataset begins with a dash; write --dataset=-images\n"),
+        (("--dataset", ""), "--dataset is empty: perhaps a variable of the shell is not set.\n"),
+        (("--ratio=",), "--ratio is empty: perhaps a variable of the shell is not set.\n"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -47,6 +60,26 @@ def test_a_mistake_is_answered_in_three_lines(arguments, message):
 def test_a_misspelt_option_comes_before_a_missing_one():
     assert "did you mean --model?" in cli("compress", "--modl", "m", code=2)[1]
     assert "required: --output" in cli("compress", "--model", "m", code=2)[1]
+
+
+def test_a_value_without_its_option_comes_before_a_missing_one():
+    assert "'vit' does not belong to any option. Did you mean --model vit?" in cli("compress", "vit", code=2)[1]
+    assert "There is no option -m; did you mean --model?" in cli("compress", "-m", "vit", code=2)[1]
+
+
+def test_an_unset_token_is_none():
+    error = compress("--token", "", "--revision=", "--config", "gone.yaml", code=1)
+    assert "--config 'gone.yaml' is not a file" in error
+
+
+def test_several_numbers_are_separated_by_spaces():
+    error = cli("plan", "--model", "m", "--ratios", "0.3,0.5", code=2)[1]
+    assert "Argument --ratios: '0.3,0.5' is not one value; separate several by spaces: 0.3 0.5\n" in error
+    assert "\nUsage: optimum-cli mixrank plan --model MODEL [options]\n" in error
+
+
+def test_a_plan_has_no_output():
+    assert "There is no option --output" in cli("plan", "--model", "m", "--output", "out", code=2)[1]
 
 
 def test_a_misspelt_command_is_recognised():

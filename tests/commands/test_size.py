@@ -36,7 +36,7 @@ def test_plan_for_a_size(tiny, few):
 def test_a_ratio_and_a_size_exclude_each_other_before_anything_is_opened(tmp_path):
     arguments = ("compress", "--model", tmp_path / "none", "--output", tmp_path / "out", "--ratio", 0.5)
     _, stderr = cli(*arguments, "--target-parameters", "22M", code=1)
-    assert "Error: --ratio 0.5 and --target-parameters 22000000 all say how small the model is to become." in stderr
+    assert "Error: --ratio 0.5 and --target-parameters 22000000 both say how small the model is to become." in stderr
 
 
 def test_more_than_the_blocks(tiny, few, tmp_path):

@@ -23,6 +23,13 @@ from optimum_mixrank.commands.wording import OPTIONS, in_words_of_the_command_li
         ("auto_class=… or nothing", "--auto-class … or nothing"),
         ("save_directory='my models' exists", "--output 'my models' exists"),
         ("rank_pattern has the key 'qery'", "--rank-pattern has the key 'qery'"),
+        ("rank_pattern['query']=64.5 is not an integer", "--rank-pattern query=64.5 is not an integer"),
+        ("Or give the number as target_parameters.", "Or give the number as --target-parameters."),
+        ("include has 'head', which is unknown", "--include has 'head', which is unknown"),
+        ("latency_table=None is not a file", "--latency-table (not given) is not a file"),
+        # The settings of a run that was cut off are named as they are stored.
+        ("compression_ratio was 0.5 and is 0.4", "compression_ratio was 0.5 and is 0.4"),
+        ("'max_memory' in a/max_memory, max_memory.json", "'max_memory' in a/max_memory, max_memory.json"),
         # What is no argument of ours, or lies inside a path, stays.
         ("image_size=3 in /data/seed=3/x, 'seed=4'", "image_size=3 in /data/seed=3/x, 'seed=4'"),
         ("The dataset is empty.", "The dataset is empty."),

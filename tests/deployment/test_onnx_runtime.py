@@ -12,7 +12,11 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from optimum_mixrank.deployment.onnx_runtime import _root_logger_left_alone, strip_metadata  # noqa: E402
+from optimum_mixrank.deployment.onnx_runtime import (  # noqa: E402
+    _root_logger_left_alone,
+    _torchvision_not_missed,
+    strip_metadata,
+)
 
 
 @pytest.mark.parametrize("external", [False, True], ids=["one file", "weights beside it"])
@@ -58,3 +62,13 @@ def test_what_quantization_logs_to_the_root_logger_is_not_printed(monkeypatch, c
     with _root_logger_left_alone():
         logging.warning("Please consider to run pre-processing before quantization.")
     assert not logging.getLogger().handlers and not capsys.readouterr().err
+
+
+def test_a_missing_torchvision_is_not_reported(caplog):
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    with _torchvision_not_missed():
+        logger.warning("torchvision is not installed. Skipping %s", "torchvision::nms")
+        logger.warning("another warning")
+    assert caplog.messages == ["another warning"]
+    logger.warning("torchvision is not installed. Skipping %s", "torchvision::nms")
+    assert len(caplog.messages) == 2

@@ -292,6 +292,25 @@ def test_what_is_saved_already_is_not_lost(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "out"]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "ratio",
+            r"`compress` has no argument `ratio`; it belongs to the configuration: MixRankConfig\(compression_ratio=…\)",
+        ),
+        ("metric", r"it belongs to the configuration: MixRankConfig\(metric=…\)"),
+        ("output", "did you mean `save_directory`?"),
+        ("dataset", "did you mean `calibration_dataset`?"),
+        ("overwritten", "did you mean `overwrite`?"),
+        ("xyzzy", "`compress` has no argument `xyzzy`."),
+    ],
+)
+def test_arguments_of_other_names_are_recognised(name, message):
+    with pytest.raises(TypeError, match=message):
+        MixRankCompressor(tiny_vit()).compress(**{name: "value"})
+
+
 def labelled(count=6):
     return [{"pixel_values": PIXELS[:count], "labels": torch.arange(count) % 5}]
 

@@ -56,6 +56,13 @@ def test_advice_is_what_was_not_done(settings, images, advice):
     )
 
 
+@pytest.mark.parametrize(("count", "advice"), [(13, "13 say little"), (1, "1 says little")])
+def test_few_images_are_said_to_be_few(count, advice):
+    found = verdict(judged({"num_images": count, "agreement": 1.0, "kl": 0.01}))
+    assert found.word == "good" and found.advice == f"more images, since {advice}"
+    assert f"of {count} held-out image{'s' if count > 1 else ''}, " in found.reason
+
+
 def test_values_that_are_not_finite_are_named():
     assert str(verdict(judged({"agreement": 0.1, "kl": None}))) == (
         "broken: NaN or Inf on 52 held-out images. Next: compress in float32 (dtype='float32')"

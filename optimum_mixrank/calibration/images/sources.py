@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
+import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,9 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ...checkpoint.replacing import RANKS_NAME
 from ...checkpoint.validation import check_integer, check_seed
 from ...runtime.access import hub_access, why_unreachable
 from ...runtime.files import similar_paths
+from ...runtime.formatting import counted
 from ...runtime.logging import get_logger
 from .files import is_remote, open_file
 from .folders import ARCHIVES, load_image_archive, load_image_folder
@@ -62,14 +67,23 @@ def load_image_dataset(
 
     Raises:
         FileNotFoundError: if the source is a path that does not exist, or a folder without data.
-        TypeError: if the source is something else.
+        TypeError: if the source is something else, or an argument does not exist.
         ValueError: if the split or the image column is missing or ambiguous, in a message that lists those there are;
             or for a stream without `num_samples`.
     """
     if num_samples is not None:
         check_integer("num_samples", num_samples, 1)
     check_seed(seed)
-    data = _select_split(_load(source, split, hub_kwargs), split, default_splits)
+    try:
+        loaded = _load(source, split, hub_kwargs)
+    except ValueError as error:
+        unknown = re.search(r"doesn't have a '(\w+)' key", str(error))
+        if unknown is None or unknown[1] not in hub_kwargs:
+            raise
+        close = difflib.get_close_matches(unknown[1], inspect.signature(load_image_dataset).parameters, n=1)
+        hint = f"; did you mean `{close[0]}`?" if close else ", nor has the loader of `datasets`."
+        raise TypeError(f"There is no argument `{unknown[1]}`{hint}") from error
+    data = _select_split(loaded, split, default_splits)
     if data.features is None:
         raise ValueError("The stream does not tell its columns before it is read; load the dataset without streaming.")
     column = find_image_column(data.features, image_column)
@@ -95,7 +109,9 @@ def drawn_indices(count: int, num_samples: int, seed: int) -> npt.NDArray[np.int
 
 
 def _warn_about_few(count: int, num_samples: int) -> None:
-    logger.warning(f"The dataset holds {count} images, fewer than the {num_samples} to draw; all of them are used.")
+    logger.warning(
+        f"The dataset holds {counted(count, 'image')}, fewer than the {num_samples} to draw; all of them are used."
+    )
 
 
 def local_paths(source: Any) -> list[Path]:
@@ -149,6 +165,8 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
         raise TypeError(
             f"A {type(source).__name__} is not an image dataset; give a folder, a Hub id or a `datasets.Dataset`."
         )
+    if not str(source):
+        raise FileNotFoundError("The name of the dataset is empty; name a folder of images or a Hub id.")
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix == ".parquet":
@@ -164,14 +182,14 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             _refuse(hub_kwargs, "a folder written by `save_to_disk`")
             return datasets.load_from_disk(str(path))
+        if _holds_a_model_alone(path):
+            raise ValueError(f"{str(source)!r} holds a model and no images; name a folder of images.")
         given = {name: value for name, value in hub_kwargs.items() if value is not None}
         if given.keys() <= {"streaming", "cache_dir", "token"}:
             options = {name: value for name, value in given.items() if name != "token"}
             images = load_image_folder(path.absolute(), split, **options)
             if images is not None:
                 return images
-        if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-            raise ValueError(f"{str(source)!r} holds a model and no images; name a folder of images.")
         try:
             return datasets.load_dataset(str(path), **hub_kwargs)
         except FileNotFoundError as error:
@@ -180,6 +198,8 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
                     f"`datasets` cannot read {str(source)!r}, since its name contains one of * ? [ ::, which have a "
                     "special meaning in paths; rename it."
                 ) from error
+            if not any(each.is_file() for each in path.rglob("*")):
+                raise FileNotFoundError(f"The folder {str(source)!r} is empty; name a folder of images.") from error
             raise
         except ValueError as error:
             if "WebDataset" in str(error):
@@ -198,6 +218,14 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
             return datasets.load_dataset(source, **arguments)
         except (ConnectionError, FileNotFoundError) as error:
             raise FileNotFoundError(_not_found(source, reason or str(error).rstrip("."))) from error
+
+
+def _holds_a_model_alone(folder: Path) -> bool:
+    """Return whether a folder is that of a checkpoint, in which the only picture is that of the ranks."""
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        return False
+    others = (each for each in folder.rglob("*") if each.suffix.lower() in Image.registered_extensions())
+    return all(each.name == RANKS_NAME for each in others)
 
 
 @contextmanager

@@ -159,8 +159,26 @@ def test_unusable_paths(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no folder or file"):
         load_image_dataset(tmp_path / "gone")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="doesn't contain any data files"):
+    with pytest.raises(FileNotFoundError, match="empty' is empty; name a folder of images"):
         load_image_dataset(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="The name of the dataset is empty"):
+        load_image_dataset("")
+
+
+def test_the_picture_of_the_ranks_makes_no_dataset_of_a_checkpoint(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "ranks.png")
+    with pytest.raises(ValueError, match="holds a model and no images; name a folder of images"):
+        load_image_dataset(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
+    assert len(load_image_dataset(tmp_path)) == 2
+
+
+def test_arguments_that_do_not_exist(tmp_path):
+    in_memory().to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(TypeError, match="There is no argument `num_images`; did you mean `num_samples`?"):
+        load_image_dataset(tmp_path, num_images=3)
 
 
 def test_image_columns(tmp_path):
