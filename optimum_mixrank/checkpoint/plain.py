@@ -100,10 +100,11 @@ def _candidates(model: PreTrainedModel, layers: Iterable[nn.Module]) -> Iterator
 def _ratios(ratio: float, now: int, before: int) -> Iterator[float]:
     """Yield ratios that, multiplied by the width of the model and rounded down, may give `now` units, not `before`."""
     value = ratio * now / before
-    # DINOv2 and others accept whole numbers only under Transformers 5.
-    whole = round(value)
-    if isinstance(ratio, int) and whole > 0 and math.isclose(value, whole):
-        yield whole
+    if isinstance(ratio, int):
+        # DINOv2 and others accept only whole numbers under Transformers 5, which is to open what 4.57 has written.
+        if round(value) > 0 and math.isclose(value, round(value)):
+            yield round(value)
+        return
     yield from (value, math.nextafter(value, math.inf))
 
 
