@@ -263,7 +263,7 @@ def _remarks(records: Mapping[str, Mapping[str, Any]], level: str = "##") -> Ite
     if alike:
         yield from (f"{level} What fails for the original model too", "")
         for about, names in alike.items():
-            yield from _wrapped(f"- {about}: {', '.join(names)}")
+            yield from _wrapped(f"- {about}: {'; '.join(names)}")
         yield ""
     if refusals:
         yield from (f"{level} What is refused", "")
