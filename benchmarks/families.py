@@ -127,7 +127,9 @@ def summary(recorded: Mapping[str, Any]) -> str:
         outcome = f"passes for {found.count('yes')} of {len(found)} tried" if found else "was not tried"
         alike = sum(check in each.get("original_fails", ()) for each in tested)
         if alike:
-            outcome += f" and fails for the original model too for {alike} of the others"
+            rest = sum(each != "yes" for each in found)
+            others = f"the other {rest}" if alike == rest else f"{alike} of the other {rest}"
+            outcome += f" (for {others} it fails for the original model too)"
         on_request.append(f"*{check}* {outcome}")
     if not any(check in each for each in tested for check in COSTLY):
         return f"{always} {' and '.join(f'*{check}*' for check in COSTLY)} were not tried."
