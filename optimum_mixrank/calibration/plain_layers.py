@@ -18,6 +18,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from ..checkpoint.names import Target
 from ..checkpoint.rank_map import QUANT_METHOD, quantization_method
+from ..runtime.formatting import with_article
 
 
 if TYPE_CHECKING:
@@ -111,13 +112,13 @@ def check_targets(targets: Sequence[Target]) -> None:
         leave_out = f"Leave it out with exclude_modules=[{target.name!r}]"
         if type(linear).forward is not nn.Linear.forward:
             raise ValueError(
-                f"Layer {target.name!r} is a {_kind(linear)} with a `forward` of its own, which a factored layer would "
-                f"lose. {leave_out}, or replace it by an `nn.Linear` that computes the same."
+                f"Layer {target.name!r} is {with_article(_kind(linear))} with a `forward` of its own, which a factored "
+                f"layer would lose. {leave_out}, or replace it by an `nn.Linear` that computes the same."
             )
         if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
             raise ValueError(
-                f"The weight of layer {target.name!r} is a {_kind(weight)} of {weight.dtype}, not a plain tensor of "
-                f"floating-point numbers. {_UNQUANTIZED}"
+                f"The weight of layer {target.name!r} is {with_article(_kind(weight))} of {weight.dtype}, not a plain "
+                f"tensor of floating-point numbers. {_UNQUANTIZED}"
             )
         other = owners.setdefault(id(weight), target.name)
         if other != target.name:

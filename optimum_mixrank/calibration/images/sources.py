@@ -21,7 +21,7 @@ from ...checkpoint.replacing import RANKS_NAME
 from ...checkpoint.validation import check_integer, check_seed
 from ...runtime.access import hub_access, why_unreachable
 from ...runtime.files import similar_paths
-from ...runtime.formatting import counted
+from ...runtime.formatting import counted, type_of
 from ...runtime.logging import get_logger
 from .files import is_remote, open_file
 from .folders import ARCHIVES, load_image_archive, load_image_folder
@@ -163,7 +163,7 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
         return source
     if not isinstance(source, str | Path):
         raise TypeError(
-            f"A {type(source).__name__} is not an image dataset; give a folder, a Hub id or a `datasets.Dataset`."
+            f"source is {type_of(source)}, not an image dataset; give a folder, a Hub id or a `datasets.Dataset`."
         )
     if not str(source):
         raise FileNotFoundError("The name of the dataset is empty; name a folder of images or a Hub id.")
@@ -272,7 +272,7 @@ def _select_split(data: Any, split: str | None, default_splits: tuple[str, ...])
             raise ValueError(f"split={split!r} cannot be chosen: this is one dataset without splits; leave it out.")
         return data
     if not isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
-        raise TypeError(f"Images cannot be drawn from a {type(data).__name__}; load all splits of the dataset.")
+        raise TypeError(f"Images cannot be drawn from {type_of(data)}; load all splits of the dataset.")
     names = list(data)
     if split is not None and split not in names:
         raise ValueError(f"split={split!r} does not exist; the splits are {', '.join(names)}.")

@@ -88,7 +88,7 @@ def test_in_memory():
         load_image_dataset(in_memory(), split="test")
     with pytest.raises(ValueError, match="token cannot be applied to a dataset in memory"):
         load_image_dataset(in_memory(), token="secret", revision=None)
-    with pytest.raises(TypeError, match="A list is not an image dataset; give a folder"):
+    with pytest.raises(TypeError, match="source is a list, not an image dataset; give a folder"):
         load_image_dataset([])
 
 
