@@ -120,6 +120,21 @@ class ModelInputs(Mapping[str, Tensor]):
         chosen = torch.arange(self._length)[key if isinstance(key, slice) else torch.as_tensor(key).cpu()]
         return type(self)({name: self._chosen(name, chosen) for name in self._tensors})
 
+    def image_means(self, values: Tensor) -> Tensor:
+        """Return the mean of each image's values, of which there are as many per image, or per patch where they are packed.
+
+        Values of which it is unknown which belong to an image are returned as they are.
+
+        Args:
+            values: `[rows]`, image by image, such as one per frame or per token.
+        """
+        counts = self._counts or [1] * self._length
+        if len(values) == self._length or any(len(values) * count % sum(counts) for count in counts):
+            return values
+        return torch.stack(
+            [part.mean() for part in values.split([len(values) * each // sum(counts) for each in counts])]
+        )
+
     def split(self, size: int) -> list[Self]:
         """Return parts of so many images, the last of which may have fewer."""
         return [self[start : start + size] for start in range(0, self._length, size)]
