@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.rank_map import LAYOUT_NAMES
-from ..runtime.formatting import quote
+from ..runtime.formatting import quote, type_of
 
 
 KIND = "optimum-mixrank table of latencies"
@@ -308,7 +308,7 @@ def _parse_conditions(stored: object) -> dict[str, Any]:
 
 def _mapping(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where} is a {type(value).__name__}, not an object with names and values")
+        raise ValueError(f"{where} is {type_of(value)}, not an object with names and values")
     return dict(value)
 
 

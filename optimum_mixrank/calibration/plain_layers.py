@@ -18,6 +18,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from ..checkpoint.names import Target
 from ..checkpoint.rank_map import QUANT_METHOD, quantization_method
+from ..runtime.formatting import with_article
 
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ _UNQUANTIZED = "Compress the original instead; quantization comes after compress
 def check_model(model: PreTrainedModel) -> None:
     """Check that a model holds no adapters, no quantized layers and no weights that are computed at each call.
 
-    Convolutions whose weights its own class computes, as that of the positions in Wav2Vec 2.0, are saved and read as they
-    are. Nor may its weights be tensors that gradients cannot pass through.
+    Nor may its weights be tensors that gradients cannot pass through. Convolutions whose weights are computed in every
+    model of the class, as those of the positions in Wav2Vec 2.0, are allowed, since they are saved and read as they are.
 
     Raises:
         ValueError: otherwise; the message names the first such layer and the remedy.
@@ -111,13 +112,13 @@ def check_targets(targets: Sequence[Target]) -> None:
         leave_out = f"Leave it out with exclude_modules=[{target.name!r}]"
         if type(linear).forward is not nn.Linear.forward:
             raise ValueError(
-                f"Layer {target.name!r} is a {_kind(linear)} with a `forward` of its own, which a factored layer would "
-                f"lose. {leave_out}, or replace it by an `nn.Linear` that computes the same."
+                f"Layer {target.name!r} is {with_article(_kind(linear))} with a `forward` of its own, which a factored "
+                f"layer would lose. {leave_out}, or replace it by an `nn.Linear` that computes the same."
             )
         if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
             raise ValueError(
-                f"The weight of layer {target.name!r} is a {_kind(weight)} of {weight.dtype}, not a plain tensor of "
-                f"floating-point numbers. {_UNQUANTIZED}"
+                f"The weight of layer {target.name!r} is {with_article(_kind(weight))} of {weight.dtype}, not a plain "
+                f"tensor of floating-point numbers. {_UNQUANTIZED}"
             )
         other = owners.setdefault(id(weight), target.name)
         if other != target.name:
@@ -161,7 +162,8 @@ def _computes_weight(hook: object) -> bool:
 def _computing_by_design(model: PreTrainedModel, names: Collection[str]) -> set[str]:
     """Return those of the modules, none of them linear, that compute a weight in every model of this class."""
     try:
-        with torch.device("meta"):
+        # Some initial values are drawn from the generator of the process even so.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             fresh = dict(type(model)(copy.deepcopy(model.config)).named_modules())
     except Exception:
         # A class that cannot be made again says nothing of its design.
@@ -170,12 +172,14 @@ def _computing_by_design(model: PreTrainedModel, names: Collection[str]) -> set[
     return {
         name
         for name in names
-        if name in fresh and not isinstance(own[name], nn.Linear) and _stored(fresh[name]) == _stored(own[name])
+        if name in fresh and not isinstance(own[name], nn.Linear) and _structure(fresh[name]) == _structure(own[name])
     }
 
 
-def _stored(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+def _structure(module: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return the shapes of what a module stores, and the classes of the modules in it, its parametrizations among them."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return shapes, {name: type(each).__qualname__ for name, each in module.named_modules()}
 
 
 def _comes_from(module: nn.Module, packages: Sequence[str]) -> bool:

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from ..runtime.access import why_unreachable
 from ..runtime.files import is_local_path, similar_paths
-from ..runtime.formatting import listed, quote, shorten
+from ..runtime.formatting import listed, quote, shorten, type_of
 from .rank_map import QUANT_METHOD, quantization_method
 from .self_contained import refers_here
 
@@ -228,7 +228,7 @@ def named_class(config: Any, path: str | Path, trust_remote_code: bool = False) 
             f"{where}, but {quote(name)} is not a model class of Transformers {transformers.__version__}. {_REMEDY}"
         )
     if not isinstance(config, getattr(found, "config_class", None) or ()):
-        raise ValueError(f"{where}, but {name} is not a class for a {type(config).__name__}. {_REMEDY}")
+        raise ValueError(f"{where}, but {name} is not a class for {type_of(config)}. {_REMEDY}")
     return found
 
 

@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import nn
 
-from ..runtime.formatting import listed, quote
+from ..runtime.formatting import listed, quote, type_of
 from ..runtime.logging import get_logger
 from .modeling import FactoredLinear, LowRankLinear, replace_module
 from .names import canonical_names
@@ -63,7 +63,7 @@ def insert_factored_layers(model: nn.Module, layers: Mapping[str, FactoredLayer]
     for canonical in present:
         linear = model.get_submodule(names[canonical])
         if not isinstance(linear, nn.Linear):
-            raise ValueError(f"rank_map entry {canonical!r} names a {type(linear).__name__}, not a linear layer.")
+            raise ValueError(f"rank_map entry {canonical!r} names {type_of(linear)}, not a linear layer.")
         linears[canonical] = linear
     empty: dict[str, nn.Module] = {}
     for canonical, layer in present.items():

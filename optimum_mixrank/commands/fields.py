@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.recipes import RECIPES
+from ..runtime.formatting import type_of
 from .hub import hub_arguments
 from .parsing import count, fraction, merged, pattern
 
@@ -192,5 +193,5 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"--config {str(path)!r} is neither YAML nor JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"--config {str(path)!r} holds a {type(content).__name__}, not fields with values.")
+        raise ValueError(f"--config {str(path)!r} holds {type_of(content)}, not fields with values.")
     return content

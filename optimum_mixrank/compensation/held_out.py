@@ -92,14 +92,21 @@ def output_error(
 
 
 def output_errors(
-    outputs: Sequence[ModelOutput], references: Sequence[ModelOutput], processes: Processes = SINGLE_PROCESS
+    outputs: Sequence[ModelOutput],
+    references: Sequence[ModelOutput],
+    processes: Processes = SINGLE_PROCESS,
+    batches: Sequence[ModelInputs] | None = None,
 ) -> Tensor:
     """Return the error of every image of all processes, `[images]`, float64, on the CPU.
 
     The error is KL(reference ‖ output) in nats of classes, the relative squared error of features, or the sum of both;
-    see `output_divergence`.
+    see `output_divergence`. Of outputs with a row for every token or frame it is the mean over an image's, if the batches
+    are given that the outputs are of, and otherwise there is one for each row.
     """
     errors = [output_divergence(reference, output) for output, reference in zip(outputs, references, strict=True)]
+    if batches is not None:
+        # Rows of one image are alike: counted as independent they would make any difference significant.
+        errors = [ModelInputs.of(batch).image_means(error) for batch, error in zip(batches, errors, strict=True)]
     own = [error for each in errors for error in each.tolist()]
     return torch.tensor([error for each in processes.gather(own) for error in each], dtype=torch.float64)
 
@@ -108,7 +115,7 @@ def held_out_errors(task: CompensationTask) -> Tensor:
     """Return the current error of the compressed model on each held-out image; see `output_errors`."""
     with task.processes.raise_on_all_ranks():
         outputs = model_outputs(task.model, task.held_out, task.call)
-    return output_errors(outputs, task.references, task.processes)
+    return output_errors(outputs, task.references, task.processes, task.held_out)
 
 
 def held_out_error(task: CompensationTask) -> float:

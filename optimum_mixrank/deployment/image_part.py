@@ -53,7 +53,7 @@ def image_shape(
         pixel_values_shape: What the user asks for; None leaves it to the model and its image processor.
 
     Raises:
-        ValueError: if neither says it, or what the user asks for is no shape.
+        ValueError: if neither says it, or what the user asks for is not a shape.
     """
     if pixel_values_shape is not None:
         return tuple(black_image(model, pixel_values_shape).shape[1:])

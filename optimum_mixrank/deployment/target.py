@@ -112,7 +112,7 @@ def output_names(model: nn.Module, pixel_values: Tensor) -> list[str]:
         output = model(pixel_values=pixel_values)
     if not isinstance(output, Mapping) or not all(isinstance(value, Tensor) for value in output.values()):
         raise ValueError(
-            f"A {type(model).__name__} returns more than tensors by name, which cannot be exported; load it without "
+            f"This {type(model).__name__} returns more than tensors by name, which cannot be exported; load it without "
             "`output_hidden_states` and `output_attentions`."
         )
     return list(output)

@@ -13,7 +13,7 @@ import torch
 
 from ..calibration.result import Calibration
 from ..checkpoint.configuration import MixRankConfig
-from ..runtime.formatting import with_article
+from ..runtime.formatting import type_of
 
 
 _ALIASES = {
@@ -61,9 +61,7 @@ def check_config(config: Any) -> MixRankConfig:
     if isinstance(config, dict):
         raise TypeError("config is a dict; give MixRankConfig(**config).")
     if not isinstance(config, MixRankConfig):
-        raise TypeError(
-            f"config is {with_article(_kind(config))}, not a MixRankConfig; give MixRankConfig(compression_ratio=…)."
-        )
+        raise TypeError(f"config is {type_of(config)}, not a MixRankConfig; give MixRankConfig(compression_ratio=…).")
     config.validate()
     return config
 
@@ -72,7 +70,7 @@ def check_calibration(calibration: Any) -> None:
     """Check that statistics are what `MixRankCompressor.calibrate` returns; raises a `TypeError` otherwise."""
     if not isinstance(calibration, Calibration):
         raise TypeError(
-            f"calibration is {with_article(_kind(calibration))}, not a Calibration; give what `compressor.calibrate(…)` "
+            f"calibration is {type_of(calibration)}, not a Calibration; give what `compressor.calibrate(…)` "
             "returns, or `Calibration.load(path)`."
         )
 
@@ -80,15 +78,13 @@ def check_calibration(calibration: Any) -> None:
 def check_compressed(model: Any) -> None:
     """Check that a model, which may be wrapped, is one; raises a `TypeError` otherwise."""
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(
-            f"model is {with_article(_kind(model))}, not a model; give the one that `compressor.compress(…)` returns."
-        )
+        raise TypeError(f"model is {type_of(model)}, not a model; give the one that `compressor.compress(…)` returns.")
 
 
 def check_path(name: str, path: Any) -> None:
     """Check that a folder is given by its path, or not at all; raises a `TypeError` otherwise."""
     if path is not None and not isinstance(path, str | os.PathLike):
-        raise TypeError(f"{name} is {with_article(_kind(path))}, not the path of a folder.")
+        raise TypeError(f"{name} is {type_of(path)}, not the path of a folder.")
 
 
 def check_save_interval(seconds: Any) -> None:
@@ -101,9 +97,5 @@ def check_metrics(metric: Any) -> list[str]:
     """Return the names of one or several metrics; raises a `TypeError` for anything else."""
     names = [metric] if isinstance(metric, str) else metric
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"metric is {with_article(_kind(metric))}, not the name of a metric or a list of names.")
+        raise TypeError(f"metric is {type_of(metric)}, not the name of a metric or a list of names.")
     return list(names)
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__

@@ -34,6 +34,7 @@ from ..runtime.access import common_access, hub_reached_by
 from ..runtime.distributed import Processes, find_processes, quiet_unless_main
 from ..runtime.files import is_local_path
 from ..runtime.folders import resolved
+from ..runtime.formatting import type_of
 from ..runtime.forward import ordinary_modes
 from ..runtime.logging import get_logger
 from ..runtime.outputs import ModelCall
@@ -116,14 +117,14 @@ class MixRankCompressor(OptimumQuantizer):
         super().__init__()
         if not isinstance(model, PreTrainedModel):
             if type(model).__module__.startswith("peft."):
-                raise TypeError(f"model is a {type(model).__name__} with an adapter that is not merged. {MERGE}")
+                raise TypeError(f"model is {type_of(model)} with an adapter that is not merged. {MERGE}")
             if hasattr(model, "_orig_mod"):
                 raise TypeError(
                     "model is compiled; give the model as it was before (`model._orig_mod`), and compile the result."
                 )
             if type(model).__module__.startswith("transformers."):
                 raise TypeError(
-                    f"model is a {type(model).__name__}, which in Transformers {transformers.__version__} is only a "
+                    f"model is {type_of(model)}, which in Transformers {transformers.__version__} is only a "
                     "part of a model. Give the whole model, of which only the layers that images reach are compressed, or "
                     "open its tower with a class of its own, such as `CLIPVisionModel`."
                 )

@@ -15,6 +15,7 @@ from ..calibration.images.rows import draw_images
 from ..calibration.images.sources import load_image_dataset
 from ..evaluation.labels import explain_missing_labels, find_label_column, map_labels
 from ..runtime.distributed import Processes
+from ..runtime.formatting import type_of
 from ..runtime.forward import configured_channels, evaluation_mode
 from ..runtime.logging import get_logger
 from ..runtime.model_output import CLASSES
@@ -113,7 +114,7 @@ class ImageReader:
             )
         elif split is not None:
             raise ValueError(
-                f"split={split!r} cannot be chosen: a {type(dataset).__name__} has no splits; leave it out, or give a "
+                f"split={split!r} cannot be chosen: {type_of(dataset)} has no splits; leave it out, or give a "
                 "folder, a Hub id or a `DatasetDict`."
             )
         label_map = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.replacing import REPORT_NAME as REPORT_NAME
 from ..runtime.files import replaced_file
+from ..runtime.formatting import type_of
 from ..runtime.logging import get_logger
 
 
@@ -240,7 +241,7 @@ class ReportData:
         file = file_in(path, REPORT_NAME)
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError(f"{str(file)!r} holds a {type(content).__name__}, not a compression report.")
+            raise ValueError(f"{str(file)!r} holds {type_of(content)}, not a compression report.")
         return cls.from_dict(content)
 
 

@@ -30,6 +30,11 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
+def type_of(value: object) -> str:
+    """Return the name of a value's class after `a` or `an`."""
+    return with_article(type(value).__name__)
+
+
 def format_percent(share: float, digits: int = 1) -> str:
     """Format a share as `60.0 %`, with a non-breaking space."""
     return f"{100 * share:.{digits}f}\u00a0%"

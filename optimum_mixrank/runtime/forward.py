@@ -116,11 +116,12 @@ def black_image(model: nn.Module, pixel_values_shape: Sequence[int] | None = Non
     Raises:
         ValueError: if the shape is malformed, or None and not configured.
     """
-    shape = configured_shape(model) if pixel_values_shape is None else tuple(pixel_values_shape)
-    if len(shape) != 3 or any(size < 1 for size in shape):
-        raise ValueError(f"pixel_values_shape={shape} is not (channels, height, width).")
+    shape = configured_shape(model) if pixel_values_shape is None else pixel_values_shape
+    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
+    if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"pixel_values_shape={sizes or shape} is not (channels, height, width).")
     device, dtype = placement(model)
-    return torch.zeros(1, *shape, device=device, dtype=dtype)
+    return torch.zeros(1, *sizes, device=device, dtype=dtype)
 
 
 def configured_shape(model: nn.Module) -> tuple[int, ...]:

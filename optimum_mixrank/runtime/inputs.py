@@ -120,6 +120,30 @@ class ModelInputs(Mapping[str, Tensor]):
         chosen = torch.arange(self._length)[key if isinstance(key, slice) else torch.as_tensor(key).cpu()]
         return type(self)({name: self._chosen(name, chosen) for name in self._tensors})
 
+    def columns(self, name: str) -> int:
+        """Return the columns of a patch in a tensor that holds all patches side by side; 0 if it does not."""
+        tensor, patches = self._tensors[name], sum(self._counts or [])
+        if _SIZES not in self._tensors or name in _GRIDS or tensor.ndim < 3 or len(tensor) != 1:
+            return 0
+        if not patches:
+            return int(tensor.shape[-1] == 0)
+        return tensor.shape[-1] // patches if tensor.shape[-1] % patches == 0 else 0
+
+    def image_means(self, values: Tensor) -> Tensor:
+        """Return the mean of each image's values, of which there are as many per image, or per patch where they are packed.
+
+        Values of which it is unknown which belong to an image are returned as they are.
+
+        Args:
+            values: `[rows]`, image by image, such as one per frame or per token.
+        """
+        counts = self._counts or [1] * self._length
+        if len(values) == self._length or any(len(values) * count % sum(counts) for count in counts):
+            return values
+        return torch.stack(
+            [part.mean() for part in values.split([len(values) * each // sum(counts) for each in counts])]
+        )
+
     def split(self, size: int) -> list[Self]:
         """Return parts of so many images, the last of which may have fewer."""
         return [self[start : start + size] for start in range(0, self._length, size)]
@@ -168,15 +192,6 @@ class ModelInputs(Mapping[str, Tensor]):
 
     def _each(self, change: Any) -> Self:
         return type(self)({name: change(tensor) for name, tensor in self._tensors.items()})
-
-    def columns(self, name: str) -> int:
-        """Return the columns of a patch in a tensor that holds all patches side by side; 0 if it does not."""
-        tensor, patches = self._tensors[name], sum(self._counts or [])
-        if _SIZES not in self._tensors or name in _GRIDS or tensor.ndim < 3 or len(tensor) != 1:
-            return 0
-        if not patches:
-            return int(tensor.shape[-1] == 0)
-        return tensor.shape[-1] // patches if tensor.shape[-1] % patches == 0 else 0
 
     def _is_packed(self, name: str) -> bool:
         if self._counts is None or name in _GRIDS:

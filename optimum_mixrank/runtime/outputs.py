@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .formatting import shorten, with_article
+from .formatting import shorten, type_of
 from .forward import black_image, evaluation_mode, fixed_random_state, image_size_explained, placement
 from .inputs import ModelInputs
 from .kinds import EMBEDDINGS, recognized
@@ -132,7 +132,7 @@ class ModelCall:
     def select(self, model: nn.Module, output: Any, num_images: int) -> ModelOutput:
         """Return what to compare of an output; see `select_output` and `select_features`."""
         if is_features(self.part) and not self.outputs:
-            return select_features(output, num_images)
+            return select_features(output, num_images, self.part.rpartition(".")[2])
         # Of a tower inside a model the rest may read every token: the configuration of the whole is asked.
         return select_output(output, getattr(model, "config", None), self.outputs, num_images)
 
@@ -187,7 +187,7 @@ def select_output(output: Any, config: Any, names: Sequence[str] = (), num_image
         features = next((found for found in preferred if found), []) or per_image(tensors_in(output), num_images)
     if not features:
         raise ValueError(
-            f"A {type(output).__name__} holds neither logits nor features of images, but {listed(output)}; use a model "
+            f"The {type(output).__name__} holds neither logits nor features of images, but {listed(output)}; use a model "
             "for images, or name the outputs to compare by `output_names`."
         )
     return ModelOutput(features=tuple(features))
@@ -204,12 +204,17 @@ def _has_rows(known: ModelOutput, num_images: int | None) -> bool:
     )
 
 
-def select_features(output: Any, num_images: int) -> ModelOutput:
-    """Select what the rest of a model sees of images from what its `get_image_features` returns.
+def select_features(output: Any, num_images: int, method: str = FEATURES[0]) -> ModelOutput:
+    """Select what the rest of a model sees of images, videos or sounds from what its method for them returns.
 
     Transformers 5 returns it beside the states of the tower; 4.57 returns it alone. Features of images of different sizes
     are one tensor with a row for every token. One vector per image is its embedding. What belongs to no image, such as the
     embeddings that Ovis2 puts around those of an image, is passed over.
+
+    Args:
+        output: What the method returned.
+        num_images: Number of images of the batch.
+        method: The method, one of `FEATURES`, for messages.
 
     Raises:
         ValueError: if there is no tensor.
@@ -218,7 +223,7 @@ def select_features(output: Any, num_images: int) -> ModelOutput:
     # Llama 4 returns the tokens of its tower alone.
     values = values or [value for value in [field_of(output, _TOKENS)] if isinstance(value, Tensor)]
     if not values:
-        raise ValueError(f"`{FEATURES[0]}` returns no features of images, but {listed(output)}.")
+        raise ValueError(f"`{method}` returns no features, but {listed(output)}.")
     found = _of_images(values[0], num_images)
     first = found[0]
     by_image = first.ndim > 2 and len(first) == num_images
@@ -258,7 +263,7 @@ def _named(output: Any, name: str, num_images: int | None) -> list[Tensor]:
     found = list(tensors_in(field_of(output, name)))
     if not found:
         raise ValueError(
-            f"output_names={name!r}: {with_article(type(output).__name__)} holds no such tensors of floating-point "
+            f"output_names={name!r}: {type_of(output)} holds no such tensors of floating-point "
             f"numbers, but {listed(output)}."
         )
     fitting = per_image(found, num_images)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from models import pixels, tiny_swin, tiny_vit
 from torch import nn
-from torch.nn.utils import parametrizations, prune, spectral_norm
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
 from optimum_mixrank import MixRankCompressor, MixRankConfig, find_targets
+from optimum_mixrank.calibration.plain_layers import check_model
 
 
 SETTINGS = {"compression_ratio": 0.3, "compression_scope": "targets", "recipe": "fast"}
@@ -119,6 +120,24 @@ def test_a_convolution_whose_weight_is_computed_otherwise():
     prune.l1_unstructured(model.wav2vec2.feature_extractor.conv_layers[0].conv, "weight", 0.3)
     with pytest.raises(ValueError, match="'wav2vec2.feature_extractor.conv_layers.0.conv' is computed at each call"):
         find_targets(model)
+
+
+def test_what_is_computed_on_top_of_that_weight():
+    class Halved(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    model = tiny_wav2vec2()
+    parametrize.register_parametrization(model.wav2vec2.encoder.pos_conv_embed.conv, "weight", Halved())
+    with pytest.raises(ValueError, match="'wav2vec2.encoder.pos_conv_embed.conv' is computed at each call"):
+        find_targets(model)
+
+
+def test_random_numbers_are_left_as_they_were():
+    model = tiny_wav2vec2()
+    before = torch.get_rng_state()
+    check_model(model)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def tiny_wav2vec2():

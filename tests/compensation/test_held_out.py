@@ -1,6 +1,7 @@
 """Held-out images, and the rule that a step is undone if it does harm on them."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from optimum_mixrank.compensation.held_out import (
     is_accepted,
     is_significantly_larger,
     model_outputs,
+    output_errors,
     split_batches,
 )
-from optimum_mixrank.runtime.inputs import concatenated
+from optimum_mixrank.runtime.inputs import ModelInputs, concatenated
 
 
 class Spoiler(Compensator):
@@ -44,6 +46,20 @@ def test_a_step_that_does_harm_is_undone(task):
     result = compensate_or_restore(Spoiler(), task)
     assert not result.kept and result.error_after > result.error_before and result.details == {"spoiled": True}
     assert all(torch.equal(before[name], tensor) for name, tensor in task.model.state_dict().items())
+
+
+def test_errors_are_those_of_images_where_every_frame_has_a_row(task, monkeypatch):
+    """Frames of a video are not independent samples."""
+
+    def frames(output):
+        return replace(output, logits=None, features=(output.logits,))
+
+    outputs = [frames(output) for output in model_outputs(task.model, task.held_out)]
+    references = [frames(output) for output in task.references]
+    monkeypatch.setattr("optimum_mixrank.compensation.held_out.model_outputs", lambda *_: outputs)
+    videos = replace(task, held_out=[ModelInputs(torch.zeros(4, 2, 3, 32, 32))], references=references)
+    expected = output_errors(outputs, references).unflatten(0, (4, 2)).mean(dim=1)
+    assert torch.allclose(held_out_errors(videos), expected)
 
 
 @pytest.mark.parametrize("closed_form", [True, False])

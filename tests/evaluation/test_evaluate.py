@@ -213,7 +213,7 @@ def test_output_without_anything_to_compare():
         def forward(self, pixel_values):
             return {"loss": pixel_values}
 
-    with pytest.raises(ValueError, match="A dict holds neither logits nor features"):
+    with pytest.raises(ValueError, match="The dict holds neither logits nor features"):
         evaluate_model(Strange(1, 1), [Batch(pixels())], Strange(1, 1))
 
 

@@ -561,7 +561,7 @@ def test_a_head_of_its_own_kind(names, tmp_path):
 
 def test_an_output_that_the_model_lacks():
     compressor = MixRankCompressor(tiny_vit())
-    with pytest.raises(ValueError, match="output_names='heatmaps': a ImageClassifierOutput holds no .*`logits`"):
+    with pytest.raises(ValueError, match="output_names='heatmaps': an ImageClassifierOutput holds no .*`logits`"):
         compressor.compress(config(output_names="heatmaps", recipe="fast"), [PIXELS])
     with pytest.raises(ValueError, match="output_names='heatmaps'"):
         compressor.evaluate(tiny_vit(), [PIXELS], output_names=["heatmaps"])

@@ -9,6 +9,7 @@ from optimum_mixrank.runtime.formatting import (
     listed,
     quote,
     shorten,
+    type_of,
 )
 
 
@@ -82,3 +83,8 @@ def test_lists_of_names_end_after_five(names, text):
 
 def test_listed_names_are_shortened():
     assert listed(["a" * 300, "b\x1b"]) == f"{'a' * 200}…, b\\x1b"
+
+
+@pytest.mark.parametrize(("value", "text"), [(1, "an int"), ([], "a list"), (IndexError(), "an IndexError")])
+def test_types_have_their_article(value, text):
+    assert type_of(value) == text

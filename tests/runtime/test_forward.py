@@ -1,12 +1,19 @@
 """Models are as before after a forward pass in evaluation mode and after training."""
 
+import re
+
 import pytest
 import torch
 from compensation.cases import FAMILIES
 from models import IMAGE_SIZE
 from torch import nn
 
-from optimum_mixrank.runtime.forward import activation_gradients, evaluation_mode, fast_attention_for_training
+from optimum_mixrank.runtime.forward import (
+    activation_gradients,
+    black_image,
+    evaluation_mode,
+    fast_attention_for_training,
+)
 
 
 @pytest.fixture
@@ -84,3 +91,11 @@ def test_attention_is_unchanged_without_fusion_or_with_many_tokens():
         assert eager.config._attn_implementation == "eager"
         assert large.config._attn_implementation == "sdpa"
     assert eager.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("shape", [32, (3, 32), (3, 0, 32), (3, 32.0, 32), (1, 3, 32, 32)], ids=str)
+def test_what_is_not_the_shape_of_an_image(shape):
+    with pytest.raises(
+        ValueError, match=rf"pixel_values_shape={re.escape(str(shape))} is not \(channels, height, width\)"
+    ):
+        black_image(nn.Linear(2, 2), shape)

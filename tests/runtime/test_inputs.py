@@ -99,3 +99,14 @@ def test_inputs_for_different_numbers_of_images():
         ModelInputs({"pixel_values": torch.zeros(2, 3, 4, 4), "mask": torch.zeros(3)})
     with pytest.raises(ValueError, match="There are no inputs"):
         ModelInputs({})
+
+
+def test_means_over_what_belongs_to_an_image():
+    frames = torch.tensor([1.0, 3.0, 5.0, 7.0, 2.0, 2.0])
+    assert padded().image_means(frames).tolist() == [2.0, 6.0, 2.0]
+    # Two patches are merged into each of the tokens.
+    tokens = torch.tensor([1.0, 3.0, 4.0, 4.0, 4.0, 8.0, 9.0])
+    for inputs in (packed(), side_by_side()):
+        assert inputs.image_means(tokens).tolist() == [2.0, 5.0, 9.0]
+        for unchanged in (tokens[:3], tokens[:5]):
+            assert torch.equal(inputs.image_means(unchanged), unchanged)

@@ -177,7 +177,7 @@ def test_one_vector_per_image_is_an_embedding():
 def test_tokens_of_the_tower_where_nothing_else_is_returned():
     """As Llama 4 returns them under Transformers 5."""
     assert _shapes({"last_hidden_state": torch.randn(4, 3, 8), "pooler_output": None}, 4) == ("features", [(4, 3, 8)])
-    with pytest.raises(ValueError, match="returns no features of images"):
+    with pytest.raises(ValueError, match="`get_image_features` returns no features, but `hidden_states`"):
         select_features({"hidden_states": (torch.randn(4, 3, 8),)}, 4)
 
 
@@ -205,6 +205,8 @@ def test_what_a_model_of_sounds_and_text_hears_is_what_its_method_returns():
     model, inputs = Hearing(), ModelInputs({"input_features": torch.randn(IMAGES, 5, 8)})
     call = ModelCall().bound(model, inputs)
     assert call.part == "get_audio_features" and call(model, inputs).features[0].shape == (IMAGES, 5, 3)
+    with pytest.raises(ValueError, match="`get_audio_features` returns no features"):
+        call.select(model, {"states": None}, IMAGES)
 
 
 def test_the_error_of_the_method_for_features_is_the_one_that_is_told():

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ...runtime.formatting import type_of
 from .files import open_file
 
 
@@ -55,7 +56,7 @@ def decode_image(item: Any, name: str = "image", max_image_pixels: int | None = 
     """
     if item is not None and not holds_image(item):
         raise TypeError(
-            f"{name} is a {type(item).__name__}, which cannot hold an image; give PIL images, paths, encoded bytes, uint8 "
+            f"{name} is {type_of(item)}, which cannot hold an image; give PIL images, paths, encoded bytes, uint8 "
             "arrays [height, width, channels], or batches of `pixel_values`."
         )
     try:

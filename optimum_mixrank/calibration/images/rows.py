@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ...runtime.distributed import Processes
+from ...runtime.formatting import type_of
 from ...runtime.inputs import MAIN_NAMES, PIXELS, ModelInputs
 from .decoding import encoded_image, holds_image, image_name
 from .files import open_file
@@ -130,7 +131,7 @@ def draw_images(source: Any, num_samples: int | None, seed: int = 42) -> Any:
         isinstance(source, Sequence) and len(source) and read_row(source[0], 0).is_batch
     ):
         raise ValueError(
-            f"num_samples={num_samples} cannot be drawn from a {type(source).__name__} of batches or without a length; "
+            f"num_samples={num_samples} cannot be drawn from {type_of(source)} of batches or without a length; "
             "leave it out, or give a dataset or a list of images."
         )
     drawn = drawn_indices(len(source), num_samples, seed)
@@ -219,12 +220,12 @@ def read_row(item: Any, index: int, image_column: str | None = None, label_colum
     if not isinstance(item, Mapping) and any(named.values()):
         option, value = next((option, value) for option, value in named.items() if value)
         raise ValueError(
-            f"{option}={value!r} needs items with columns, but {name} is a {type(item).__name__}; leave it out, or give a "
+            f"{option}={value!r} needs items with columns, but {name} is {type_of(item)}; leave it out, or give a "
             "dataset."
         )
     if isinstance(item, tuple | list):
         if not 1 <= len(item) <= 2:
-            raise TypeError(f"{name} is a {type(item).__name__} of {len(item)}; give images, or pairs with labels.")
+            raise TypeError(f"{name} is {type_of(item)} of {len(item)}; give images, or pairs with labels.")
         item, label = item[0], _class_indices(item[1]) if len(item) == 2 else None
     elif isinstance(item, Mapping) and (image_column in item or not holds_image(item)):
         main = None if image_column is not None else next((each for each in MAIN_NAMES if each in item), None)

@@ -21,7 +21,7 @@ from ...checkpoint.replacing import RANKS_NAME
 from ...checkpoint.validation import check_integer, check_seed
 from ...runtime.access import hub_access, why_unreachable
 from ...runtime.files import similar_paths
-from ...runtime.formatting import counted
+from ...runtime.formatting import counted, type_of
 from ...runtime.logging import get_logger
 from .files import is_remote, open_file
 from .folders import ARCHIVES, load_image_archive, load_image_folder
@@ -80,9 +80,7 @@ def load_image_dataset(
         unknown = re.search(r"doesn't have a '(\w+)' key", str(error))
         if unknown is None or unknown[1] not in hub_kwargs:
             raise
-        close = difflib.get_close_matches(unknown[1], inspect.signature(load_image_dataset).parameters, n=1)
-        hint = f"; did you mean `{close[0]}`?" if close else ", nor has the loader of `datasets`."
-        raise TypeError(f"There is no argument `{unknown[1]}`{hint}") from error
+        raise TypeError(_unknown_argument(unknown[1])) from error
     data = _select_split(loaded, split, default_splits)
     if data.features is None:
         raise ValueError("The stream does not tell its columns before it is read; load the dataset without streaming.")
@@ -163,7 +161,7 @@ def _load(source: Any, split: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
         return source
     if not isinstance(source, str | Path):
         raise TypeError(
-            f"A {type(source).__name__} is not an image dataset; give a folder, a Hub id or a `datasets.Dataset`."
+            f"source is {type_of(source)}, not an image dataset; give a folder, a Hub id or a `datasets.Dataset`."
         )
     if not str(source):
         raise FileNotFoundError("The name of the dataset is empty; name a folder of images or a Hub id.")
@@ -260,10 +258,26 @@ def _looks_local(source: str) -> bool:
     return source.startswith((".", "~", os.sep)) or source.count("/") > 1 or (os.sep != "/" and os.sep in source)
 
 
+def _unknown_argument(name: str) -> str:
+    own = [
+        each.name
+        for each in inspect.signature(load_image_dataset).parameters.values()
+        if each.kind != each.VAR_KEYWORD
+    ]
+    close = difflib.get_close_matches(name, own, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else "the loader of `datasets` has none of this name either."
+    return f"There is no argument `{name}`; {hint}"
+
+
 def _refuse(hub_kwargs: Mapping[str, Any], source: str) -> None:
     given = [name for name, value in hub_kwargs.items() if value is not None]
+    for name in given:
+        if name not in inspect.signature(datasets.load_dataset).parameters:
+            raise TypeError(_unknown_argument(name))
     if given:
-        raise ValueError(f"{', '.join(given)} cannot be applied to {source}; leave it out.")
+        raise ValueError(
+            f"{', '.join(given)} cannot be applied to {source}; leave {'it' if len(given) == 1 else 'them'} out."
+        )
 
 
 def _select_split(data: Any, split: str | None, default_splits: tuple[str, ...]) -> Any:
@@ -272,7 +286,7 @@ def _select_split(data: Any, split: str | None, default_splits: tuple[str, ...])
             raise ValueError(f"split={split!r} cannot be chosen: this is one dataset without splits; leave it out.")
         return data
     if not isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
-        raise TypeError(f"Images cannot be drawn from a {type(data).__name__}; load all splits of the dataset.")
+        raise TypeError(f"Images cannot be drawn from {type_of(data)}; load all splits of the dataset.")
     names = list(data)
     if split is not None and split not in names:
         raise ValueError(f"split={split!r} does not exist; the splits are {', '.join(names)}.")

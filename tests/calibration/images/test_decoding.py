@@ -8,6 +8,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from optimum_mixrank.calibration.images.decoding import BrokenImageError, decode_image
+from optimum_mixrank.runtime.formatting import type_of
 
 
 GREY = np.tile(np.arange(0, 250, 10, dtype=np.uint8), (17, 1))
@@ -231,7 +232,5 @@ def test_paths_that_datasets_opens(tmp_path):
     ids=["number", "float array", "batch", "row", "empty mapping"],
 )
 def test_what_holds_no_image(item):
-    with pytest.raises(
-        TypeError, match=f"item 2 is a {type(item).__name__}, which cannot hold an image; give PIL images"
-    ):
+    with pytest.raises(TypeError, match=f"item 2 is {type_of(item)}, which cannot hold an image; give PIL images"):
         decode_image(item, name="item 2")

@@ -88,7 +88,7 @@ def test_in_memory():
         load_image_dataset(in_memory(), split="test")
     with pytest.raises(ValueError, match="token cannot be applied to a dataset in memory"):
         load_image_dataset(in_memory(), token="secret", revision=None)
-    with pytest.raises(TypeError, match="A list is not an image dataset; give a folder"):
+    with pytest.raises(TypeError, match="source is a list, not an image dataset; give a folder"):
         load_image_dataset([])
 
 
@@ -177,8 +177,13 @@ def test_the_picture_of_the_ranks_makes_no_dataset_of_a_checkpoint(tmp_path):
 
 def test_arguments_that_do_not_exist(tmp_path):
     in_memory().to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(TypeError, match="There is no argument `num_images`; did you mean `num_samples`?"):
-        load_image_dataset(tmp_path, num_images=3)
+    for source in (tmp_path, in_memory()):
+        with pytest.raises(TypeError, match=r"There is no argument `num_images`; did you mean `num_samples`\?"):
+            load_image_dataset(source, num_images=3)
+        with pytest.raises(TypeError, match="There is no argument `ratio`; the loader of `datasets` has none of this"):
+            load_image_dataset(source, ratio=3)
+    with pytest.raises(ValueError, match="token, revision cannot be applied to a dataset in memory; leave them out"):
+        load_image_dataset(in_memory(), token="secret", revision="main")
 
 
 def test_image_columns(tmp_path):
