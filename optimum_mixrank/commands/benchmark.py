@@ -206,6 +206,7 @@ With --table, time the layers of a dense model instead, at several ranks and wid
         from ..checkpoint.original import parse_dtype
 
         args = self.args
+        device = checked_device(args.device or default_device())
         model = load_checkpoint(args, args.model, parse_dtype(args.dtype))
         if args.reference is not None:
             reference = load_checkpoint(args, args.reference, model.dtype)
@@ -219,7 +220,6 @@ With --table, time the layers of a dense model instead, at several ranks and wid
             raise ValueError(
                 f"--model {args.model!r} is a dense checkpoint; name what to compare with by --reference."
             )
-        device = checked_device(args.device or default_device())
         names = (MODEL, REFERENCE)
         if bool(compressed_layers(model)) == bool(compressed_layers(reference)):
             names = ("model", "reference")

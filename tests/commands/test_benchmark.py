@@ -63,6 +63,11 @@ def test_tables_are_refused_before_work_starts(dense, tmp_path, arguments, messa
     assert message in error and not table.exists()
 
 
+def test_the_device_is_checked_before_models_are_read(tmp_path):
+    _, error = cli("benchmark", "--model", tmp_path / "nothing", "--device", "abacus", code=1)
+    assert "--device abacus is unknown" in error
+
+
 def test_a_model_that_names_no_size_is_measured_at_the_one_given(tmp_path):
     segformer().save_pretrained(tmp_path / "dense")
     arguments = ("benchmark", "--model", tmp_path / "dense", "--table", tmp_path / "table.json", "--device", "cpu")
