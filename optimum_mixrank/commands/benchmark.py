@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.formatting import format_milliseconds
+from ..runtime.formatting import counted, format_milliseconds
 from .command import (
     MixRankSubcommand,
     add_hub_arguments,
@@ -288,7 +288,7 @@ def _text(values: Mapping[str, Any]) -> str:
         )
     environment = values["environment"]
     about = (
-        f"{environment['device']}, {environment['threads']} threads, {values['dtype']}, "
+        f"{environment['device']}, {counted(environment['threads'], 'thread')}, {values['dtype']}, "
         f"{'compiled' if values['compiled'] else 'eager'}, images {'x'.join(map(str, values['image_shape']))}, "
         f"PyTorch {environment['torch']}, Transformers {environment['transformers']}"
     )
