@@ -158,7 +158,7 @@ def _check_entry(canonical: str, layer: FactoredLayer, linear: nn.Linear) -> Non
         raise ValueError(
             f"rank_map entry {canonical!r} has bias={layer.bias}, but the layer has "
             f"{'no' if linear.bias is None else 'a'} bias. The checkpoint is damaged, or was written under a release of "
-            "Transformers that makes this layer otherwise; open it under that one."
+            "Transformers that builds this layer differently; open it under that one."
         )
     if layer.layout == "pivoted" and layer.pivots is None:
         raise ValueError(

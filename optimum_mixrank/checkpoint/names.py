@@ -41,7 +41,7 @@ class Target:
     @property
     def shape(self) -> tuple[int, int]:
         """The shape of the weight, `(out_features, in_features)`."""
-        # Some models pass on sizes that are no integers.
+        # Some models pass on sizes that are not integers.
         rows, columns = self.module.weight.shape
         return rows, columns
 

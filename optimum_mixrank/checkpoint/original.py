@@ -129,7 +129,8 @@ def load_image_processor(path: str | Path, hub_kwargs: dict[str, Any], *, needed
     """Return the image processor of a checkpoint, or None, with a warning if it is needed, if it has none."""
     try:
         return transformers.AutoImageProcessor.from_pretrained(path, **hub_kwargs)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
+        # The first where it needs a library that is not installed.
         if needed:
             logger.warning(
                 f"{str(path)!r} has no usable image processor ({error}). Images cannot be prepared; pass "

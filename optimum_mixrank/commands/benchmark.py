@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.formatting import format_milliseconds
+from ..runtime.formatting import counted, format_milliseconds
 from .command import (
     MixRankSubcommand,
     add_hub_arguments,
@@ -206,6 +206,7 @@ With --table, time the layers of a dense model instead, at several ranks and wid
         from ..checkpoint.original import parse_dtype
 
         args = self.args
+        device = checked_device(args.device or default_device())
         model = load_checkpoint(args, args.model, parse_dtype(args.dtype))
         if args.reference is not None:
             reference = load_checkpoint(args, args.reference, model.dtype)
@@ -219,7 +220,6 @@ With --table, time the layers of a dense model instead, at several ranks and wid
             raise ValueError(
                 f"--model {args.model!r} is a dense checkpoint; name what to compare with by --reference."
             )
-        device = checked_device(args.device or default_device())
         names = (MODEL, REFERENCE)
         if bool(compressed_layers(model)) == bool(compressed_layers(reference)):
             names = ("model", "reference")
@@ -288,7 +288,7 @@ def _text(values: Mapping[str, Any]) -> str:
         )
     environment = values["environment"]
     about = (
-        f"{environment['device']}, {environment['threads']} threads, {values['dtype']}, "
+        f"{environment['device']}, {counted(environment['threads'], 'thread')}, {values['dtype']}, "
         f"{'compiled' if values['compiled'] else 'eager'}, images {'x'.join(map(str, values['image_shape']))}, "
         f"PyTorch {environment['torch']}, Transformers {environment['transformers']}"
     )

@@ -98,7 +98,7 @@ class CommandParser(ArgumentParser):
         taking = {name for action in self._actions if action.nargs != 0 for name in action.option_strings}
         for before, word in zip(["", *words], words, strict=False):
             name, equals, value = word.partition("=")
-            if _looks_like_an_option(word) and not self._is_option(name):
+            if self._looks_like_an_option(word) and not self._is_option(name):
                 if before in taking and not word.startswith("--"):
                     self.error(f"the value of {before} begins with a dash; write {before}={word}")
                 self.error(self._unknown(word))
@@ -113,6 +113,12 @@ class CommandParser(ArgumentParser):
             text = re.sub(f"^{said}$", plain, text)
         text = text[:1].upper() + text[1:]
         self.exit(2, f"Error: {text}\nUsage: {self.usage or short_usage(self)}\nAll options: {self.prog} --help\n")
+
+    def _looks_like_an_option(self, word: str) -> bool:
+        """Return whether argparse would take a word for an option: -1e3 too, but not -1; `--` ends them."""
+        if not word.startswith("-") or word in ("-", "--") or " " in word:
+            return False
+        return self._negative_number_matcher.match(word) is None
 
     def _is_option(self, name: str) -> bool:
         return name == "--" or any(name in action.option_strings for action in self._actions)
@@ -155,11 +161,6 @@ class CommandParser(ArgumentParser):
         # argparse prints help and errors through this method.
         stream = sys.stderr if file is None else file
         super()._print_message(printable(message, stream), stream)
-
-
-def _looks_like_an_option(word: str) -> bool:
-    """Return whether argparse would take a word for an option; `--` ends them, and numbers may be negative."""
-    return word.startswith("-") and word not in ("-", "--") and " " not in word and not _is_number(word)
 
 
 def _is_number(text: str) -> bool:

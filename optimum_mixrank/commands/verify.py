@@ -77,10 +77,9 @@ examples:
         given = (args.max_difference, args.min_agreement, args.max_kl)
         limits = LIMITS[precision_of(exported)] if given == (None, None, None) else Limits(*given)
         processor = load_image_processor(args.model, hub_arguments(args), needed=args.dataset is not None)
+        others = () if args.exported is None else preprocessing_problems(processor, args.exported)
         result = verify_model(source, exported, self._batches(source, processor), limits=limits)
-        if args.exported is not None:
-            others = preprocessing_problems(processor, args.exported)
-            result = replace(result, problems=(*result.problems, *others))
+        result = replace(result, problems=(*result.problems, *others))
         values, lines = result.to_dict(), _lines(result)
         if args.dtype is not None:
             found = self._range(source, exported, processor)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ from ..checkpoint.saving import writable_directory
 from ..runtime.files import explained_no_space, flush_tree
 from ..runtime.folders import can_be_renamed, remove_leftovers, resolved, staging_folder
 from ..runtime.forward import evaluation_mode
+from ..runtime.logging import get_logger
 from ..runtime.registry import RUNTIMES
-from .image_part import image_part, image_shape
+from .image_part import image_part, image_shape, processed_shape
 from .target import Runtime
+
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,9 @@ def export_model(
         runtime: `"onnx"`, `"openvino"`, `"executorch"` or `"torch"`.
         int8: Whether to store weights in 8 bits (`"onnx"` and `"openvino"`). Factored layers become plain factors in the
             basis that suits 8 bits best.
-        calibration: Batches of images, `[batch, channels, height, width]`, to find ranges for 8-bit activations with.
-            Without them ONNX Runtime determines the ranges in each call, and OpenVINO keeps activations in float32.
+        calibration: Batches of images of the size that the file takes, `[batch, channels, height, width]`, to find ranges
+            for 8-bit activations with. Without them ONNX Runtime determines the ranges in each call, and OpenVINO keeps
+            activations in float32.
         plain_factors: Whether pivoted layers become plain factors, see `to_plain_factors`: somewhat faster, with `rank²`
             more values each. With `int8` they always do.
         image_processor: The image processor whose configuration is written beside the model.
@@ -88,6 +94,9 @@ def export_model(
     _check_model(model)
     shape = image_shape(model, image_processor, pixel_values_shape)
     source = image_part(model, shape)
+    calibration = None if calibration is None else _checked_images(calibration, shape)
+    if image_processor is not None and pixel_values_shape is not None:
+        _compare_sizes(image_processor, shape)
     destination = writable_directory(output, overwrite)
     _check_no_checkpoint(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +137,34 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ValueError(
             f"The model is in {', '.join(sorted(wrong))}; export it from torch.float32 on the CPU: load it with "
             "dtype='float32'."
+        )
+
+
+def _checked_images(batches: Iterable[Tensor], shape: Sequence[int]) -> Iterator[Tensor]:
+    """Return batches of images, of which the first is checked before any work."""
+    remaining = iter(batches)
+    first = next(remaining, None)
+    if first is None:
+        raise ValueError("There are no images for the ranges of 8-bit activations; the dataset is empty or used up.")
+    if tuple(first.shape[1:]) != tuple(shape):
+        found, expected = (" x ".join(map(str, each)) for each in (first.shape[1:], shape))
+        raise ValueError(
+            f"The images for the ranges of 8-bit activations are {found}, but the file takes {expected}; set the size of "
+            "the image processor to that."
+        )
+    return chain([first], remaining)
+
+
+def _compare_sizes(image_processor: Any, shape: Sequence[int]) -> None:
+    """Warn if the image processor that is written beside a model does not make images of the size that was asked for."""
+    try:
+        found = processed_shape(image_processor)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return  # it makes something else of images, such as patches
+    if found != tuple(shape):
+        logger.warning(
+            f"The image processor makes images of {' x '.join(map(str, found))}, but the exported model takes "
+            f"{' x '.join(map(str, shape))}; set its size before you use it with this file."
         )
 
 

@@ -62,6 +62,11 @@ def image_shape(
     except ValueError as error:
         if image_processor is None:
             raise ValueError(f"{str(error).rstrip('.')}, or pass `pixel_values_shape=…`.") from None
+    return processed_shape(image_processor)
+
+
+def processed_shape(image_processor: Any) -> tuple[int, ...]:
+    """Return the shape of what an image processor makes of a square image, `(channels, height, width)` for most."""
     square = Image.new("RGB", (256, 256))
     return tuple(image_processor(images=square, return_tensors="pt")["pixel_values"].shape[1:])
 
@@ -74,7 +79,7 @@ def image_part(model: nn.Module, pixel_values_shape: Sequence[int] | None = None
         pixel_values_shape: Shape of an image to try it on, `(channels, height, width)`; default: as its configuration says.
 
     Raises:
-        ValueError: if neither runs on a batch of images; the message names the part to export.
+        ValueError: if neither runs on a batch of images, or on such a size; the message names the part to export.
     """
     if isinstance(model, ImagePart):
         return model
@@ -83,6 +88,12 @@ def image_part(model: nn.Module, pixel_values_shape: Sequence[int] | None = None
         image = black_image(model, pixel_values_shape)
         call, images = ModelCall().bound(model, ModelInputs(image)), image.repeat(2, 1, 1, 1)
     except ValueError as error:
+        if pixel_values_shape is not None and (configured := _size_that_runs(model)) is not None:
+            asked = " x ".join(map(str, pixel_values_shape[1:]))
+            raise ValueError(
+                f"{name} does not run on images of {asked} pixels, only on those of {configured}, which its configuration "
+                "names."
+            ) from error
         raise ValueError(f"{name} cannot be exported, since a file takes images of one size alone: {error}") from error
     if call.part == WHOLE and not call.with_text:
         return model
@@ -96,6 +107,16 @@ def image_part(model: nn.Module, pixel_values_shape: Sequence[int] | None = None
     inside = call.part if call.part != WHOLE and not is_features(call.part) else _tower(model, ModelInputs(images))
     remedy = f" Export its vision part alone, such as `model.{inside}`, from Python." if inside else ""
     raise ValueError(f"{name} takes more than images, and an exported file takes images alone.{remedy}")
+
+
+def _size_that_runs(model: nn.Module) -> str | None:
+    """Return the size that the configuration names if the model runs on images of it, else None."""
+    try:
+        image = black_image(model)
+        ModelCall().bound(model, ModelInputs(image))
+    except ValueError:
+        return None
+    return " x ".join(map(str, image.shape[2:]))
 
 
 def _tower(model: nn.Module, inputs: ModelInputs) -> str | None:

@@ -17,7 +17,7 @@ from ..runtime.forward import configured_shape, evaluation_mode
 from ..runtime.output_fields import fields_of
 from ..runtime.outputs import ModelOutput, select_output
 from .image_part import image_part
-from .target import FLOAT32, HALF, INT8
+from .target import FLOAT32, HALF, INT8, ExportedModel
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,8 @@ def _outputs(model: nn.Module, pixel_values: Tensor) -> Any:
     except MemoryError:
         raise
     except Exception as error:
+        if not isinstance(model, ExportedModel):
+            raise
         size = " x ".join(map(str, pixel_values.shape[1:]))
         raise ValueError(
             f"The exported model does not run on images of {size}, on which its source runs: it is another model, or was "

@@ -41,8 +41,10 @@ def check_keywords(method: Callable[..., Any], given: Iterable[str]) -> None:
         found = f"`{method.__name__}` has no argument `{name}`"
         fields = [field.name for field in dataclasses.fields(MixRankConfig)]
         field = next((each for each in fields if each == name or each.endswith(f"_{name}")), None)
-        if _ALIASES.get(name) in parameters:
-            raise TypeError(f"{found}; did you mean `{_ALIASES[name]}`?")
+        longer = next((each for each in parameters if each.endswith(f"_{name}")), None)
+        meant = _ALIASES[name] if _ALIASES.get(name) in parameters else longer
+        if meant is not None:
+            raise TypeError(f"{found}; did you mean `{meant}`?")
         if "config" in parameters and field is not None:
             raise TypeError(f"{found}; it belongs to the configuration: MixRankConfig({field}=…).")
         close = difflib.get_close_matches(name, [each for each in parameters if each != "self"], n=1)

@@ -562,7 +562,7 @@ class MixRankCompressor(OptimumQuantizer):
         return result
 
     def check_evaluation(self, dataset: Any, *, split: str | None = None) -> None:
-        """Check, without decoding an image, that `evaluate` could read a dataset: its split, images and class names.
+        """Check, decoding one image at most, that `evaluate` could read a dataset: its split, images and class names.
 
         Args:
             dataset: See `evaluate`.

@@ -119,7 +119,7 @@ class ImageReader:
             )
         label_map = None
         if isinstance(dataset, datasets.Dataset):
-            label_column = label_column or find_label_column(dataset)
+            is_asked_for, label_column = label_column is not None, label_column or find_label_column(dataset)
             if label_column is None and warn:
                 self._warn_about_labels(dataset)
             elif label_column is not None and label_column in dataset.column_names:
@@ -127,8 +127,8 @@ class ImageReader:
                 if kind in (None, CLASSES):
                     label_map = map_labels(dataset, label_column, self.model.config.id2label)
                 else:
-                    label_column = None
-                    logger.info(f"Labels are not used: {type(self.model).__name__} returns {kind}, not one class.")
+                    label_column, say = None, logger.warning if is_asked_for else logger.info
+                    say(f"Labels are not used: {type(self.model).__name__} returns {kind}, not one class.")
         return self._batches(
             draw_images(dataset, num_samples, seed),
             image_column=image_column,

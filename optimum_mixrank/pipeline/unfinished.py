@@ -117,11 +117,15 @@ class UnfinishedRun:
             _remove(self.journal.directory, self._lock)
 
     def leave(self) -> None:
-        """Remove the folder if nothing was finished, so that a run that failed at its start does not bind the next one."""
+        """Remove the folder if nothing was finished, so that a run that failed at its start does not bind the next one.
+
+        A folder that cannot be read or removed stays: what is to be reported is why the run failed.
+        """
         directory = self.journal.directory
         assert directory is not None  # given
-        if self._is_main and all(_WITHOUT_PROGRESS.fullmatch(name) for name in _listed(directory)):
-            _remove(directory, self._lock)
+        with suppress(OSError):
+            if self._is_main and all(map(_WITHOUT_PROGRESS.fullmatch, os.listdir(directory))):
+                _remove(directory, self._lock)
 
     def _save(self, result: str | None) -> None:
         self.journal.save(_RUN, {}, {"identity": self._identity, "result": result}, shared=True)
@@ -340,12 +344,6 @@ def _difference(name: str, before: str, now: str) -> str:
     if any(_DIGEST.fullmatch(each.strip("'")) for each in (before, now)):
         return f"{name} changed"
     return f"{name} was {before} and is {now}"
-
-
-def _listed(directory: Path) -> list[str]:
-    with suppress(OSError):
-        return os.listdir(directory)
-    return []
 
 
 def _fingerprint(folder: Path) -> str | None:

@@ -5,10 +5,10 @@ import pytest
 import torch
 from compensation.cases import config, images
 from models import tiny_vit
-from transformers import AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from optimum_mixrank import MixRankCompressor
-from optimum_mixrank.checkpoint.original import check_placement
+from optimum_mixrank.checkpoint.original import check_placement, load_image_processor
 from optimum_mixrank.runtime.distributed import Processes
 
 
@@ -138,3 +138,13 @@ def test_a_variant_is_read_and_written(sizes, tmp_path):
     assert compressor.report.bytes_on_disk_before > compressor.report.bytes_on_disk_after
     reloaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out", variant="fp16")
     assert torch.equal(reloaded(images(3)).logits, model.eval()(images(3)).logits)
+
+
+def test_an_image_processor_whose_library_is_missing_is_none(checkpoint, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise ImportError("TimmWrapperImageProcessor requires the Torchvision library")
+
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", fail)
+    assert load_image_processor(checkpoint, {}, needed=False) is None and not caplog.records
+    assert load_image_processor(checkpoint, {}) is None
+    assert "has no usable image processor (TimmWrapperImageProcessor requires" in caplog.text

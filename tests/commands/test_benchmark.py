@@ -63,6 +63,11 @@ def test_tables_are_refused_before_work_starts(dense, tmp_path, arguments, messa
     assert message in error and not table.exists()
 
 
+def test_the_device_is_checked_before_models_are_read(tmp_path):
+    _, error = cli("benchmark", "--model", tmp_path / "nothing", "--device", "abacus", code=1)
+    assert "--device abacus is unknown" in error
+
+
 def test_a_model_that_names_no_size_is_measured_at_the_one_given(tmp_path):
     segformer().save_pretrained(tmp_path / "dense")
     arguments = ("benchmark", "--model", tmp_path / "dense", "--table", tmp_path / "table.json", "--device", "cpu")
@@ -80,7 +85,7 @@ def test_what_cannot_be_measured(dense, tmp_path):
     _, error = cli("benchmark", "--model", dense, "--reference", out, "--device", "cpu", code=1)
     assert f"--reference {str(out)!r} is compressed and --model {str(dense)!r} is not: swap the two." in error
     few = ("--repeats", 6, "--batch-size", 1, "--device", "cpu")
-    text, _ = cli("benchmark", "--model", out, "--reference", out, *few)
-    assert "model takes" in text and "time of reference" in text and "dense" not in text
+    text, _ = cli("benchmark", "--model", out, "--reference", out, *few, "--threads", 1)
+    assert "model takes" in text and "time of reference" in text and "dense" not in text and ", 1 thread, " in text
     _, error = cli("benchmark", "--model", dense, "--runtime", "eager", code=1)
     assert "--runtime eager has no effect without --table" in error

@@ -11,7 +11,7 @@ from models import IMAGE_SIZE, mixed, segformer, tiny_vit
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-from optimum_mixrank import FactoredLinear
+from optimum_mixrank import FactoredLinear, deployment
 from optimum_mixrank.commands.images import read_images
 
 
@@ -99,6 +99,14 @@ def test_other_preprocessing_is_a_problem(checkpoint, exported, tmp_path):
     ViTImageProcessor(**other).save_pretrained(tmp_path / "out")
     stdout, _ = cli("verify", "--model", checkpoint, "--exported", tmp_path / "out", code=1)
     assert "broken: preprocessor_config.json beside the exported model has image_mean=[0, 0, 0]" in stdout
+
+
+def test_a_damaged_image_processor_is_noticed_before_the_comparison(checkpoint, exported, tmp_path, monkeypatch):
+    other = shutil.copytree(exported, tmp_path / "other")
+    (other / "preprocessor_config.json").write_text("{")
+    monkeypatch.setattr(deployment.verify, "verify_model", lambda *_, **__: pytest.fail("compared"))
+    _, error = cli("verify", "--model", checkpoint, "--exported", other, code=1)
+    assert "preprocessor_config.json" in error and "not a valid JSON file" in error
 
 
 def test_sizes_of_images_are_named(tmp_path):

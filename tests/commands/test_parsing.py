@@ -44,6 +44,10 @@ def compress(*arguments, code=2):
         (("--dataset",), "--dataset needs a value.\n"),
         (("--structures",), "--structures needs at least one value.\n"),
         (("--dataset", "-images"), "The value of --dataset begins with a dash; write --dataset=-images\n"),
+        (
+            ("--learning-rate", "-1e-3"),
+            "The value of --learning-rate begins with a dash; write --learning-rate=-1e-3\n",
+        ),
         (("--dataset", ""), "--dataset is empty: perhaps a variable of the shell is not set.\n"),
         (("--ratio=",), "--ratio is empty: perhaps a variable of the shell is not set.\n"),
     ],

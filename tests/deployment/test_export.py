@@ -67,6 +67,27 @@ def test_a_model_that_names_no_size_is_exported_for_the_one_given_or_that_of_its
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_an_image_processor_that_makes_another_size_is_noticed(plain_runtime, tmp_path, caplog):
+    model, processor = segformer(), SegformerImageProcessor(size={"height": 64, "width": 32})
+    export_model(model, tmp_path / "a", "plain", image_processor=processor, pixel_values_shape=[3, 64, 32])
+    assert not caplog.records
+    export_model(model, tmp_path / "b", "plain", image_processor=processor, pixel_values_shape=[3, 32, 96])
+    assert "makes images of 3 x 64 x 32, but the exported model takes 3 x 32 x 96" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [([torch.zeros(2, 3, 16, 32)], "are 3 x 16 x 32, but the file takes 3 x 32 x 32"), ([], "There are no images")],
+)
+def test_images_for_ranges_are_checked_before_anything_is_written(
+    one_model, plain_runtime, monkeypatch, tmp_path, images, message
+):
+    monkeypatch.setattr(plain_runtime, "write", lambda *_: pytest.fail("written"))
+    with pytest.raises(ValueError, match=message):
+        export_model(one_model, tmp_path / "out", "plain", int8=True, calibration=images)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_there_is_only_replaced_on_demand(one_model, plain_runtime, tmp_path):
     export_model(one_model, tmp_path, "plain")
     (tmp_path / "notes.txt").write_text("mine")

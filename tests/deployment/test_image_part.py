@@ -34,3 +34,10 @@ def test_a_model_that_takes_images_alone_is_itself():
 def test_the_part_to_export_instead_is_named(name, part):
     with pytest.raises(ValueError, match=rf"takes images alone\. Export its vision part .*`model\.(model\.)?{part}`"):
         image_part(FAMILIES[name].make())
+
+
+def test_a_size_on_which_a_model_does_not_run_is_named():
+    with pytest.raises(
+        ValueError, match="does not run on images of 48 x 64 pixels, only on those of 32 x 32, which its"
+    ):
+        image_part(tiny_vit(), (3, 48, 64))

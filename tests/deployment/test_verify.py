@@ -145,6 +145,17 @@ def test_images_for_which_the_file_was_not_made(model, batches):
         verify_model(model, Other(model, 0.0), batches)
 
 
+def test_a_model_in_half_precision_that_does_not_run_says_why_itself(model, batches, monkeypatch):
+    half = copy.deepcopy(model).half()
+
+    def fail(*_, **__):
+        raise RuntimeError("not implemented for 'Half'")
+
+    monkeypatch.setattr(half, "forward", fail)
+    with pytest.raises(RuntimeError, match="^not implemented for 'Half'$"):
+        verify_model(model, half, batches)
+
+
 def test_a_model_that_names_no_size_takes_that_of_the_images():
     model = segformer()
     images = torch.randn(3, 3, 32, 64, generator=torch.Generator().manual_seed(0))

@@ -302,6 +302,7 @@ def test_what_is_saved_already_is_not_lost(tmp_path):
         ("metric", r"it belongs to the configuration: MixRankConfig\(metric=…\)"),
         ("output", "did you mean `save_directory`?"),
         ("dataset", "did you mean `calibration_dataset`?"),
+        ("size", "did you mean `batch_size`?"),
         ("overwritten", "did you mean `overwrite`?"),
         ("xyzzy", "`compress` has no argument `xyzzy`."),
     ],

@@ -11,7 +11,7 @@ import torch
 import transformers
 from calibration.pictures import processor, write
 from families.catalogue import FAMILIES
-from models import tiny_swin, tiny_vit
+from models import segformer, tiny_swin, tiny_vit
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -76,6 +76,15 @@ def test_classes_of_images_are_passed_over_where_the_model_has_none(tmp_path, ca
         result = evaluate(compressor, tmp_path)
     assert (result.num_images, result.top1) == (3, None) and result.kind != "classes"
     assert f"Labels are not used: {type(model).__name__} returns {result.kind}" in caplog.text
+
+
+def test_labels_that_were_asked_for_are_not_left_out_quietly(tmp_path, caplog):
+    for folder in ("cat", "dog"):
+        write(tmp_path / folder, 1)
+    compressor = MixRankCompressor(segformer(), processor())
+    assert evaluate(compressor, tmp_path).top1 is None and "Labels are not used" not in caplog.text
+    assert evaluate(compressor, tmp_path, label_column="label").top1 is None
+    assert "Labels are not used: SegformerForSemanticSegmentation returns segmentation" in caplog.text
 
 
 def test_several_parts_of_a_labelled_image(tmp_path):

@@ -15,6 +15,7 @@ from optimum_mixrank import MixRankCompressor
 from optimum_mixrank.calibration.result import Calibration
 from optimum_mixrank.compensation.compensator import ActivationStorage
 from optimum_mixrank.compensation.layerwise.spilling import Spill
+from optimum_mixrank.pipeline import compressor
 from optimum_mixrank.pipeline.memory import plan_memory
 from optimum_mixrank.pipeline.unfinished import discard
 from optimum_mixrank.reporting import CompressionReport
@@ -187,6 +188,18 @@ def test_a_run_that_fails_before_anything_is_finished_does_not_bind_the_next(tmp
         compress(out, run, max_memory="lots")
     assert not run.exists()
     compress(out, run, **FAST)
+
+
+def test_why_a_run_failed_is_told_though_its_folder_is_gone(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+
+    def fail(_):
+        shutil.rmtree(run)
+        raise ValueError("the reason")
+
+    monkeypatch.setattr(compressor, "compress", fail)
+    with pytest.raises(ValueError, match="the reason"):
+        compress(tmp_path / "out", run, **FAST)
 
 
 @pytest.mark.parametrize("count", [3, 5], ids=["statistics", "compensated"])
