@@ -220,11 +220,11 @@ def concatenated(batches: Sequence[Any]) -> ModelInputs:
     """Return the images of several batches as one; entries of different sizes are padded with zeros, as processors do."""
     parts = [ModelInputs.of(batch) for batch in batches]
     side_by_side = {name for name in parts[0] if parts[0].columns(name)}
+    found = {name: [part[name] for part in parts] for name in parts[0]}
     return ModelInputs(
         {
-            name: torch.cat(found, dim=-1) if name in side_by_side else _padded(found)
-            for name in parts[0]
-            for found in [[part[name] for part in parts]]
+            name: torch.cat(tensors, dim=-1) if name in side_by_side else _padded(tensors)
+            for name, tensors in found.items()
         }
     )
 

@@ -76,9 +76,8 @@ def test_equal_widths_are_saved_as_a_smaller_configuration(self_contained, tmp_p
         assert torch.equal(reloaded(pixels()).logits, model(pixels()).logits)
 
 
-@pytest.mark.parametrize(("family", "ratio"), [(tiny_vit, 0.4), (tiny_deit, 0.3), (tiny_swin, 0.3)])
-def test_uniform_widths_give_an_ordinary_checkpoint(family, ratio, tmp_path):
-    config = MixRankConfig(
+def uniform_widths(ratio):
+    return MixRankConfig(
         compression_ratio=ratio,
         compression_scope="targets",
         structures=["width"],
@@ -86,6 +85,11 @@ def test_uniform_widths_give_an_ordinary_checkpoint(family, ratio, tmp_path):
         compensation=[],
         probed_images=0,
     )
+
+
+@pytest.mark.parametrize(("family", "ratio"), [(tiny_vit, 0.4), (tiny_deit, 0.3), (tiny_swin, 0.3)])
+def test_uniform_widths_give_an_ordinary_checkpoint(family, ratio, tmp_path):
+    config = uniform_widths(ratio)
     compressor = MixRankCompressor(family())
     model = compressor.compress(config, [pixels(16)], tmp_path / "out")
     stored = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -106,14 +110,7 @@ def dinov2():
 
 @pytest.mark.parametrize(("ratio", "units"), [(0.15, 144), (0.25, 120)], ids=["three quarters", "five eighths"])
 def test_a_ratio_that_has_to_be_a_whole_number(ratio, units, tmp_path):
-    config = MixRankConfig(
-        compression_ratio=ratio,
-        compression_scope="targets",
-        structures=["width"],
-        allocation="uniform",
-        compensation=[],
-        probed_images=0,
-    )
+    config = uniform_widths(ratio)
     compressor = MixRankCompressor(dinov2())
     model = compressor.compress(config, [pixels(16)], tmp_path)
     widths = {layer.shape_after[1] for layer in compressor.report.layers if layer.shape_after != layer.shape}
