@@ -33,7 +33,7 @@ def check_image_size(args: Any) -> None:
     """Check `--image-size`, before any work.
 
     Raises:
-        ValueError: if it is no size.
+        ValueError: if it is not a size.
     """
     size = args.image_size
     if size is not None and (len(size) > 2 or min(size) < 1):

@@ -21,6 +21,7 @@ from ..checkpoint.plain_factors import to_plain_factors
 from ..checkpoint.saving import writable_directory
 from ..runtime.files import explained_no_space, flush_tree
 from ..runtime.folders import can_be_renamed, remove_leftovers, resolved, staging_folder
+from ..runtime.formatting import format_size
 from ..runtime.forward import evaluation_mode
 from ..runtime.logging import get_logger
 from ..runtime.registry import RUNTIMES
@@ -147,7 +148,7 @@ def _checked_images(batches: Iterable[Tensor], shape: Sequence[int]) -> Iterator
     if first is None:
         raise ValueError("There are no images for the ranges of 8-bit activations; the dataset is empty or used up.")
     if tuple(first.shape[1:]) != tuple(shape):
-        found, expected = (" x ".join(map(str, each)) for each in (first.shape[1:], shape))
+        found, expected = map(format_size, (first.shape[1:], shape))
         raise ValueError(
             f"The images for the ranges of 8-bit activations are {found}, but the file takes {expected}; set the size of "
             "the image processor to that."
@@ -163,8 +164,8 @@ def _compare_sizes(image_processor: Any, shape: Sequence[int]) -> None:
         return  # it makes something else of images, such as patches
     if found != tuple(shape):
         logger.warning(
-            f"The image processor makes images of {' x '.join(map(str, found))}, but the exported model takes "
-            f"{' x '.join(map(str, shape))}; set its size before you use it with this file."
+            f"The image processor makes images of {format_size(found)}, but the exported model takes "
+            f"{format_size(shape)}; set its size before you use it with this file."
         )
 
 

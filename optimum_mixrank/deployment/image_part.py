@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..runtime.formatting import format_size
 from ..runtime.forward import black_image, configured_shape, evaluation_mode
 from ..runtime.inputs import ModelInputs
 from ..runtime.output_fields import field_of
@@ -89,7 +90,7 @@ def image_part(model: nn.Module, pixel_values_shape: Sequence[int] | None = None
         call, images = ModelCall().bound(model, ModelInputs(image)), image.repeat(2, 1, 1, 1)
     except ValueError as error:
         if pixel_values_shape is not None and (configured := _size_that_runs(model)) is not None:
-            asked = " x ".join(map(str, pixel_values_shape[1:]))
+            asked = format_size(pixel_values_shape[1:])
             raise ValueError(
                 f"{name} does not run on images of {asked} pixels, only on those of {configured}, which its configuration "
                 "names."
@@ -116,7 +117,7 @@ def _size_that_runs(model: nn.Module) -> str | None:
         ModelCall().bound(model, ModelInputs(image))
     except ValueError:
         return None
-    return " x ".join(map(str, image.shape[2:]))
+    return format_size(image.shape[2:])
 
 
 def _tower(model: nn.Module, inputs: ModelInputs) -> str | None:

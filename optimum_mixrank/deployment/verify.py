@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..calibration.images.batches import Batch
 from ..runtime.fidelity import agreement, kl_divergence
-from ..runtime.formatting import shorten
+from ..runtime.formatting import format_size, shorten
 from ..runtime.forward import configured_shape, evaluation_mode
 from ..runtime.output_fields import fields_of
 from ..runtime.outputs import ModelOutput, select_output
@@ -151,7 +151,7 @@ def _outputs(model: nn.Module, pixel_values: Tensor) -> Any:
     except Exception as error:
         if not isinstance(model, ExportedModel):
             raise
-        size = " x ".join(map(str, pixel_values.shape[1:]))
+        size = format_size(pixel_values.shape[1:])
         raise ValueError(
             f"The exported model does not run on images of {size}, on which its source runs: it is another model, or was "
             f"exported for images of another size. ({shorten(str(error))})"

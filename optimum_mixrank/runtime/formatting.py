@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def format_count(count: int) -> str:
@@ -46,6 +46,11 @@ def format_change(before: float, after: float) -> str:
         return ""
     # A minus sign is as wide as a plus sign; a hyphen is not.
     return f"{100 * (after / before - 1):+.1f}\u00a0%".replace("-", "−")
+
+
+def format_size(sizes: Iterable[int]) -> str:
+    """Format the sides of an image or the shape of a tensor as `3 x 224 x 224`."""
+    return " x ".join(map(str, sizes))
 
 
 def format_duration(seconds: float) -> str:

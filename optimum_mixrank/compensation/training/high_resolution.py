@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ...calibration.images.batches import ImageBatches
 from ...runtime.distributed import Processes
+from ...runtime.formatting import format_size
 from ...runtime.phases import phase
 
 
@@ -39,7 +40,7 @@ class HighResolutionImages:
             with self.processes.raise_on_all_ranks():
                 learn = self._images_to_learn_from()
             self.batches.merge_across_processes()
-            decoding.add_detail(*(" x ".join(map(str, batch.shape[2:])) for batch in list(learn.values())[:1]))
+            decoding.add_detail(*(format_size(batch.shape[2:]) for batch in list(learn.values())[:1]))
         return learn
 
     def _images_to_learn_from(self) -> dict[int, Tensor]:
